@@ -1,0 +1,292 @@
+"""Every configuration key: its default, unit, range and reason. Other configs only differ from it.
+
+`SPEC` is the single source of truth. `get_config()` turns it into the `ConfigDict` that the other
+config files edit; `lmscale_jax.config` validates a config against it. A key says in `when` which
+other keys must hold which values for it to matter: setting a key that would go unused is an error.
+
+Durations are strings: "200" (steps), "5%" (of the run) or "50M tokens".
+"""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key. `low` and `high` are inclusive; `above` is exclusive.
+
+    `identity=False` marks a key that cannot change the numbers of a run (machine, logging): it may
+    differ when a run is continued, and it is left out of the hash that names a run.
+    """
+
+    default: Any
+    doc: str
+    choices: tuple | None = None
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    duration: bool = False
+    when: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    identity: bool = True
+
+
+SPEC = {
+    "seed": Key(0, "seed of initialisation and dropout; the data order has its own", low=0),
+    "model": {
+        "n_layers": Key(4, "decoder blocks", low=1),
+        "d_model": Key(256, "width of the residual stream", low=1),
+        "n_heads": Key(4, "query heads", low=1),
+        "n_kv_heads": Key(0, "key and value heads; 0: as many as query heads (MHA)", low=0),
+        "head_dim": Key(0, "channels per head; 0: d_model / n_heads", low=0),
+        "d_ff": Key(
+            0,
+            "hidden width of the MLP; 0: 4 d_model, or for gated MLPs 8/3 d_model rounded to a "
+            "multiple of 64, which spends the same parameters",
+            low=0,
+        ),
+        "mlp": Key("gelu", "activation", choices=("gelu", "relu2", "swiglu", "geglu")),
+        "gelu": Key(
+            "tanh",
+            "form of GELU; tanh is GPT-2's and the faster one on CPU",
+            choices=("tanh", "erf"),
+            when={"model.mlp": ("gelu", "geglu")},
+        ),
+        "norm": Key("layernorm", "pre-norm of each branch", choices=("layernorm", "rmsnorm")),
+        "norm_eps": Key(1e-5, "added to the variance", above=0.0),
+        "bias": Key(False, "biases on dense products and on LayerNorm"),
+        "positions": Key("learned", "position encoding", choices=("learned", "rope", "none")),
+        "rope_theta": Key(
+            1e4, "longest RoPE wavelength / 2 pi", above=1.0, when={"model.positions": ("rope",)}
+        ),
+        "max_seq_len": Key(
+            0,
+            "rows of the learned position table; 0: data.seq_len",
+            low=0,
+            when={"model.positions": ("learned",)},
+        ),
+        "head": Key(
+            "tied", "readout: the embedding transposed, or its own", choices=("tied", "untied")
+        ),
+        "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's", low=0),
+        "dropout": Key(0.0, "embedding, attention and residual dropout rate", low=0.0, high=0.9),
+        "mask": Key(
+            "causal",
+            "document: attention does not cross document boundaries",
+            choices=("causal", "document"),
+        ),
+        "dtype": Key(
+            "float32",
+            "compute type of products; parameters, norms, softmax and loss stay float32",
+            choices=("float32", "bfloat16"),
+        ),
+        "attention": Key(
+            "auto",
+            "auto: saved on CPU, xla elsewhere. plain: the definition. saved: keeps the "
+            "probabilities for a hand-written backward. xla: jax.nn.dot_product_attention",
+            choices=("auto", "plain", "saved", "xla"),
+        ),
+        "stack": Key(
+            "auto",
+            "how the blocks run; auto: unrolled on CPU, scan on accelerators (compile time)",
+            choices=("auto", "scan", "unroll"),
+            identity=False,
+        ),
+        "remat": Key(
+            "none",
+            "what the backward pass recomputes: nothing, whole blocks, or all but the dense products",
+            choices=("none", "block", "dots"),
+            identity=False,
+        ),
+        "loss_chunk": Key(
+            0,
+            "tokens per chunk of the loss; 0: chunks only where the logits would exceed 256 MiB",
+            low=0,
+            identity=False,
+        ),
+    },
+    "parametrization": {
+        "name": Key("sp", "sp: the standard one", choices=("sp",)),
+        "init_std": Key(0.02, "standard deviation of initial matrices (GPT-2)", above=0.0),
+        "residual_init": Key(
+            "depth_scaled",
+            "projections into the residual stream: std / sqrt(2 n_layers) (GPT-2), or as the rest",
+            choices=("depth_scaled", "plain"),
+        ),
+    },
+    "optim": {
+        "name": Key("adamw", "optimizer", choices=("adamw",)),
+        "lr": Key(1e-3, "peak learning rate", above=0.0),
+        "beta1": Key(0.9, "decay of the first moment", low=0.0, high=0.9999),
+        "beta2": Key(
+            0.95,
+            "decay of the second moment; 0.95 suits small batches of text",
+            low=0.0,
+            high=0.99999,
+        ),
+        "eps": Key(1e-8, "added to the root of the second moment", above=0.0),
+        "weight_decay": Key(
+            1e-4,
+            "independent: shrink per step at the schedule's peak; coupled: multiplied by the "
+            "learning rate as in PyTorch (then 0.1 is usual)",
+            low=0.0,
+        ),
+        "decay_mode": Key(
+            "independent",
+            "independent decay keeps its meaning when the learning rate is swept",
+            choices=("independent", "coupled"),
+        ),
+        "decay_on": Key(
+            "matrices",
+            "parameters that decay: all matrices, only those inside blocks, or everything",
+            choices=("matrices", "hidden", "all"),
+        ),
+        "clip": Key(
+            1.0, "global gradient norm above which gradients are scaled down; 0: off", low=0.0
+        ),
+        "max_bad_steps": Key(
+            20,
+            "consecutive steps with a non-finite loss or gradient before the run is called diverged",
+            low=1,
+        ),
+    },
+    "schedule": {
+        "name": Key(
+            "cosine",
+            "after warm-up; wsd: constant, then linear cooldown",
+            choices=("cosine", "linear", "wsd", "constant"),
+        ),
+        "warmup": Key("2%", "linear rise from 0 to the peak", duration=True),
+        "cooldown": Key(
+            "20%", "length of the final descent", duration=True, when={"schedule.name": ("wsd",)}
+        ),
+        "final": Key(
+            0.1,
+            "last learning rate as a fraction of the peak",
+            low=0.0,
+            high=1.0,
+            when={"schedule.name": ("cosine", "linear", "wsd")},
+        ),
+    },
+    "data": {
+        "source": Key(
+            "stdlib",
+            "stdlib: the Python standard library's own source text, which every user has",
+            choices=("stdlib", "text", "jsonl", "bin"),
+        ),
+        "path": Key(
+            "",
+            "file, directory or glob (** too); several joined by commas",
+            when={"data.source": ("text", "jsonl", "bin")},
+        ),
+        "field": Key("text", "field that holds the text", when={"data.source": ("jsonl",)}),
+        "document": Key(
+            "file",
+            "what one document of a text file is: all of it, a paragraph or a line",
+            choices=("file", "paragraph", "line"),
+            when={"data.source": ("text",)},
+        ),
+        "tokenizer": Key(
+            "bpe",
+            "bytes, char (one id a character), or bpe trained on the source",
+            choices=("bytes", "char", "bpe"),
+            when={"data.source": ("stdlib", "text", "jsonl")},
+        ),
+        "vocab_size": Key(
+            4096,
+            "entries of the trained BPE, its document mark included",
+            low=258,
+            when={"data.tokenizer": ("bpe",)},
+        ),
+        "split": Key(
+            "hash",
+            "validation by a hash of each document's content, or the tail of the text",
+            choices=("hash", "tail"),
+            when={"data.source": ("stdlib", "text", "jsonl")},
+        ),
+        "val_fraction": Key(
+            0.05,
+            "share of documents (hash) or of characters (tail) held out",
+            above=0.0,
+            high=0.5,
+            when={"data.source": ("stdlib", "text", "jsonl")},
+        ),
+        "val_path": Key(
+            "",
+            "shards held out; empty: those of data.path with 'val' in their name",
+            when={"data.source": ("bin",)},
+        ),
+        "seq_len": Key(256, "tokens per training window", low=1),
+        "seed": Key(0, "seed of the data order", low=0),
+        "cache": Key(
+            "",
+            "directory of prepared shards; empty: LMSCALE_CACHE or ~/.cache/lmscale_jax",
+            identity=False,
+        ),
+        "workers": Key(
+            0,
+            "processes that read ahead (grain); 0: one thread, enough for memory-mapped shards",
+            low=0,
+            identity=False,
+        ),
+    },
+    "train": {
+        "steps": Key(1000, "optimizer steps; 0: from train.tokens", low=0),
+        "tokens": Key(
+            0.0,
+            "token budget, rounded up to whole steps, in place of train.steps",
+            low=0.0,
+            when={"train.steps": (0,)},
+        ),
+        "batch_size": Key(32, "sequences per optimizer step, over all devices", low=1),
+        "accum": Key(1, "micro-batches that one step is cut into, to save memory", low=1),
+    },
+    "eval": {
+        "every": Key(250, "steps between evaluations; 0: only at the end", low=0),
+        "tokens": Key(200_000, "held-out tokens, always the same ones; 0: all", low=0),
+        "batch_size": Key(
+            0, "sequences at once; 0: as in a training micro-batch", low=0, identity=False
+        ),
+        "baselines": Key(True, "print unigram and bigram losses beside the model's"),
+        "sample": Key(200, "tokens of the text printed at the end; 0: none", low=0, identity=False),
+    },
+    "checkpoint": {
+        "every": Key(500, "steps between checkpoints; 0: only at the end", low=0, identity=False),
+        "keep": Key(2, "latest checkpoints kept", low=1, identity=False),
+        "keep_every": Key(
+            0,
+            "steps; checkpoints at its multiples are kept for good; 0: none",
+            low=0,
+            identity=False,
+        ),
+    },
+    "mesh": {
+        "data": Key(
+            -1, "devices that split the batch; -1: all that remain", low=-1, identity=False
+        ),
+        "fsdp": Key(1, "devices that split the batch and the parameters", low=1, identity=False),
+        "tensor": Key(1, "devices that split heads, MLP and vocabulary", low=1, identity=False),
+        "cpu_devices": Key(0, "CPU devices to simulate; 0: one", low=0, identity=False),
+    },
+    "log": {
+        "every": Key(10, "steps between lines of metrics.jsonl", low=1),
+        "per_layer": Key(True, "norms of gradient, parameters and update for each layer"),
+        "tensorboard": Key(True, "event files under tb/", identity=False),
+        "wandb": Key(
+            "off", "Weights & Biases", choices=("off", "offline", "online"), identity=False
+        ),
+        "wandb_project": Key(
+            "lmscale", "its project", when={"log.wandb": ("offline", "online")}, identity=False
+        ),
+    },
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults, as the `ConfigDict` that other config files edit."""
+
+    def defaults(spec):
+        return {k: v.default if isinstance(v, Key) else defaults(v) for k, v in spec.items()}
+
+    return ml_collections.ConfigDict(defaults(SPEC))
