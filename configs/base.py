@@ -95,7 +95,7 @@ SPEC = {
         ),
         "remat": Key(
             "none",
-            "what the backward pass recomputes: nothing, whole blocks, or all but the dense products",
+            "what the backward pass recomputes: nothing, whole blocks, all but dense products",
             choices=("none", "block", "dots"),
             identity=False,
         ),
@@ -147,7 +147,7 @@ SPEC = {
         ),
         "max_bad_steps": Key(
             20,
-            "consecutive steps with a non-finite loss or gradient before the run is called diverged",
+            "non-finite steps in a row before the run is called diverged",
             low=1,
         ),
     },

@@ -1,0 +1,220 @@
+"""Validates, derives, compares and names configs. What keys there are stands in configs/base.py."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs.base import SPEC, Key
+from lmscale_jax.errors import InputError
+
+SCALES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+def keys(spec: dict = SPEC, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Every (dotted path, Key) of the specification, in its order."""
+    for name, entry in spec.items():
+        if isinstance(entry, Key):
+            yield prefix + name, entry
+        else:
+            yield from keys(entry, f"{prefix}{name}.")
+
+
+def get(config, path: str):
+    """The value at a dotted path."""
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises InputError at the first unknown, mistyped, out-of-range, unused or clashing key."""
+    _check_names(config, SPEC, "")
+    for path, key in keys():
+        _check_value(path, get(config, path), key)
+    for path, key in keys():
+        if get(config, path) != key.default:
+            _check_used(config, path, key)
+    _check_together(config)
+
+
+def _check_names(config, spec: dict, prefix: str) -> None:
+    for name in config:
+        path = prefix + name
+        if name not in spec:
+            near = difflib.get_close_matches(path, [p for p, _ in keys()], n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else "; configs/base.py lists all keys"
+            raise InputError(f"config.{path} is not a key{hint}")
+        if isinstance(spec[name], dict):
+            if not isinstance(config[name], ConfigDict):
+                raise InputError(f"config.{path}={config[name]!r} must be a group of keys")
+            _check_names(config[name], spec[name], f"{path}.")
+    for name in spec:
+        if name not in config:
+            raise InputError(
+                f"config.{prefix}{name} is missing; start from configs.base.get_config()"
+            )
+
+
+def _check_value(path: str, value, key: Key) -> None:
+    def refuse(why: str) -> None:
+        raise InputError(f"config.{path}={value!r} {why}; {key.default!r} would work ({key.doc})")
+
+    # bool is an int to Python; here a switch and a number are different things.
+    numeric = isinstance(value, int) and not isinstance(value, bool)
+    fits = (
+        numeric or isinstance(value, float)
+        if isinstance(key.default, float)
+        else numeric
+        if isinstance(key.default, int) and not isinstance(key.default, bool)
+        else isinstance(value, type(key.default))
+    )
+    if not fits:
+        refuse(f"must be of type {type(key.default).__name__}")
+    if key.choices and value not in key.choices:
+        refuse("must be one of " + ", ".join(map(str, key.choices)))
+    if isinstance(value, float) and value != value:
+        refuse("must be a number")
+    if key.low is not None and value < key.low:
+        refuse(f"must be at least {key.low}")
+    if key.high is not None and value > key.high:
+        refuse(f"must be at most {key.high}")
+    if key.above is not None and value <= key.above:
+        refuse(f"must be above {key.above}")
+    if key.duration and not _DURATION.fullmatch(value.strip().lower()):
+        refuse('is no duration like "200" (steps), "5%" or "50M tokens"')
+
+
+def _check_used(config, path: str, key: Key) -> None:
+    for other, allowed in key.when.items():
+        if get(config, other) not in allowed:
+            raise InputError(
+                f"config.{path}={get(config, path)!r} would be unused with {other}="
+                f"{get(config, other)!r}; it needs {other}={' or '.join(map(repr, allowed))}"
+            )
+
+
+def _check_together(config) -> None:
+    model, train, data = config.model, config.train, config.data
+    if not model.head_dim and model.d_model % model.n_heads:
+        good = max(h for h in range(1, model.n_heads) if model.d_model % h == 0)
+        raise InputError(
+            f"config.model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}; "
+            f"{good} would, or set model.head_dim"
+        )
+    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
+        good = max(h for h in range(1, model.n_kv_heads) if model.n_heads % h == 0)
+        raise InputError(
+            f"config.model.n_kv_heads={model.n_kv_heads} does not divide "
+            f"model.n_heads={model.n_heads}; {good} would"
+        )
+    head_dim = model.head_dim or model.d_model // model.n_heads
+    if model.positions == "rope" and head_dim % 2:
+        raise InputError(
+            f"config.model.head_dim={head_dim} is odd, and RoPE rotates pairs; "
+            f"{head_dim + 1} would work"
+        )
+    if model.positions == "learned" and 0 < model.max_seq_len < data.seq_len:
+        raise InputError(
+            f"config.data.seq_len={data.seq_len} is longer than model.max_seq_len="
+            f"{model.max_seq_len}; {model.max_seq_len} would work"
+        )
+    if train.batch_size % train.accum:
+        good = max(a for a in range(1, train.accum) if train.batch_size % a == 0)
+        raise InputError(
+            f"config.train.accum={train.accum} does not divide train.batch_size="
+            f"{train.batch_size}; {good} would"
+        )
+    if not train.steps and not train.tokens:
+        raise InputError("config.train.steps=0 needs train.tokens; train.tokens=1e8 would work")
+    if data.source != "stdlib" and not data.path:
+        raise InputError(f"config.data.path='' must name the {data.source} data, such as corpus/*")
+    if model.attention in ("saved", "xla") and model.dropout:
+        raise InputError(
+            f"config.model.attention={model.attention!r} has no attention dropout "
+            f"(model.dropout={model.dropout}); 'plain' or 'auto' would work"
+        )
+    _check_schedule(config)
+
+
+def _check_schedule(config) -> None:
+    steps = total_steps(config)
+    spent = duration(config.schedule.warmup, config)
+    if config.schedule.name == "wsd":
+        spent += duration(config.schedule.cooldown, config)
+    if spent > steps:
+        raise InputError(
+            f"config.schedule.warmup={config.schedule.warmup!r} and cooldown take {spent} steps of "
+            f"{steps}; '5%' would work"
+        )
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|(?:([kmbt]?)\s*(steps?|tokens?))?)")
+
+
+def duration(text: str, config) -> int:
+    """A duration ("200", "5%", "50M tokens") in whole optimizer steps, rounded up."""
+    number, percent, scale, unit = _DURATION.fullmatch(text.strip().lower()).groups()
+    if percent:
+        amount = float(number) / 100 * total_steps(config)
+    else:
+        amount = float(number) * SCALES[scale or ""]
+        if unit and unit.startswith("token"):
+            amount /= tokens_per_step(config)
+    return int(-(-amount // 1))
+
+
+def tokens_per_step(config) -> int:
+    return config.train.batch_size * config.data.seq_len
+
+
+def total_steps(config) -> int:
+    return config.train.steps or int(-(-config.train.tokens // tokens_per_step(config)))
+
+
+def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
+    """A validated copy in which every 0 that means "derive it" holds the derived value.
+
+    `vocab_size` is the tokenizer's; 0 leaves model.vocab_size as it is.
+    """
+    validate(config)
+    config = ConfigDict(config.to_dict())
+    model = config.model
+    model.n_kv_heads = model.n_kv_heads or model.n_heads
+    model.head_dim = model.head_dim or model.d_model // model.n_heads
+    if not model.d_ff:
+        gated = model.mlp in ("swiglu", "geglu")
+        model.d_ff = max(64, round(8 * model.d_model / 3 / 64) * 64) if gated else 4 * model.d_model
+    if model.positions == "learned":
+        model.max_seq_len = model.max_seq_len or config.data.seq_len
+    if model.vocab_size and vocab_size > model.vocab_size:
+        raise InputError(
+            f"config.model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}; "
+            f"0 or {-(-vocab_size // 64) * 64} would work"
+        )
+    model.vocab_size = model.vocab_size or vocab_size
+    config.train.steps, config.train.tokens = total_steps(config), 0.0
+    return config.lock()
+
+
+def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:
+    """Dotted paths at which two plain config dicts hold different values."""
+    _missing = object()
+
+    def value(config, path):
+        try:
+            return get(config, path)
+        except (KeyError, TypeError):
+            return _missing
+
+    known = [p for p, key in keys() if key.identity or not identity_only]
+    return [path for path in known if value(a, path) != value(b, path)]
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """Twelve hex digits that name the run: a hash of all keys that can change its numbers."""
+    chosen = {path: get(config, path) for path, key in keys() if key.identity}
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]

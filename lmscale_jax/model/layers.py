@@ -1,0 +1,111 @@
+"""The parts of a block. Activations are flat, [tokens, width], so that every product is 2-D."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lmscale_jax.model import param
+from lmscale_jax.model.ops import Ops
+
+
+class Call(NamedTuple):
+    """What the layers of one forward pass share.
+
+    Attributes:
+      ops: the primitives of this platform.
+      dtype: type that products are computed in.
+      batch, length: B and T of the N = B*T flat tokens, sequence-major.
+      segments_BxT: document numbers within each window, or None for a plain causal mask.
+      rope: cosines and sines, each [T, head_dim / 2], or None.
+      attention_scale: factor of q·k.
+      branch_scale: factor of what each branch adds to the residual stream.
+      embed_scale: factor of the embedding.
+      dropout: rate.
+      key: random key of this layer; None turns dropout off.
+    """
+
+    ops: Ops
+    dtype: jnp.dtype
+    batch: int
+    length: int
+    segments_BxT: jax.Array | None
+    rope: tuple[jax.Array, jax.Array] | None
+    attention_scale: float
+    branch_scale: float
+    embed_scale: float
+    dropout: float
+    key: jax.Array | None
+
+    def drop(self, x_NxD: jax.Array, stream: int) -> jax.Array:
+        """Dropout by the random stream of that number within the layer."""
+        if self.key is None or not self.dropout:
+            return x_NxD
+        keep = jax.random.bernoulli(
+            jax.random.fold_in(self.key, stream), 1 - self.dropout, x_NxD.shape
+        )
+        return jnp.where(keep, x_NxD / (1 - self.dropout), jnp.zeros_like(x_NxD))
+
+
+class Norm(nnx.Module):
+    """LayerNorm or RMSNorm over the residual stream."""
+
+    def __init__(self, model):
+        self.kind, self.eps = model.norm, model.norm_eps
+        self.scale = param.vector("ones", embed=model.d_model)
+        if model.norm == "layernorm" and model.bias:
+            self.bias = param.vector("zeros", embed=model.d_model)
+
+    def __call__(self, h_NxD: jax.Array, call: Call) -> jax.Array:
+        if self.kind == "rmsnorm":
+            x_NxD = call.ops.rms_norm(h_NxD, self.scale[...], self.eps)
+        else:
+            bias_D = self.bias[...] if hasattr(self, "bias") else None
+            x_NxD = call.ops.layer_norm(h_NxD, self.scale[...], bias_D, self.eps)
+        return x_NxD.astype(call.dtype)
+
+
+class Dense(nnx.Module):
+    """A product over named axes: [N, prod(fan_in)] to [N, prod(fan_out)]."""
+
+    def __init__(self, fan_in: dict, fan_out: dict, bias: bool, residual: bool = False):
+        self.weight = param.weight(fan_in, fan_out, "hidden", residual=residual)
+        if bias:
+            self.bias = param.vector("zeros", **fan_out)
+
+    def __call__(self, x_NxI: jax.Array, call: Call) -> jax.Array:
+        w_IxO = self.weight[...].reshape(x_NxI.shape[-1], -1)
+        y_NxO = call.ops.dense(x_NxI, w_IxO)
+        if hasattr(self, "bias"):
+            y_NxO = y_NxO + self.bias[...].reshape(-1).astype(y_NxO.dtype)
+        return y_NxO
+
+
+def gelu(form: str):
+    return lambda x: jax.nn.gelu(x, approximate=form == "tanh")
+
+
+class MLP(nnx.Module):
+    """Two products around an activation, or three with a gate."""
+
+    def __init__(self, model):
+        width, hidden = {"embed": model.d_model}, {"mlp": model.d_ff}
+        self.activation = {
+            "gelu": gelu(model.gelu),
+            "geglu": gelu(model.gelu),
+            "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+            "swiglu": jax.nn.silu,
+        }[model.mlp]
+        if model.mlp in ("swiglu", "geglu"):
+            self.gate = Dense(width, hidden, model.bias)
+        self.up = Dense(width, hidden, model.bias)
+        self.down = Dense(hidden, width, model.bias, residual=True)
+
+    def __call__(self, x_NxD: jax.Array, call: Call) -> jax.Array:
+        up_NxF = self.up(x_NxD, call)
+        if hasattr(self, "gate"):
+            hidden_NxF = self.activation(self.gate(x_NxD, call)) * up_NxF
+        else:
+            hidden_NxF = self.activation(up_NxF)
+        return self.down(hidden_NxF, call)

@@ -1,0 +1,107 @@
+"""The one annotation per parameter, from which everything else about it is derived.
+
+A module declares a parameter with `weight` or `vector`: its named axes, which of them are fan-in
+and fan-out, and its role. Initial scale, learning rate, decay, the matrix that Muon sees and the
+sharding follow from that in `parametrization.rules`, `optim` and `run.mesh`; no other file does
+width arithmetic or guesses by `ndim`.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ROLES = ("input", "hidden", "output", "vector", "scalar")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is known of one parameter.
+
+    Attributes:
+      axes: names of the dimensions, outermost first; "layers" leads those of the stacked blocks.
+      shape: sizes of the same dimensions.
+      n_in: how many of the axes after "layers" are fan-in; the rest are fan-out.
+      role: input (finite to width), hidden (width to width), output (width to finite), vector
+        (gains and biases) or scalar.
+      init: "normal", "zeros" or "ones".
+      residual: the product is added to the residual stream.
+    """
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    n_in: int
+    role: str
+    init: str = "normal"
+    residual: bool = False
+
+    def stacked(self, n_layers: int) -> "Spec":
+        """The same parameter for all blocks, under a leading axis."""
+        return dataclasses.replace(self, axes=("layers", *self.axes), shape=(n_layers, *self.shape))
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape without the "layers" axis."""
+        return self.shape[1:] if self.axes[:1] == ("layers",) else self.shape
+
+    @property
+    def fan_in(self) -> int:
+        return math.prod(self.matrix[: self.n_in])
+
+    @property
+    def fan_out(self) -> int:
+        return math.prod(self.matrix[self.n_in :])
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def weight(fan_in: dict[str, int], fan_out: dict[str, int], role: str, **more) -> nnx.Param:
+    """Declares a matrix stored as [*fan_in, *fan_out]; sizes by axis name."""
+    assert role in ROLES, role
+    axes = {**fan_in, **fan_out}
+    return _param(Spec(tuple(axes), tuple(axes.values()), len(fan_in), role, **more))
+
+
+def vector(init: str, **axes: int) -> nnx.Param:
+    """Declares a gain or a bias over the named axes; `init` is "ones" or "zeros"."""
+    return _param(Spec(tuple(axes), tuple(axes.values()), 0, "vector", init))
+
+
+def _param(spec: Spec) -> nnx.Param:
+    # Only the shape: the values are drawn by build.init, so that a model can be described, counted
+    # and explained without being allocated.
+    return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec=spec)
+
+
+def specs(module: nnx.Module) -> dict:
+    """The nested dict of `Spec` of a module, with the same paths as its parameters."""
+    found: dict = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        node = found
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = variable.get_metadata()["spec"]
+    return found
+
+
+def named(tree: dict, prefix: str = "") -> dict:
+    """A nested dict as {"a/b": leaf}, in sorted order."""
+    flat = {}
+    for name in sorted(tree):
+        node, path = tree[name], prefix + name
+        flat.update(named(node, path + "/") if isinstance(node, dict) else {path: node})
+    return flat
+
+
+def map_named(function, tree: dict, prefix: str = "") -> dict:
+    """`function(path, leaf)` over a nested dict, keeping its structure."""
+    return {
+        name: map_named(function, node, f"{prefix}{name}/")
+        if isinstance(node, dict)
+        else function(prefix + name, node)
+        for name, node in tree.items()
+    }

@@ -1,0 +1,59 @@
+"""The optimizer as one `optax` transformation, its per-parameter factors from the rules' table."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmscale_jax.model.param import map_named
+from lmscale_jax.optim import schedules
+
+
+def build(config, rows: dict) -> optax.GradientTransformationExtraArgs:
+    """AdamW of a resolved config: clip, moments, then learning rate and decay.
+
+    `update` takes the keyword `step`, the number of batches consumed: the schedule follows the data,
+    also when a step was skipped. Loshchilov and Hutter 2019, arXiv 1711.05101.
+    """
+    optim = config.optim
+    parts = [optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)]
+    if optim.clip:
+        parts.insert(0, optax.clip_by_global_norm(optim.clip))
+    parts.append(scale_and_decay(config, rows))
+    return optax.chain(*parts)
+
+
+def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs:
+    """Turns a direction u into the update -(lr(t) f u + decay(t) p) of each parameter p.
+
+    f is the row's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
+    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch.
+    """
+    factor = schedules.make(config)
+    optim = config.optim
+
+    def update(updates, state, params, *, step, **_):
+        s = factor(step)
+
+        def one(path, u):
+            row, p = rows[path], _at(params, path)
+            lr = s * (optim.lr * row.lr_factor)
+            decay = s if optim.decay_mode == "independent" else lr
+            change = lr * u
+            if row.decay and optim.weight_decay:
+                change = change + decay * (optim.weight_decay * row.decay) * p
+            return -change
+
+        return map_named(one, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _at(tree: dict, path: str) -> jax.Array:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def apply(params, updates):
+    """params + updates, in the parameters' own type."""
+    return jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)

@@ -1,0 +1,34 @@
+"""Learning-rate schedules as functions of the step, with values in [0, 1]."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+from lmscale_jax.config import duration
+
+
+def make(config, xp=jnp) -> Callable:
+    """Step (from 0) -> factor of the peak. `xp` is jax.numpy inside the step, numpy to explain it.
+
+    Warm-up rises linearly and reaches 1 at its last step, so the first update is not empty; the
+    last step of a run uses `schedule.final` plus at most one step's descent.
+    """
+    schedule, total = config.schedule, config.train.steps
+    warmup = duration(schedule.warmup, config)
+    cooldown = duration(schedule.cooldown, config) if schedule.name == "wsd" else total - warmup
+    shape = {
+        "cosine": lambda x: (1 + xp.cos(np.pi * x)) / 2,
+        "linear": lambda x: 1 - x,
+        "wsd": lambda x: 1 - x,
+        "constant": lambda x: xp.ones_like(x),
+    }[schedule.name]
+    final = 1.0 if schedule.name == "constant" else schedule.final
+
+    def factor(step):
+        step = xp.asarray(step, xp.float32)
+        rise = xp.minimum(1.0, (step + 1) / max(1, warmup))
+        descent = xp.clip((step - (total - cooldown)) / max(1, cooldown), 0.0, 1.0)
+        return rise * (final + (1 - final) * shape(descent))
+
+    return factor

@@ -1,0 +1,96 @@
+"""The device mesh, and shardings from the named axes of each parameter."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmscale_jax.errors import InputError
+from lmscale_jax.model.param import Spec, map_named
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Which mesh axis splits which named axis of a parameter. The rest is replicated.
+RULES = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+}
+
+
+def make(config, devices: list | None = None) -> Mesh:
+    """The mesh of a config over these devices, all of them by default.
+
+    Raises InputError where the sizes do not multiply to the number of devices or the batch cannot
+    be split.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {name: config.mesh[name] for name in AXES}
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if sizes["data"] == -1 and len(devices) % fixed == 0:
+        sizes["data"] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(
+            f"config.mesh={sizes} does not make {len(devices)} device(s); "
+            f"mesh.data=-1 with fsdp=1 and tensor=1 would"
+        )
+    shards, rows = sizes["data"] * sizes["fsdp"], config.train.batch_size // config.train.accum
+    if rows % shards:
+        raise InputError(
+            f"config.train.batch_size={config.train.batch_size} in {config.train.accum} "
+            f"micro-batch(es) cannot be split over {shards} devices; "
+            f"{-(-rows // shards) * shards * config.train.accum} would work"
+        )
+    shape = tuple(sizes[name] for name in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=np.array(devices))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def partition(spec: Spec, mesh: Mesh) -> P:
+    """The partition of one parameter. A mesh axis is used once, and only where it divides."""
+    free = {name for name, size in mesh.shape.items() if size > 1}
+    parts: list[str | None] = []
+    for axis, size in zip(spec.axes, spec.shape, strict=True):
+        name = RULES.get(axis)
+        fits = name in free and size % mesh.shape[name] == 0
+        parts.append(name if fits else None)
+        free -= {name} if fits else set()
+    return P(*parts)
+
+
+def param_shardings(specs: dict, mesh: Mesh) -> dict:
+    """Nested dict of NamedSharding, one for each parameter."""
+    return map_named(lambda _, spec: NamedSharding(mesh, partition(spec, mesh)), specs)
+
+
+def state_shardings(state, specs: dict, mesh: Mesh):
+    """Shardings for any tree of arrays: what has a parameter's path and shape is split like it.
+
+    Optimizer moments hold copies of the parameter tree, so the end of their path names the
+    parameter; scalars and counters are replicated.
+    """
+    by_path = {}
+    map_named(lambda path, spec: by_path.setdefault(path, spec), specs)
+
+    def one(path, leaf):
+        names = [str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey)]
+        spec = by_path.get("/".join(names))
+        if spec is None or spec.shape != leaf.shape:
+            return NamedSharding(mesh, P())
+        return NamedSharding(mesh, partition(spec, mesh))
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def put_batch(batch, mesh: Mesh):
+    """This process's rows of a batch as global arrays, split along their first axis."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

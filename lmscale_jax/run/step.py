@@ -1,0 +1,124 @@
+"""One optimizer step: (state, batch) -> (state, metrics), a pure function under one jit."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmscale_jax.model.build import Model
+from lmscale_jax.model.param import named
+from lmscale_jax.optim import build as optim
+from lmscale_jax.optim import schedules
+from lmscale_jax.run import mesh as meshes
+
+
+class State(NamedTuple):
+    """Attributes:
+    step: batches consumed, int32.
+    params, opt_state: float32 trees.
+    bad: consecutive steps that were skipped, int32.
+    skipped: all steps that were skipped, int32.
+    """
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    bad: jax.Array
+    skipped: jax.Array
+
+
+def initial(model: Model, transform, seed: int) -> State:
+    """The state before the first step."""
+    params = model.init(jax.random.key(seed))
+    zero = jnp.zeros((), jnp.int32)
+    return State(zero, params, transform.init(params), zero, zero)
+
+
+def shardings(model: Model, transform, mesh: Mesh) -> State:
+    """Shardings of the whole state, without allocating it."""
+    shapes = jax.eval_shape(lambda: initial(model, transform, 0))
+    return meshes.state_shardings(shapes, model.specs, mesh)
+
+
+def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable:
+    """The jitted `step(state, batch, measure=False)`; the state given is consumed.
+
+    With `measure`, metrics also hold the norms of gradient, parameters and update of every layer.
+    It is compiled apart, so that other steps do not pay for it.
+    """
+    accum, factor = config.train.accum, schedules.make(config)
+    dropout = jax.random.key(config.seed) if config.model.dropout else None
+
+    def mean_loss(params, tokens_BxT, targets_BxT, n_targets, key):
+        nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key)
+        return nll_BxT.sum() / n_targets
+
+    def gradient(params, batch, key):
+        n_targets = jnp.maximum(1, (batch.targets_BxT >= 0).sum())
+        function = jax.value_and_grad(mean_loss)
+        if accum == 1:
+            return function(params, batch.tokens_BxT, batch.targets_BxT, n_targets, key)
+
+        def one(total, micro):
+            index, (tokens, targets) = micro
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            part = function(params, tokens, targets, n_targets, micro_key)
+            return jax.tree.map(jnp.add, total, part), None
+
+        rows = NamedSharding(mesh, P(None, *meshes.BATCH))
+        parts = jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(
+                x.reshape(accum, x.shape[0] // accum, *x.shape[1:]), rows
+            ),
+            tuple(batch),
+        )
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        return jax.lax.scan(one, zero, (jnp.arange(accum), parts))[0]
+
+    def step(state: State, batch, measure: bool):
+        key = None if dropout is None else jax.random.fold_in(dropout, state.step)
+        loss, grads = gradient(state.params, batch, key)
+        norm = optax.global_norm(grads)
+        updates, opt_state = transform.update(grads, state.opt_state, state.params, step=state.step)
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old),
+            (optim.apply(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
+        bad = jnp.where(ok, 0, state.bad + 1)
+        skipped = state.skipped + jnp.where(ok, 0, 1)
+        metrics = {
+            "train_loss": loss,
+            "grad_norm": norm,
+            "lr": config.optim.lr * factor(state.step),
+            "bad": bad,
+            "skipped": skipped,
+        }
+        if measure:
+            metrics |= layer_norms(model, grads, params, updates)
+        return State(state.step + 1, params, opt_state, bad, skipped), metrics
+
+    return jax.jit(step, static_argnames="measure", donate_argnums=0, out_shardings=(placed, None))
+
+
+def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
+    """Euclidean norms for each block, [L], and of embedding and readout, by what and where."""
+    n_layers = next(iter(named(model.specs["blocks"]).values())).shape[0]
+
+    def blocks(tree):
+        squares = [
+            jnp.square(x.reshape(n_layers, -1)).sum(axis=1) for x in jax.tree.leaves(tree["blocks"])
+        ]
+        return jnp.sqrt(sum(squares))
+
+    metrics = {}
+    for what, tree in (("grad", grads), ("param", params), ("update", updates)):
+        metrics[f"{what}_norm_layers"] = blocks(tree)
+        for where in ("embed", "readout"):
+            metrics[f"{what}_norm_{where}"] = optax.global_norm(tree[where])
+    return metrics
