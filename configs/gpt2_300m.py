@@ -1,0 +1,7 @@
+"""GPT-2, 300M size. Shape and recipe: configs/families.py."""
+
+from configs import families
+
+
+def get_config():
+    return families.gpt2("300m")

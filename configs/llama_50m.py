@@ -1,0 +1,7 @@
+"""Llama, 50M size. Shape and recipe: configs/families.py."""
+
+from configs import families
+
+
+def get_config():
+    return families.llama("50m")

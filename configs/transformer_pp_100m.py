@@ -1,0 +1,7 @@
+"""Transformer++, 100M size. Shape and recipe: configs/families.py."""
+
+from configs import families
+
+
+def get_config():
+    return families.transformer_pp("100m")
