@@ -1,0 +1,72 @@
+"""The order of the training windows, as a pure function of (seed, step).
+
+Position p of the run's endless stream of windows belongs to epoch p // n, and shows the window at
+place p % n of that epoch's own pseudorandom permutation of 0..n-1. The permutation is computed, not
+stored: a Feistel network keyed by seed and epoch permutes 0..2**k-1, with the smallest k that holds
+n, and a value that lands at n or beyond goes through it again until it lands inside ("cycle
+walking", which stays a permutation).
+
+So there is no iterator state to save: a run that resumes at any step, on any number of hosts, sees
+exactly the batches that it would have seen, and one batch costs the same in epoch 1000 as in 0.
+"""
+
+import numpy as np
+
+_ROUNDS = 6  # even
+_MASK_64 = (1 << 64) - 1
+
+
+class Order:
+    """Which windows make up which batch.
+
+    Args:
+        n_windows: windows in an epoch, at least 1.
+        seed: any integer; another seed gives another order.
+    """
+
+    def __init__(self, n_windows: int, seed: int):
+        if n_windows < 1:
+            raise ValueError(f"n_windows={n_windows}: at least 1 is needed")
+        self.n_windows = n_windows
+        self.seed = np.uint64(seed & _MASK_64)
+        bits = max(2, (n_windows - 1).bit_length())
+        self._left_bits, self._right_bits = np.uint64(bits // 2), np.uint64(bits - bits // 2)
+
+    def indices(self, step: int, batch_size: int) -> np.ndarray:
+        """Windows of the batch of `step`: int64 [batch_size], each in 0..n_windows-1.
+
+        Batches follow each other without gap, so a batch may end one epoch and begin the next.
+        """
+        position_B = np.uint64(step * batch_size) + np.arange(batch_size, dtype=np.uint64)
+        epoch_B, place_B = np.divmod(position_B, np.uint64(self.n_windows))
+        epoch_key_B = _mix(_mix(self.seed[None]) ^ epoch_B)
+        keys_RxB = _mix(epoch_key_B + np.arange(_ROUNDS, dtype=np.uint64)[:, None])
+        window_B = self._permute(place_B, keys_RxB)
+        while len(outside := np.flatnonzero(window_B >= self.n_windows)):
+            window_B[outside] = self._permute(window_B[outside], keys_RxB[:, outside])
+        return window_B.astype(np.int64)
+
+    def _permute(self, value_B: np.ndarray, keys_RxB: np.ndarray) -> np.ndarray:
+        """A bijection of 0..2**bits - 1 for every column of keys, element by element.
+
+        A round hashes the right half into the left one and swaps them, and so can be undone. With
+        an odd number of bits the halves differ in width; an even number of rounds restores them.
+        """
+        one = np.uint64(1)
+        left_mask, right_mask = (one << self._left_bits) - one, (one << self._right_bits) - one
+        left_B, right_B = value_B >> self._right_bits, value_B & right_mask
+        for key_B in keys_RxB:
+            left_B, right_B = right_B, left_B ^ (_mix(key_B ^ right_B) & left_mask)
+            left_mask, right_mask = right_mask, left_mask
+        return (left_B << self._right_bits) | right_B
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A 64-bit hash in which every input bit flips about half of the output bits (SplitMix64).
+
+    Takes arrays, never scalars: they wrap around silently, as is meant here.
+    """
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,162 @@
+"""Where text comes from: a stream of documents, and the list of files behind it.
+
+Documents keep every character, so those of one file joined together are the file again.
+"""
+
+import glob
+import gzip
+import json
+import os
+import re
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lmscale_jax.errors import InputError
+
+_DOCUMENT_PATTERNS = {
+    "file": re.compile(r".+", re.DOTALL),
+    # Up to the blank lines that end it, which belong to it.
+    "paragraph": re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL),
+    "line": re.compile(r"[^\n]*\n|[^\n]+"),
+}
+_NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
+_JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
+
+
+def documents(data_cfg, on_skip: Callable[[Path], object] = lambda path: None) -> Iterator[str]:
+    """Yields every document of the source that is not empty, in a fixed order.
+
+    Args:
+        data_cfg: the config group `data`, its source being stdlib, text or jsonl.
+        on_skip: called with each file of the standard library that cannot be decoded (it has test
+            files that are broken on purpose). Other sources raise instead.
+
+    Raises:
+        InputError: a path is missing, a file is binary or damaged, a JSON line lacks the field.
+    """
+    for path in files(data_cfg):
+        match data_cfg.source:
+            case "stdlib":
+                yield from _library_documents(path, on_skip)
+            case "text":
+                yield from _DOCUMENT_PATTERNS[data_cfg.document].findall(_read_text(path))
+            case "jsonl":
+                yield from _json_documents(path, data_cfg.field)
+
+
+def files(data_cfg) -> list[Path]:
+    """The files behind `documents`, in the order in which they are read.
+
+    Raises:
+        InputError: nothing is found under data.path.
+    """
+    if data_cfg.source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+        return [root / name for name in names if _NOT_LIBRARY.isdisjoint(name.split("/"))]
+    return find(data_cfg.path, "data.path", _JSONL_ENDINGS if data_cfg.source == "jsonl" else ())
+
+
+def find(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
+    """Files named by a file, a directory or a glob, or by several of them joined by commas.
+
+    Each item's files are sorted, items keep their order, and no file comes twice.
+
+    Args:
+        paths: what the user gave.
+        field: the config key that holds it, for messages.
+        endings: the names that count in a directory; hidden files never do.
+
+    Raises:
+        InputError: an item is empty or matches no file.
+    """
+    found = {}
+    for item in [paths] if os.path.exists(paths) else paths.split(","):
+        matches = _matches(os.path.expanduser(item.strip()), endings)
+        if not matches:
+            raise InputError(
+                f"{field}={item.strip()!r}: no {' or '.join(endings) or 'text'} file there; give a "
+                f"file, a directory that holds some, or a glob such as 'texts/**/*.txt'"
+            )
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _matches(item: str, endings: tuple[str, ...]) -> list[Path]:
+    if os.path.isdir(item):
+        inside = sorted(Path(item).rglob("*"))
+        return [
+            path
+            for path in inside
+            if path.name.endswith(endings or "")
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(item).parts)
+        ]
+    named = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    return [Path(name) for name in named if os.path.isfile(name)]
+
+
+def _library_documents(path: Path, on_skip: Callable[[Path], object]) -> Iterator[str]:
+    try:
+        with tokenize.open(path) as file:  # obeys the file's own coding line
+            text = file.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        on_skip(path)
+        return
+    if text:
+        yield text
+
+
+def _json_documents(path: Path, field: str) -> Iterator[str]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"data.path={path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{place}: broken JSON ({error}); every line must be one whole JSON object"
+            ) from None
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: not a JSON object but {line.strip()[:40]}")
+        if field not in record:
+            there = ", ".join(map(str, record)) or "none"
+            raise InputError(
+                f"{place}: no field {field!r}; set data.field to one that is there: {there}"
+            )
+        if text := _checked_text(record[field], f"{place}: field {field!r}"):
+            yield text
+
+
+def _checked_text(value, place: str) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{place} holds {type(value).__name__}, not text; set data.field")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place} holds half a surrogate pair, which is no text") from error
+    return value
+
+
+def _read_text(path: Path) -> str:
+    """All of a file, unpacked where it ends in .gz; line ends stay as they are."""
+    open_file = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_file(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"data.path={path}: cannot be read ({error})") from None
+    remedy = "name UTF-8 text files only, or set data.source=bin for token shards"
+    if b"\0" in content:
+        raise InputError(f"data.path={path}: a binary file (it has NUL bytes); {remedy}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"data.path={path}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); "
+            f"{remedy}"
+        ) from None

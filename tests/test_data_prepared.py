@@ -1,0 +1,326 @@
+"""Prepared data: the split, the cache, what survives a kill, and shards used where they lie."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.base import get_config
+from lmscale_jax.data import packing
+from lmscale_jax.data.prepared import prepare, prepare_to, vocab_size_of
+from lmscale_jax.data.shards import ShardWriter
+from lmscale_jax.data.tokenizers import BytePairs
+from lmscale_jax.errors import InputError
+
+DOCUMENTS = [f"Document {i} says {i * i} and nœthing else.\n" for i in range(300)]
+
+
+def config(tmp_path, **keys):
+    data = get_config().data
+    data.update({"cache": str(tmp_path / "cache"), "source": "text", "tokenizer": "bytes"} | keys)
+    return data
+
+
+def lines_config(tmp_path, documents=DOCUMENTS, **keys):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(documents))
+    return config(tmp_path, path=str(path), **({"document": "line", "vocab_size": 270} | keys))
+
+
+def quiet(line):
+    """Takes the log's place."""
+
+
+def documents_of(prepared, side):
+    shards = getattr(prepared, side)
+    tokens = shards.read(0, shards.n_tokens)
+    starts = np.flatnonzero(tokens == prepared.boundary)
+    assert starts[0] == 0
+    return [prepared.tokenizer.decode(piece) for piece in np.split(tokens, starts[1:])]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_hash_split_loses_and_shares_nothing(tmp_path, tokenizer):
+    cfg = lines_config(tmp_path, tokenizer=tokenizer, vocab_size=270)
+    prepared = prepare(cfg, log=quiet)
+    train, val = documents_of(prepared, "train"), documents_of(prepared, "val")
+    assert sorted(train + val) == sorted(DOCUMENTS)
+    assert 1 <= len(val) <= 40  # 15 are expected
+    for side, documents in (("train", train), ("val", val)):
+        counts = prepared.manifest["splits"][side]
+        assert counts["documents"] == len(documents)
+        assert counts["bytes"] == len("".join(documents).encode())
+        assert counts["tokens"] == getattr(prepared, side).n_tokens
+    assert prepared.vocab_size == vocab_size_of(cfg) == len(prepared.token_bytes)
+
+
+def test_split_depends_neither_on_order_nor_on_other_documents(tmp_path):
+    first = prepare(lines_config(tmp_path), log=quiet)
+    shuffled = list(np.random.default_rng(0).permutation(DOCUMENTS))
+    second = prepare(lines_config(tmp_path, shuffled), log=quiet)
+    fewer = prepare(lines_config(tmp_path, DOCUMENTS[:200]), log=quiet)
+    assert set(documents_of(first, "val")) == set(documents_of(second, "val"))
+    assert set(documents_of(fewer, "val")) == set(documents_of(first, "val")) & set(DOCUMENTS[:200])
+    assert first.fingerprint != second.fingerprint
+
+
+def test_exact_duplicates_are_dropped_and_counted(tmp_path):
+    once = prepare(lines_config(tmp_path), log=quiet)
+    twice = prepare(lines_config(tmp_path, DOCUMENTS + DOCUMENTS[50:]), log=quiet)
+    assert twice.manifest["source"]["duplicates_dropped"] == 250
+    assert twice.fingerprint == once.fingerprint
+    assert twice.val_fingerprint == once.val_fingerprint
+
+
+def place(text):
+    """Where a document's content hash falls in [0, 1)."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
+
+
+def test_bpe_is_trained_on_the_training_documents_only(tmp_path):
+    strange = [text for i in range(1000) if place(text := f"{'zq' * 40}{i}\n") < 0.05]
+    prepared = prepare(lines_config(tmp_path, DOCUMENTS + strange, tokenizer="bpe"), log=quiet)
+    expected = [text for text in DOCUMENTS if place(text) < 0.05] + strange
+    assert documents_of(prepared, "val") == expected
+    assert "zq" not in prepared.tokenizer.vocab
+    assert "zq" in BytePairs.train(DOCUMENTS + strange, 270).vocab
+
+
+@pytest.mark.parametrize("n", [10, 999, 1003, 12345])
+def test_tail_split_of_one_text_is_nanogpts(tmp_path, n):
+    data = "".join(chr(97 + i % 7) for i in range(n))
+    (tmp_path / "input.txt").write_text(data)
+    cfg = config(tmp_path, path=str(tmp_path / "input.txt"), tokenizer="char")
+    cfg.update(split="tail", val_fraction=0.1)
+    prepared = prepare(cfg, log=quiet)
+    chars = sorted(set(data))
+    train = [chars.index(c) for c in data[: int(n * 0.9)]]
+    val = [chars.index(c) for c in data[int(n * 0.9) :]]
+    assert prepared.train.read(0, prepared.train.n_tokens).tolist() == train
+    assert prepared.val.read(0, prepared.val.n_tokens).tolist() == val
+    assert prepared.vocab_size == vocab_size_of(cfg) == 7
+    assert prepared.boundary is None
+
+
+def test_tail_split_cuts_across_documents(tmp_path):
+    prepared = prepare(lines_config(tmp_path, split="tail", val_fraction=0.25), log=quiet)
+    text = "".join(DOCUMENTS)
+    cut = int(len(text) * 0.75)
+    assert "".join(documents_of(prepared, "train")) == text[:cut]
+    assert "".join(documents_of(prepared, "val")) == text[cut:]
+
+
+def test_the_cache_is_reused_until_source_or_settings_change(tmp_path):
+    cfg = lines_config(tmp_path)
+    lines = []
+    first = prepare(cfg, log=lines.append)
+    assert any("prepared in" in line for line in lines)
+    assert prepare(cfg, log=pytest.fail).manifest == first.manifest
+    cfg.val_fraction = 0.2
+    lines.clear()
+    assert prepare(cfg, log=lines.append).val.n_tokens > first.val.n_tokens
+    assert lines
+    lines.clear()
+    prepare(lines_config(tmp_path, [*DOCUMENTS, "new\n"]), log=lines.append)
+    assert lines
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_the_same_documents_give_the_same_shards_bit_for_bit(tmp_path):
+    cfg = lines_config(tmp_path, tokenizer="bpe", vocab_size=270)
+    first = prepare_to(cfg, tmp_path / "a", log=quiet)
+    second = prepare_to(cfg, tmp_path / "b", log=quiet)
+    assert first.manifest == second.manifest
+    assert first.fingerprint == second.fingerprint
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    cfg = lines_config(tmp_path)
+    first = prepare(cfg, log=quiet)
+    shard = first.train.paths[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    again = prepare(cfg, log=quiet)
+    assert again.train.scan() == again.manifest["splits"]["train"]["fingerprint"]
+
+
+PREPARE = """
+import sys
+from configs.base import get_config
+from lmscale_jax.data.prepared import prepare
+data = get_config().data
+data.update(source="text", path=sys.argv[1], cache=sys.argv[2], document="line", vocab_size=300)
+print("go", flush=True)
+print(prepare(data, log=lambda line: print(line, flush=True)).fingerprint)
+"""
+
+
+def start_prepare(text_path, cache):
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", PREPARE, str(text_path), str(cache)]
+    return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_and_concurrent_prepares_leave_nothing_half_written(tmp_path):
+    text_path, cache = tmp_path / "text.txt", tmp_path / "cache"
+    text_path.write_text("".join(f"{line[:-1]} {n}\n" for n in range(100) for line in DOCUMENTS))
+    killed_midway = 0
+    for delay in (0.0, 0.1, 0.2):
+        process = start_prepare(text_path, cache)
+        assert process.stdout.readline() == "go\n"
+        process.stdout.readline()  # its first line of progress: the work is under way
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        named = [path for path in cache.iterdir() if not path.name.startswith(".")]
+        killed_midway += not named
+        for path in named:
+            assert (path / "manifest.json").is_file()
+    assert killed_midway
+    pair = [start_prepare(text_path, cache) for _ in range(2)]
+    outputs = [process.communicate()[0].splitlines() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert sum("prepared in" in line for output in outputs for line in output) <= 1
+    (directory,) = cache.iterdir()
+    names = {"manifest.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"}
+    assert {path.name for path in directory.iterdir()} == names
+
+
+def test_prepare_to_fills_only_an_empty_directory(tmp_path):
+    cfg, out = lines_config(tmp_path), tmp_path / "out"
+    out.mkdir()
+    first = prepare_to(cfg, out, log=quiet)
+    assert prepare_to(cfg, out, log=pytest.fail).manifest == first.manifest
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+    cfg.val_fraction = 0.3
+    before = (out / "manifest.json").read_text()
+    with pytest.raises(InputError, match="holds something else"):
+        prepare_to(cfg, out, log=quiet)
+    assert (out / "manifest.json").read_text() == before
+
+
+def test_a_prepared_directory_is_a_bin_source(tmp_path):
+    made = prepare_to(lines_config(tmp_path), tmp_path / "out", log=quiet)
+    cfg = config(tmp_path, source="bin", path=str(tmp_path / "out"))
+    found = prepare(cfg, log=quiet)
+    assert found.fingerprint == made.fingerprint
+    assert found.tokenizer.name == "bytes" and found.vocab_size == vocab_size_of(cfg) == 257
+    bare = prepare(config(tmp_path, source="bin", path=f"{tmp_path}/out/*.bin"), 300, log=quiet)
+    assert bare.val_fingerprint == made.val_fingerprint
+    assert (bare.tokenizer, bare.token_bytes, bare.boundary) == (None, None, None)
+    assert bare.vocab_size == 300
+    cfg.val_path = "x.bin"
+    with pytest.raises(InputError, match=r"leave data\.val_path empty"):
+        prepare(cfg, log=quiet)
+
+
+def write_shard(directory, prefix, tokens):
+    writer = ShardWriter(directory, prefix, 1000)
+    writer.add(np.asarray(tokens))
+    writer.close()
+
+
+def test_bare_shards_are_checked_once(tmp_path):
+    write_shard(tmp_path, "web_train", np.arange(900))
+    write_shard(tmp_path, "web_val", np.arange(50))
+    cfg = config(tmp_path, source="bin", path=f"{tmp_path}/web_*.bin")
+    lines = []
+    first = prepare(cfg, 1000, log=lines.append)
+    assert (first.train.n_tokens, first.val.n_tokens) == (900, 50)
+    assert len(lines) == 2
+    assert prepare(cfg, 1000, log=pytest.fail).fingerprint == first.fingerprint
+    with pytest.raises(InputError, match="token 500 has id 500, beyond the vocabulary of 500"):
+        prepare(cfg, 500, log=quiet)
+    assert vocab_size_of(cfg) == 0
+    cfg.update(path=f"{tmp_path}/web_val*.bin", val_path=f"{tmp_path}/web_train*.bin")
+    swapped = prepare(cfg, 1000, log=quiet)
+    assert (swapped.train.n_tokens, swapped.val.n_tokens) == (50, 900)
+
+
+def test_bad_bin_sources(tmp_path):
+    write_shard(tmp_path, "train", [1, 2, 3])
+    cfg = config(tmp_path, source="bin", path=str(tmp_path))
+    with pytest.raises(InputError, match=r"model\.vocab_size=0: .*for example 50257"):
+        prepare(cfg, log=quiet)
+    with pytest.raises(InputError, match=r"set data\.val_path"):
+        prepare(cfg, 1000, log=quiet)
+    cfg.val_path = str(tmp_path / "train_000000.bin")
+    with pytest.raises(InputError, match="none is left for training"):
+        prepare(cfg, 1000, log=quiet)
+    cfg.path = str(tmp_path / "none")
+    with pytest.raises(InputError, match=r"no \.bin file there"):
+        prepare(cfg, 1000, log=quiet)
+    with pytest.raises(InputError, match="prepared already"):
+        prepare_to(cfg, tmp_path / "out", log=quiet)
+
+
+def test_a_directory_that_was_tampered_with_is_refused(tmp_path):
+    out = tmp_path / "out"
+    prepare_to(lines_config(tmp_path), out, log=quiet)
+    cfg = config(tmp_path, source="bin", path=str(out))
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
+    with pytest.raises(InputError, match="format 99, not 1"):
+        prepare(cfg, log=quiet)
+    manifest["splits"]["train"]["tokens"] += 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="train shards are not the manifest's"):
+        prepare(cfg, log=quiet)
+    (out / "tokenizer.json").write_text('{"name": "char", "characters": "ab"}')
+    with pytest.raises(InputError, match=r"tokenizer\.json is not the manifest's"):
+        prepare(cfg, log=quiet)
+
+
+@pytest.mark.parametrize(
+    "documents, keys, expected",
+    [
+        ([""], {}, "no text there"),
+        (["one\n"], {"document": "file"}, "data.split=tail or data.document=paragraph"),
+        (["one\n"], {}, "documents: 1, characters: 4"),
+        (["o"], {"split": "tail"}, "give more text"),
+        (DOCUMENTS, {"tokenizer": "bpe", "vocab_size": 99999}, "is enough"),
+    ],
+)
+def test_a_bad_source_is_one_line_and_leaves_nothing(tmp_path, documents, keys, expected):
+    with pytest.raises(InputError) as caught:
+        prepare(lines_config(tmp_path, documents, **keys), log=quiet)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_model_vocabulary_must_hold_the_tokenizers(tmp_path):
+    cfg = lines_config(tmp_path)
+    with pytest.raises(InputError, match=r"model\.vocab_size=256: .*set model\.vocab_size=257"):
+        prepare(cfg, 256, log=quiet)
+    assert prepare(cfg, 320, log=quiet).vocab_size == 257
+
+
+def test_a_cache_that_cannot_be_written_names_itself(tmp_path):
+    cfg = lines_config(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    cfg.cache = str(tmp_path / "file")
+    with pytest.raises(InputError, match=r"cannot be written .*set data\.cache"):
+        prepare(cfg, log=quiet)
+
+
+def test_cache_directory_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LMSCALE_CACHE", str(tmp_path / "elsewhere"))
+    prepare(lines_config(tmp_path, cache=""), log=quiet)
+    (directory,) = (tmp_path / "elsewhere").iterdir()
+    assert directory.name.startswith("text-bytes-")
+
+
+def test_batches_keep_each_sides_order():
+    split = [("train" if i % 3 else "val", str(i) * 100_000) for i in range(100)]
+    batches = list(packing._batches(iter(split)))
+    assert len(batches) > 4
+    for side in packing.SIDES:
+        together = [text for of, texts in batches if of == side for text in texts]
+        assert together == [text for of, text in split if of == side]
