@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs.base import get_config
-from lmscale_jax.data import packing
+from lmscale_jax.data import packing, tokenizers
 from lmscale_jax.data.prepared import prepare, prepare_to, vocab_size_of
 from lmscale_jax.data.shards import ShardWriter
 from lmscale_jax.data.tokenizers import BytePairs
@@ -317,10 +317,19 @@ def test_cache_directory_comes_from_the_environment(tmp_path, monkeypatch):
     assert directory.name.startswith("text-bytes-")
 
 
-def test_batches_keep_each_sides_order():
-    split = [("train" if i % 3 else "val", str(i) * 100_000) for i in range(100)]
-    batches = list(packing._batches(iter(split)))
-    assert len(batches) > 4
-    for side in packing.SIDES:
-        together = [text for of, texts in batches if of == side for text in texts]
-        assert together == [text for of, text in split if of == side]
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_long_documents_are_cut_without_a_trace(tmp_path, tokenizer, monkeypatch):
+    rng = np.random.default_rng(0)
+    letters = list("ab \n\t'é1!\u3000\x1c_日")
+    documents = ["".join(rng.choice(letters, rng.integers(1, 400))) for _ in range(60)]
+    for i, document in enumerate(documents):
+        (tmp_path / f"{i:02d}.txt").write_bytes(document.encode())
+    cfg = config(tmp_path, path=f"{tmp_path}/*.txt", tokenizer=tokenizer, vocab_size=300)
+    whole = prepare_to(cfg, tmp_path / "whole", log=quiet)
+    monkeypatch.setattr(tokenizers, "_PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 100)
+    cut = prepare_to(cfg, tmp_path / "cut", log=quiet)
+    assert cut.manifest == whole.manifest
+    assert documents_of(cut, "train") + documents_of(cut, "val") == sorted(
+        dict.fromkeys(documents), key=lambda document: place(document) < 0.05
+    )

@@ -142,7 +142,8 @@ def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
             return char_tokenizer(data_cfg)
         case "bpe":
             split = split_documents(data_cfg, n_characters)
-            texts = (text for side, text in split if side == "train")
+            train = (text for side, text in split if side == "train")
+            texts = (piece for text in train for piece in tokenizers.pieces(text))
             return tokenizers.BytePairs.train(texts, data_cfg.vocab_size)
 
 
@@ -154,11 +155,13 @@ def _encode(
     totals = {side: Counter(documents=0, bytes=0) for side in SIDES}
     mark = [] if tokenizer.boundary is None else [tokenizer.boundary]
     done, next_line = 0, time.monotonic() + _SECONDS_BETWEEN_LINES
-    for side, texts in _batches(split_documents(data_cfg, n_characters)):
-        pieces = [piece for ids in tokenizer.encode_batch(texts) for piece in (mark, ids)]
-        tokens = np.concatenate(pieces).astype(np.int64)
+    for side, texts, opens_document in _batches(split_documents(data_cfg, n_characters)):
+        parts = []
+        for ids, opens in zip(tokenizer.encode_batch(texts), opens_document, strict=True):
+            parts += [mark, ids] if opens else [ids]
+        tokens = np.concatenate(parts).astype(np.int64)
         writers[side].add(tokens)
-        totals[side]["documents"] += len(texts)
+        totals[side]["documents"] += sum(opens_document)
         totals[side]["bytes"] += int(tokenizer.token_bytes[tokens].sum(dtype=np.int64))
         done += sum(map(len, texts))
         if time.monotonic() > next_line:
@@ -175,14 +178,23 @@ def _encode(
     return splits
 
 
-def _batches(split: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Groups each side's documents, in order, into batches big enough to encode in parallel."""
-    waiting = {side: [] for side in SIDES}
+def _batches(
+    split: Iterator[tuple[str, str]],
+) -> Iterator[tuple[str, list[str], list[bool]]]:
+    """Cuts each side's documents, in order, into batches big enough to encode in parallel.
+
+    Yields:
+        (side, texts, opens_document): pieces of documents, and which of them begin one.
+    """
+    waiting = {side: ([], []) for side in SIDES}
     size = Counter()
-    for side, text in split:
-        waiting[side].append(text)
-        size[side] += len(text)
-        if size[side] >= _BATCH_CHARACTERS:
-            yield side, waiting[side]
-            waiting[side], size[side] = [], 0
-    yield from ((side, texts) for side, texts in waiting.items() if texts)
+    for side, document in split:
+        for index, text in enumerate(tokenizers.pieces(document)):
+            texts, opens_document = waiting[side]
+            texts.append(text)
+            opens_document.append(index == 0)
+            size[side] += len(text)
+            if size[side] >= _BATCH_CHARACTERS:
+                yield side, texts, opens_document
+                waiting[side], size[side] = ([], []), 0
+    yield from ((side, *batch) for side, batch in waiting.items() if batch[0])

@@ -8,7 +8,8 @@ one, is the last id: text can never spell it, so no document can forge a boundar
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,10 @@ import numpy as np
 from lmscale_jax.errors import InputError
 
 FILE_NAME = "tokenizer.json"
+_PIECE_CHARACTERS = 100_000
+# A word never ends in white space, so one always ends here; and the words before this place do not
+# depend on what comes after it.
+_BETWEEN_WORDS = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 class Tokenizer:
@@ -202,6 +207,18 @@ def load(directory: Path) -> Tokenizer:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a readable tokenizer ({error}); prepare again") from None
     raise InputError(f"{path}: neither bytes, char nor bpe; prepare again")
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cuts a long text where it makes no difference: the pieces' ids joined are the text's ids.
+
+    The BPE library takes some 200 bytes of memory for each character that it is given at once.
+    """
+    start = 0
+    while cut := _BETWEEN_WORDS.search(text, start + _PIECE_CHARACTERS):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def _code_points(text: str) -> np.ndarray:
