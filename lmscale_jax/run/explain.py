@@ -1,0 +1,300 @@
+"""The page of `--explain`: what a run would do, said before it is done.
+
+Nothing is trained, prepared or allocated: parameters appear as their annotations only.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs.base import get_config as base_config
+from lmscale_jax.config import duration, get, keys, resolve, tokens_per_step
+from lmscale_jax.data import prepared
+from lmscale_jax.errors import InputError
+from lmscale_jax.model import build, flops
+from lmscale_jax.optim import schedules
+from lmscale_jax.parametrization import rules
+from lmscale_jax.run import mesh as meshes
+
+# Share of the chip's peak that a training step of this size usually reaches.
+EFFICIENCY = 0.4
+# The same against the rate of a bare product on a CPU: what is not a product weighs more there, and
+# most beside the matrix units that bfloat16 uses.
+CPU_EFFICIENCY = {"float32": 0.5, "bfloat16": 0.2}
+PROBE_SECONDS = 0.2
+
+
+def explain(config: ConfigDict, overrides: dict, config_file: str, print: Callable = print) -> None:
+    """Prints the page for a config as it came from its file and the command line.
+
+    Args:
+        config: not yet resolved.
+        overrides: {dotted path: value} given on the command line.
+        config_file: the value of --config.
+        print: takes the text.
+
+    Raises:
+        InputError: the config is bad, or does not fit this machine's devices.
+    """
+    resolved = resolve(config, prepared.vocab_size_of(config.data))
+    if not resolved.model.vocab_size:
+        raise InputError(
+            f"config.model.vocab_size=0: bare shards (data.path={config.data.path}) do not say how "
+            f"many ids they use; set model.vocab_size, for example 50257 for GPT-2's tokenizer"
+        )
+    meshes.start(resolved)
+    mesh = meshes.make(resolved)
+    platform = mesh.devices.flat[0].platform
+    model = build.build(resolved, platform=platform, shards=meshes.batch_shards(mesh))
+    where = origins(config_file, overrides, config)
+    for path, _ in keys():
+        if get(resolved, path) != (given := get(config, path)):
+            where[path] = "derived" if where[path] == "base" else f"{where[path]} gave {given:g}"
+    print(page(resolved, where, model, mesh, _manifest(config.data)))
+
+
+def origins(config_file: str, overrides: dict, config) -> dict[str, str]:
+    """{dotted path: "base", the config file, or the flag that set it}, for every key.
+
+    A file that sets a key to its default cannot be told from one that leaves it alone.
+    """
+    defaults = base_config()
+    found = {}
+    for path, _ in keys():
+        same = get(config, path) == get(defaults, path)
+        found[path] = "base" if same else os.path.relpath(config_file)
+        if path in overrides:
+            found[path] = f"--config.{path}"
+    return found
+
+
+def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: dict | None) -> str:
+    """The whole text, for a resolved config.
+
+    Args:
+        config: resolved.
+        origins: where the value of each key came from.
+        model: as `build.build` describes it.
+        mesh: the device mesh.
+        manifest: of the prepared data, None where it is not prepared yet.
+    """
+    sections = [
+        ("config (* set by the config file or a flag)", _config(config, origins)),
+        ("schedule", _schedule(config)),
+        ("parameters", _parameters(model, mesh)),
+        ("counts", _counts(model)),
+        ("flops", _flops(config, model)),
+        ("memory per device (estimate)", _memory(config, model, mesh)),
+        ("data", _data(config, model, manifest)),
+        ("mesh", _mesh(mesh)),
+        ("choices", [f"{name:<12}{why}" for name, why in model.choices.items()]),
+        ("time", _time(config, model, mesh)),
+    ]
+    return "\n\n".join("\n".join([title, *("  " + x for x in body)]) for title, body in sections)
+
+
+def jumps(config) -> list[tuple[int, int, float, float]]:
+    """Where the learning rate changes faster than in warm-up, as (first, last, before, after).
+
+    Steps first..last each change it by more than one step of warm-up does (without warm-up: by more
+    than 2 % of the peak). `before` and `after` are learning rates. The rate before step 0 is 0.
+    """
+    warmup = duration(config.schedule.warmup, config)
+    # The schedule is float32; the last term is its rounding.
+    limit = (1.01 / warmup if warmup > 1 else 0.02) + 5e-7
+    factor, total = schedules.make(config, np), config.train.steps
+    found: list[tuple[int, int, float, float]] = []
+    before, block = 0.0, 2**20
+    for start in range(0, total, block):
+        values = np.atleast_1d(factor(np.arange(start, min(total, start + block))))
+        earlier = np.concatenate([[before], values[:-1]])
+        for i in np.flatnonzero(np.abs(values - earlier) > limit):
+            step, low, high = (
+                start + int(i),
+                *(float(x[i]) * config.optim.lr for x in (earlier, values)),
+            )
+            if found and found[-1][1] == step - 1:
+                found[-1] = (found[-1][0], step, found[-1][2], high)
+            else:
+                found.append((step, step, low, high))
+        before = float(values[-1])
+    return found
+
+
+def seconds(config, model: build.Model, mesh) -> tuple[float, str]:
+    """An estimate of the time of all steps, without evaluation, and what it rests on."""
+    device = mesh.devices.flat[0]
+    dtype = config.model.dtype
+    total = flops.flops_per_token(config, model.specs)["model"] * tokens(config)
+    peak = flops.peak(device.device_kind, dtype)
+    if peak is not None:
+        rate, share = peak, EFFICIENCY
+        basis = f"{device.device_kind}'s {dtype} peak, {peak / 1e12:,.0f} TFLOP/s"
+    else:
+        rate = _probe(dtype, 1024 if device.platform == "cpu" else 4096)
+        share = CPU_EFFICIENCY[dtype] if device.platform == "cpu" else EFFICIENCY
+        basis = f"a {dtype} product measured now, {rate / 1e9:,.0f} GFLOP/s"
+    # Simulated CPU devices share the machine that the probe measured as a whole.
+    devices = 1 if device.platform == "cpu" else mesh.size
+    each = f" on each of {devices} devices" if devices > 1 else ""
+    return total / (rate * share * devices), f"{share:.0%} of {basis}{each}"
+
+
+def _manifest(data_cfg) -> dict | None:
+    """The manifest of the data if it has been prepared; looks, and prepares nothing."""
+    if data_cfg.source == "bin":
+        directory = Path(data_cfg.path).expanduser()
+    else:
+        settings = prepared._settings(data_cfg)
+        name = f"{data_cfg.source}-{data_cfg.tokenizer}-{prepared._key(settings)}"
+        directory = prepared.cache_root(data_cfg) / name
+    return prepared.read_manifest(directory) if (directory / "manifest.json").is_file() else None
+
+
+def tokens(config) -> int:
+    """Training tokens of a resolved config."""
+    return config.train.steps * tokens_per_step(config)
+
+
+def _probe(dtype: str, width: int) -> float:
+    """FLOP/s of a square product, measured for a moment."""
+    x = jnp.ones((width, width), dtype)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+    product(x, x).block_until_ready()
+    done, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < PROBE_SECONDS:
+        product(x, x).block_until_ready()
+        done += 1
+    return done * 2 * width**3 / spent
+
+
+def _config(config, origins: dict[str, str]) -> list[str]:
+    rows, group = [], None
+    for path, key in keys():
+        head, _, name = path.rpartition(".")
+        if head != group:
+            rows.append((head or "(top)", "", ""))
+            group = head
+        value, origin = get(config, path), origins[path]
+        shown = repr(value) if isinstance(value, str) else _number(value)
+        mark = " " if origin in ("base", "derived") else "*"
+        if any(get(config, other) not in allowed for other, allowed in key.when.items()):
+            origin = "not used here"
+        rows.append((f" {mark} {name}", shown, origin))
+    return _table(rows)
+
+
+def _schedule(config) -> list[str]:
+    schedule, total = config.schedule, config.train.steps
+    warmup = duration(schedule.warmup, config)
+    factor = schedules.make(config, np)
+    named = {0: "first", total // 2: "middle", total - 1: "last"}
+    if warmup > 1:
+        named[warmup - 1] = "warm-up done"
+    if schedule.name == "wsd":
+        named[total - duration(schedule.cooldown, config)] = "cooldown begins"
+    lines = [f"{schedule.name}, {total:,} steps of {tokens_per_step(config):,} tokens"]
+    for step in sorted(s for s in named if s < total):
+        lines.append(
+            f"step {step:>10,}  lr {config.optim.lr * float(factor(step)):<10.4g} {named[step]}"
+        )
+    found = jumps(config)
+    for first, last, before, after in found:
+        span = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+        lines.append(f"jump at {span}: lr {before:.4g} to {after:.4g}")
+    if not found:
+        lines.append("no step changes the learning rate by more than a step of warm-up does")
+    return lines
+
+
+def _parameters(model: build.Model, mesh) -> list[str]:
+    rows = [("path", "axes", "role", "init", "std", "lr x", "decay x", "split over")]
+    for entry in rules.as_json(model.rows):
+        axes = " ".join(f"{a}={n}" for a, n in zip(entry["axes"], entry["shape"], strict=True))
+        split = meshes.partition(model.rows[entry["path"]].spec, mesh)
+        std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else "-"
+        given = (entry["path"], axes, entry["role"], entry["init"], std)
+        factors = (f"{entry['lr_factor']:g}", f"{entry['decay']:g}")
+        over = " ".join(part or "-" for part in split) if any(split) else "-"
+        rows.append((*given, *factors, over))
+    return _table(rows)
+
+
+def _counts(model: build.Model) -> list[str]:
+    return _table([(name, f"{n:,}") for name, n in flops.counts(model.specs).items()])
+
+
+def _flops(config, model: build.Model) -> list[str]:
+    rows = [("convention", "per token", "whole run")]
+    for name, each in flops.flops_per_token(config, model.specs).items():
+        rows.append((name, f"{each:.4g}", f"{each * tokens(config):.4g}"))
+    return [
+        *_table(rows),
+        "model is what run.json and MFU use; lmscale_jax/model/flops.py defines all",
+    ]
+
+
+def _memory(config, model: build.Model, mesh) -> list[str]:
+    parts = {
+        path: math.prod(mesh.shape[name] for name in meshes.partition(row.spec, mesh) if name)
+        for path, row in model.rows.items()
+    }
+    sizes = flops.memory(config, model.specs, dict(mesh.shape), parts)
+    return _table([(name, f"{size / 2**20:,.0f} MiB") for name, size in sizes.items()])
+
+
+def _data(config, model: build.Model, manifest: dict | None) -> list[str]:
+    n, total = flops.counts(model.specs), tokens(config)
+    rows = [
+        ("training tokens", f"{total:,}"),
+        ("tokens per parameter", f"{total / n['total']:.3g}"),
+        ("  not counting tables", f"{total / max(1, n['non_embedding']):.3g}"),
+    ]
+    if manifest is None:
+        rows.append(("epochs", "not known: the data is not prepared yet"))
+        return _table(rows)
+    sides = manifest["splits"]
+    windows = (sides["train"]["tokens"] - 1) // config.data.seq_len
+    epochs = config.train.steps * config.train.batch_size / max(1, windows)
+    rows.append(("prepared, training", f"{sides['train']['tokens']:,} tokens"))
+    rows.append(("prepared, validation", f"{sides['val']['tokens']:,} tokens"))
+    rows.append(("epochs", f"{epochs:.3g}"))
+    return _table(rows)
+
+
+def _mesh(mesh) -> list[str]:
+    device = mesh.devices.flat[0]
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return [f"{shape}: {mesh.size} {device.platform} device(s), {device.device_kind}"]
+
+
+def _time(config, model: build.Model, mesh) -> list[str]:
+    estimate, basis = seconds(config, model, mesh)
+    return [f"about {_duration(estimate)} for the steps alone, at {basis}"]
+
+
+def _duration(amount: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if amount >= 1.5 * size:
+            return f"{amount / size:.3g} {unit}"
+    return f"{amount:.2g} seconds"
+
+
+def _number(value) -> str:
+    # Separators where digits are hard to count, but not in a seed or a year-sized number.
+    return f"{value:,}" if type(value) is int and abs(value) >= 10_000 else f"{value}"
+
+
+def _table(rows: list[tuple]) -> list[str]:
+    """Rows of text with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
