@@ -2,17 +2,20 @@
 
 Position p of the run's endless stream of windows belongs to epoch p // n, and shows the window at
 place p % n of that epoch's own pseudorandom permutation of 0..n-1. The permutation is computed, not
-stored: a Feistel network keyed by seed and epoch permutes 0..2**k-1, with the smallest k that holds
-n, and a value that lands at n or beyond goes through it again until it lands inside ("cycle
-walking", which stays a permutation).
+stored. A Feistel network keyed by seed and epoch permutes a grid that just holds n: a number is a
+row and a column, and each round shifts one of them by a hash of the other, which can be undone. A
+number that lands at n or beyond goes through again until it lands inside ("cycle walking", which
+stays a permutation).
 
 So there is no iterator state to save: a run that resumes at any step, on any number of hosts, sees
 exactly the batches that it would have seen, and one batch costs the same in epoch 1000 as in 0.
 """
 
+import math
+
 import numpy as np
 
-_ROUNDS = 6  # even
+_ROUNDS = 8
 _MASK_64 = (1 << 64) - 1
 
 
@@ -29,8 +32,8 @@ class Order:
             raise ValueError(f"n_windows={n_windows}: at least 1 is needed")
         self.n_windows = n_windows
         self.seed = np.uint64(seed & _MASK_64)
-        bits = max(2, (n_windows - 1).bit_length())
-        self._left_bits, self._right_bits = np.uint64(bits // 2), np.uint64(bits - bits // 2)
+        n_rows = math.isqrt(n_windows - 1) + 1
+        self._grid = np.uint64(n_rows), np.uint64(-(-n_windows // n_rows))
 
     def indices(self, step: int, batch_size: int) -> np.ndarray:
         """Windows of the batch of `step`: int64 [batch_size], each in 0..n_windows-1.
@@ -47,18 +50,13 @@ class Order:
         return window_B.astype(np.int64)
 
     def _permute(self, value_B: np.ndarray, keys_RxB: np.ndarray) -> np.ndarray:
-        """A bijection of 0..2**bits - 1 for every column of keys, element by element.
-
-        A round hashes the right half into the left one and swaps them, and so can be undone. With
-        an odd number of bits the halves differ in width; an even number of rounds restores them.
-        """
-        one = np.uint64(1)
-        left_mask, right_mask = (one << self._left_bits) - one, (one << self._right_bits) - one
-        left_B, right_B = value_B >> self._right_bits, value_B & right_mask
-        for key_B in keys_RxB:
-            left_B, right_B = right_B, left_B ^ (_mix(key_B ^ right_B) & left_mask)
-            left_mask, right_mask = right_mask, left_mask
-        return (left_B << self._right_bits) | right_B
+        """A bijection of the grid's cells for every column of keys, element by element."""
+        n_rows, n_columns = self._grid
+        row_B, column_B = np.divmod(value_B, n_columns)
+        for row_key_B, column_key_B in zip(keys_RxB[::2], keys_RxB[1::2], strict=True):
+            row_B = (row_B + _mix(row_key_B ^ column_B) % n_rows) % n_rows
+            column_B = (column_B + _mix(column_key_B ^ row_B) % n_columns) % n_columns
+        return row_B * n_columns + column_B
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -55,8 +55,7 @@ def files(data_cfg) -> list[Path]:
     """
     if data_cfg.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-        return [root / name for name in names if _NOT_LIBRARY.isdisjoint(name.split("/"))]
+        return sorted(_library_files(root), key=lambda path: path.relative_to(root).as_posix())
     return find(data_cfg.path, "data.path", _JSONL_ENDINGS if data_cfg.source == "jsonl" else ())
 
 
@@ -97,6 +96,13 @@ def _matches(item: str, endings: tuple[str, ...]) -> list[Path]:
         ]
     named = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
     return [Path(name) for name in named if os.path.isfile(name)]
+
+
+def _library_files(root: Path) -> Iterator[Path]:
+    for directory, subdirectories, names in os.walk(root):
+        # Not entered at all: what is installed can be a hundred times the library.
+        subdirectories[:] = set(subdirectories) - _NOT_LIBRARY
+        yield from (Path(directory, name) for name in names if name.endswith(".py"))
 
 
 def _library_documents(path: Path, on_skip: Callable[[Path], object]) -> Iterator[str]:
