@@ -4,7 +4,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lmscale_jax.errors import InputError, RunFailed
@@ -14,6 +14,7 @@ def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main()`. Exit status 0: done; 1: RunFailed; 2: bad input."""
 
     def body(_argv) -> None:
+        logging.set_verbosity(logging.WARNING)
         try:
             main()
         except InputError as error:

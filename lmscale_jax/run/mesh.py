@@ -23,6 +23,13 @@ RULES = {
 }
 
 
+def start(config) -> None:
+    """Sets up JAX for a config; call it before anything asks for a device."""
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+
+
 def make(config, devices: list | None = None) -> Mesh:
     """The mesh of a config over these devices, all of them by default.
 
@@ -94,3 +101,20 @@ def put_batch(batch, mesh: Mesh):
     """This process's rows of a batch as global arrays, split along their first axis."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def sum_over_hosts(value: int) -> int:
+    """The sum of one integer over all processes."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.int64(value)).sum())
+
+
+def host_rows(batch_size: int, mesh: Mesh) -> slice:
+    """The rows of a global batch that this process's devices hold, which must be contiguous."""
+    index = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    starts = [(s[0].start or 0) for s in index.values()]
+    stops = [batch_size if s[0].stop is None else s[0].stop for s in index.values()]
+    return slice(min(starts), max(stops))

@@ -1,0 +1,149 @@
+"""The run directory: who may write in it, whether it may be continued, and run.json."""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from lmscale_jax.config import differences, get
+from lmscale_jax.errors import InputError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def check(workdir: Path, config) -> dict | None:
+    """The record of the run that `workdir` already holds, or None. Writes nothing.
+
+    Raises InputError where the directory cannot be written or holds another run.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is a file; name a directory")
+    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir={workdir} cannot be written; one under {Path.home()} could")
+    path = workdir / "run.json"
+    if not path.exists():
+        if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
+            raise InputError(
+                f"--workdir={workdir} holds files but no run.json; name an empty or new directory"
+            )
+        return None
+    try:
+        record = json.loads(path.read_text())
+        before = record["config"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"--workdir={workdir}: run.json is no run record ({error})") from None
+    changed = differences(before, config.to_dict(), identity_only=True)
+    if changed:
+        first = changed[0]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        was = get(before, first) if _has(before, first) else "absent"
+        raise InputError(
+            f"--workdir={workdir} holds a run of another config: {first} is {was!r} there and "
+            f"{get(config, first)!r} here{more}; name a new --workdir"
+        )
+    return record
+
+
+def _has(config: dict, path: str) -> bool:
+    try:
+        get(config, path)
+    except (KeyError, TypeError):
+        return False
+    return True
+
+
+class Lock:
+    """Holds a run directory for one process; the system releases it when the process ends."""
+
+    def __init__(self, workdir: Path):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            self._file = open(workdir / ".lock", "a+")
+        except OSError as error:
+            raise InputError(f"--workdir={workdir}: {error.strerror}; name another") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            raise InputError(
+                f"--workdir={workdir} is in use by {holder}; wait for it or name another"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.flush()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class Record:
+    """run.json: read by every plot, fit and table. Each `update` rewrites it atomically."""
+
+    def __init__(self, workdir: Path, fields: dict):
+        self._path = workdir / "run.json"
+        self._fields = fields
+
+    def __getitem__(self, name: str):
+        return self._fields[name]
+
+    def update(self, **fields) -> None:
+        self._fields |= fields
+        write_json(self._path, self._fields)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes JSON atomically; numbers that are not finite become null."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(finite(value), file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finite(value):
+    """The value with every non-finite float replaced by None."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def provenance() -> dict:
+    """Versions, code revision and start time: what a reader needs to repeat the run."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    return {
+        "versions": versions,
+        "code": _revision(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _revision() -> dict | None:
+    """The commit of the source tree and whether it had changes, where it is a git checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments) -> str:
+        result = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+        )
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(git("status", "--porcelain"))} if commit else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,292 @@
+"""One training run, chapter by chapter: set up, restore or begin, loop, finish."""
+
+import dataclasses
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from lmscale_jax import config as configs
+from lmscale_jax.data import pipeline, prepared
+from lmscale_jax.errors import RunFailed
+from lmscale_jax.evals import perplexity
+from lmscale_jax.model import flops
+from lmscale_jax.model.build import Model, build
+from lmscale_jax.optim import build as optim
+from lmscale_jax.parametrization import rules
+from lmscale_jax.run import checkpoint, mesh, record, step
+from lmscale_jax.run.clock import Clock
+from lmscale_jax.run.journal import Diverged, Journal
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything of a run that does not change while it runs."""
+
+    config: object
+    workdir: Path
+    data: prepared.Prepared
+    mesh: jax.sharding.Mesh
+    model: Model
+    transform: object
+    placed: step.State
+    batches: pipeline.TrainBatches
+    eval_sums: Callable
+
+    def validate(self, params) -> dict:
+        """Loss and its kin on the held-out tokens."""
+        config = self.config
+        size = config.eval.batch_size or config.train.batch_size // config.train.accum
+        batches = pipeline.val_batches(
+            self.data, config.data.seq_len, size, config.eval.tokens, mesh.host_rows(size, self.mesh)
+        )
+        return perplexity.evaluate(
+            self.eval_sums, params, batches, self.mesh, self.data.token_bytes
+        )
+
+
+class Finished(NamedTuple):
+    """A run that has just ended: its record, what it was made of, and its parameters."""
+
+    record: record.Record
+    setup: Setup
+    params: dict
+
+
+def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished | None:
+    """Trains the run of a config in `workdir`, going on from its last checkpoint if it has one.
+
+    Returns None if the run was finished before. Raises InputError on bad input, before anything is written there, and RunFailed where the run
+    diverged or its final checkpoint could not be written.
+    """
+    resolved = configs.resolve(config, prepared.vocab_size_of(config.data))
+    before = record.check(workdir, resolved)
+    if before and before["status"] == "finished":
+        say(f"{workdir} is finished: validation loss {before['final']['val_loss']:.4f}")
+        return None
+    setup = prepare(config, workdir, say)
+    lock = record.Lock(workdir)
+    run = record.Record(workdir, facts(setup))
+    run.update(status="running")
+    record.write_json(workdir / "parametrization.json", rules.as_json(setup.model.rows))
+    try:
+        params = _run(setup, run, say)
+    except Diverged as error:
+        run.update(status="diverged", error=str(error))
+        raise
+    except Exception as error:
+        _note_failure(run, error)
+        raise
+    finally:
+        lock.release()
+    return Finished(run, setup, params)
+
+
+def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
+    """Data, mesh, model and optimizer of a config; nothing of size is allocated."""
+    data = prepared.prepare(config.data, config.model.vocab_size, log=say)
+    config = configs.resolve(config, data.vocab_size)
+    grid = mesh.make(config)
+    shards = mesh.batch_shards(grid)
+    platform = grid.devices.flat[0].platform
+    model = build(config, platform=platform, boundary=data.boundary, shards=shards)
+    transform = optim.build(config, model.rows)
+    batches = pipeline.TrainBatches(
+        data,
+        config.data.seq_len,
+        config.train.batch_size,
+        config.data.seed,
+        mesh.host_rows(config.train.batch_size, grid),
+    )
+    return Setup(
+        config=config,
+        workdir=workdir,
+        data=data,
+        mesh=grid,
+        model=model,
+        transform=transform,
+        placed=step.shardings(model, transform, grid),
+        batches=batches,
+        eval_sums=perplexity.make(model, grid),
+    )
+
+
+def facts(setup: Setup) -> dict:
+    """The fields of run.json that are known before the first step."""
+    config, devices = setup.config, setup.mesh.devices
+    per_token = flops.flops_per_token(config, setup.model.specs)
+    tokens = config.train.steps * configs.tokens_per_step(config)
+    return {
+        "name": setup.workdir.name,
+        "config": config.to_dict(),
+        "config_hash": configs.fingerprint(config),
+        "seed": config.seed,
+        "counts": flops.counts(setup.model.specs),
+        "flops_per_token": per_token["model"],
+        "flops_per_token_by_convention": per_token,
+        "flops_total": per_token["model"] * tokens,
+        "tokens": tokens,
+        "epochs": setup.batches.epochs(config.train.steps),
+        "data": {
+            "fingerprint": setup.data.fingerprint,
+            "val_fingerprint": setup.data.val_fingerprint,
+            "train_tokens": setup.data.train.n_tokens,
+            "val_tokens": setup.data.val.n_tokens,
+        },
+        "device": {
+            "platform": devices.flat[0].platform,
+            "kind": devices.flat[0].device_kind,
+            "count": devices.size,
+            "processes": jax.process_count(),
+            "mesh": dict(setup.mesh.shape),
+        },
+        "choices": setup.model.choices,
+        "final": {},
+        "throughput": {"tokens_per_second": None, "mfu": None},
+        **record.provenance(),
+    }
+
+
+def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
+    config = setup.config
+    checkpoints = checkpoint.Checkpoints(
+        setup.workdir, config.checkpoint.keep, config.checkpoint.keep_every
+    )
+    state, host = restore_or_begin(setup, checkpoints, say)
+    clock = Clock(host.get("clock"))
+    journal = Journal(
+        config, setup.workdir, int(state.step), host.get("journal", {}), clock, run["config_hash"]
+    )
+    stop = Stop()
+    try:
+        state, final = loop(setup, state, journal, clock, checkpoints, stop)
+    finally:
+        journal.close()
+        stop.restore()
+    if stop.asked and int(state.step) < config.train.steps:
+        run.update(interrupted=f"{stop.asked} after step {int(state.step)}")
+        say(
+            f"stopped by {stop.asked}: step {int(state.step)} of {config.train.steps} is saved; "
+            f"the same command goes on from there"
+        )
+        checkpoints.close()
+        raise SystemExit(128 + signal.Signals[stop.asked])
+    finish(setup, run, state, final or setup.validate(state.params), clock)
+    checkpoints.close()
+    return state.params
+
+
+def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
+    """The state to go on from, placed on the mesh, and what the host remembered with it."""
+
+    def begin():
+        return step.initial(setup.model, setup.transform, setup.config.seed)
+
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(begin),
+        setup.placed,
+    )
+    found = checkpoints.restore(abstract, say)
+    if found is None:
+        return jax.jit(begin, out_shardings=setup.placed)(), {}
+    say(f"going on from step {found[1]['step']}")
+    return found
+
+
+def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop):
+    """Runs the remaining steps. Returns the last state and, if it was reached, its evaluation.
+
+    The metrics of a step are read while the next one runs, except where the state is needed.
+    """
+    config, first, last = setup.config, int(state.step), setup.config.train.steps
+    take_step = step.make(config, setup.model, setup.transform, setup.mesh, setup.placed)
+    stream = pipeline.prefetch(setup.batches.at, first, last, workers=config.data.workers)
+    compiled, pending, final = set(), None, None
+    for done, batch in enumerate(stream, first + 1):
+        measure = config.log.per_layer and done % config.log.every == 0
+        state, metrics = take_step(state, mesh.put_batch(batch, setup.mesh), measure=measure)
+        if pending:
+            journal.take(*pending)
+        pending = (done, metrics)
+        if measure not in compiled:
+            compiled.add(measure)
+            clock.leave_out()
+        evaluate = done == last or _due(done, config.eval.every)
+        save = done == last or _due(done, config.checkpoint.every) or stop.asked
+        if not (evaluate or save):
+            continue
+        jax.block_until_ready(state)
+        with clock.pause():
+            extra = setup.validate(state.params) if evaluate else None
+        journal.take(*pending, extra)
+        pending, final = None, extra if done == last else None
+        if extra:
+            journal.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")
+        if save:
+            with clock.pause():
+                _save(checkpoints, done, state, journal, clock, final=done == last)
+        if stop.asked:
+            break
+    return state, final
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+def _save(checkpoints, done: int, state, journal: Journal, clock: Clock, final: bool) -> None:
+    """Saves; what goes wrong is said, and ends the run only if this was its last chance."""
+    host = {"journal": journal.sync(), "clock": clock.state()}
+    try:
+        checkpoints.save(done, state, host)
+        if final:
+            checkpoints.wait()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        kept = [s for s in checkpoints.steps() if s != done]
+        text = f"checkpoint {done} could not be written ({reason}); on the disk: {kept or 'none'}"
+        if final:
+            raise RunFailed(text) from error
+        journal.progress.say(text)
+
+
+class Stop:
+    """Remembers that SIGTERM or SIGINT came; a second one ends the process at once."""
+
+    def __init__(self):
+        self.asked: str | None = None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, _frame) -> None:
+        self.asked = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def finish(setup: Setup, run: record.Record, state, final: dict, clock: Clock) -> None:
+    """Writes the final record."""
+    speed = clock.tokens_per_second
+    devices = setup.mesh.devices
+    peak = flops.peak(devices.flat[0].device_kind, setup.config.model.dtype)
+    mfu = speed * run["flops_per_token"] / (peak * devices.size) if speed and peak else None
+    run.update(
+        status="finished",
+        final=final,
+        throughput={"tokens_per_second": speed, "mfu": mfu},
+        wall_seconds=clock.wall_seconds,
+        skipped_steps=int(state.skipped),
+    )
+
+
+def _note_failure(run: record.Record, error: Exception) -> None:
+    """The status must not stay "running"; but a full disk must not hide what went wrong."""
+    try:
+        run.update(status="failed", error=" ".join(str(error).split())[:500])
+    except OSError:
+        pass

@@ -1,0 +1,141 @@
+"""Where metrics go: metrics.jsonl always; terminal, TensorBoard and Weights & Biases beside it."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from lmscale_jax.run.record import finite
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a line, a function of the run's config alone.
+
+    Lines after `step`, the step of the checkpoint that the run goes on from, are dropped, so that
+    an interrupted run ends with the same file as one that was never stopped. Whatever depends on
+    the machine's speed goes to timing.jsonl instead.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a")
+
+    def write(self, line: dict) -> None:
+        self._file.write(json.dumps(finite(line)) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns once all lines are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file; a last line without its end was being written."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().split("\n")[:-1] if line]
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All lines of a metrics.jsonl."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def scalars(line: dict) -> dict[str, float]:
+    """A line's numbers by name; lists by layer become one entry a layer."""
+    flat = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/{index}": v for index, v in enumerate(value)}
+        elif isinstance(value, (int, float)) and name != "step":
+            flat[name] = value
+    return flat
+
+
+class TensorBoard:
+    """Event files under tb/; what lies after the step that a run goes on from is marked void."""
+
+    def __init__(self, workdir: Path, step: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(workdir / "tb"), purge_step=step + 1 if step else None)
+
+    def write(self, line: dict) -> None:
+        for name, value in scalars(line).items():
+            self._writer.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A Weights & Biases run of the same name, continued when the run is."""
+
+    def __init__(self, workdir: Path, config, run_id: str):
+        import wandb
+
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            dir=str(workdir),
+            id=run_id,
+            name=workdir.name,
+            resume="allow",
+            mode=config.log.wandb,
+            config=config.to_dict(),
+        )
+
+    def write(self, line: dict) -> None:
+        self._run.log(scalars(line), step=line["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Progress:
+    """A bar with loss, speed and time left on a terminal; plain lines elsewhere."""
+
+    def __init__(self, total: int, step: int, seconds_between: float = 10.0):
+        self._total, self._between, self._last = total, seconds_between, 0.0
+        self._bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
+        self._begin, self._first = time.monotonic(), step
+
+    def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+        speed = f"{tokens_per_second:,.0f} tok/s" if tokens_per_second else ""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f} {speed}", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._last < self._between and step < self._total:
+            return
+        left = (now - self._begin) / max(1, step - self._first) * (self._total - step)
+        self.say(f"step {step}/{self._total}  loss {loss:.4f}  {speed}  {_hms(left)} left")
+        self._last = now
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _hms(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
