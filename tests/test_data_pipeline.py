@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lmscale_jax.data.pipeline import NO_LABEL, TrainBatches, prefetch, val_batches
+from lmscale_jax.data.pipeline import NO_LABEL, Batch, TrainBatches, prefetch, val_batches
 from lmscale_jax.data.shards import Shards, ShardWriter
 from lmscale_jax.errors import InputError
 
@@ -131,17 +131,19 @@ def test_worker_processes_read_the_same_batches(data):
     by_processes = list(prefetch(batches.at, 3, 15, workers=2))
     assert len(by_processes) == 12
     for ours, theirs in zip(by_thread, by_processes, strict=True):
-        assert type(theirs) is type(ours)
+        assert type(theirs) is Batch and type(theirs.tokens_BxT) is np.ndarray
         assert (theirs.tokens_BxT == ours.tokens_BxT).all()
         assert (theirs.targets_BxT == ours.targets_BxT).all()
 
 
 def test_worker_processes_pass_on_exceptions():
+    ahead = prefetch(_fail_at_4, 0, 10, workers=1)
+    assert [next(ahead).tokens_BxT.item() for _ in range(4)] == [0, 1, 2, 3]
     with pytest.raises(Exception, match="disk is gone"):
-        list(prefetch(_fail_at_4, 0, 10, workers=1))
+        next(ahead)
 
 
 def _fail_at_4(step):
     if step == 4:
         raise OSError("disk is gone")
-    return np.array([step])
+    return Batch(np.array([step]), np.array([step + 1]))

@@ -254,6 +254,9 @@ def test_bad_bin_sources(tmp_path):
     cfg.val_path = str(tmp_path / "train_000000.bin")
     with pytest.raises(InputError, match="none is left for training"):
         prepare(cfg, 1000, log=quiet)
+    cfg.val_path = f"{tmp_path}/../{tmp_path.name}/*.bin"
+    with pytest.raises(InputError, match="none is left for training"):
+        prepare(cfg, 1000, log=quiet)
     cfg.path = str(tmp_path / "none")
     with pytest.raises(InputError, match=r"no \.bin file there"):
         prepare(cfg, 1000, log=quiet)

@@ -120,18 +120,20 @@ def _digest(text: str) -> bytes:
 
 
 def _check_split(data_cfg, counts: Counter) -> None:
-    sides = {side for side, _ in split_documents(data_cfg, counts["characters"])}
-    for side in SIDES:
-        if side not in sides:
-            remedy = "set data.split=tail"
-            if data_cfg.source == "text" and data_cfg.document == "file":
-                remedy += " or data.document=paragraph"
-            if data_cfg.split == "tail":
-                remedy = "give more text or set data.val_fraction=0.1"
-            raise InputError(
-                f"data.split={data_cfg.split}: nothing falls on the {side} side (documents: "
-                f"{counts['documents']}, characters: {counts['characters']}); {remedy}"
-            )
+    empty = set(SIDES)
+    for side, _ in split_documents(data_cfg, counts["characters"]):
+        empty.discard(side)
+        if not empty:
+            return
+    remedy = "set data.split=tail"
+    if data_cfg.split == "tail":
+        remedy = "give more text or set data.val_fraction=0.1"
+    elif data_cfg.source == "text" and data_cfg.document == "file":
+        remedy += " or data.document=paragraph"
+    raise InputError(
+        f"data.split={data_cfg.split}: nothing falls on the {min(empty)} side (documents: "
+        f"{counts['documents']}, characters: {counts['characters']}); {remedy}"
+    )
 
 
 def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:

@@ -156,7 +156,9 @@ def _read_with_processes(at, start: int, stop: int, depth: int, workers: int) ->
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=depth)
     steps = grain.MapDataset.range(start, stop).map(at)
-    yield from steps.to_iter_dataset(grain.ReadOptions(num_threads=1)).mp_prefetch(options)
+    for batch in steps.to_iter_dataset(grain.ReadOptions(num_threads=1)).mp_prefetch(options):
+        # Copied, since grain takes back the shared memory that its arrays live in.
+        yield Batch(*(np.array(array_BxT) for array_BxT in batch))
 
 
 def _shifted(tokens_BxT1: np.ndarray) -> Batch:

@@ -175,17 +175,23 @@ def _settings(data_cfg) -> dict:
     keys += ["vocab_size"] if data_cfg.tokenizer == "bpe" else []
     paths = sources.files(data_cfg)
     base = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
-    states = [(os.path.relpath(path, base), path.stat()) for path in paths]
     return {
         "format": FORMAT,
         "data": {key: data_cfg[key] for key in keys},
         "python": platform.python_version() if data_cfg.source == "stdlib" else None,
-        "files": [[name, state.st_size, state.st_mtime_ns] for name, state in states],
+        "files": len(paths),
+        "files_state": _key([_state(path, os.path.relpath(path, base)) for path in paths]),
     }
 
 
-def _key(settings: dict) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+def _state(path: Path, name: str) -> list:
+    """What changes when a file does, without reading it."""
+    stat = path.stat()
+    return [name, stat.st_size, stat.st_mtime_ns]
+
+
+def _key(content: dict | list) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _find(directory: Path, key: str) -> Prepared | None:
@@ -202,7 +208,7 @@ def _find_or_build(directory: Path, data_cfg, settings: dict, log: Log) -> Prepa
         return found
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(directory.with_name(f".{directory.name}.lock")):
+        with _locked(directory.with_name(f".{directory.name}.lock"), log):
             if found := _find(directory, key):  # another process was faster
                 return found
             _build(directory, data_cfg, settings, log)
@@ -215,11 +221,15 @@ def _find_or_build(directory: Path, data_cfg, settings: dict, log: Log) -> Prepa
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, log: Log) -> Iterator[None]:
     """Holds a lock among processes, which ends with the process even if it is killed."""
     while True:
         with open(path, "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log("data: another process is preparing this data; waiting for it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
             try:
                 ours = os.path.samestat(os.fstat(lock.fileno()), path.stat())
             except FileNotFoundError:
@@ -280,7 +290,8 @@ def _bin_paths(data_cfg) -> dict[str, list[Path]]:
         val = sources.find(data_cfg.val_path, "data.val_path", (".bin",))
     else:
         val = [path for path in train if "val" in path.name]
-    train = [path for path in train if path not in val]
+    held_out = {path.resolve() for path in val}
+    train = [path for path in train if path.resolve() not in held_out]
     if not val:
         raise InputError(
             f"data.val_path='': none of the {len(train)} shards of data.path={data_cfg.path} has "
@@ -296,17 +307,15 @@ def _bin_paths(data_cfg) -> dict[str, list[Path]]:
 
 def _scanned(shards: Shards, data_cfg, log: Log) -> str:
     """`shards.scan()`, remembered in the cache for as long as the files stay as they are."""
-    states = [(str(path.absolute()), path.stat()) for path in shards.paths]
-    identity = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
-    key = _key({"format": FORMAT, "vocab_size": shards.vocab_size, "files": identity})
-    note = cache_root(data_cfg) / f"bin-{key}.json"
+    files = [_state(path, str(path.absolute())) for path in shards.paths]
+    note = cache_root(data_cfg) / f"bin-{_key([FORMAT, shards.vocab_size, files])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
     log(f"data: checking {shards.n_tokens:,} tokens in {len(shards.paths)} shards, once")
     fingerprint = shards.scan()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         note.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(note, {"fingerprint": fingerprint, "files": identity})
+        _write_json(note, {"fingerprint": fingerprint, "files": files})
     return fingerprint
 
 
