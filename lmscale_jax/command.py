@@ -1,12 +1,16 @@
 """How every command starts and ends: flags in, an exit status out, errors in one line."""
 
+import os
+import re
+import runpy
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from lmscale_jax.config import hint
 from lmscale_jax.errors import InputError, RunFailed
 
 
@@ -45,26 +49,83 @@ def overrides() -> dict:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    # The config library warns of what is one error, said in one line, here.
+    logging.set_verbosity(logging.ERROR)
     try:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise flags.Error(f"{rest[1]!r} is no flag; flags are written --name=value")
+        # A config file that cannot be read shows only when its config is used.
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            flags.FLAGS.config.to_dict()
         return rest
     except Exception as error:
-        stop(_explain(error), status=2)
+        stop(_explain(error, argv), status=2)
 
 
-def _explain(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError) or "No such file" in str(error):
-        return f"--config: no such config file ({_config_argument()}); configs/quickstart.py is one"
-    if isinstance(error, flags.Error):
-        return str(error)
-    # A mistake inside a config file, or an override of a key that is not there.
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/configs/" in f.filename]
-    where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}: " if frames else ""
-    said = error.args[0] if error.args else type(error).__name__
-    return f"{where}config: {said}".replace("\\'", "").replace('"', "")
+def _explain(error: Exception, argv: list[str]) -> str:
+    """One line on why the flags could not be parsed.
+
+    Where the config library hides the cause, in a traceback or an error about another error, the
+    config file is loaded once more.
+    """
+    given = next((a.partition("=")[2] for a in argv if re.match("--?config=", a)), None)
+    if given is not None:
+        config, fault = _load(given)
+        fault = fault or _unknown_override(config, argv)
+        if fault:
+            return fault
+    elif "--config must have a value" in str(error):
+        return "--config is missing; --config=configs/quickstart.py would work"
+    wrong = re.search(r"--?config\.([\w.]+)=(\S*?):? ", str(error))
+    if given is not None and wrong:
+        value = _at(config, wrong[1])
+        return (
+            f"config.{wrong[1]}={wrong[2]} must be of type {type(value).__name__}; "
+            f"{value!r} would work"
+        )
+    return str(error)
 
 
-def _config_argument() -> str:
-    return next((a for a in sys.argv if a.startswith("--config")), "--config")
+def _load(given: str) -> tuple[ConfigDict | None, str | None]:
+    """The config of a --config value, or what is wrong with the file, by its line."""
+    path, colon, argument = given.partition(":")
+    if not os.path.isfile(path):
+        return None, f"--config={given}: no such file; configs/quickstart.py is one"
+    try:
+        config = runpy.run_path(path)["get_config"](*([argument] if colon else []))
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config() returns {type(config).__name__}, not a ConfigDict")
+        return config, None
+    except SyntaxError as error:
+        line, said = error.lineno, error.msg
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        # The text of a ConfigDict's own errors is quoted once or twice.
+        said = str(error).replace("\\n", " ").strip("\"'")
+        line, said = lines[-1] if lines else 1, f"{said or type(error).__name__}"
+        if isinstance(error, KeyError):
+            said = f"no {said} there"
+    return None, f"--config={path}:{line}: {said}"
+
+
+def _unknown_override(config: ConfigDict, argv: list[str]) -> str | None:
+    """What is wrong with the first --config.a.b=value that names no key of the config."""
+    for path in (m[1] for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))):
+        if _at(config, path) is None:
+            return f"config.{path} is not a key; {hint(path, list(_paths(config)))}"
+    return None
+
+
+def _at(config: ConfigDict, path: str):
+    for name in path.split("."):
+        config = config.get(name) if isinstance(config, ConfigDict) else None
+    return config
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 
@@ -45,9 +46,8 @@ def _check_names(config, spec: dict, prefix: str) -> None:
     for name in config:
         path = prefix + name
         if name not in spec:
-            near = difflib.get_close_matches(path, [p for p, _ in keys()], n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else "; configs/base.py lists all keys"
-            raise InputError(f"config.{path} is not a key{hint}")
+            known = [p for p, _ in keys()] if prefix else [*SPEC, *(p for p, _ in keys())]
+            raise InputError(f"config.{path} is not a key; {hint(path, known)}")
         if isinstance(spec[name], dict):
             if not isinstance(config[name], ConfigDict):
                 raise InputError(f"config.{path}={config[name]!r} must be a group of keys")
@@ -57,6 +57,16 @@ def _check_names(config, spec: dict, prefix: str) -> None:
             raise InputError(
                 f"config.{prefix}{name} is missing; start from configs.base.get_config()"
             )
+
+
+def hint(path: str, known: list[str]) -> str:
+    """What to write in place of an unknown key: the same name elsewhere, or a similar one."""
+    group, _, name = path.rpartition(".")
+    near = [p for p in known if p.rpartition(".")[2] == name]
+    beside = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == group}
+    near += [beside[n] for n in difflib.get_close_matches(name, beside, n=1)]
+    near += difflib.get_close_matches(path, known, n=1, cutoff=0.8)
+    return f"did you mean {near[0]}?" if near else "configs/base.py lists all keys"
 
 
 def _check_value(path: str, value, key: Key) -> None:
@@ -76,8 +86,8 @@ def _check_value(path: str, value, key: Key) -> None:
         refuse(f"must be of type {type(key.default).__name__}")
     if key.choices and value not in key.choices:
         refuse("must be one of " + ", ".join(map(str, key.choices)))
-    if isinstance(value, float) and value != value:
-        refuse("must be a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        refuse("must be finite")
     if key.low is not None and value < key.low:
         refuse(f"must be at least {key.low}")
     if key.high is not None and value > key.high:
@@ -93,7 +103,8 @@ def _check_used(config, path: str, key: Key) -> None:
         if get(config, other) not in allowed:
             raise InputError(
                 f"config.{path}={get(config, path)!r} would be unused with {other}="
-                f"{get(config, other)!r}; it needs {other}={' or '.join(map(repr, allowed))}"
+                f"{get(config, other)!r}; it needs {other}={' or '.join(map(repr, allowed))}, or "
+                f"leave it at {key.default!r}"
             )
 
 

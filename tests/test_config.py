@@ -1,0 +1,216 @@
+"""Every kind of bad config is one line that names the field, its value and one that works."""
+
+import re
+
+import pytest
+from conftest import run
+from ml_collections import ConfigDict
+
+from configs.base import get_config
+from lmscale_jax.config import duration, fingerprint, resolve, total_steps, validate
+from lmscale_jax.errors import InputError
+
+
+def changed(**changes) -> ConfigDict:
+    """The base config with other values, of any type; keyword arguments have __ for dots."""
+    config = get_config()
+    for key, value in changes.items():
+        *groups, name = key.split("__")
+        node = config
+        for group in groups:
+            node[group] = node.get(group, ConfigDict())
+            node = node[group]
+        with node.ignore_type():
+            node[name] = value
+    return config
+
+
+# What is wrong, then what the message must hold: field, value, remedy.
+BAD = {
+    "misspelt key": ({"optim__lrr": 1e-3}, ["optim.lrr", "did you mean optim.lr?"]),
+    "misspelt group": ({"optin__lr": 1e-3}, ["optin", "did you mean optim"]),
+    "unknown key": ({"model__zzzzzzzz": 1}, ["model.zzzzzzzz", "configs/base.py"]),
+    "wrong group": ({"train__lr": 1e-3}, ["train.lr", "did you mean optim.lr?"]),
+    "group as value": ({"optim": 3}, ["optim=3", "group"]),
+    "wrong type": ({"model__d_model": "wide"}, ["model.d_model='wide'", "int", "256"]),
+    "float for int": ({"train__batch_size": 8.5}, ["train.batch_size=8.5", "int", "32"]),
+    "number for switch": ({"model__bias": 1}, ["model.bias=1", "bool", "False"]),
+    "switch for number": ({"model__n_layers": True}, ["model.n_layers=True", "int", "4"]),
+    "None": ({"optim__lr": None}, ["optim.lr=None", "float", "0.001"]),
+    "negative": ({"model__n_layers": -1}, ["model.n_layers=-1", "at least 1", "4"]),
+    "zero": ({"model__d_model": 0}, ["model.d_model=0", "at least 1", "256"]),
+    "zero heads": ({"model__n_heads": 0}, ["model.n_heads=0", "at least 1", "4"]),
+    "zero batch": ({"train__batch_size": 0}, ["train.batch_size=0", "at least 1", "32"]),
+    "zero rate": ({"optim__lr": 0.0}, ["optim.lr=0.0", "above 0.0", "0.001"]),
+    "too high": ({"model__dropout": 1.0}, ["model.dropout=1.0", "at most 0.9", "0.0"]),
+    "not a number": ({"optim__lr": float("nan")}, ["optim.lr=nan", "finite", "0.001"]),
+    "infinite": ({"optim__lr": float("inf")}, ["optim.lr=inf", "finite", "0.001"]),
+    "no such choice": ({"model__mlp": "gelo"}, ["model.mlp='gelo'", "swiglu", "'gelu'"]),
+    "bad duration": ({"schedule__warmup": "soon"}, ["schedule.warmup='soon'", "5%"]),
+    "negative duration": ({"schedule__warmup": "-5"}, ["schedule.warmup='-5'", "5%"]),
+    "heads": ({"model__n_heads": 6}, ["model.n_heads=6", "d_model=256", "4 would"]),
+    "more heads than width": ({"model__n_heads": 512}, ["model.n_heads=512", "256 would"]),
+    "grouped heads": ({"model__n_kv_heads": 3}, ["model.n_kv_heads=3", "n_heads=4", "2 would"]),
+    "more groups than heads": ({"model__n_kv_heads": 8}, ["model.n_kv_heads=8", "4 would"]),
+    "odd RoPE": (
+        {"model__positions": "rope", "model__head_dim": 63},
+        ["model.head_dim=63", "64 would"],
+    ),
+    "window beyond positions": (
+        {"model__max_seq_len": 128},
+        ["data.seq_len=256", "max_seq_len=128", "128 would"],
+    ),
+    "accumulation": ({"train__accum": 5}, ["train.accum=5", "batch_size=32", "4 would"]),
+    "accumulation beyond batch": ({"train__accum": 64}, ["train.accum=64", "32 would"]),
+    "unused key": ({"model__rope_theta": 5e5}, ["model.rope_theta", "unused", "positions='rope'"]),
+    "unused cooldown": ({"schedule__cooldown": "5%"}, ["schedule.cooldown='5%'", "'wsd'"]),
+    "unused path": ({"data__path": "x.txt"}, ["data.path='x.txt'", "unused", "'text'"]),
+    "steps and tokens": ({"train__tokens": 1e6}, ["train.tokens=1000000.0", "train.steps=0"]),
+    "neither": ({"train__steps": 0}, ["train.steps=0", "train.tokens=1e8"]),
+    "no path": ({"data__source": "text"}, ["data.path=''", "text"]),
+    "kernel without dropout": (
+        {"model__attention": "xla", "model__dropout": 0.1},
+        ["model.attention='xla'", "0.1", "'plain'"],
+    ),
+    "long warm-up": ({"schedule__warmup": "2000"}, ["schedule.warmup='2000'", "1000", "5%"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
+def test_bad_config_is_one_line_with_field_value_and_remedy(changes, said):
+    with pytest.raises(InputError) as caught:
+        validate(changed(**changes))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 300
+    for part in said:
+        assert part in message
+
+
+def test_a_missing_key_is_named():
+    config = get_config()
+    del config.optim["lr"]
+    with pytest.raises(InputError, match=r"optim\.lr is missing"):
+        validate(config)
+
+
+def test_remedies_work():
+    # Every remedy of the form "N would [work]" for the field that is named.
+    tried = 0
+    for changes, _ in BAD.values():
+        with pytest.raises(InputError) as caught:
+            validate(changed(**changes))
+        found = re.match(r"config\.([\w.]+)=.*?; (\d+) would", str(caught.value))
+        if found:
+            validate(changed(**(changes | {found[1].replace(".", "__"): int(found[2])})))
+            tried += 1
+    assert tried >= 8
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("200", 200),
+        ("200 steps", 200),
+        ("5%", 50),
+        ("0.1%", 1),
+        ("8192 tokens", 1),
+        ("1M tokens", 123),
+    ],
+)
+def test_durations(text, steps):
+    # 1,000 steps of 32 x 256 = 8,192 tokens.
+    assert duration(text, get_config()) == steps
+
+
+def test_tokens_are_rounded_up_to_whole_steps():
+    config = changed(train__steps=0, train__tokens=8193.0)
+    assert total_steps(config) == 2
+    assert resolve(config).train.tokens == 0.0
+
+
+def test_resolving_fills_every_derived_value_and_leaves_the_original():
+    config = changed(model__mlp="swiglu", model__n_heads=8)
+    model = resolve(config, vocab_size=1000).model
+    assert (model.n_kv_heads, model.head_dim, model.d_ff) == (8, 32, 704)
+    assert (model.max_seq_len, model.vocab_size) == (256, 1000)
+    assert config.model.d_ff == 0
+    # What is derived is a valid config, and derives itself.
+    again = resolve(resolve(config, 1000), 1000)
+    assert again.to_dict() == resolve(config, 1000).to_dict()
+
+
+def test_a_vocabulary_below_the_tokenizers_is_refused():
+    with pytest.raises(InputError, match=r"model\.vocab_size=100 .* 300; 0 or 320 would"):
+        resolve(changed(model__vocab_size=100), vocab_size=300)
+
+
+def test_the_name_of_a_run_follows_only_what_can_change_its_numbers():
+    base = fingerprint(get_config())
+    assert fingerprint(changed(checkpoint__every=7, log__wandb="offline")) == base
+    assert fingerprint(changed(optim__lr=2e-3)) != base
+
+
+def refused(tmp_path, *arguments) -> str:
+    """The one line on stderr of a training command that must be refused before it starts."""
+    workdir = tmp_path / "run"
+    status, _, err = run("main", f"--workdir={workdir}", *arguments)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "Traceback" not in err
+    assert not workdir.exists()
+    return err
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.optim.lrr=1e-3", ["optim.lrr", "did you mean optim.lr?"]),
+        ("--config.train.lr=1e-3", ["train.lr", "did you mean optim.lr?"]),
+        ("--config.model.d_model=wide", ["model.d_model=wide", "int", "256 would"]),
+        ("--config.model.n_heads=6", ["model.n_heads=6", "4 would"]),
+        ("--config.model.n_layers=-1", ["model.n_layers=-1", "at least 1"]),
+        ("--config.model.rope_theta=5e5", ["model.rope_theta", "unused"]),
+        ("--config.train.tokens=1e6", ["train.tokens", "train.steps"]),
+        ("--worddir=x", ["worddir", "workdir"]),
+        ("stray", ["stray", "--name=value"]),
+    ],
+)
+def test_the_command_refuses_a_bad_flag(tmp_path, flag, said):
+    err = refused(tmp_path, "--config=configs/base.py", flag)
+    for part in said:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("config.optim.lrr = 1e-3", ["config.optim.lrr", "did you mean optim.lr?"]),
+        ("config.model.d_model = 'wide'", ["bad.py:4", "d_model", "int"]),
+        ("config.model.n_heads = 6", ["model.n_heads=6", "4 would"]),
+        ("config.model.n_heads = 1 / 0", ["bad.py:4", "division by zero"]),
+        ("return None", ["bad.py", "NoneType", "ConfigDict"]),
+        ("config.model.n_heads = = 2", ["bad.py:4", "invalid syntax"]),
+    ],
+)
+def test_the_command_refuses_a_bad_config_file(tmp_path, line, said):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        f"from configs import base\ndef get_config():\n    config = base.get_config()\n"
+        f"    {line}\n    return config\n"
+    )
+    err = refused(tmp_path, f"--config={file}")
+    for part in said:
+        assert part in err
+
+
+@pytest.mark.parametrize("config", ["configs/nosuch.py", ""])
+def test_the_command_refuses_a_config_that_is_not_there(tmp_path, config):
+    err = refused(tmp_path, f"--config={config}")
+    assert f"--config={config}: no such file; configs/quickstart.py" in err
+
+
+def test_the_command_refuses_to_start_without_its_flags(tmp_path):
+    assert "--config" in refused(tmp_path)
+    status, _, err = run("main", "--config=configs/base.py")
+    assert status == 2
+    assert "--workdir=runs/" in err
