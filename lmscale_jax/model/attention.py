@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmscale_jax.model import ops
 from lmscale_jax.model.layers import Call, Dense
 
 
@@ -65,8 +66,6 @@ def _head_major(kernel):
 
 
 def _plain(call: Call, q_BHxTxd, k_BHxTxd, v_BHxTxd):
-    from lmscale_jax.model import ops
-
     rate = call.dropout if call.key is not None else 0.0
     key = jax.random.fold_in(call.key, 3) if rate else None
     return ops.plain.attention(
@@ -76,8 +75,6 @@ def _plain(call: Call, q_BHxTxd, k_BHxTxd, v_BHxTxd):
 
 
 def _saved(call: Call, q_BHxTxd, k_BHxTxd, v_BHxTxd):
-    from lmscale_jax.model import ops
-
     return ops.cpu.attention(
         q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=call.attention_scale, segments_BxT=call.segments_BxT
     )

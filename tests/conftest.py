@@ -1,0 +1,119 @@
+"""Shared by the tests: a small real corpus, a small config, and commands as real processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+
+from configs import base
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("email", "json", "logging", "unittest", "xml")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """About a hundred files of the standard library's source: real text, a second to prepare."""
+    folder = tmp_path_factory.mktemp("corpus")
+    library = Path(sysconfig.get_path("stdlib"))
+    for package in PACKAGES:
+        for path in sorted((library / package).rglob("*.py")):
+            name = "_".join(path.relative_to(library).parts)
+            if path.stat().st_size > 2000:
+                shutil.copy(path, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(corpus, tmp_path_factory) -> dict:
+    """Overrides that make any config a few seconds' work on the small corpus."""
+    return {
+        "data.source": "text",
+        "data.path": str(corpus),
+        "data.tokenizer": "bytes",
+        "data.val_fraction": 0.2,
+        "data.seq_len": 32,
+        "data.cache": str(tmp_path_factory.mktemp("cache")),
+        "model.n_layers": 2,
+        "model.d_model": 32,
+        "model.n_heads": 2,
+        "train.steps": 12,
+        "train.batch_size": 8,
+        "eval.tokens": 2000,
+        "eval.every": 6,
+        "eval.sample": 8,
+        "checkpoint.every": 4,
+        "log.every": 2,
+    }
+
+
+@pytest.fixture
+def small(settings):
+    """Makes a small config; keyword arguments have __ for dots."""
+
+    def make(**changes):
+        config = base.get_config()
+        named = {k.replace("__", "."): v for k, v in changes.items()}
+        with config.ignore_type():
+            config.update_from_flattened_dict(settings | named)
+        return config
+
+    return make
+
+
+def flags(overrides: dict) -> list[str]:
+    return [f"--config.{name}={value}" for name, value in overrides.items()]
+
+
+def start(module: str, *arguments, **environment) -> subprocess.Popen:
+    """A command as its own process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"lmscale_jax.{module}", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a process."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run(module: str, *arguments, **environment) -> tuple[int, str, str]:
+    return finish(start(module, *arguments, **environment))
+
+
+@pytest.fixture
+def train(settings):
+    """Starts training runs of the small config as processes."""
+
+    def begin(workdir, **changes) -> subprocess.Popen:
+        named = {k.replace("__", "."): v for k, v in changes.items()}
+        return start(
+            "main", "--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)
+        )
+
+    return begin
+
+
+def record(workdir) -> dict:
+    return json.loads((Path(workdir) / "run.json").read_text())
+
+
+def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    """Polls; fails when the time is over or the process ended first."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        assert process is None or process.poll() is None, finish(process)
+        time.sleep(0.002)

@@ -1,0 +1,88 @@
+"""The same run on one device and on eight simulated ones, each in its own process."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import finish, record
+
+GRIDS = {
+    "data": {"mesh__data": 8},
+    "fsdp": {"mesh__data": 1, "mesh__fsdp": 8},
+    "tensor": {"mesh__data": 2, "mesh__fsdp": 1, "mesh__tensor": 4},
+    "all three": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+}
+# Heads, hidden width and vocabulary that tensor=4 divides; and one table row count that it does not.
+SIZES = {
+    "model__n_heads": 4, "model__bias": True, "model__head": "untied", "model__vocab_size": 264,
+    "train__accum": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def single(settings, tmp_path_factory):
+    from conftest import flags, start
+
+    workdir = tmp_path_factory.mktemp("runs") / "single"
+    named = {k.replace("__", "."): v for k, v in SIZES.items()}
+    one = settings | named | {"mesh.cpu_devices": 1}
+    status, _, err = finish(
+        start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(one))
+    )
+    assert status == 0, err
+    return workdir
+
+
+def lines(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_eight_devices_train_alike(train, single, tmp_path, grid):
+    workdir = tmp_path / "eight"
+    status, _out, err = finish(train(workdir, **SIZES, **GRIDS[grid], mesh__cpu_devices=8))
+    assert status == 0, err
+    assert record(workdir)["device"]["count"] == 8
+    ours, theirs = lines(workdir), lines(single)
+    assert len(ours) == len(theirs) > 5
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            # Norms of small differences carry more relative rounding than losses.
+            bound = 2e-6 if "loss" in name else 2e-4
+            np.testing.assert_allclose(value, two[name], rtol=bound, err_msg=name)
+
+
+def test_accumulation_changes_no_number(train, single, tmp_path):
+    workdir = tmp_path / "accumulated"
+    changes = SIZES | {"train__accum": 4, "mesh__cpu_devices": 2}
+    status, _out, err = finish(train(workdir, **changes))
+    assert status == 0, err
+    ours, theirs = record(workdir)["final"], record(single)["final"]
+    assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=2e-6)
+
+
+def test_parameters_are_split_as_annotated():
+    """Shapes of the shards, from the mesh of a described size, without devices."""
+    import jax
+    from jax.sharding import AbstractMesh, AxisType
+    from jax.sharding import PartitionSpec as P
+
+    from configs import base
+    from lmscale_jax import config as configs
+    from lmscale_jax.model import build, param
+    from lmscale_jax.run import mesh
+
+    config = base.get_config()
+    config.model.head = "untied"
+    model = build.build(configs.resolve(config, 50257), platform="cpu")
+    grid = AbstractMesh((1, 2, 2), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+    found = {path: mesh.partition(spec, grid) for path, spec in param.named(model.specs).items()}
+    assert found["blocks/attention/query/weight"] == P(None, "fsdp", "tensor", None)
+    assert found["blocks/attention/out/weight"] == P(None, "tensor", None, "fsdp")
+    assert found["blocks/mlp/down/weight"] == P(None, "tensor", "fsdp")
+    assert found["blocks/mlp_norm/scale"] == P(None, "fsdp")
+    # 50257 is odd: that axis stays whole.
+    assert found["embed/tokens"] == P(None, "fsdp")
+    assert found["readout/weight"] == P("fsdp", None)
+    del jax

@@ -1,0 +1,182 @@
+"""A run that was killed, stopped, damaged or moved ends like one that was left alone."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, finish, record, wait_until
+
+STEPS = {"train__steps": 40, "checkpoint__every": 5, "eval__every": 10}
+
+
+def parameters(workdir: Path) -> dict[str, np.ndarray]:
+    """All arrays of the newest checkpoint, read without any of our code."""
+    import orbax.checkpoint as ocp
+
+    step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    tree = ocp.StandardCheckpointer().restore(workdir / "checkpoints" / str(step) / "params")
+    flat, stack = {}, [("", tree)]
+    while stack:
+        prefix, node = stack.pop()
+        if isinstance(node, dict):
+            stack += [(f"{prefix}/{name}", child) for name, child in node.items()]
+        else:
+            flat[prefix] = np.asarray(node)
+    return flat
+
+
+def same(a: Path, b: Path) -> None:
+    """The same parameters to the bit, and the same metrics."""
+    one, two = parameters(a), parameters(b)
+    assert one.keys() == two.keys() and len(one) > 5
+    for name in one:
+        assert np.array_equal(one[name].view(np.uint32), two[name].view(np.uint32)), name
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    assert record(a)["final"] == record(b)["final"]
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory) -> Path:
+    """A run that nobody disturbs."""
+    from conftest import flags, start
+
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    named = {k.replace("__", "."): v for k, v in STEPS.items()}
+    process = start(
+        "main", "--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)
+    )
+    status, _out, err = finish(process)
+    assert status == 0, err
+    return workdir
+
+
+def test_killed_five_times_at_random_moments(train, whole, tmp_path):
+    workdir, chance = tmp_path / "killed", random.Random(0)
+    metrics = workdir / "metrics.jsonl"
+
+    def lines() -> int:
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    kills = 0
+    for goal in sorted(chance.sample(range(1, 19), 5)):
+        process = train(workdir, **STEPS)
+        wait_until(lambda goal=goal: lines() >= goal, process)
+        # Then somewhere inside the next steps, an evaluation or the writing of a checkpoint.
+        try:
+            process.wait(chance.uniform(0, 0.2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+    assert kills >= 4
+    status, _, err = finish(train(workdir, **STEPS))
+    assert status == 0, err
+    same(workdir, whole)
+
+
+def test_sigterm_saves_and_leaves(train, whole, tmp_path):
+    workdir = tmp_path / "stopped"
+    process = train(workdir, **STEPS)
+    wait_until(lambda: (workdir / "metrics.jsonl").exists(), process)
+    wait_until(lambda: len((workdir / "metrics.jsonl").read_text()) > 0, process)
+    process.send_signal(signal.SIGTERM)
+    status, out, err = finish(process)
+    assert status == 128 + signal.SIGTERM, (out, err)
+    assert "stopped by SIGTERM" in out and "goes on from there" in out
+    assert record(workdir)["status"] == "running"
+    status, out, err = finish(train(workdir, **STEPS))
+    assert status == 0 and "going on from step" in out, err
+    same(workdir, whole)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+def test_falls_back_from_a_damaged_checkpoint(train, whole, tmp_path, damage):
+    workdir = tmp_path / "damaged"
+    process = train(workdir, **STEPS, checkpoint__keep=3)
+    wait_until(lambda: (workdir / "checkpoints" / "20").exists(), process)
+    process.kill()
+    process.communicate()
+    saved = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    newest = workdir / "checkpoints" / str(saved[-1])
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 0xFF
+    else:
+        content = b""
+    victim.write_bytes(content)
+    status, out, err = finish(train(workdir, **STEPS, checkpoint__keep=3))
+    assert status == 0, err
+    assert f"checkpoint {saved[-1]} cannot be read" in out
+    assert (workdir / "checkpoints_unreadable" / str(saved[-1])).is_dir()
+    same(workdir, whole)
+
+
+def test_continues_on_another_number_of_devices(train, whole, tmp_path):
+    workdir = tmp_path / "moved"
+    process = train(workdir, **STEPS)
+    wait_until(lambda: (workdir / "checkpoints" / "10").exists(), process)
+    process.kill()
+    process.communicate()
+    more = {"mesh__cpu_devices": 4, "mesh__fsdp": 2, "mesh__tensor": 2}
+    status, out, err = finish(train(workdir, **STEPS, **more))
+    assert status == 0 and "going on from step" in out, err
+    ours, theirs = record(workdir)["final"], record(whole)["final"]
+    assert abs(ours["val_loss"] - theirs["val_loss"]) < 1e-5
+    assert ours["val_tokens"] == theirs["val_tokens"]
+
+
+def test_second_process_refuses(train, tmp_path):
+    workdir = tmp_path / "shared"
+    first = train(workdir, train__steps=2000)
+    wait_until(lambda: (workdir / "run.json").exists(), first)
+    status, _out, err = finish(train(workdir, train__steps=2000))
+    first.kill()
+    first.communicate()
+    assert status == 2 and "in use by process" in err and err.count("\n") == 1
+
+
+def test_finished_run_is_left_alone(train, whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    status, out, err = finish(train(whole, **STEPS))
+    assert status == 0 and "is finished" in out, err
+    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+
+
+def test_another_config_is_refused(train, whole):
+    status, _out, err = finish(train(whole, **STEPS, optim__lr=0.5))
+    assert status == 2 and err.count("\n") == 1
+    assert "optim.lr is 0.001 there and 0.5 here" in err
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(settings, whole, tmp_path):
+    """Files above a size fail to be written, as on a full disk; then there is room again."""
+    from conftest import flags
+
+    workdir = tmp_path / "full"
+    named = {k.replace("__", "."): v for k, v in STEPS.items()}
+    command = [sys.executable, "-m", "lmscale_jax.main", "--config=configs/base.py"]
+    command += [f"--workdir={workdir}", *flags(settings | named)]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
+
+    process = subprocess.Popen(
+        command, cwd=ROOT, preexec_fn=limit, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    status, out, err = finish(process)
+    assert status == 1, (out, err)
+    assert "could not be written" in err and err.count("\n") == 1
+    status, out, err = finish(subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ))  # fmt: skip
+    assert status == 0, err
+    same(workdir, whole)
