@@ -55,6 +55,8 @@ def _parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise flags.Error(f"{rest[1]!r} is no flag; flags are written --name=value")
+        if swallowed := _swallowed():
+            raise flags.Error(swallowed)
         # A config file that cannot be read shows only when its config is used.
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()
@@ -69,22 +71,34 @@ def _explain(error: Exception, argv: list[str]) -> str:
     Where the config library hides the cause, in a traceback or an error about another error, the
     config file is loaded once more.
     """
-    given = next((a.partition("=")[2] for a in argv if re.match("--?config=", a)), None)
-    if given is not None:
-        config, fault = _load(given)
-        fault = fault or _unknown_override(config, argv)
-        if fault:
-            return fault
-    elif "--config must have a value" in str(error):
-        return "--config is missing; --config=configs/quickstart.py would work"
-    wrong = re.search(r"--?config\.([\w.]+)=(\S*?):? ", str(error))
-    if given is not None and wrong:
-        value = _at(config, wrong[1])
-        return (
-            f"config.{wrong[1]}={wrong[2]} must be of type {type(value).__name__}; "
-            f"{value!r} would work"
-        )
-    return str(error)
+    if "before a value for --config" in str(error):
+        return "--config.KEY=value stands before --config=FILE; it must come after"
+    if swallowed := _swallowed():
+        return swallowed
+    given = _config_argument(argv)
+    if given is None:
+        missing = "--config must" in str(error) or "flag 'config." in str(error)
+        works = "--config is missing; --config=configs/quickstart.py would work"
+        return works if missing else str(error)
+    config, fault = _load(given)
+    return fault or _override_fault(config, argv, str(error)) or str(error)
+
+
+def _swallowed() -> str | None:
+    """What is wrong where a flag without a value has taken the next flag for one."""
+    for name in flags.FLAGS:
+        if str(value := flags.FLAGS[name].value).startswith("--"):
+            return f"--{name} has taken {value} for its value; --{name}=value works"
+    return None
+
+
+def _config_argument(argv: list[str]) -> str | None:
+    """The value of --config, in either spelling."""
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else "".join(argv[i + 1 : i + 2])
+    return None
 
 
 def _load(given: str) -> tuple[ConfigDict | None, str | None]:
@@ -109,11 +123,20 @@ def _load(given: str) -> tuple[ConfigDict | None, str | None]:
     return None, f"--config={path}:{line}: {said}"
 
 
-def _unknown_override(config: ConfigDict, argv: list[str]) -> str | None:
-    """What is wrong with the first --config.a.b=value that names no key of the config."""
-    for path in (m[1] for a in argv if (m := re.match(r"--?(?:no)?config\.([^=]+)", a))):
-        if _at(config, path) is None:
+def _override_fault(config: ConfigDict, argv: list[str], said: str) -> str | None:
+    """What is wrong with an override --config.a.b=value: an unknown key, or the value's type."""
+    for found in (re.match(r"--?(?:no)?config\.([^=]+)=?(.*)", a) for a in argv):
+        if found is None:
+            continue
+        path, value = found.groups()
+        default = _at(config, path)
+        if default is None:
             return f"config.{path} is not a key; {hint(path, list(_paths(config)))}"
+        if isinstance(default, ConfigDict):
+            return f"config.{path}={value} is a group of keys; set one, config.{path}.KEY=value"
+        if f"config.{path}={value}" in said:
+            wanted = type(default).__name__
+            return f"config.{path}={value} must be of type {wanted}; {default!r} would work"
     return None
 
 

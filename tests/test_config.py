@@ -171,6 +171,8 @@ def refused(tmp_path, *arguments) -> str:
         ("--config.model.n_layers=-1", ["model.n_layers=-1", "at least 1"]),
         ("--config.model.rope_theta=5e5", ["model.rope_theta", "unused"]),
         ("--config.train.tokens=1e6", ["train.tokens", "train.steps"]),
+        ("--config.optim=3", ["config.optim=3", "group"]),
+        ("--config.model.bias=2", ["config.model.bias=2", "bool", "False would"]),
         ("--worddir=x", ["worddir", "workdir"]),
         ("stray", ["stray", "--name=value"]),
     ],
@@ -207,6 +209,16 @@ def test_the_command_refuses_a_bad_config_file(tmp_path, line, said):
 def test_the_command_refuses_a_config_that_is_not_there(tmp_path, config):
     err = refused(tmp_path, f"--config={config}")
     assert f"--config={config}: no such file; configs/quickstart.py" in err
+
+
+def test_the_command_says_what_is_wrong_in_other_spellings(tmp_path):
+    err = refused(tmp_path, "--config", "configs/base.py", "--config.optim.lrr=3")
+    assert "did you mean optim.lr?" in err
+    err = refused(tmp_path, "--config.optim.lr=3", "--config=configs/base.py")
+    assert "must come after" in err
+    status, _, err = run("main", "--workdir", "--config=configs/base.py")
+    assert status == 2
+    assert "--workdir=value works" in err
 
 
 def test_the_command_refuses_to_start_without_its_flags(tmp_path):
