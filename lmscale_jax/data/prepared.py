@@ -81,14 +81,26 @@ def prepare(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
         prepared = _open_bin(data_cfg, vocab_size, log)
     else:
         settings = _settings(data_cfg)
-        name = f"{data_cfg.source}-{data_cfg.tokenizer}-{_key(settings)}"
-        prepared = _find_or_build(cache_root(data_cfg) / name, data_cfg, settings, log)
+        prepared = _find_or_build(_place(data_cfg, settings), data_cfg, settings, log)
     if 0 < vocab_size < prepared.vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size}: the tokenizer has {prepared.vocab_size} ids; set "
             f"model.vocab_size={prepared.vocab_size}, or 0 to take the tokenizer's"
         )
     return prepared
+
+
+def find_manifest(data_cfg) -> dict | None:
+    """The manifest of the config's data if it was prepared before; looks, and prepares nothing.
+
+    Raises:
+        InputError: nothing is found under data.path.
+    """
+    if data_cfg.source == "bin":
+        directory = Path(data_cfg.path).expanduser()
+    else:
+        directory = _place(data_cfg, _settings(data_cfg))
+    return read_manifest(directory) if (directory / "manifest.json").is_file() else None
 
 
 def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
@@ -166,6 +178,11 @@ def cache_root(data_cfg) -> Path:
     """The directory that prepared data is kept in."""
     named = data_cfg.cache or os.environ.get("LMSCALE_CACHE") or "~/.cache/lmscale_jax"
     return Path(named).expanduser().absolute()
+
+
+def _place(data_cfg, settings: dict) -> Path:
+    """Where in the cache the data of these settings belongs."""
+    return cache_root(data_cfg) / f"{data_cfg.source}-{data_cfg.tokenizer}-{_key(settings)}"
 
 
 def _settings(data_cfg) -> dict:

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +56,7 @@ def explain(config: ConfigDict, overrides: dict, config_file: str, print: Callab
     for path, _ in keys():
         if get(resolved, path) != (given := get(config, path)):
             where[path] = "derived" if where[path] == "base" else f"{where[path]} gave {given:g}"
-    print(page(resolved, where, model, mesh, _manifest(config.data)))
+    print(page(resolved, where, model, mesh, prepared.find_manifest(config.data)))
 
 
 def origins(config_file: str, overrides: dict, config) -> dict[str, str]:
@@ -145,17 +144,6 @@ def seconds(config, model: build.Model, mesh) -> tuple[float, str]:
     devices = 1 if device.platform == "cpu" else mesh.size
     each = f" on each of {devices} devices" if devices > 1 else ""
     return total / (rate * share * devices), f"{share:.0%} of {basis}{each}"
-
-
-def _manifest(data_cfg) -> dict | None:
-    """The manifest of the data if it has been prepared; looks, and prepares nothing."""
-    if data_cfg.source == "bin":
-        directory = Path(data_cfg.path).expanduser()
-    else:
-        settings = prepared._settings(data_cfg)
-        name = f"{data_cfg.source}-{data_cfg.tokenizer}-{prepared._key(settings)}"
-        directory = prepared.cache_root(data_cfg) / name
-    return prepared.read_manifest(directory) if (directory / "manifest.json").is_file() else None
 
 
 def tokens(config) -> int:

@@ -1,0 +1,143 @@
+"""The page of --explain says what a run would do, and does nothing."""
+
+import jax
+import pytest
+from conftest import flags, run
+
+from lmscale_jax.config import resolve
+from lmscale_jax.data import prepared
+from lmscale_jax.model import build
+from lmscale_jax.optim import schedules
+from lmscale_jax.run import explain
+from lmscale_jax.run import mesh as meshes
+
+
+def said(config, overrides=(), config_file="configs/base.py") -> str:
+    lines = []
+    explain.explain(config, dict(overrides), config_file, print=lines.append)
+    return "\n".join(lines)
+
+
+def line_of(page: str, start: str) -> str:
+    return next(line for line in page.splitlines() if line.split()[:1] == [start])
+
+
+def test_the_page_has_every_section(small):
+    page = said(small())
+    titles = [line for line in page.splitlines() if line and not line.startswith(" ")]
+    wanted = "config schedule parameters counts flops memory data mesh choices time"
+    assert " ".join(title.split()[0] for title in titles) == wanted
+    for path in ("embed/tokens", "blocks/attention/query/weight", "readout/norm/scale"):
+        assert path in page
+    for convention in ("6n", "6n_non_embedding", "model"):
+        assert line_of(page, convention)
+
+
+def test_nothing_is_prepared_written_or_allocated(small, tmp_path):
+    cache = tmp_path / "cache"
+    before = {id(array) for array in jax.live_arrays()}
+    page = said(small(data__cache=str(cache), model__d_model=512))
+    new = [array for array in jax.live_arrays() if id(array) not in before]
+    # What the probe of the machine's speed multiplies is all that may be left.
+    assert all(array.shape == (1024, 1024) for array in new)
+    assert "not prepared yet" in page
+    assert not cache.exists()
+
+
+def test_epochs_are_counted_where_the_data_is_prepared(small):
+    config = small()
+    data = prepared.prepare(config.data, log=lambda line: None)
+    page = said(config)
+    windows = (data.train.n_tokens - 1) // 32
+    assert float(line_of(page, "epochs").split()[1]) == pytest.approx(12 * 8 / windows, rel=1e-2)
+
+
+def test_every_value_has_its_origin(small):
+    config = small(optim__lr=0.002)
+    origins = explain.origins("configs/other.py", {"optim.lr": 0.002, "seed": 0}, config)
+    assert origins["optim.lr"] == "--config.optim.lr"
+    assert origins["seed"] == "--config.seed"  # given, though equal to the default
+    assert origins["model.d_model"] == "configs/other.py"
+    assert origins["optim.beta1"] == "base"
+
+    page = said(config, {"optim.lr": 0.002}, "configs/other.py")
+    assert line_of(page, "head_dim").split() == ["head_dim", "16", "derived"]
+    assert line_of(page, "rope_theta").endswith("not used here")
+    marked = [line.split()[1] for line in page.splitlines() if line.startswith("   * ")]
+    assert "lr" in marked
+    assert "beta1" not in marked
+
+
+def test_a_derived_value_keeps_what_was_asked_for(small):
+    page = said(small(train__steps=0, train__tokens=1e5), {"train.tokens": 1e5})
+    assert "--config.train.tokens gave 100000" in page
+    assert line_of(page, "steps").split()[1] == "391"  # 100,000 tokens / (8 x 32), rounded up
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"schedule__warmup": "10%"}, []),
+        # Without warm-up the peak comes at once.
+        ({"schedule__warmup": "0"}, [(0, 0, 0.0, 1.0)]),
+        # A cooldown shorter than the warm-up falls faster than the warm-up rises.
+        (
+            {"schedule__name": "wsd", "schedule__warmup": "100", "schedule__cooldown": "10"},
+            [(991, 999, 1.0, 0.19)],
+        ),
+        ({"schedule__name": "wsd", "schedule__warmup": "100", "schedule__cooldown": "20%"}, []),
+    ],
+)
+def test_jumps_of_the_schedule(small, changes, found):
+    config = resolve(small(train__steps=1000, optim__lr=1.0, **changes), 256)
+    jumps = explain.jumps(config)
+    assert [jump[:2] for jump in jumps] == [jump[:2] for jump in found]
+    for ours, wanted in zip(jumps, found, strict=True):
+        assert ours[2:] == pytest.approx(wanted[2:], rel=1e-4, abs=1e-6)
+
+
+def test_jumps_are_found_across_blocks_of_a_long_run(small):
+    config = resolve(small(train__steps=2_500_000, schedule__warmup="400000"), 256)
+    assert explain.jumps(config) == []
+
+
+def test_the_schedule_is_that_of_the_run(small):
+    config = resolve(small(optim__lr=0.01, schedule__warmup="3"), 256)
+    page = said(small(optim__lr=0.01, schedule__warmup="3"))
+    factor = schedules.make(config)
+    for step, name in ((0, "first"), (2, "done"), (6, "middle"), (11, "last")):
+        line = next(
+            line for line in page.splitlines() if line.startswith("  step") and name in line
+        )
+        assert int(line.split()[1]) == step
+        assert float(line.split()[3]) == pytest.approx(0.01 * float(factor(step)), rel=1e-3)
+
+
+def test_time_follows_the_peak_of_a_known_chip(small, monkeypatch):
+    config = resolve(small(), 256)
+    model = build.build(config, platform="cpu")
+    mesh = meshes.make(config)
+    monkeypatch.setattr(explain.flops, "peak", lambda kind, dtype: 1e12)
+    total = explain.flops.flops_per_token(config, model.specs)["model"] * 12 * 8 * 32
+    seconds, basis = explain.seconds(config, model, mesh)
+    assert seconds == pytest.approx(total / (1e12 * explain.EFFICIENCY))
+    assert "40%" in basis
+
+
+def test_the_command_prints_the_page_and_leaves(settings, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = flags(settings | {"mesh.cpu_devices": 4, "mesh.fsdp": 2, "optim.lr": 0.002})
+    status, out, err = run(
+        "main", "--config=configs/base.py", "--explain", f"--workdir={workdir}", *arguments
+    )
+    assert (status, err) == (0, "")
+    assert "data 2, fsdp 2, tensor 1: 4 cpu device(s)" in out
+    assert line_of(out, "embed/tokens").endswith("- fsdp")
+    assert "--config.optim.lr" in out
+    assert not workdir.exists()
+
+
+def test_the_command_explains_a_named_config():
+    status, out, err = run("main", "--config=configs/llama_100m.py", "--explain")
+    assert (status, err) == (0, "")
+    assert line_of(out, "total").split()[1] == "119,947,008"
