@@ -173,7 +173,8 @@ def _config(config, origins: dict[str, str]) -> list[str]:
         value, origin = get(config, path), origins[path]
         shown = repr(value) if isinstance(value, str) else _number(value)
         mark = " " if origin in ("base", "derived") else "*"
-        if any(get(config, other) not in allowed for other, allowed in key.when.items()):
+        unused = any(get(config, other) not in allowed for other, allowed in key.when.items())
+        if unused and origin == "base":  # one that was set has been used, to derive others
             origin = "not used here"
         rows.append((f" {mark} {name}", shown, origin))
     return _table(rows)
