@@ -14,7 +14,7 @@ def done(settings, tmp_path_factory):
     from conftest import flags, start
 
     workdir = tmp_path_factory.mktemp("runs") / "done"
-    more = settings | {"train.steps": 60, "optim.lr": 3e-3, "eval.every": 20}
+    more = settings | {"train.steps": 120, "optim.lr": 1e-2, "eval.every": 20, "log.every": 4}
     process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(more))
     status, out, err = finish(process)
     assert status == 0, err
@@ -31,7 +31,7 @@ def test_record_holds_the_contract(done):
     )
     counts = run_json["counts"]
     assert counts["total"] == counts["embedding"] + counts["non_embedding"]
-    assert run_json["tokens"] == 60 * 8 * 32
+    assert run_json["tokens"] == 120 * 8 * 32
     assert run_json["flops_total"] == run_json["flops_per_token"] * run_json["tokens"]
     assert run_json["epochs"] == pytest.approx(
         run_json["tokens"] / run_json["data"]["train_tokens"], rel=0.01
@@ -56,7 +56,7 @@ def test_it_learns_and_beats_the_unigram(done):
 def test_metrics_lines(done):
     workdir, _ = done
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(2, 61, 2))
+    assert [line["step"] for line in lines] == list(range(4, 121, 4))
     for line in lines:
         assert line["tokens"] == line["step"] * 256
         assert {"train_loss", "lr", "grad_norm"} <= line.keys()

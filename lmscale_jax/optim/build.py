@@ -11,8 +11,8 @@ from lmscale_jax.optim import schedules
 def build(config, rows: dict) -> optax.GradientTransformationExtraArgs:
     """AdamW of a resolved config: clip, moments, then learning rate and decay.
 
-    `update` takes the keyword `step`, the number of batches consumed: the schedule follows the data,
-    also when a step was skipped. Loshchilov and Hutter 2019, arXiv 1711.05101.
+    `update` takes the keyword `step`, the number of batches consumed: the schedule follows the
+    data, also when a step was skipped. Loshchilov and Hutter 2019, arXiv 1711.05101.
     """
     optim = config.optim
     parts = [optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)]

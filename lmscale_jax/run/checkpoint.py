@@ -39,7 +39,7 @@ class Checkpoints:
         return sorted(self.manager.all_steps(read=True)) if self._directory.exists() else []
 
     def save(self, step: int, state, host: dict) -> None:
-        """Copies the state out and writes it in the background. Raises what an earlier write met."""
+        """Copies the state out, writes it in the background. Raises what an earlier write met."""
         import orbax.checkpoint as ocp
 
         params, rest = _split(state)

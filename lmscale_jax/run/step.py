@@ -79,7 +79,7 @@ def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable
         zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
         return jax.lax.scan(one, zero, (jnp.arange(accum), parts))[0]
 
-    def step(state: State, batch, measure: bool):
+    def step(state: State, batch, measure: bool = False):
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
         loss, grads = gradient(state.params, batch, key)
         norm = optax.global_norm(grads)

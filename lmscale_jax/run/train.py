@@ -1,5 +1,6 @@
 """One training run, chapter by chapter: set up, restore or begin, loop, finish."""
 
+import contextlib
 import dataclasses
 import signal
 from collections.abc import Callable
@@ -39,8 +40,9 @@ class Setup:
         """Loss and its kin on the held-out tokens."""
         config = self.config
         size = config.eval.batch_size or config.train.batch_size // config.train.accum
+        rows = mesh.host_rows(size, self.mesh)
         batches = pipeline.val_batches(
-            self.data, config.data.seq_len, size, config.eval.tokens, mesh.host_rows(size, self.mesh)
+            self.data, config.data.seq_len, size, config.eval.tokens, rows
         )
         return perplexity.evaluate(
             self.eval_sums, params, batches, self.mesh, self.data.token_bytes
@@ -58,8 +60,8 @@ class Finished(NamedTuple):
 def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished | None:
     """Trains the run of a config in `workdir`, going on from its last checkpoint if it has one.
 
-    Returns None if the run was finished before. Raises InputError on bad input, before anything is written there, and RunFailed where the run
-    diverged or its final checkpoint could not be written.
+    Returns None if the run was finished before. Raises InputError on bad input, before anything is
+    written there, and RunFailed where the run diverged or its end could not be saved.
     """
     resolved = configs.resolve(config, prepared.vocab_size_of(config.data))
     before = record.check(workdir, resolved)
@@ -76,6 +78,9 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
     except Diverged as error:
         run.update(status="diverged", error=str(error))
         raise
+    except OSError as error:
+        _note_failure(run, error)
+        raise RunFailed(f"--workdir={workdir}: {error}; its checkpoints are whole") from error
     except Exception as error:
         _note_failure(run, error)
         raise
@@ -286,7 +291,5 @@ def finish(setup: Setup, run: record.Record, state, final: dict, clock: Clock) -
 
 def _note_failure(run: record.Record, error: Exception) -> None:
     """The status must not stay "running"; but a full disk must not hide what went wrong."""
-    try:
+    with contextlib.suppress(OSError):
         run.update(status="failed", error=" ".join(str(error).split())[:500])
-    except OSError:
-        pass

@@ -49,11 +49,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def scalars(line: dict) -> dict[str, float]:
-    """A line's numbers by name; lists by layer become one entry a layer."""
+    """A line's finite numbers by name; lists by layer become one entry a layer."""
     flat = {}
-    for name, value in line.items():
+    for name, value in finite(line).items():
         if isinstance(value, list):
-            flat |= {f"{name}/{index}": v for index, v in enumerate(value)}
+            flat |= {f"{name}/{index}": v for index, v in enumerate(value) if v is not None}
         elif isinstance(value, (int, float)) and name != "step":
             flat[name] = value
     return flat

@@ -1,0 +1,43 @@
+"""Turns text into token shards.
+
+python -m lmscale_jax.prepare --config=C                      fills the cache that training reads
+python -m lmscale_jax.prepare --source=text --path='corpus/*.txt' --tokenizer=bpe --out=D
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from lmscale_jax import command
+from lmscale_jax.errors import InputError
+
+CONFIG = command.config_flag(required=False, default="configs/base.py")
+SOURCE = flags.DEFINE_string("source", None, "in place of config.data.source")
+PATH = flags.DEFINE_string("path", None, "in place of config.data.path")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "in place of config.data.tokenizer")
+OUT = flags.DEFINE_string("out", None, "new or empty directory; without it, the cache")
+
+
+def main() -> None:
+    from lmscale_jax.config import resolve
+    from lmscale_jax.data import prepared
+
+    config = CONFIG.value
+    for name, flag in (("source", SOURCE), ("path", PATH), ("tokenizer", TOKENIZER)):
+        if flag.value is not None:
+            config.data[name] = flag.value
+    config = resolve(config)
+    if OUT.value == "":
+        raise InputError("--out='' names no directory; --out=shards would work")
+    if OUT.value:
+        data = prepared.prepare_to(config.data, Path(OUT.value))
+    else:
+        data = prepared.prepare(config.data, config.model.vocab_size)
+    for side, shards in (("training", data.train), ("validation", data.val)):
+        print(f"{side:<12} {shards.n_tokens:>14,} tokens  in {len(shards.paths)} shard(s)")
+    print(f"{'vocabulary':<12} {data.vocab_size:>14,} ids")
+    print(f"{'directory':<12} {data.train.paths[0].parent}")
+
+
+if __name__ == "__main__":
+    command.run(main)
