@@ -267,7 +267,12 @@ SPEC = {
         ),
         "fsdp": Key(1, "devices that split the batch and the parameters", low=1, identity=False),
         "tensor": Key(1, "devices that split heads, MLP and vocabulary", low=1, identity=False),
-        "cpu_devices": Key(0, "CPU devices to simulate; 0: one", low=0, identity=False),
+        "cpu_devices": Key(
+            0,
+            "CPU devices; 0: what the sizes above need, else one a core that divides the batch",
+            low=0,
+            identity=False,
+        ),
     },
     "log": {
         "every": Key(10, "steps between lines of metrics.jsonl", low=1),

@@ -7,6 +7,7 @@ compare them by counts or FLOPs, not by name.
 """
 
 import dataclasses
+import math
 
 from ml_collections import ConfigDict
 
@@ -96,7 +97,8 @@ def _recipe(size: Size) -> ConfigDict:
     # 380 to 570 steps: several times the memory of the second moment (1 / (1 - beta2) = 20 steps),
     # and near GPT-3's 715.
     config.schedule.warmup = "5%"
-    config.train.steps, config.train.tokens = 0, size.tokens
+    # Steps, not train.tokens: so that --config.train.steps=20 alone is a valid override.
+    config.train.steps = math.ceil(size.tokens / (size.batch_size * size.seq_len))
     config.train.batch_size, config.train.accum = size.batch_size, size.accum
     config.data.vocab_size = 32_000
     config.data.seq_len = size.seq_len

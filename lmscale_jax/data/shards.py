@@ -71,7 +71,7 @@ class ShardWriter:
 
     def _open_next(self) -> None:
         self._path = self.directory / f"{self.prefix}_{len(self.shards):06d}.bin"
-        self._file = open(self._path.with_suffix(".tmp"), "w+b")  # noqa: SIM115 (closed below)
+        self._file = open(self._path.with_suffix(".tmp"), "w+b")
         self._file.write(bytes(_HEADER_BYTES))
         self._room = self.shard_tokens
 

@@ -1,6 +1,7 @@
 """The device mesh, and shardings from the named axes of each parameter."""
 
 import math
+import os
 
 import jax
 import numpy as np
@@ -24,10 +25,26 @@ RULES = {
 
 
 def start(config) -> None:
-    """Sets up JAX for a config; call it before anything asks for a device."""
+    """Sets up JAX for a config; call it before anything asks for a device.
+
+    XLA spreads one small product badly over several cores, but runs several devices well at once:
+    so on CPU each core is a device by default and the batch is split over them (benchmarks/).
+    """
     if config.mesh.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices or _cpu_devices(config))
+
+
+def _cpu_devices(config) -> int:
+    """What a mesh of fixed size needs; else as many as the cores and the micro-batch allow."""
+    sizes = config.mesh
+    split, data = sizes.fsdp * sizes.tensor, sizes.data
+    if data == -1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        rows = config.train.batch_size // config.train.accum
+        fit = [d for d in range(1, cores // split + 1) if rows % (d * sizes.fsdp) == 0]
+        data = max(fit, default=1)
+    return split * data
 
 
 def make(config, devices: list | None = None) -> Mesh:

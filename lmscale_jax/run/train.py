@@ -40,6 +40,8 @@ class Setup:
         """Loss and its kin on the held-out tokens."""
         config = self.config
         size = config.eval.batch_size or config.train.batch_size // config.train.accum
+        shards = mesh.batch_shards(self.mesh)
+        size = -(-size // shards) * shards
         rows = mesh.host_rows(size, self.mesh)
         batches = pipeline.val_batches(
             self.data, config.data.seq_len, size, config.eval.tokens, rows
