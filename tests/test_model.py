@@ -37,45 +37,42 @@ def tokens(batch=2, length=T, seed=0):
     return jnp.asarray(np.random.default_rng(seed).integers(0, VOCAB, (batch, length)))
 
 
-def oracle(config, params, ids_BxT) -> np.ndarray:
-    """Logits [B, T, V] by loops over heads and layers, in float64."""
-    m = config.model
-    p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+class Oracle:
+    """The forward pass by loops over layers, heads and positions, in float64."""
 
-    def norm(x, q):
-        if m.norm == "rmsnorm":
-            return x / np.sqrt((x**2).mean(-1, keepdims=True) + m.norm_eps) * q["scale"]
-        x = x - x.mean(-1, keepdims=True)
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + m.norm_eps) * q["scale"] + q.get(
-            "bias", 0
-        )
+    def __init__(self, config, params):
+        self.m = config.model
+        self.p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
-    def gelu(x):
-        if m.gelu == "erf":
+    def norm(self, x, q):
+        if self.m.norm == "layernorm":
+            x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.m.norm_eps)
+        return x * q["scale"] + q.get("bias", 0)
+
+    def gelu(self, x):
+        if self.m.gelu == "erf":
             return x * np.vectorize(lambda v: 0.5 * (1 + math.erf(v / math.sqrt(2))))(x)
         return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    def silu(x):
-        return x / (1 + np.exp(-x))
-
-    def dense(x, q):
+    def dense(self, x, q):
         w = q["weight"].reshape(x.shape[-1], -1)
         return x @ w + np.asarray(q.get("bias", 0.0)).reshape(-1)
 
-    def rope(x_TxHxd):
+    def rope(self, x_TxHxd):
+        half = self.m.head_dim // 2
         t = np.arange(x_TxHxd.shape[0])[:, None]
-        half = m.head_dim // 2
-        angle = t / m.rope_theta ** (2 * np.arange(half) / m.head_dim)
+        angle = t / self.m.rope_theta ** (2 * np.arange(half) / self.m.head_dim)
         z = (x_TxHxd[..., :half] + 1j * x_TxHxd[..., half:]) * np.exp(1j * angle)[:, None]
         return np.concatenate([z.real, z.imag], -1)
 
-    def attend(x, q, segments):
-        n = x.shape[0]
-        Q = dense(x, q["query"]).reshape(n, m.n_heads, m.head_dim)
-        K = dense(x, q["key"]).reshape(n, m.n_kv_heads, m.head_dim)
-        V = dense(x, q["value"]).reshape(n, m.n_kv_heads, m.head_dim)
+    def attend(self, x, q, segments):
+        m, n = self.m, x.shape[0]
+        Q = self.dense(x, q["query"]).reshape(n, m.n_heads, m.head_dim)
+        K = self.dense(x, q["key"]).reshape(n, m.n_kv_heads, m.head_dim)
+        V = self.dense(x, q["value"]).reshape(n, m.n_kv_heads, m.head_dim)
         if m.positions == "rope":
-            Q, K = rope(Q), rope(K)
+            Q, K = self.rope(Q), self.rope(K)
         out = np.zeros_like(Q)
         for head in range(m.n_heads):
             kv = head // (m.n_heads // m.n_kv_heads)
@@ -84,31 +81,39 @@ def oracle(config, params, ids_BxT) -> np.ndarray:
                 s = np.array([Q[i, head] @ K[j, kv] for j in seen]) / np.sqrt(m.head_dim)
                 w = np.exp(s - s.max())
                 out[i, head] = (w / w.sum()) @ V[seen, kv]
-        return dense(out.reshape(n, -1), q["out"])
+        return self.dense(out.reshape(n, -1), q["out"])
 
-    def mlp(x, q):
-        up = dense(x, q["up"])
-        if m.mlp == "gelu":
-            hidden = gelu(up)
-        elif m.mlp == "relu2":
+    def mlp(self, x, q):
+        up = self.dense(x, q["up"])
+        if self.m.mlp == "gelu":
+            hidden = self.gelu(up)
+        elif self.m.mlp == "relu2":
             hidden = np.maximum(up, 0) ** 2
         else:
-            hidden = {"swiglu": silu, "geglu": gelu}[m.mlp](dense(x, q["gate"])) * up
-        return dense(hidden, q["down"])
+            gate = self.dense(x, q["gate"])
+            hidden = (
+                gate / (1 + np.exp(-gate)) if self.m.mlp == "swiglu" else self.gelu(gate)
+            ) * up
+        return self.dense(hidden, q["down"])
 
-    rows = []
-    for ids in np.asarray(ids_BxT):
+    def logits(self, ids) -> np.ndarray:
+        """[T, V] of one sequence."""
+        m, p = self.m, self.p
         h = p["embed"]["tokens"][ids]
         if m.positions == "learned":
             h = h + p["embed"]["positions"][: len(ids)]
         segments = np.cumsum(ids == 0) if m.mask == "document" else np.zeros(len(ids))
         for layer in range(m.n_layers):
             q = jax.tree.map(lambda x, i=layer: x[i], p["blocks"])
-            h = h + attend(norm(h, q["attention_norm"]), q["attention"], segments)
-            h = h + mlp(norm(h, q["mlp_norm"]), q["mlp"])
-        x = norm(h, p["readout"]["norm"])
-        rows.append(x @ (p["embed"]["tokens"].T if m.head == "tied" else p["readout"]["weight"]))
-    return np.stack(rows)
+            h = h + self.attend(self.norm(h, q["attention_norm"]), q["attention"], segments)
+            h = h + self.mlp(self.norm(h, q["mlp_norm"]), q["mlp"])
+        x = self.norm(h, p["readout"]["norm"])
+        return x @ (p["embed"]["tokens"].T if m.head == "tied" else p["readout"]["weight"])
+
+
+def oracle(config, params, ids_BxT) -> np.ndarray:
+    """Logits [B, T, V], float64."""
+    return np.stack([Oracle(config, params).logits(ids) for ids in np.asarray(ids_BxT)])
 
 
 VARIANTS = {

@@ -50,34 +50,8 @@ def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable
     With `measure`, metrics also hold the norms of gradient, parameters and update of every layer.
     It is compiled apart, so that other steps do not pay for it.
     """
-    accum, factor = config.train.accum, schedules.make(config)
+    gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
     dropout = jax.random.key(config.seed) if config.model.dropout else None
-
-    def mean_loss(params, tokens_BxT, targets_BxT, n_targets, key):
-        nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key)
-        return nll_BxT.sum() / n_targets
-
-    def gradient(params, batch, key):
-        n_targets = jnp.maximum(1, (batch.targets_BxT >= 0).sum())
-        function = jax.value_and_grad(mean_loss)
-        if accum == 1:
-            return function(params, batch.tokens_BxT, batch.targets_BxT, n_targets, key)
-
-        def one(total, micro):
-            index, (tokens, targets) = micro
-            micro_key = None if key is None else jax.random.fold_in(key, index)
-            part = function(params, tokens, targets, n_targets, micro_key)
-            return jax.tree.map(jnp.add, total, part), None
-
-        rows = NamedSharding(mesh, P(None, *meshes.BATCH))
-        parts = jax.tree.map(
-            lambda x: jax.lax.with_sharding_constraint(
-                x.reshape(accum, x.shape[0] // accum, *x.shape[1:]), rows
-            ),
-            tuple(batch),
-        )
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-        return jax.lax.scan(one, zero, (jnp.arange(accum), parts))[0]
 
     def step(state: State, batch, measure: bool = False):
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
@@ -104,6 +78,42 @@ def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable
         return State(state.step + 1, params, opt_state, bad, skipped), metrics
 
     return jax.jit(step, static_argnames="measure", donate_argnums=0, out_shardings=(placed, None))
+
+
+def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
+    """(params, batch, key) -> (mean loss over the batch's targets, its gradient).
+
+    Micro-batches are added up by a scan; each is divided by the targets of the whole batch, so
+    cutting the batch changes no number.
+    """
+    accum = config.train.accum
+    rows = NamedSharding(mesh, P(None, *meshes.BATCH))
+
+    def mean_loss(params, tokens_BxT, targets_BxT, n_targets, key):
+        return model.losses(params, tokens_BxT, targets_BxT, key).sum() / n_targets
+
+    function = jax.value_and_grad(mean_loss)
+
+    def cut(x):
+        micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])
+        return jax.lax.with_sharding_constraint(micro, rows)
+
+    def gradient(params, batch, key):
+        n_targets = jnp.maximum(1, (batch.targets_BxT >= 0).sum())
+        if accum == 1:
+            return function(params, *batch, n_targets, key)
+
+        def one(total, micro):
+            index, parts = micro
+            micro_key = None if key is None else jax.random.fold_in(key, index)
+            part = function(params, *parts, n_targets, micro_key)
+            return jax.tree.map(jnp.add, total, part), None
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        parts = jax.tree.map(cut, tuple(batch))
+        return jax.lax.scan(one, zero, (jnp.arange(accum), parts))[0]
+
+    return gradient
 
 
 def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
