@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterable, Iterator
 
 
 class Clock:
@@ -14,6 +15,7 @@ class Clock:
         state = state or {}
         self.step_seconds = state.get("step_seconds", 0.0)
         self.step_tokens = state.get("step_tokens", 0)
+        self.wait_seconds = state.get("wait_seconds", 0.0)
         self._wall_before = state.get("wall_seconds", 0.0)
         self._begin = self._mark = time.perf_counter()
         self._skip = True
@@ -40,6 +42,23 @@ class Clock:
         yield
         self._mark += time.perf_counter() - begin
 
+    def waiting_for(self, stream: Iterable) -> Iterator:
+        """The same items, with the time that each `next` took counted as waiting for data."""
+        iterator = iter(stream)
+        while True:
+            begin = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.wait_seconds += time.perf_counter() - begin
+            yield item
+
+    @property
+    def data_wait(self) -> float | None:
+        """Share of the training time in which a step waited for its batch."""
+        return self.wait_seconds / self.step_seconds if self.step_seconds else None
+
     @property
     def wall_seconds(self) -> float:
         return self._wall_before + time.perf_counter() - self._begin
@@ -52,5 +71,6 @@ class Clock:
         return {
             "step_seconds": self.step_seconds,
             "step_tokens": self.step_tokens,
+            "wait_seconds": self.wait_seconds,
             "wall_seconds": self.wall_seconds,
         }

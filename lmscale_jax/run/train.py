@@ -73,7 +73,8 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
     setup = prepare(config, workdir, say)
     lock = record.Lock(workdir)
     run = record.Record(workdir, facts(setup))
-    run.update(status="running")
+    again = {"started": before["started"], "restarts": before["restarts"] + 1} if before else {}
+    run.update(status="running", **again)
     record.write_json(workdir / "parametrization.json", rules.as_json(setup.model.rows))
     try:
         params = _run(setup, run, say)
@@ -150,8 +151,9 @@ def facts(setup: Setup) -> dict:
             "mesh": dict(setup.mesh.shape),
         },
         "choices": setup.model.choices,
+        "restarts": 0,
         "final": {},
-        "throughput": {"tokens_per_second": None, "mfu": None},
+        "throughput": {"tokens_per_second": None, "mfu": None, "data_wait": None},
         **record.provenance(),
     }
 
@@ -163,8 +165,9 @@ def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
     )
     state, host = restore_or_begin(setup, checkpoints, say)
     clock = Clock(host.get("clock"))
+    run_id = f"{run['config_hash']}-{setup.workdir.name}"
     journal = Journal(
-        config, setup.workdir, int(state.step), host.get("journal", {}), clock, run["config_hash"]
+        config, setup.workdir, int(state.step), host.get("journal", {}), clock, run_id
     )
     stop = Stop()
     try:
@@ -212,7 +215,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
     take_step = step.make(config, setup.model, setup.transform, setup.mesh, setup.placed)
     stream = pipeline.prefetch(setup.batches.at, first, last, workers=config.data.workers)
     compiled, pending, final = set(), None, None
-    for done, batch in enumerate(stream, first + 1):
+    for done, batch in enumerate(clock.waiting_for(stream), first + 1):
         measure = config.log.per_layer and done % config.log.every == 0
         state, metrics = take_step(state, mesh.put_batch(batch, setup.mesh), measure=measure)
         if pending:
@@ -285,7 +288,7 @@ def finish(setup: Setup, run: record.Record, state, final: dict, clock: Clock) -
     run.update(
         status="finished",
         final=final,
-        throughput={"tokens_per_second": speed, "mfu": mfu},
+        throughput={"tokens_per_second": speed, "mfu": mfu, "data_wait": clock.data_wait},
         wall_seconds=clock.wall_seconds,
         skipped_steps=int(state.skipped),
     )
