@@ -14,11 +14,6 @@ EXPLAIN = flags.DEFINE_bool("explain", False, "print what would be done, and why
 
 
 def main() -> None:
-    from lmscale_jax.config import validate
-    from lmscale_jax.run import mesh
-
-    validate(CONFIG.value)
-    mesh.start(CONFIG.value)
     if EXPLAIN.value:
         from lmscale_jax.run.explain import explain
 
@@ -27,6 +22,11 @@ def main() -> None:
         return
     if not WORKDIR.value:
         raise InputError("--workdir is missing; --workdir=runs/first would work")
+    from lmscale_jax.config import validate
+    from lmscale_jax.run import mesh
+
+    validate(CONFIG.value)
+    mesh.start(CONFIG.value)
     from lmscale_jax.run.train import train
 
     finished = train(CONFIG.value, Path(WORKDIR.value))
