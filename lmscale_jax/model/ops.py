@@ -146,19 +146,20 @@ def _transposed_product(a_BxNxI, b_BxNxO):
     A contraction over the first dimension of both operands is the one form that XLA's fast CPU
     kernels refuse. Over two dimensions it first makes a transposed copy, which costs little, and
     then takes the fast kernel. The barriers keep it from undoing the split, from fusing whatever
-    made `a` into the copy, and from turning the product around to suit whoever reads it.
+    made `a` into the copy, and from turning the product around to suit whoever reads it, for which
+    bfloat16 may have no kernel at all ("Unsupported element type for DotThunk", at run time).
     """
     axis = a_BxNxI.ndim - 2
     batch = (tuple(range(axis)),) * 2
     n = a_BxNxI.shape[axis]
-    if n % 2:
-        return _product(a_BxNxI, b_BxNxO, ((axis,), (axis,)), batch)
-
-    def split(x):
-        return x.reshape(*x.shape[:axis], n // 2, 2, x.shape[-1])
-
-    a, b = lax.optimization_barrier((split(a_BxNxI), split(b_BxNxO)))
-    return lax.optimization_barrier(_product(a, b, ((axis, axis + 1),) * 2, batch))
+    contract = (axis,)
+    if n % 2 == 0:
+        contract = (axis, axis + 1)
+        a_BxNxI, b_BxNxO = (
+            x.reshape(*x.shape[:axis], n // 2, 2, x.shape[-1]) for x in (a_BxNxI, b_BxNxO)
+        )
+    a, b = lax.optimization_barrier((a_BxNxI, b_BxNxO))
+    return lax.optimization_barrier(_product(a, b, (contract, contract), batch))
 
 
 @jax.custom_vjp

@@ -1,13 +1,17 @@
 """The device mesh, and shardings from the named axes of each parameter."""
 
+import hashlib
 import math
 import os
+import platform
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmscale_jax.data.prepared import cache_root
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import Spec, map_named
 
@@ -30,9 +34,26 @@ def start(config) -> None:
     XLA spreads one small product badly over several cores, but runs several devices well at once:
     so on CPU each core is a device by default and the batch is split over them (benchmarks/).
     """
+    jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if config.mesh.cpu_devices:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices or _cpu_devices(config))
+
+
+def _compile_cache(config) -> Path:
+    """Where compiled programs are kept: apart for each version of JAX and each kind of processor.
+
+    JAX's own key knows the program and the compiler, but a home directory may be shared by machines
+    whose processors do not have the same instructions.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        processor = f"{platform.machine()} {platform.processor()} {platform.node()}"
+    kind = hashlib.sha256(processor.encode()).hexdigest()[:8]
+    return cache_root(config.data) / "compiled" / f"jax-{jax.__version__}-{kind}"
 
 
 def _cpu_devices(config) -> int:

@@ -56,7 +56,7 @@ def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable
     def step(state: State, batch, measure: bool = False):
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
         loss, grads = gradient(state.params, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params, step=state.step)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
@@ -130,5 +130,5 @@ def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
     for what, tree in (("grad", grads), ("param", params), ("update", updates)):
         metrics[f"{what}_norm_layers"] = blocks(tree)
         for where in ("embed", "readout"):
-            metrics[f"{what}_norm_{where}"] = optax.global_norm(tree[where])
+            metrics[f"{what}_norm_{where}"] = optax.tree.norm(tree[where])
     return metrics
