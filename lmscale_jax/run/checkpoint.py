@@ -21,6 +21,7 @@ class Checkpoints:
         self._directory = (workdir / "checkpoints").absolute()
         self._options = {"max_to_keep": keep, "keep_period": keep_every or None}
         self._manager = None
+        self.writing: int | None = None
         self._checksums = jax.jit(checksums)
 
     @property
@@ -29,7 +30,8 @@ class Checkpoints:
         if self._manager is None:
             import orbax.checkpoint as ocp
 
-            logging.getLogger("absl").setLevel(logging.ERROR)
+            # What it reports as an error it also raises.
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
             options = ocp.CheckpointManagerOptions(**self._options, create=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         return self._manager
@@ -44,6 +46,7 @@ class Checkpoints:
 
         params, rest = _split(state)
         sums = jax.tree.map(int, self._checksums(state))
+        self.writing = step
         self.manager.save(
             step,
             args=ocp.args.Composite(

@@ -31,14 +31,25 @@ RULES = {
 def start(config) -> None:
     """Sets up JAX for a config; call it before anything asks for a device.
 
+    Where devices are in use already, as in a notebook, they stay as they are; asking for another
+    number of CPU devices is then an InputError.
+
     XLA spreads one small product badly over several cores, but runs several devices well at once:
     so on CPU each core is a device by default and the batch is split over them (benchmarks/).
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    if config.mesh.cpu_devices:
+    wanted = config.mesh.cpu_devices
+    try:
+        jax.config.update("jax_num_cpu_devices", wanted or _cpu_devices(config))
+    except RuntimeError:
+        if wanted and jax.local_device_count("cpu") != wanted:
+            raise InputError(
+                f"config.mesh.cpu_devices={wanted}: this process uses "
+                f"{jax.local_device_count('cpu')} already; 0 takes them"
+            ) from None
+    if wanted:
         jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices or _cpu_devices(config))
 
 
 def _compile_cache(config) -> Path:

@@ -249,18 +249,23 @@ def _due(done: int, every: int) -> bool:
 
 def _save(checkpoints, done: int, state, journal: Journal, clock: Clock, final: bool) -> None:
     """Saves; what goes wrong is said, and ends the run only if this was its last chance."""
-    host = {"journal": journal.sync(), "clock": clock.state()}
-    try:
-        checkpoints.save(done, state, host)
+
+    def save():
+        checkpoints.save(done, state, {"journal": journal.sync(), "clock": clock.state()})
         if final:
             checkpoints.wait()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        kept = [s for s in checkpoints.steps() if s != done]
-        text = f"checkpoint {done} could not be written ({reason}); on the disk: {kept or 'none'}"
-        if final:
-            raise RunFailed(text) from error
-        journal.progress.say(text)
+
+    # What was being written since the last time may have failed in the background.
+    for which, action in ((checkpoints.writing, checkpoints.wait), (done, save)):
+        try:
+            action()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            kept = [s for s in checkpoints.steps() if s != which]
+            text = f"checkpoint {which} could not be written ({reason}); kept: {kept or 'none'}"
+            if final and which == done:
+                raise RunFailed(text) from error
+            journal.progress.say(text)
 
 
 class Stop:
