@@ -1,0 +1,80 @@
+"""A process that takes the project's own training step on random tokens; see interleave.Worker."""
+
+import sys
+import time
+
+from absl import flags
+
+from benchmarks.shapes import SHAPES
+from lmscale_jax import command
+
+SHAPE = flags.DEFINE_integer("shape", 1, "number of the shape")
+DTYPE = flags.DEFINE_string("dtype", "float32", "model.dtype")
+DEVICES = flags.DEFINE_integer("devices", 0, "mesh.cpu_devices; 0: the default, one a core")
+
+
+def config_of(shape: dict, dtype: str, devices: int):
+    """configs/nanogpt_char.py with the sizes of a shape."""
+    from configs import nanogpt_char
+
+    config = nanogpt_char.get_config()
+    model = config.model
+    model.d_model, model.n_layers, model.n_heads = shape["D"], shape["L"], shape["H"]
+    model.gelu, model.dtype = shape["gelu"], dtype
+    config.data.seq_len, config.train.batch_size = shape["T"], shape["B"]
+    config.train.steps, config.mesh.cpu_devices = 100_000, devices
+    return config
+
+
+def make(shape: dict, dtype: str, devices: int):
+    """A function that takes N steps and returns the last loss, as run/train.py takes them."""
+    from lmscale_jax import config as configs
+    from lmscale_jax.run import mesh
+
+    config = configs.resolve(config_of(shape, dtype, devices), shape["V"])
+    mesh.start(config)
+
+    import jax
+    import numpy as np
+
+    from lmscale_jax.data.pipeline import Batch
+    from lmscale_jax.model.build import build
+    from lmscale_jax.optim import build as optim
+    from lmscale_jax.run import step
+
+    grid = mesh.make(config)
+    model = build(config, platform="cpu", shards=mesh.batch_shards(grid))
+    transform = optim.build(config, model.rows)
+    placed = step.shardings(model, transform, grid)
+    state = jax.jit(lambda: step.initial(model, transform, 0), out_shardings=placed)()
+    take_step = step.make(config, model, transform, grid, placed)
+    tokens = np.random.default_rng(0).integers(0, shape["V"], (8, shape["B"], shape["T"] + 1))
+    tokens = tokens.astype(np.int32)
+    batches = [Batch(t[:, :-1].copy(), t[:, 1:].copy()) for t in tokens]
+    done = 0
+
+    def run(steps: int) -> float:
+        nonlocal state, done
+        for _ in range(steps):
+            batch = mesh.put_batch(batches[done % len(batches)], grid)
+            state, metrics = take_step(state, batch, measure=False)
+            done += 1
+        jax.block_until_ready(state)
+        return float(metrics["train_loss"])
+
+    return run
+
+
+def main() -> None:
+    run = make(SHAPES[SHAPE.value], DTYPE.value, DEVICES.value)
+    run(3)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        run(1)  # wakes the threads and fills the caches; not measured
+        begin = time.perf_counter()
+        loss = run(int(line))
+        print((time.perf_counter() - begin) / int(line) * 1e3, loss, flush=True)
+
+
+if __name__ == "__main__":
+    command.run(main)
