@@ -47,14 +47,13 @@ class Checkpoints:
         params, rest = _split(state)
         sums = jax.tree.map(int, self._checksums(state))
         self.writing = step
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                rest=ocp.args.StandardSave(rest),
-                host=ocp.args.JsonSave(host | {"step": step, "checksums": sums}),
-            ),
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            rest=ocp.args.StandardSave(rest),
+            host=ocp.args.JsonSave(host | {"step": step, "checksums": sums}),
         )
+        if not self.manager.save(step, args=items):
+            raise OSError(f"orbax declined to save step {step} after {self.steps()}")
 
     def wait(self) -> None:
         """Returns when the last save is on the disk. Raises what the write met."""

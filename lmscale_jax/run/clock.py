@@ -32,7 +32,7 @@ class Clock:
         return tokens / seconds
 
     def leave_out(self) -> None:
-        """The step under way is not representative: it compiles something."""
+        """The lap under way is not representative: something was compiled in it."""
         self._skip = True
 
     @contextlib.contextmanager

@@ -100,10 +100,10 @@ class Record:
 
 def write_json(path: Path, value) -> None:
     """Writes JSON atomically; numbers that are not finite become null."""
+    text = json.dumps(finite(value), indent=1) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w") as file:
-        json.dump(finite(value), file, indent=1)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -218,12 +218,12 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
     for done, batch in enumerate(clock.waiting_for(stream), first + 1):
         measure = config.log.per_layer and done % config.log.every == 0
         state, metrics = take_step(state, mesh.put_batch(batch, setup.mesh), measure=measure)
-        if pending:
-            journal.take(*pending)
-        pending = (done, metrics)
         if measure not in compiled:
             compiled.add(measure)
             clock.leave_out()
+        if pending:
+            journal.take(*pending)
+        pending = (done, metrics)
         evaluate = done == last or _due(done, config.eval.every)
         save = done == last or _due(done, config.checkpoint.every) or stop.asked
         if not (evaluate or save):
@@ -237,7 +237,8 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
             journal.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")
         if save:
             with clock.pause():
-                _save(checkpoints, done, state, journal, clock, final=done == last)
+                leaving = done == last or stop.asked is not None
+                _save(checkpoints, done, state, journal, clock, final=leaving)
         if stop.asked:
             break
     return state, final

@@ -1,0 +1,98 @@
+"""The small parts of a run: clock, metrics file, record."""
+
+import json
+import math
+
+import pytest
+
+from lmscale_jax.run import clock as clocks
+from lmscale_jax.run import record, writers
+
+
+@pytest.fixture
+def time(monkeypatch):
+    """A clock that only moves when told to."""
+    now = [100.0]
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+
+    def advance(seconds):
+        now[0] += seconds
+
+    return advance
+
+
+def test_clock_leaves_out_compilation_and_pauses(time):
+    clock = clocks.Clock()
+    time(9.0)
+    assert clock.lap(10) is None  # the first step compiles
+    time(2.0)
+    assert clock.lap(10) == 5.0
+    time(2.0)
+    with clock.pause():
+        time(50.0)
+    assert clock.lap(10) == 5.0
+    clock.leave_out()
+    time(30.0)
+    assert clock.lap(10) is None
+    assert clock.tokens_per_second == 5.0 and clock.wall_seconds == 93.0
+
+
+def test_clock_goes_on_after_a_restart(time):
+    first = clocks.Clock()
+    first.lap(10)
+    time(2.0)
+    first.lap(10)
+    time(1.0)
+    second = clocks.Clock(json.loads(json.dumps(first.state())))
+    second.lap(10)
+    time(8.0)
+    second.lap(10)
+    assert second.tokens_per_second == 20 / 10 and second.wall_seconds == 11.0
+
+
+def test_clock_counts_waiting(time):
+    clock = clocks.Clock()
+
+    def slow():
+        for item in range(3):
+            time(1.0)
+            yield item
+
+    seen = []
+    for item in clock.waiting_for(slow()):
+        time(3.0)
+        clock.lap(1)
+        seen.append(item)
+    assert seen == [0, 1, 2]
+    # The first lap is left out of the seconds, its wait is not: 3 of 8.
+    assert clock.data_wait == pytest.approx(3 / 8)
+
+
+def test_metrics_file_drops_what_comes_after_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    before = writers.MetricsFile(path, 0)
+    for step in (1, 2, 3):
+        before.write({"step": step, "loss": math.nan if step == 2 else 1.0})
+    before.close()
+    path.write_text(path.read_text() + '{"step": 4, "los')
+    again = writers.MetricsFile(path, 2)
+    again.write({"step": 3, "loss": 0.5})
+    again.close()
+    lines = writers.read_metrics(path)
+    assert lines == [
+        {"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5},
+    ]  # fmt: skip
+
+
+def test_json_is_atomic_and_finite(tmp_path):
+    path = tmp_path / "x.json"
+    record.write_json(path, {"a": [1.0, math.inf], "b": {"c": math.nan}})
+    assert json.loads(path.read_text()) == {"a": [1.0, None], "b": {"c": None}}
+    with pytest.raises(TypeError):
+        record.write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["b"] == {"c": None}
+
+
+def test_scalars_name_layers_and_leave_out_what_is_not_finite():
+    line = {"step": 3, "loss": 2.0, "bad": math.nan, "norms": [1.0, math.inf], "text": "x"}
+    assert writers.scalars(line) == {"loss": 2.0, "norms/0": 1.0}
