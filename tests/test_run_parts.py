@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from lmscale_jax.errors import InputError
 from lmscale_jax.run import clock as clocks
 from lmscale_jax.run import record, writers
 
@@ -96,3 +97,11 @@ def test_json_is_atomic_and_finite(tmp_path):
 def test_scalars_name_layers_and_leave_out_what_is_not_finite():
     line = {"step": 3, "loss": 2.0, "bad": math.nan, "norms": [1.0, math.inf], "text": "x"}
     assert writers.scalars(line) == {"loss": 2.0, "norms/0": 1.0}
+
+
+def test_a_writer_that_is_not_installed_is_said_at_once(monkeypatch, small):
+    config = small(log__wandb="offline")
+    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"log\.wandb='offline' needs .*'off' works"):
+        writers.check(config)
+    writers.check(small())

@@ -17,7 +17,7 @@ from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
 from lmscale_jax.optim import build as optim
 from lmscale_jax.parametrization import rules
-from lmscale_jax.run import checkpoint, mesh, record, step
+from lmscale_jax.run import checkpoint, mesh, record, step, writers
 from lmscale_jax.run.clock import Clock
 from lmscale_jax.run.journal import Diverged, Journal
 
@@ -66,6 +66,7 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
     written there, and RunFailed where the run diverged or its end could not be saved.
     """
     resolved = configs.resolve(config, prepared.vocab_size_of(config.data))
+    writers.check(resolved)
     before = record.check(workdir, resolved)
     if before and before["status"] == "finished":
         say(f"{workdir} is finished: validation loss {before['final']['val_loss']:.4f}")

@@ -1,11 +1,13 @@
 """Where metrics go: metrics.jsonl always; terminal, TensorBoard and Weights & Biases beside it."""
 
+import importlib.util
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+from lmscale_jax.errors import InputError
 from lmscale_jax.run.record import finite
 
 
@@ -46,6 +48,15 @@ def _lines(path: Path) -> list[str]:
 def read_metrics(path: Path) -> list[dict]:
     """All lines of a metrics.jsonl."""
     return [json.loads(line) for line in _lines(path)]
+
+
+def check(config) -> None:
+    """Raises InputError where a writer that the config asks for is not installed."""
+    if config.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"config.log.wandb={config.log.wandb!r} needs the wandb package, which "
+            f"pip install 'lmscale_jax[wandb]' brings; 'off' works without"
+        )
 
 
 def scalars(line: dict) -> dict[str, float]:
