@@ -69,6 +69,10 @@ BAD = {
         lambda f: make_shards(f) | {"model.vocab_size": 50},
         ["train.bin", "id 85", "vocabulary of 50"],
     ),
+    "documents without marks": (
+        lambda f: make_shards(f) | {"model.mask": "document"},
+        ["model.mask='document'", "'causal'"],
+    ),
     "no vocabulary": (lambda f: make_shards(f) | {"model.vocab_size": 0}, ["model.vocab_size"]),
 }
 

@@ -15,6 +15,7 @@ def done(settings, tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("runs") / "done"
     more = settings | {"train.steps": 400, "optim.lr": 1e-2, "eval.every": 100, "log.every": 20}
+    more |= {"checkpoint.every": 40, "checkpoint.keep": 2, "checkpoint.keep_every": 160}
     process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(more))
     status, out, err = finish(process)
     assert status == 0, err
@@ -73,6 +74,8 @@ def test_files_and_closing_lines(done):
     for name in ("loss.png", "layers.png"):
         assert (workdir / "plots" / name).read_bytes()[:4] == b"\x89PNG"
     assert list((workdir / "tb").glob("events.*"))
+    # The last two, and the multiples of keep_every.
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"160", "320", "360", "400"}
     last = out.strip().splitlines()[-5:]
     assert "unigram" in last[0] and "bigram" in last[1]
     assert "this run" in last[2] and "bits per byte" in last[3] and "plots" in last[4]

@@ -11,7 +11,7 @@ import jax
 
 from lmscale_jax import config as configs
 from lmscale_jax.data import pipeline, prepared
-from lmscale_jax.errors import RunFailed
+from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.evals import perplexity
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
@@ -97,6 +97,12 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
     """Data, mesh, model and optimizer of a config; nothing of size is allocated."""
     data = prepared.prepare(config.data, config.model.vocab_size, log=say)
     config = configs.resolve(config, data.vocab_size)
+    if config.model.mask == "document" and data.boundary is None:
+        raise InputError(
+            f"config.model.mask='document' needs document marks, which data.source="
+            f"{config.data.source} with data.tokenizer={config.data.tokenizer} has not; "
+            f"'causal' would work"
+        )
     grid = mesh.make(config)
     shards = mesh.batch_shards(grid)
     platform = grid.devices.flat[0].platform
