@@ -96,6 +96,7 @@ class Trainer:
 
 def time_steps(args) -> None:
     shape = dict(SHAPES[args.shape])
+    shape["gelu"] = args.gelu or shape["gelu"]
     B, T, V = shape.pop("B"), shape["T"], shape["V"]
     torch.manual_seed(0)
     trainer = Trainer(Decoder(**shape), args.precision)
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("what", choices=("step", "train"))
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--shape", type=int, choices=SHAPES, default=1)
+    parser.add_argument("--gelu", choices=("erf", "tanh"))
     parser.add_argument("--text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)

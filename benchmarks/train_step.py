@@ -17,6 +17,7 @@ from lmscale_jax import command
 from lmscale_jax.errors import InputError
 
 WANTED = flags.DEFINE_list("shapes", [str(n) for n in SHAPES], "numbers of the shapes")
+GELU = flags.DEFINE_enum("gelu", "", ["", "erf", "tanh"], "empty: each shape's own")
 ROUNDS = flags.DEFINE_integer("rounds", 16, "turns of each process", lower_bound=1)
 CHUNK = flags.DEFINE_float("chunk_ms", 400.0, "milliseconds of one turn; 2 steps at the least")
 
@@ -53,7 +54,8 @@ def start(shape: int, torch: bool) -> list[interleave.Worker]:
         commands[label] = [*module, f"--dtype={dtype}", f"--devices={devices}"]
     workers = []
     for label, arguments in commands.items():
-        workers.append(interleave.Worker(label, arguments))
+        gelu = [f"--gelu={GELU.value}"] if GELU.value else []
+        workers.append(interleave.Worker(label, arguments + gelu))
         workers[-1].wait()
     return workers
 
@@ -78,12 +80,19 @@ def compare(shape: int, torch: bool) -> dict:
             "ms_by_round": [round(c.ms, 3) for c in own],
             "clean_by_round": [c.clean for c in own],
         }
-    return {"shape": SHAPES[shape], "rows": result}
+    used = {"gelu": GELU.value} if GELU.value else {}
+    return {"shape": SHAPES[shape] | used, "rows": result}
 
 
 def show(result: dict) -> str:
     """The table of one shape."""
-    head = ["", "ms a step", "clean rounds", "/ torch, same precision", "/ torch bfloat16 pure"]
+    head = [
+        "",
+        "ms a step",
+        "clean rounds",
+        "/ torch float32, or autocast",
+        "/ torch pure bfloat16",
+    ]
     rows = []
     for label, row in result["rows"].items():
         ratios = {"torch float32": "", "torch bfloat16 autocast": "", "torch bfloat16 pure": ""}
@@ -107,15 +116,16 @@ def main() -> None:
     if unknown or not WANTED.value:
         raise InputError(f"--shapes={','.join(unknown)}: no such shape; --shapes=1,2 would work")
     torch = machine.torch_version(machine.TORCH_PYTHON.value)
-    asked = machine.asked("shapes", "rounds", "chunk_ms", "limit")
+    asked = machine.asked("shapes", "gelu", "rounds", "chunk_ms", "limit")
+    name = f"train_step_{GELU.value}" if GELU.value else "train_step"
     result = {"machine": machine.facts(torch, asked), "shapes": {}}
     print(machine.headline(result["machine"]))
     for number in WANTED.value:
         found = compare(int(number), torch is not None)
         result["shapes"][number] = found
-        sizes = " ".join(f"{name}={value}" for name, value in found["shape"].items())
+        sizes = " ".join(f"{key}={value}" for key, value in found["shape"].items())
         print(f"\nShape {number} ({sizes})\n\n{show(found)}", flush=True)
-        machine.save("train_step", result)
+        machine.save(name, result)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from lmscale_jax import command
 
 SHAPE = flags.DEFINE_integer("shape", 1, "number of the shape")
 DTYPE = flags.DEFINE_string("dtype", "float32", "model.dtype")
+GELU = flags.DEFINE_string("gelu", "", "model.gelu; empty: the shape's own")
 DEVICES = flags.DEFINE_integer("devices", 0, "mesh.cpu_devices; 0: the default, one a core")
 
 
@@ -66,7 +67,9 @@ def make(shape: dict, dtype: str, devices: int):
 
 
 def main() -> None:
-    run = make(SHAPES[SHAPE.value], DTYPE.value, DEVICES.value)
+    shape = SHAPES[SHAPE.value]
+    shape = shape | {"gelu": GELU.value or shape["gelu"]}
+    run = make(shape, DTYPE.value, DEVICES.value)
     run(3)
     print("ready", flush=True)
     for line in sys.stdin:
