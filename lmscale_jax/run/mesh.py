@@ -34,8 +34,8 @@ def start(config) -> None:
     Where devices are in use already, as in a notebook, they stay as they are; asking for another
     number of CPU devices is then an InputError.
 
-    XLA spreads one small product badly over several cores, but runs several devices well at once:
-    so on CPU each core is a device by default and the batch is split over them (benchmarks/).
+    On CPU each core is a device by default and the batch is split over them: faster in bfloat16 and
+    for larger models, not always in float32 for the smallest (benchmarks/README.md).
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
