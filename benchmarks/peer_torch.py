@@ -10,7 +10,6 @@ shapes.py beside it, and takes its settings by argparse.
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from shapes import SHAPES
+from turns import serve
 
 PRECISIONS = ("float32", "bf16-autocast", "bf16-pure")
 
@@ -111,13 +111,7 @@ def time_steps(args) -> None:
             done += 1
         return float(loss)
 
-    run(3)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        run(1)  # wakes the threads and fills the caches; not measured
-        begin = time.perf_counter()
-        loss = run(int(line))
-        print((time.perf_counter() - begin) / int(line) * 1e3, loss, flush=True)
+    serve(run)
 
 
 # --- nanoGPT's run ------------------------------------------------------------------------------

@@ -1,11 +1,9 @@
 """A process that takes the project's own training step on random tokens; see interleave.Worker."""
 
-import sys
-import time
-
 from absl import flags
 
 from benchmarks.shapes import SHAPES
+from benchmarks.turns import serve
 from lmscale_jax import command
 
 SHAPE = flags.DEFINE_integer("shape", 1, "number of the shape")
@@ -70,13 +68,7 @@ def main() -> None:
     shape = SHAPES[SHAPE.value]
     shape = shape | {"gelu": GELU.value or shape["gelu"]}
     run = make(shape, DTYPE.value, DEVICES.value)
-    run(3)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        run(1)  # wakes the threads and fills the caches; not measured
-        begin = time.perf_counter()
-        loss = run(int(line))
-        print((time.perf_counter() - begin) / int(line) * 1e3, loss, flush=True)
+    serve(run)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""The worker's side of taking turns. Only the standard library: any interpreter reads it."""
+
+import sys
+import time
+from collections.abc import Callable
+
+
+def serve(run: Callable[[int], float]) -> None:
+    """Warms up, says "ready", then for each number of steps read prints ms a step and the loss.
+
+    `run(n)` makes n steps, waits for them and returns the last loss.
+    """
+    run(3)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        run(1)  # wakes the threads and fills the caches; not measured
+        begin = time.perf_counter()
+        loss = run(int(line))
+        print((time.perf_counter() - begin) / int(line) * 1e3, loss, flush=True)
