@@ -103,5 +103,5 @@ def choose(model, platform: str) -> tuple[str, str]:
     if model.dropout:
         return "plain", "only it drops attention probabilities"
     if platform == "cpu":
-        return "saved", "fastest measured on CPU (benchmarks/README.md)"
+        return "saved", "its own backward rule is faster on CPU (docs/performance.md)"
     return "xla", f"jax.nn.dot_product_attention on {platform}"

@@ -5,7 +5,7 @@ major, so that every product has one contracting dimension: with [B, T, D] activ
 backend makes a transposed copy of each of them for the weight gradient, at twice the step time.
 
 `plain` is the definition of every primitive and leaves derivatives to JAX. `cpu` computes the same
-values with its own backward rules where they were measured to pay (benchmarks/README.md). They do
+values with its own backward rules where they were measured to pay (docs/performance.md). They do
 not keep what can be recomputed in one pass, and they arrange weight gradients for the fast kernels.
 Everything is a pure function of arrays and works under jit, vmap, scan, checkpoint and sharding;
 the CPU rules have reverse mode only (no jvp).
