@@ -123,11 +123,11 @@ def test_both_sign_conventions_and_json():
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     inside = 0
-    for seed in range(40):
-        result = fit(grid(SIZES, TOKENS, noise=0.01, seed=seed), bootstrap=200, level=0.9)
+    for seed in range(20):
+        result = fit(grid(SIZES, TOKENS, noise=0.01, seed=seed), bootstrap=100, level=0.9)
         low, high = result.intervals["alpha"]
         inside += low < CHINCHILLA["alpha"] < high
-    assert 31 <= inside <= 40
+    assert inside >= 14
 
 
 def test_curves_are_resampled_by_run():

@@ -49,28 +49,38 @@ def floor_check(data: Arms, main: Estimate, level: float) -> dict | None:
 
 
 def _swept(data: Arms, level: float):
-    """(E [G], theta [G, P], se of s [G], which are not rejected [G]) over pinned floors."""
-    from scipy.stats import f as f_distribution
+    """(E [G], theta [G, P], se of s [G], which are not rejected [G]) over pinned floors.
 
-    size = 4
-    if len(data) <= size + 1 or shift.budgets(data) < 3 or shift.off_curve(data):
+    Once over all floors below the smallest loss, then over the neighbourhood of those that fit.
+    """
+    if len(data) <= 5 or shift.budgets(data) < 3 or shift.off_curve(data):
         return None
     E = np.linspace(0.0, 0.98, FLOORS) * np.exp(data.y.min())
+    kept = np.flatnonzero(_at_floors(data, E, level)[-1])
+    low, high = E[max(kept[0] - 1, 0)], E[min(kept[-1] + 1, FLOORS - 1)]
+    E = np.linspace(low, high, FLOORS)
+    return E, *_at_floors(data, E, level)
+
+
+def _at_floors(data: Arms, E: np.ndarray, level: float):
+    """(theta [G, P], se of s [G], which are not rejected [G]); P counts ln a, b, tau, s."""
+    from scipy.stats import f as f_distribution
+
     ln_E = np.log(np.maximum(E, 1e-12))[:, None]
     tau = shift.begin("quadratic", data)[-2]
     moved = data.x + data.z * tau
     starts = []
     for floor in E:
-        slope, level_at = np.polyfit(moved, np.log(np.exp(data.y) - floor), 1)
-        starts.append([level_at, max(-slope, 1e-3), tau, 0.0])
+        slope, height = np.polyfit(moved, np.log(np.exp(data.y) - floor), 1)
+        starts.append([height, max(-slope, 1e-3), tau, 0.0])
     theta, ssr = shift.descend("floor", np.array(starts), data, floor=ln_E)
-    degrees = len(data) - size
+    degrees = len(data) - 4
     limit = ssr.min() * (1 + f_distribution.ppf(level, 1, degrees) / degrees)
     _, J = shift.model("floor", theta, data, ln_E)
     X = J * np.sqrt(data.weight)[:, None]
     inverse = np.linalg.pinv(np.einsum("brp,brq->bpq", X, X))
     se = np.sqrt(np.maximum(inverse[:, -1, -1] * ssr / degrees, 0))
-    return E, theta, se, ssr <= limit
+    return theta, se, ssr <= limit
 
 
 def nested(table: Table, first: str, second: str) -> dict | None:

@@ -346,8 +346,8 @@ def moved(path: list[dict], spread: dict) -> list[dict]:
                     "delta_matters",
                     f"{name} goes from {path[0]['params'][name]:.4g} (least squares) to "
                     f"{last[name]:.4g} as delta falls to {path[-1]['delta']:.1g}, against "
-                    f"a standard error of {se:.2g}: outliers or misfit; look at the residuals and leave "
-                    "out runs known to be bad",
+                    f"a standard error of {se:.2g}: outliers or misfit; look at the residuals and "
+                    "leave out runs known to be bad",
                 )
             ]
     return []

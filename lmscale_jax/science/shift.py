@@ -179,20 +179,17 @@ def descend(baseline, theta, data: Arms, y=None, held=(), floor=None, steps: int
         diagonal = np.where(free > 0, diagonal, 1.0)
         H = H + np.eye(len(free)) * (damping[:, None] * diagonal + (1 - free))[:, None, :]
         step = np.linalg.solve(H, g[..., None])[..., 0]
+        if ((step * g).sum(axis=1) <= 1e-13 * ssr + 1e-26).all():
+            break
         step /= np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / 2)
         trial = theta + step
         f2, J2 = model(baseline, trial, data, floor)
         fresh = (data.weight * (y - f2) ** 2).sum(axis=1)
         better = fresh < ssr
-        if not better.any() and (damping > 1e6).all():
-            break
-        gain = np.where(better, ssr - fresh, 0.0)
         theta = np.where(better[:, None], trial, theta)
         f, J = np.where(better[:, None], f2, f), np.where(better[:, None, None], J2, J)
         ssr = np.where(better, fresh, ssr)
         damping = np.where(better, np.maximum(damping / 10, 1e-10), damping * 10)
-        if better.all() and (gain <= 1e-13 * ssr + 1e-26).all():
-            break
     return theta, ssr
 
 
@@ -209,20 +206,18 @@ def model(baseline, theta, data: Arms, floor=None):
 def begin(baseline: str, data: Arms) -> np.ndarray:
     """A start [P] with s = 0, from the best constant factor on a grid."""
     degree = DEGREE.get(baseline, 2)
-    root = np.sqrt(data.weight)
-    best = None
-    for tau in TAUS:
-        u = data.x + data.z * tau
-        X = u[:, None] ** np.arange(degree + 1) * root[:, None]
-        c, *_ = np.linalg.lstsq(X, data.y * root, rcond=None)
-        ssr = float(((X @ c - data.y * root) ** 2).sum())
-        # A polynomial that rises over the data is no scaling curve.
-        slope = np.polyval(np.polyder(c[::-1]), u)
-        if (best is None or ssr < best[0]) and np.mean(slope < 0) > 0.5:
-            best = (ssr, tau, c)
-    if best is None:
-        best = (np.inf, 0.0, np.linalg.lstsq(X, data.y * root, rcond=None)[0])
-    _, tau, shape = best
+    u_TxR = data.x + data.z * TAUS[:, None]
+    X = u_TxR[..., None] ** np.arange(degree + 1)
+    weighted = X * data.weight[:, None]
+    H = np.einsum("trp,trq->tpq", weighted, X) + 1e-12 * np.eye(degree + 1)
+    c = np.linalg.solve(H, np.einsum("trp,r->tp", weighted, data.y)[..., None])[..., 0]
+    ssr = (data.weight * (np.einsum("trp,tp->tr", X, c) - data.y) ** 2).sum(axis=1)
+    # A polynomial that rises over most of the data is no scaling curve.
+    rise = np.arange(1, degree + 1)
+    slope = np.einsum("trp,tp->tr", X[..., :-1], c[:, 1:] * rise)
+    ssr = np.where((slope < 0).mean(axis=1) > 0.5, ssr, np.inf)
+    best = int(ssr.argmin()) if np.isfinite(ssr).any() else len(TAUS) // 2
+    tau, shape = TAUS[best], c[best]
     if baseline in DEGREE:
         return np.concatenate([shape, [tau, 0.0]])
     return np.concatenate([_law_shape(baseline, data, tau), [tau, 0.0]])

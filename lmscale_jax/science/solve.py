@@ -20,9 +20,10 @@ MAX_STARTS = 18
 # A coefficient that a start has at zero begins at this fraction of the mean loss, to have a slope.
 REVIVED = 1e-3
 SAME = 1e-6
-ROUGH_STEPS, ROUGH_GAIN, ROUGH_SAME = 25, 1e-7, 1e-5
+# The first, rough descent: steps, gain, what counts as the same, and how many ends go on.
+ROUGH_STEPS, ROUGH_GAIN, ROUGH_SAME, ROUGH_KEPT = 40, 1e-7, 1e-5, 3
 # An objective below this is rounding.
-ZERO = 1e-20
+ZERO = 1e-15
 
 
 @dataclass(frozen=True)
@@ -320,9 +321,11 @@ def solve(problem: Problem, delta: float, theta_SxP: np.ndarray | None = None) -
     theta = starts(problem) if theta_SxP is None else np.atleast_2d(theta_SxP)
     total = len(theta)
     counts = np.ones(total)
-    # Roughly first: most starts meet on the way, and only one of those that met goes on.
+    # Roughly first: most starts meet on the way, and one of those that met goes on. A start that is
+    # far behind by then would get there too, in three times as many steps.
     theta, F = minimise(problem, theta, path(delta)[0], steps=ROUGH_STEPS, gain=ROUGH_GAIN)
     theta, _, counts = _distinct(theta, F, counts, ROUGH_SAME)
+    theta, counts = theta[:ROUGH_KEPT], counts[:ROUGH_KEPT]
     for width in path(delta):
         theta, F = minimise(problem, theta, width)
         theta, F, counts = _distinct(theta, F, counts, SAME)
