@@ -65,7 +65,7 @@ def test_size_and_power_of_the_test_itself(seeds, least):
 
 
 def test_too_little_data_is_undetermined_and_says_what_would_settle_it():
-    made = compare(two_arms(0.0, tau=0.3, sizes=4, span=20.0), "A", "B", bootstrap=199)
+    made = compare(two_arms(0.0, tau=0.3, sizes=5, span=30.0, noise=0.01), "A", "B", bootstrap=199)
     assert made["verdict"] == "undetermined"
     assert made["detectable"] > made["effect"] and "next_runs" in made["reason"]
     assert made["next_runs"]
@@ -77,13 +77,13 @@ def test_too_little_data_is_undetermined_and_says_what_would_settle_it():
 
 def test_the_runs_advised_do_settle_it():
     """Adding the seeds that it asks for brings the detectable shift down to where it says."""
-    before = compare(two_arms(0.0, tau=0.3, span=60.0, noise=0.006), "A", "B", bootstrap=0)
+    before = compare(two_arms(0.0, tau=0.3, span=60.0, noise=0.02), "A", "B", bootstrap=0)
     option = next(
         o for o in before["next_runs"] if "more seed" in o["add"] and "an arm" not in o["add"]
     )
     seeds = 1 + int(option["add"].split()[0])
     after = [
-        compare(two_arms(0.0, tau=0.3, span=60.0, noise=0.006, seeds=seeds, seed=i), "A", "B",
+        compare(two_arms(0.0, tau=0.3, span=60.0, noise=0.02, seeds=seeds, seed=i), "A", "B",
                 bootstrap=0)["detectable"]
         for i in range(10)
     ]  # fmt: skip

@@ -268,7 +268,9 @@ def _nonnegative(columns, target, weight):
         index = [i for i in range(count) if used >> i & 1]
         solved = _solve([[gram[min(i, j), max(i, j)] for j in index] for i in index],
                         [right[i] for i in index])  # fmt: skip
-        ssr = (target**2) @ weight - sum(x * right[i] for x, i in zip(solved, index, strict=True))
+        with np.errstate(invalid="ignore"):
+            explained = sum(x * right[i] for x, i in zip(solved, index, strict=True))
+        ssr = (target**2) @ weight - explained
         valid = np.all([np.broadcast_to(x >= 0, shape) for x in solved], axis=0)
         better = valid & np.isfinite(ssr) & (ssr < best)
         best = np.where(better, ssr, best)
