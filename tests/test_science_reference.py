@@ -37,21 +37,25 @@ def test_exact_minima_of_the_chinchilla_runs(rows, delta):
     assert [p["A"], p["B"]] == pytest.approx([A, B], rel=loose * 1e-4)
     assert result.compound["a"] == pytest.approx(a, abs=2e-5)
     if F is not None:
-        assert result.objective == pytest.approx(F, rel=1e-6)
+        assert result.objective == pytest.approx(F, rel=1e-6 if delta == 1e-3 else 2e-6)
 
 
 def test_published_parameters_have_the_objective_they_are_known_for():
     problem = laws.problem(chinchilla(), laws.LAWS["chinchilla"])
+    # (A, B, E, alpha, beta): F, and how well the digits given fix it.
     cases = {
-        1.018644705e-3: (482.01, 2085.43, 1.8172, 0.3478, 0.3658),
-        4.121009e-3: (406.4, 410.7, 1.69, 0.34, 0.28),
-        1.231162603e-3: (np.exp(6.0073404), np.exp(6.0179186), np.exp(0.5267228), 0.33917084,
-                         0.2849083),
-    }  # fmt: skip
-    for F, (A, B, E, alpha, beta) in cases.items():
+        (482.01, 2085.43, 1.8172, 0.3478, 0.3658): (1.018644705e-3, 5e-3),
+        (406.4, 410.7, 1.69, 0.34, 0.28): (4.121009e-3, 1e-6),
+        (np.exp(6.0073404), np.exp(6.0179186), np.exp(0.5267228), 0.33917084, 0.2849083): (
+            1.231162603e-3,
+            1e-6,
+        ),
+    }
+    for (A, B, E, alpha, beta), (F, close) in cases.items():
         theta = [np.log(E), np.log(A) - alpha * problem.centre["n"], alpha,
                  np.log(B) - beta * problem.centre["d"], beta]  # fmt: skip
-        assert solve.objective(problem, np.array([theta]), 1e-3)[0] == pytest.approx(F, rel=2e-3)
+        found = solve.objective(problem, np.array([theta]), 1e-3)[0]
+        assert found == pytest.approx(F, rel=close)
 
 
 def test_compound_exponents_and_the_optimum_at_gopher_compute():
@@ -216,6 +220,6 @@ def test_a_chinchilla_fold_is_the_known_one():
     assert cheap.sum() == 217
     assert [p["E"], p["alpha"], p["beta"]] == pytest.approx([1.8205, 0.3271, 0.3961], abs=2e-4)
     rest = table.take(~cheap)
-    error = np.log(result.predict(n=rest.n, d=rest.d) / rest.loss)
+    error = np.log(rest.loss / result.predict(n=rest.n, d=rest.d))
     assert error.mean() == pytest.approx(0.0002, abs=2e-4)
     assert np.sqrt((error**2).mean()) == pytest.approx(0.0125, abs=2e-4)

@@ -36,8 +36,8 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
         x = np.linspace(np.log(n.min()), np.log(n.max()), POINTS)
         for degree, style in zip(DEGREES.values(), (":", "--"), strict=True):
             if len(rows) > degree:
-                p = np.polyfit(np.log(n) - x.mean(), np.log(table.loss[rows]), degree)
-                left.plot(np.exp(x), np.exp(np.polyval(p, x - x.mean())), style, color=colour, lw=1)
+                p = np.polyfit(np.log(n) - x.mean(), table.loss[rows], degree)
+                left.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
         left.plot(np.exp(x), surface.predict(n=np.exp(x), d=c / 6 / np.exp(x)), color=colour, lw=1)
     left.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token",
              title="parabola dotted, cubic dashed, surface solid")  # fmt: skip

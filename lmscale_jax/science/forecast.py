@@ -66,8 +66,11 @@ def budgets(table: Table) -> np.ndarray:
     return x[np.concatenate([[True], np.diff(x) > 0.02])]
 
 
-def of(result: FitResult, n=None, d=None, c=None, level: float = 0.9) -> dict:
-    """The forecast of a law that is fitted already; see `forecast`."""
+def of(result: FitResult, n=None, d=None, c=None, level: float = 0.9, found=None) -> dict:
+    """The forecast of a law that is fitted already; see `forecast`.
+
+    `found` is what `discrepancy` returned, for many forecasts of one fit.
+    """
     if not 0 < level < 1:
         raise InputError(f"--forecast_level={level} must be between 0 and 1; 0.9 would work")
     for name, value in (("n", n), ("d", d), ("c", c)):
@@ -82,7 +85,7 @@ def of(result: FitResult, n=None, d=None, c=None, level: float = 0.9) -> dict:
         )
     centre = float(np.log(result.predict(n=n, d=d, c=c)))
     h = float(np.log(c / table.c.max()))
-    tau, cuts = discrepancy(result)
+    tau, cuts = discrepancy(result) if found is None else found
     warnings = list(result.warnings) + _warnings(result, n, h, cuts)
     tau = USUAL_TAU if tau is None else tau
     r = result.residuals()

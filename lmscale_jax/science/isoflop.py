@@ -1,6 +1,6 @@
 """Compute-optimal size from curves of equal compute (Hoffmann et al. 2022, approach 2).
 
-A polynomial in ln N is fitted to ln L at each budget; its minimum is N*. A parabola's minimum is
+A polynomial in ln N is fitted to L at each budget; its minimum is N*. A parabola's minimum is
 biased where the true curve is not symmetric, and the grid is wide; the bias is shown, on the law in
 n and d that the same runs give, beside a cubic and that law's own optimum.
 """
@@ -118,10 +118,10 @@ def _chain(table: Table, groups, degree: int, y, weight=None):
 
 
 def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | None:
-    a, ln_k, stars = _chain(table, groups, degree, np.log(table.loss))
+    a, ln_k, stars = _chain(table, groups, degree, table.loss)
     if not np.isfinite(a):
         return None
-    smooth = np.log(surface.predict(n=table.n, d=table.c / (6 * table.n)))
+    smooth = surface.predict(n=table.n, d=table.c / (6 * table.n))
     _, _, on_surface = _chain(table, groups, degree, smooth)
     true = np.log([surface_star(surface, _budget(table, g)) for g in groups])
     drawn = []
@@ -129,7 +129,7 @@ def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | Non
         weight = np.zeros(len(table))
         for rows in groups:
             weight[rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)))
-        drawn.append(_chain(table, groups, degree, np.log(table.loss), weight)[:2])
+        drawn.append(_chain(table, groups, degree, table.loss, weight)[:2])
     drawn = np.array(drawn).reshape(-1, 2)
     budgets = [
         {"c": _budget(table, g), "n_star": float(np.exp(s)), "bias": float(np.exp(b - t)),
