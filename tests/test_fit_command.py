@@ -2,13 +2,43 @@
 
 import csv
 import json
+import sys
 
 import numpy as np
 import pytest
 from conftest import run
 from synthetic import CHINCHILLA, grid, surface, two_arms
+from test_science_forecast import made_budgets
+
+from lmscale_jax.errors import InputError
 
 SIZES, TOKENS = np.geomspace(1e7, 1e10, 4), np.geomspace(1e9, 1e12, 4)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The command within this process, which has paid for its imports: (status, stdout, stderr)."""
+    from absl import flags
+
+    from lmscale_jax import command
+    from lmscale_jax import fit as fit_command
+
+    def called(*arguments) -> tuple[int, str, str]:
+        saved = {f: (flags.FLAGS[f].value, flags.FLAGS[f].present) for f in flags.FLAGS}
+        monkeypatch.setattr(sys, "argv", ["fit", *map(str, arguments)])
+        status = 0
+        try:
+            command._parse(sys.argv)
+            fit_command.main()
+        except InputError as error:
+            status = 2
+            print(error, file=sys.stderr)
+        finally:
+            for f, (value, present) in saved.items():
+                flags.FLAGS[f].value, flags.FLAGS[f].present = value, present
+        return status, *capsys.readouterr()
+
+    return called
 
 
 def write(path, columns: dict):
@@ -56,34 +86,36 @@ def test_a_csv_of_other_names_with_a_forecast_and_a_plan(tmp_path):
     assert set(written["intervals"]) >= {"E", "A", "B", "alpha", "beta"}
     assert all({"code", "message"} == set(w) for w in written["warnings"])
     forecast = written["forecast"]
-    assert forecast["low"] < float(surface(2e10, 1e12, **CHINCHILLA)) < forecast["high"]
+    true = float(surface(2e10, 1e12, **CHINCHILLA))
+    assert forecast["low"] < forecast["loss"] < forecast["high"]
+    assert forecast["loss"] == pytest.approx(true, rel=0.02)
     assert forecast["level"] == 0.9
     assert written["plan"]["n"] > 0 and written["advice"]["allocation"]
     assert (tmp_path / "f.png").stat().st_size > 10_000
     assert "alpha" in out and "forecast" in out and "compute-optimal" in out
 
 
-def test_a_result_is_replaced_aloud_and_other_files_never(tmp_path):
+def test_a_result_is_replaced_aloud_and_other_files_never(tmp_path, call):
     flags = ("--input=kyo_takano", "--law=power_floor", "--bootstrap=0")
     out = tmp_path / "f.json"
-    assert run("fit", *flags, f"--out={out}")[0] == 0
+    assert call(*flags, f"--out={out}")[0] == 0
     first = out.read_text()
-    status, _, err = run("fit", *flags, f"--out={out}")
+    status, _, err = call(*flags, f"--out={out}")
     assert status == 0 and "replacing" in err and out.read_text() == first
     out.write_text('{"mine": 1}')
-    status, _, err = run("fit", *flags, f"--out={out}")
+    status, _, err = call(*flags, f"--out={out}")
     assert status == 2 and err.count("\n") == 1 and "no result of fit" in err
     assert json.loads(out.read_text()) == {"mine": 1}
     (tmp_path / "g.png").write_text("mine")
-    status, _, err = run("fit", *flags, f"--out={tmp_path / 'g.json'}")
+    status, _, err = call(*flags, f"--out={tmp_path / 'g.json'}")
     assert status == 2 and not (tmp_path / "g.json").exists()
     assert (tmp_path / "g.png").read_text() == "mine"
 
 
-def test_two_arms_get_a_verdict(tmp_path):
+def test_two_arms_get_a_verdict(tmp_path, call):
     table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.4, seeds=3))
     out = tmp_path / "v.json"
-    status, said, err = run("fit", f"--input={table}", "--compare=A,B", "--law=power_floor",
+    status, said, err = call(f"--input={table}", "--compare=A,B", "--law=power_floor",
                             "--bootstrap=200", "--target_c=1e21", f"--out={out}")  # fmt: skip
     assert status == 0, err
     written = json.loads(out.read_text())
@@ -95,7 +127,7 @@ def test_two_arms_get_a_verdict(tmp_path):
     assert (tmp_path / "v.png").exists()
 
 
-def test_a_directory_of_runs(tmp_path):
+def test_a_directory_of_runs(tmp_path, call):
     rng = np.random.default_rng(0)
     for i, n in enumerate(np.geomspace(1e6, 1e8, 4)):
         for j, d in enumerate(np.geomspace(1e8, 1e10, 4)):
@@ -103,52 +135,45 @@ def test_a_directory_of_runs(tmp_path):
             mlp = {"model": {"mlp": "gelu" if i % 2 else "swiglu"}}
             record(tmp_path / f"runs/{i}{j}", n, d, loss, config=mlp)
     record(tmp_path / "runs/bad", 1e7, 1e9, None, status="diverged")
-    flags = ("fit", f"--input={tmp_path}", "--bootstrap=0", f"--out={tmp_path / 'f.json'}")
-    status, _, err = run(*flags, "--columns=variant:config.model.mlp")
+    flags = (f"--input={tmp_path}", "--bootstrap=0", f"--out={tmp_path / 'f.json'}")
+    status, _, err = call(*flags, "--columns=variant:config.model.mlp")
     assert status == 0, err
     written = json.loads((tmp_path / "f.json").read_text())
     assert written["n_points"] == 16
     assert "mixed_variants" in {w["code"] for w in written["warnings"]}
-    status, _, _ = run(*flags, "--columns=n:counts.total,c:")
+    status, _, _ = call(*flags, "--columns=n:counts.total,c:")
     total = json.loads((tmp_path / "f.json").read_text())["params"]
     assert status == 0
     scale = 2 ** written["params"]["alpha"]
     assert total["A"] == pytest.approx(written["params"]["A"] * scale, rel=1e-4)
-    status, _, err = run(*flags, "--columns=n:counts.none")
+    status, _, err = call(*flags, "--columns=n:counts.none")
     assert status == 2 and "counts.none" in err
 
 
-def test_curves_in_the_schema_of_the_original(tmp_path):
+def test_curves_in_the_schema_of_the_original(tmp_path, call):
     folder = tmp_path / "data" / "mup_scaling_experiments"
     folder.mkdir(parents=True)
     for width, n in zip((32, 40, 48, 56, 64), np.geomspace(1e6, 3e7, 5), strict=True):
         curve_file(folder / f"mup_{width}d.csv", n)
     (folder / "other.csv").write_text("step,tokens\n1,2\n")
-    flags = ("fit", f"--datasets={tmp_path / 'data'}", "--bootstrap=0")
-    status, out, _ = run(*flags, "--dataset=list")
+    flags = (f"--datasets={tmp_path / 'data'}", "--bootstrap=0")
+    status, out, _ = call(*flags, "--dataset=list")
     assert status == 0 and "mup_scaling_experiments      5 files" in out
     assert out.count("not there") == 4
-    status, out, err = run(*flags, "--dataset=all", f"--out={tmp_path / 'f.json'}")
+    status, out, err = call(*flags, "--dataset=all", f"--out={tmp_path / 'f.json'}")
     assert status == 0, err
     written = json.loads((tmp_path / "f.json").read_text())["datasets"]
     assert list(written) == ["mup_scaling_experiments"]
     assert written["mup_scaling_experiments"]["n_points"] == 60
     assert out.count("not fitted") == 4
     (folder / "other.csv").unlink()
-    status, out, err = run("fit", f"--input={folder}", "--law=power", "--bootstrap=0")
+    status, out, err = call(f"--input={folder}", "--law=power", "--bootstrap=0")
     assert status == 0 and "5 points of 5 runs" in out, err
 
 
-def test_isoflop(tmp_path):
-    status, out, err = run("fit", "--input=kyo_takano", "--law=isoflop", "--bootstrap=100",
-                           f"--out={tmp_path / 'i.json'}")  # fmt: skip
-    if status:
-        # These runs lie on budgets or not: either way it is said in one line.
-        assert status == 2 and err.count("\n") == 1
-    from test_science_forecast import made_budgets
-
+def test_isoflop(tmp_path, call):
     table = write(tmp_path / "t.csv", made_budgets(4))
-    status, out, err = run("fit", f"--input={table}", "--law=isoflop", "--bootstrap=100",
+    status, out, err = call(f"--input={table}", "--law=isoflop", "--bootstrap=100",
                            f"--out={tmp_path / 'j.json'}")  # fmt: skip
     assert status == 0, err
     written = json.loads((tmp_path / "j.json").read_text())
@@ -182,28 +207,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(name, monkeypatch, capsys):
-    """Through the command's own main, without a process for each."""
-    import sys
-
-    from absl import flags
-
-    from lmscale_jax import command
-    from lmscale_jax import fit as fit_command
-    from lmscale_jax.errors import InputError
-
+def test_bad_input_is_one_line(name, call):
     arguments, words = BAD[name]
-    saved = {f: flags.FLAGS[f].value for f in flags.FLAGS}
-    monkeypatch.setattr(sys, "argv", ["fit", *arguments])
-    try:
-        command._parse(sys.argv)
-        with pytest.raises(InputError) as error:
-            fit_command.main()
-    finally:
-        for f, value in saved.items():
-            flags.FLAGS[f].value = value
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert words in err and err.count("\n") == 1
 
 
 def test_a_bad_table_leaves_nothing_behind(tmp_path):
