@@ -15,6 +15,8 @@ from lmscale_jax.science.table import Table, as_table, warning
 # 95 % as efficient as least squares when errors are Gaussian (Huber 1964).
 TUNING = 1.345
 SMALLEST_DELTA = 1e-4
+# Another minimum whose objective is below this many times the best is a second answer.
+RIVAL = 1.05
 # Bounds of the search for the half-life of repetitions, in epochs.
 R_STAR = (0.3, 1000.0)
 
@@ -310,13 +312,16 @@ def _spread(result: FitResult) -> dict:
 
 
 def _starts(solution: solve.Solution) -> tuple[dict, list]:
-    numbers = {"starts": {"tried": solution.starts, "agree": solution.agree}}
-    if solution.agree >= solution.starts / 2:
-        return numbers, []
-    return numbers, [
+    rivals = solution.objectives[1:] < RIVAL * solution.objective
+    tried = {"tried": solution.starts, "agree": solution.agree, "rivals": int(rivals.sum())}
+    if not rivals.any():
+        return {"starts": tried}, []
+    gap = 100 * (float(solution.objectives[1]) / solution.objective - 1)
+    return {"starts": tried}, [
         warning(
             "starts_disagree",
-            f"{solution.agree} of {solution.starts} starts reach the best objective: a flat or "
-            "many-valleyed problem; widen the range of the data or take a law with fewer terms",
+            f"{solution.agree} of {solution.starts} starts reach the best objective and others end "
+            f"elsewhere, {gap:.2g} % above it: two answers fit alike; widen the range of the data "
+            "or take a law with fewer terms",
         )
     ]
