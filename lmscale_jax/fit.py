@@ -163,6 +163,7 @@ def _fitted(table):
 def _compared(table):
     from lmscale_jax.science import compare, describe, figures
     from lmscale_jax.science import fit as fit_law
+    from lmscale_jax.science.forecast import suited
 
     settings = _settings()
     verdict = compare(
@@ -174,7 +175,9 @@ def _compared(table):
         seed=SEED.value,
     )
     print("\n".join(describe.verdict_lines(verdict)))
-    arms = {name: fit_law(table.arm(name), law=LAW.value, **settings) for name in COMPARE.value}
+    # A ladder's arms lie on one curve, which the default law cannot be fitted to.
+    chosen = LAW.value if flags.FLAGS["law"].present else suited(table.arm(COMPARE.value[0]))
+    arms = {name: fit_law(table.arm(name), law=chosen, **settings) for name in COMPARE.value}
     shown = {name: result.to_json() for name, result in arms.items()}
     for name, result in arms.items():
         print(f"{name}:")

@@ -127,6 +127,16 @@ def test_two_arms_get_a_verdict(tmp_path, call):
     assert (tmp_path / "v.png").exists()
 
 
+def test_three_anchors_in_two_arms_are_compared_without_naming_a_law(tmp_path, call):
+    table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.3, sizes=3, seeds=2, span=30.0))
+    out = tmp_path / "v.json"
+    status, _, err = call(f"--input={table}", "--compare=A,B", "--bootstrap=0", f"--out={out}")
+    assert status == 0, err
+    written = json.loads(out.read_text())
+    assert written["law"] == "power" and written["verdict"] == "undetermined"
+    assert "few_sizes" in {w["code"] for w in written["warnings"]}
+
+
 def test_a_directory_of_runs(tmp_path, call):
     rng = np.random.default_rng(0)
     for i, n in enumerate(np.geomspace(1e6, 1e8, 4)):

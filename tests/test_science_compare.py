@@ -77,7 +77,7 @@ def test_too_little_data_is_undetermined_and_says_what_would_settle_it():
 
 def test_the_runs_advised_do_settle_it():
     """The seeds that it asks for bring the detectable shift to what it promises."""
-    made = {"s": 0.0, "tau": 0.3, "span": 60.0, "noise": 0.04}
+    made = {"s": 0.0, "tau": 0.3, "span": 60.0, "noise": 0.025}
     ratios = []
     for i in range(8):
         before = compare(two_arms(**made, seeds=3, seed=i), "A", "B", bootstrap=0)

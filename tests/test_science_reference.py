@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic import reference
 
-from lmscale_jax.science import compare, fit, intervals, isoflop, laws, read, solve
+from lmscale_jax.science import compare, diagnose, fit, intervals, isoflop, laws, read, solve
 from lmscale_jax.science.sources import curves
 from lmscale_jax.science.table import as_table
 
@@ -169,6 +169,18 @@ def test_the_documented_failure_is_diagnosed():
     assert {"narrow_n", "curve_points", "few_clusters"} <= codes["optimal_lr_sgd_scaling"]
     assert codes["optimal_lr_sgd_scaling"] & {"dead_term", "wrong_sign", "at_bound", "no_floor"}
     assert {"wrong_sign", "narrow_n"} <= codes["vanilla_scaling_optimal_lr"]
+
+
+def test_the_documented_optimum_has_a_dead_term():
+    """E, A, B, alpha, beta of the original's README, its signs turned, on the sizes it had."""
+    table = curve("optimal_lr_sgd_scaling")
+    problem = laws.problem(table, laws.LAWS["chinchilla"])
+    E, A, B, alpha, beta = 1.886821, -0.293439, 6.761058, 0.832533, 0.417971
+    theta = np.array([E, A - alpha * problem.centre["n"], alpha,
+                      B - beta * problem.centre["d"], beta])  # fmt: skip
+    numbers, warnings = diagnose.terms(problem, theta, table)
+    assert numbers["n"]["share"][1] * table.loss.max() < 1e-5
+    assert [w["code"] for w in warnings] == ["dead_term"]
 
 
 def test_final_points_follow_power_laws():
