@@ -128,7 +128,9 @@ def test_two_arms_get_a_verdict(tmp_path, call):
 
 
 def test_three_anchors_in_two_arms_are_compared_without_naming_a_law(tmp_path, call):
-    table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.3, sizes=3, seeds=2, span=30.0))
+    table = write(
+        tmp_path / "t.csv", two_arms(0.0, tau=0.3, sizes=3, seeds=2, span=30.0, noise=0.02)
+    )
     out = tmp_path / "v.json"
     status, _, err = call(f"--input={table}", "--compare=A,B", "--bootstrap=0", f"--out={out}")
     assert status == 0, err

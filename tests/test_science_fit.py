@@ -121,6 +121,7 @@ def test_both_sign_conventions_and_json():
         assert low < (result.params | result.compound)[name] < high
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     inside = 0
     for seed in range(20):

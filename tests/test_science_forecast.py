@@ -17,11 +17,11 @@ def test_a_forecast_of_a_true_law_covers_the_loss():
     n, d = 3e9, 4e11
     true = float(surface(n, d, **CHINCHILLA))
     inside = 0
-    for seed in range(12):
+    for seed in range(8):
         made = forecast(grid(SIZES, TOKENS, noise=0.004, seed=seed), n=n, d=d, bootstrap=100)
         assert made["law"] == "chinchilla" and made["level"] == 0.9
         inside += made["low"] < true < made["high"]
-    assert inside >= 10
+    assert inside >= 7
 
 
 def test_the_interval_grows_with_distance_and_level():
@@ -57,6 +57,7 @@ def _coverage(table, shares=(0.5, 0.625, 0.75)) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_intervals_cover_held_out_runs_of_the_bundled_tables():
     folds = [c for name in ("kyo_takano", "olmo_ladder_c4", "olmo_ladder_pile")
              for c in _coverage(read(name), shares=(0.5, 0.75))]  # fmt: skip
@@ -112,6 +113,7 @@ def test_the_plan_is_the_minimum_at_its_budget():
         plan(fit(read("kyo_takano"), law="power", bootstrap=0), 1e21)
 
 
+@pytest.mark.slow
 def test_advised_runs_do_what_is_promised():
     """The standard deviation that is promised is the one that such data have, over repetitions."""
     sizes, tokens = np.geomspace(1e7, 1e8, 4), np.geomspace(1e9, 1e10, 4)
