@@ -190,7 +190,7 @@ def _compared(table):
         for w in result["warnings"]
         if w not in verdict["warnings"]
     ]
-    return written, lambda path: figures.compare(verdict, table, path)
+    return written, lambda path: figures.compare(verdict, table, arms, path)
 
 
 def _isoflop(table):

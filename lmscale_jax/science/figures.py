@@ -51,15 +51,19 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
     return _save(figure, path)
 
 
-def compare(verdict: dict, table, path: Path) -> Path:
-    """Both arms' losses, and the gain k(C) with its band."""
+def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
+    """Both arms' losses with the laws in `fits` where those are laws in c, and k(C) with its band."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
     for arm, colour in zip(verdict["arms"], ("tab:blue", "tab:red"), strict=True):
         rows = table.arm(arm)
         left.plot(rows.c, rows.loss, "o", ms=4, color=colour, label=arm)
+        if arm in fits and fits[arm].law.columns == ("c",):
+            c = np.geomspace(rows.c.min(), rows.c.max() * 3, POINTS)
+            left.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
     left.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
              title=verdict["verdict"])  # fmt: skip
+    _plain_ticks(left)
     left.legend(frameon=False)
     gain = sorted(verdict["gain"], key=lambda row: row["c"])
     c, k, low, high = (np.array([row[x] for row in gain]) for x in ("c", "k", "low", "high"))
@@ -69,6 +73,7 @@ def compare(verdict: dict, table, path: Path) -> Path:
     right.axhline(1, color="0.5", lw=0.8)
     first, second = verdict["arms"]
     right.set(xscale="log", yscale="log", xlabel="FLOPs", title="at equal loss")
+    _plain_ticks(right)
     right.set_ylabel(f"compute of {first} / compute of {second}")
     right.legend(frameon=False)
     return _save(figure, path)
@@ -97,6 +102,7 @@ def _data(axis, result) -> None:
         axis.fill_between(c, low, high, color="tab:red", alpha=0.2, label=label)
     axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
              title=result.table.name)  # fmt: skip
+    _plain_ticks(axis)
     axis.legend(frameon=False, fontsize=8)
 
 
@@ -128,6 +134,14 @@ def _profile(axis, result) -> None:
     top = p.objective.min() + 20 * max(p.objective.min() * 0.02, 1e-300)
     axis.set(xlabel="E, nats per token", ylabel="objective at pinned E", ylim=(None, top))
     axis.legend(frameon=False)
+
+
+def _plain_ticks(axis) -> None:
+    """Losses span less than a decade: 3.2, not a power of ten."""
+    from matplotlib.ticker import ScalarFormatter
+
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
 
 
 def _pyplot():
