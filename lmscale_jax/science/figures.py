@@ -52,7 +52,7 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
 
 
 def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
-    """Both arms' losses with the laws in `fits` where those are laws in c, and k(C) with its band."""
+    """Both arms' losses, with their laws where those are laws in c; and k(C) with its band."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
     for arm, colour in zip(verdict["arms"], ("tab:blue", "tab:red"), strict=True):
