@@ -52,6 +52,7 @@ setup(
     packages=find_namespace_packages(
         include=["lmscale_jax", "lmscale_jax.*", "configs", "configs.*"]
     ),
+    package_data={"lmscale_jax.science": ["tables/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

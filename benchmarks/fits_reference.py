@@ -1,0 +1,59 @@
+"""Our fits of reference data that may not be shipped, as a table:
+
+    python -m benchmarks.fits_reference --data=DIR
+
+DIR holds epoch_chinchilla/, isoflops/ and seed_runs/, as for tests/test_science_reference.py, which
+compares the numbers with the known ones.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from benchmarks import machine
+from lmscale_jax import command
+
+DATA = flags.DEFINE_string("data", None, "directory of the reference data", required=True)
+EXPERIMENTS = (
+    "epochai_chinchilla__massivetext__chinchilla",
+    "ml_scalefit__massivetext__chinchilla",
+    "llama_3__exp_loss",
+)
+CURVES = ("optimal_lr_sgd_scaling", "vanilla_scaling_optimal_lr", "mup_scaling_experiments")
+
+
+def row(name: str, table, delta: float) -> list[str]:
+    from lmscale_jax.science import fit
+
+    result = fit(table, delta=delta, bootstrap=0)
+    p = result.params
+    values = [f"{p[k]:.6g}" for k in ("E", "A", "B", "alpha", "beta")]
+    codes = ", ".join(dict.fromkeys(w["code"] for w in result.warnings))
+    width = "least squares" if np.isinf(delta) else f"{delta:g}"
+    return [name, str(len(table)), width, *values, f"{result.objective:.9e}", codes]
+
+
+def main() -> None:
+    from lmscale_jax.science import read
+    from lmscale_jax.science.sources import dataset
+
+    folder = Path(DATA.value)
+    whole = read(str(folder / "epoch_chinchilla/svg_extracted_data.csv"))
+    # The five that Besiroglu et al. (2024) left out come first.
+    kept = whole.take(np.arange(len(whole)) >= 5)
+    rows = [row("Chinchilla, digitised", kept, d) for d in (1e-3, 1e-6, 1e-2, np.inf)]
+    rows.append(row("Chinchilla, digitised, all", whole, 1e-3))
+    for name in EXPERIMENTS:
+        where = {"experiment": name, "outlier": "False"}
+        rows.append(row(name, read(str(folder / "isoflops/isoflops.csv"), where=where), 1e-3))
+    for name in ("kyo_takano", "olmo_ladder_c4", "olmo_ladder_pile", "olmo_ladder_wikitext"):
+        rows.append(row(name, read(name), 1e-3))
+    for name in CURVES:
+        rows.append(row(f"{name}, curves", dataset(name, str(folder / "seed_runs")), 1e-3))
+    head = ["data", "points", "delta", "E", "A", "B", "alpha", "beta", "F", "warnings"]
+    print(machine.table(head, rows))
+
+
+if __name__ == "__main__":
+    command.run(main)

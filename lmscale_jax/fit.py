@@ -1,0 +1,269 @@
+"""Fits scaling laws to a table or to finished runs.
+
+python -m lmscale_jax.fit --input=results.csv --law=chinchilla --out=fit.json
+python -m lmscale_jax.fit --input=results.csv --compare=gelu,swiglu --out=verdict.json
+python -m lmscale_jax.fit --input=kyo_takano --forecast_n=1e9 --forecast_d=2e10
+python -m lmscale_jax.fit --datasets=DIR --dataset=list
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from lmscale_jax import command
+from lmscale_jax.errors import InputError
+
+INPUT = flags.DEFINE_string(
+    "input", None, "CSV file, directory of runs or of curves, or a bundled table's name"
+)
+LAW = flags.DEFINE_string("law", "chinchilla", "chinchilla, power, power_floor or isoflop")
+DELTA = flags.DEFINE_float("delta", None, "width of Huber's loss in ln L; default: from residuals")
+OUT = flags.DEFINE_string("out", None, "JSON to write; a plot is put beside it")
+COLUMNS = flags.DEFINE_list("columns", [], "our name:the file's, as in n:params,d:tokens")
+WHERE = flags.DEFINE_list("where", [], "rows to keep, column:value")
+VARIANT = flags.DEFINE_string("variant", None, "fits the rows of this variant only")
+POINTS = flags.DEFINE_string("points", "final", "final: last row of each run; curve: all rows")
+SKIP = flags.DEFINE_float("skip", 0.0, "with --points=curve, per cent left out at a run's start")
+FLOOR = flags.DEFINE_float("floor", None, "pins E, nats per token")
+REPETITION = flags.DEFINE_string("repetition", None, "R* of repeated data, or fit")
+CLUSTER = flags.DEFINE_string("cluster", "run", "what the bootstrap resamples: run, size or row")
+BOOTSTRAP = flags.DEFINE_integer("bootstrap", 2000, "draws; 0: no intervals", lower_bound=0)
+LEVEL = flags.DEFINE_float("level", 0.95, "of the intervals and of the test")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap")
+COMPARE = flags.DEFINE_list("compare", None, "two variants: exponent shift or constant offset?")
+EFFECT = flags.DEFINE_float("effect", 0.1, "smallest relative change of the exponent that matters")
+TARGET_C = flags.DEFINE_float("target_c", None, "FLOPs at which --compare gives the gain too")
+FORECAST_N = flags.DEFINE_float("forecast_n", None, "parameters of the run to predict")
+FORECAST_D = flags.DEFINE_float("forecast_d", None, "tokens of the run to predict")
+FORECAST_C = flags.DEFINE_float("forecast_c", None, "FLOPs of the run to predict")
+FORECAST_LEVEL = flags.DEFINE_float("forecast_level", 0.9, "of the forecast's interval")
+BUDGET = flags.DEFINE_float("budget", None, "FLOPs: the compute-optimal run")
+ADVISE = flags.DEFINE_float("advise", None, "FLOPs for new runs that sharpen the forecast most")
+DATASETS = flags.DEFINE_string("datasets", None, "directory of the named data sets")
+DATASET = flags.DEFINE_list("dataset", None, "list, all, or names of data sets under --datasets")
+
+
+def main() -> None:
+    if DATASET.value is not None:
+        _named()
+        return
+    if not INPUT.value:
+        raise InputError("--input is missing; --input=results.csv or --input=kyo_takano would work")
+    _check_flags()
+    from lmscale_jax.science import sources
+
+    paths = _paths()
+    pairs = {"columns": _pairs("columns", COLUMNS.value), "where": _pairs("where", WHERE.value)}
+    table = sources.read(INPUT.value, points=POINTS.value, skip=SKIP.value, **pairs)
+    if VARIANT.value is not None:
+        table = table.arm(VARIANT.value)
+    if COMPARE.value is not None:
+        written, draw = _compared(table)
+    elif LAW.value == "isoflop":
+        written, draw = _isoflop(table)
+    else:
+        written, draw = _fitted(table)
+    _write(paths, written, draw)
+
+
+def _check_flags() -> None:
+    if COMPARE.value is not None and len(COMPARE.value) != 2:
+        raise InputError(
+            f"--compare={','.join(COMPARE.value)} must name two variants; "
+            "--compare=gelu,swiglu would work"
+        )
+    single = {"--forecast_n": FORECAST_N, "--forecast_d": FORECAST_D, "--forecast_c": FORECAST_C,
+              "--budget": BUDGET, "--advise": ADVISE}  # fmt: skip
+    given = [name for name, flag in single.items() if flag.value is not None]
+    if given and (COMPARE.value is not None or LAW.value == "isoflop"):
+        other = "--compare" if COMPARE.value is not None else "--law=isoflop"
+        raise InputError(f"{given[0]} does nothing with {other}; leave one out")
+    if ADVISE.value is not None and not any(name.startswith("--forecast") for name in given):
+        raise InputError("--advise needs the run to predict; add --forecast_n and --forecast_d")
+    if TARGET_C.value is not None and COMPARE.value is None:
+        raise InputError("--target_c does nothing without --compare=ARM_A,ARM_B")
+
+
+def _pairs(flag: str, values: list[str]) -> dict:
+    """{our name: theirs} of a flag's list of NAME:VALUE."""
+    found = {}
+    for value in values:
+        name, colon, theirs = value.partition(":")
+        if not colon:
+            raise InputError(f"--{flag}={value} must be NAME:VALUE, as in n:params")
+        found[name] = theirs
+    return found
+
+
+def _paths() -> tuple[Path, Path] | None:
+    """(JSON, PNG) to write, checked before the work; None without --out.
+
+    An earlier result of this command is replaced, which is said; any other file is left alone.
+    """
+    if not OUT.value:
+        return None
+    out = Path(OUT.value)
+    if out.suffix != ".json":
+        raise InputError(f"--out={out} must end in .json; {out}.json would work")
+    if not out.parent.is_dir():
+        raise InputError(f"--out={out}: directory {out.parent} does not exist; make it first")
+    plot = out.with_suffix(".png")
+    if out.exists():
+        try:
+            ours = json.loads(out.read_text()).get("command") == "fit"
+        except (OSError, ValueError, AttributeError):
+            ours = False
+        if not ours:
+            raise InputError(f"--out={out} exists and is no result of fit; name another file")
+        print(f"replacing the earlier {out}", file=sys.stderr)
+    elif plot.exists():
+        raise InputError(f"--out={out}: {plot} exists already; name another file")
+    return out, plot
+
+
+def _settings() -> dict:
+    return {
+        "delta": DELTA.value,
+        "floor": FLOOR.value,
+        "repetition": REPETITION.value,
+        "bootstrap": BOOTSTRAP.value,
+        "level": LEVEL.value,
+        "cluster": CLUSTER.value,
+        "seed": SEED.value,
+    }
+
+
+def _fitted(table):
+    from lmscale_jax.science import advice, describe
+    from lmscale_jax.science import fit as fit_law
+    from lmscale_jax.science.forecast import of as forecast
+
+    result = fit_law(table, law=LAW.value, **_settings())
+    written = result.to_json()
+    lines = describe.lines(result)
+    target = {"n": FORECAST_N.value, "d": FORECAST_D.value, "c": FORECAST_C.value}
+    if any(v is not None for v in target.values()):
+        made = forecast(result, **target, level=FORECAST_LEVEL.value)
+        written["forecast"] = made
+        known = {w["code"] for w in written["warnings"]}
+        written["warnings"] += [w for w in made["warnings"] if w["code"] not in known]
+        lines += describe.forecast_lines(made, known)
+        if ADVISE.value is not None:
+            written["advice"] = advice.advise(result, ADVISE.value, **target, tau=made["tau"])
+            lines += describe.advice_lines(written["advice"])
+    if BUDGET.value is not None:
+        written["plan"] = advice.plan(result, BUDGET.value)
+        lines += describe.plan_lines(written["plan"])
+    print("\n".join(lines))
+    return written, result.plot
+
+
+def _compared(table):
+    from lmscale_jax.science import compare, describe, figures
+    from lmscale_jax.science import fit as fit_law
+    from lmscale_jax.science.forecast import suited
+
+    settings = _settings()
+    verdict = compare(
+        table,
+        *COMPARE.value,
+        level=LEVEL.value,
+        effect=EFFECT.value,
+        target_c=TARGET_C.value,
+        seed=SEED.value,
+    )
+    print("\n".join(describe.verdict_lines(verdict)))
+    # A ladder's arms lie on one curve, which the default law cannot be fitted to.
+    chosen = LAW.value if flags.FLAGS["law"].present else suited(table.arm(COMPARE.value[0]))
+    arms = {name: fit_law(table.arm(name), law=chosen, **settings) for name in COMPARE.value}
+    shown = {name: result.to_json() for name, result in arms.items()}
+    for name, result in arms.items():
+        print(f"{name}:")
+        print("\n".join(describe.lines(result)))
+    # The first arm's law stands at the top, as in a fit without comparison.
+    written = shown[COMPARE.value[0]] | verdict | {"arms": shown}
+    written["warnings"] = verdict["warnings"] + [
+        {"code": w["code"], "message": f"{name}: {w['message']}"}
+        for name, result in shown.items()
+        for w in result["warnings"]
+        if w not in verdict["warnings"]
+    ]
+    return written, lambda path: figures.compare(verdict, table, arms, path)
+
+
+def _isoflop(table):
+    from lmscale_jax.science import describe, figures
+    from lmscale_jax.science import isoflop as isoflops
+
+    settings = _settings()
+    summary, curves = isoflops(table, **settings)
+    print("\n".join(describe.isoflop_lines(summary, table)))
+    best = summary["methods"].get("cubic") or summary["methods"]["parabola"]
+    surface = curves["surface"]
+    written = surface.to_json() | {
+        "law": "isoflop",
+        "params": {"a": best["a"], "k": best["k"]},
+        "formula": "n* = k c^a",
+        "intervals": best["intervals"],
+        "warnings": summary["warnings"],
+        "isoflop": summary,
+    }
+    return written, lambda path: figures.isoflop(summary, curves, path)
+
+
+def _write(paths, written: dict, draw) -> None:
+    if paths is None:
+        return
+    from lmscale_jax.run.record import write_json
+
+    out, plot = paths
+    try:
+        draw(plot)
+        write_json(out, {"command": "fit", **written})
+    except OSError as error:
+        raise InputError(f"--out={out}: {error.strerror}; name another file") from None
+    print(f"wrote {out} and {plot}")
+
+
+def _named() -> None:
+    """--dataset: lists the named data sets, or fits one, several or all of them side by side."""
+    from lmscale_jax.science import describe, sources
+    from lmscale_jax.science import fit as fit_law
+
+    if not DATASETS.value:
+        raise InputError("--dataset needs --datasets=DIR, the directory that holds their folders")
+    if not Path(DATASETS.value).is_dir():
+        raise InputError(f"--datasets={DATASETS.value} is no directory; name the one that has them")
+    if DATASET.value == ["list"]:
+        for name in sources.DATASETS:
+            files = sources.locate(name, DATASETS.value)
+            print(f"{name:<28} {len(files)} files" if files else f"{name:<28} not there")
+        return
+    everything = DATASET.value == ["all"]
+    names = list(sources.DATASETS) if everything else DATASET.value
+    paths, found = _paths(), {}
+    points = POINTS.value if flags.FLAGS["points"].present else "curve"
+    for name in names:
+        try:
+            table = sources.dataset(name, DATASETS.value, points, SKIP.value)
+            found[name] = fit_law(table, law=LAW.value, **_settings())
+        except InputError as error:
+            # One bad set of many is no reason to lose the others; asked for alone, it is an error.
+            if len(names) == 1:
+                raise
+            print(f"{name}: not fitted: {' '.join(str(error).split())}")
+    for name, result in found.items():
+        print(f"{name}:")
+        print("\n".join(describe.lines(result)))
+    if not found:
+        raise InputError(f"--datasets={DATASETS.value}: no data set could be fitted")
+    print("\n".join(describe.side_by_side(found)))
+    first = next(iter(found.values()))
+    shown = {name: result.to_json() for name, result in found.items()}
+    _write(paths, first.to_json() | {"datasets": shown}, first.plot)
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,26 @@
+"""Scaling laws fitted to tables of results, and what such fits can and cannot say.
+
+The functions here have the names of the modules that define them; within the package a module is
+imported by its full name. They work on a Table, a mapping of columns or a sequence of rows.
+"""
+
+from lmscale_jax.science.advice import advise, plan
+from lmscale_jax.science.compare import compare
+from lmscale_jax.science.fit import FitResult, fit
+from lmscale_jax.science.forecast import forecast
+from lmscale_jax.science.isoflop import isoflop
+from lmscale_jax.science.sources import read
+from lmscale_jax.science.table import Table, as_table
+
+__all__ = [
+    "FitResult",
+    "Table",
+    "advise",
+    "as_table",
+    "compare",
+    "fit",
+    "forecast",
+    "isoflop",
+    "plan",
+    "read",
+]

@@ -1,0 +1,197 @@
+"""What to train: the compute-optimal run of a budget, and the runs that sharpen a forecast."""
+
+import dataclasses
+
+import numpy as np
+
+from lmscale_jax.errors import InputError
+from lmscale_jax.science import laws, solve
+from lmscale_jax.science.describe import plain
+from lmscale_jax.science.fit import FitResult
+from lmscale_jax.science.forecast import NEAR
+from lmscale_jax.science.intervals import percentiles
+
+MOST_RUNS = 200
+
+
+def plan(result: FitResult, budget: float, level: float | None = None) -> dict:
+    """Parameters, tokens and tokens per parameter that minimise the loss for a budget of FLOPs.
+
+    n* = G (C/k)^a, d* = (C/k) / n* with C = k n d, k the table's median of c / (n d) (Hoffmann et
+    al. 2022, eq. 4). Each value has an interval from the fit's draws.
+
+    Raises:
+        InputError: the law is not one in n and d, or an exponent has the wrong sign.
+    """
+    if "alpha" not in result.params:
+        raise InputError(f"--budget: {result.law.name} is no law in n and d; chinchilla is")
+    if not (budget > 0 and np.isfinite(budget)):
+        raise InputError(f"--budget={budget} must be positive FLOPs; 1e18 would work")
+    if min(result.params["alpha"], result.params["beta"]) <= 0:
+        raise InputError(
+            f"--budget: no optimum exists with alpha {result.params['alpha']:.3g} and beta "
+            f"{result.params['beta']:.3g}; both must be positive, see the fit's warnings"
+        )
+    table = result.table
+    k = float(np.median(table.c / (table.n * table.d)))
+    found = _optimum(result.params, budget / k)
+    level = result.level if level is None else level
+    spans = {}
+    if result.draws is not None:
+        drawn = laws.natural(result.law, result.problem.centre, result.draws.theta, result.floor)
+        with np.errstate(all="ignore"):
+            spans = {x: percentiles(v, level) for x, v in _optimum(drawn, budget / k).items()}
+    beyond = budget / table.c.max()
+    return plain({"c": budget, **found, "intervals": spans, "level": level,
+                  "times_largest_c": beyond, "flops_per_parameter_token": k})  # fmt: skip
+
+
+def _optimum(params: dict, product) -> dict:
+    compound = laws.compound(params)
+    n = compound["G"] * product ** compound["a"]
+    d = product / n
+    loss = params["E"] + params["A"] / n ** params["alpha"] + params["B"] / d ** params["beta"]
+    return {"n": n, "d": d, "tokens_per_parameter": d / n, "loss": loss}
+
+
+def advise(
+    result: FitResult,
+    budget: float,
+    n: float | None = None,
+    d: float | None = None,
+    c: float | None = None,
+    cells=None,
+    tau: float = 0.0,
+) -> dict:
+    """Ranks candidate runs by how much they sharpen the prediction at a target (c-optimal design).
+
+    Args:
+        budget: FLOPs to spend on new runs.
+        n, d, c: the target, as far as the law needs it.
+        cells: candidates, a sequence of (n, d); None: sizes and tokens by factors of 2 from the
+            table's smallest to 4 times its largest, as far as one run fits the budget.
+        tau: discrepancy of `forecast`; a run nearer to the target then counts for that too.
+
+    Returns:
+        `sd_before`, `sd_after` of ln L at the target; `ranking` of cells by one run's reduction of
+        the variance, and per FLOP; `allocation`: cells with runs, within the budget.
+
+    Raises:
+        InputError: no target, no cell within the budget.
+    """
+    if not (budget > 0 and np.isfinite(budget)):
+        raise InputError(f"--budget={budget} must be positive FLOPs; 1e18 would work")
+    table = result.table
+    target, target_c = _sensitivity(result, n, d, c)
+    cells = _grid(table, budget) if cells is None else np.asarray(cells, float).reshape(-1, 2)
+    costs = cells[:, 0] * cells[:, 1] * _per(table)
+    cells, costs = cells[costs <= budget], costs[costs <= budget]
+    if not len(cells):
+        raise InputError(f"--budget={budget:g} pays for no cell; {table.c.min():.2g} pays for one")
+    variance, covariance = _covariance(result)
+    X = np.stack([_sensitivity(result, *cell, cost)[0]
+                  for cell, cost in zip(cells, costs, strict=True)])  # fmt: skip
+    reach = (tau, target_c, float(table.c.max()))
+    before = _uncertainty(covariance, target, reach)
+    single = _after_one(covariance, X, target, variance, costs, reach)
+    order = np.argsort(single)
+    gain = 1 - single / before
+    ranking = [
+        {"n": cells[i, 0], "d": cells[i, 1], "c": costs[i], "sd_after": np.sqrt(single[i]),
+         "reduction": gain[i], "reduction_per_flop": gain[i] / costs[i]}
+        for i in order
+    ]  # fmt: skip
+    known = (covariance, X, target, variance, costs, budget, reach)
+    plans = [_greedy(*known, power) for power in (0.0, 1.0)]
+    runs, after = min(plans, key=lambda p: p[1])
+    allocation = [
+        {"n": cells[i, 0], "d": cells[i, 1], "runs": int(runs[i]), "c": costs[i] * runs[i]}
+        for i in np.flatnonzero(runs)
+    ]
+    return plain({"target": {"n": n, "d": d, "c": target_c}, "sd_before": np.sqrt(before),
+                  "sd_after": np.sqrt(after), "ranking": ranking, "allocation": allocation,
+                  "spent": float((costs * runs).sum())})  # fmt: skip
+
+
+def _covariance(result: FitResult) -> tuple[float, np.ndarray]:
+    """(variance of one run's ln L, covariance of theta [P, P]) by linearisation."""
+    problem = result.problem
+    J_RxP = solve.jacobian(problem, result.solution.theta)
+    J_RxP = J_RxP * np.sqrt(problem.weight)[:, None]
+    r = result.residuals()
+    variance = max(float((r**2).sum()) / max(len(r) - problem.size, 1), 1e-12)
+    return variance, variance * np.linalg.pinv(J_RxP.T @ J_RxP, rcond=1e-14)
+
+
+def _per(table) -> float:
+    """FLOPs per parameter and token."""
+    if table.n is None or table.d is None:
+        return 6.0
+    return float(np.median(table.c / (table.n * table.d)))
+
+
+def _sensitivity(result: FitResult, n, d, c) -> tuple[np.ndarray, float]:
+    """(d ln L / d theta [P], FLOPs) at one run."""
+    if c is None and n is not None and d is not None:
+        c = n * d * _per(result.table)
+    given = {"n": n, "d": d, "c": c}
+    lacks = [k for k in result.law.columns if given[k] is None]
+    if lacks:
+        raise InputError(
+            f"--law={result.law.name} needs a target's {', '.join(result.law.columns)}; "
+            f"--forecast_{lacks[0]} is missing"
+        )
+    blocks = [(i, X) for i, X in result.problem.blocks if X.shape[1] == 1]
+    rows = [(i, np.ones((1, 1))) for i, _ in blocks]
+    slopes = [i for i, X in result.problem.blocks if X.shape[1] == 2]
+    for index, column in zip(slopes, result.law.columns, strict=True):
+        x = np.log(given[column]) - result.problem.centre[column]
+        rows.append((index, np.array([[1.0, -x]])))
+    at = dataclasses.replace(result.problem, y=np.zeros(1), weight=np.ones(1), blocks=tuple(rows))
+    return solve.jacobian(at, result.solution.theta)[0], float(c or n * d * 6.0)
+
+
+def _grid(table, budget: float) -> np.ndarray:
+    n, d = table.column("n"), table.column("d")
+    sizes = n.min() * 2.0 ** np.arange(int(np.log2(4 * n.max() / n.min())) + 1)
+    tokens = d.min() * 2.0 ** np.arange(int(np.log2(4 * d.max() / d.min())) + 1)
+    return np.array([(a, b) for a in sizes for b in tokens])
+
+
+def _uncertainty(covariance, target, reach) -> float:
+    tau, target_c, largest = reach
+    h = max(np.log(target_c / largest), 0.0)
+    return float(target @ covariance @ target + (tau * (h + NEAR)) ** 2)
+
+
+def _after_one(covariance, X, target, variance, costs, reach) -> np.ndarray:
+    """Variance at the target after one run of each cell (rank-one update of the covariance)."""
+    tau, target_c, largest = reach
+    moved = X @ covariance @ target
+    own = np.einsum("cp,pq,cq->c", X, covariance, X)
+    h = np.maximum(np.log(target_c / np.maximum(largest, costs)), 0.0)
+    return target @ covariance @ target - moved**2 / (variance + own) + (tau * (h + NEAR)) ** 2
+
+
+def _greedy(covariance, X, target, variance, costs, budget, reach, power: float):
+    """(runs by cell, variance after): always the run that gains most, per FLOP^power."""
+    covariance, left = covariance.copy(), budget
+    runs = np.zeros(len(costs))
+    tau, target_c, largest = reach
+    now = _uncertainty(covariance, target, reach)
+    for _ in range(MOST_RUNS):
+        fits = costs <= left
+        if not fits.any():
+            break
+        after = _after_one(covariance, X, target, variance, costs, (tau, target_c, largest))
+        worth = np.where(fits, (now - after) / costs**power, -np.inf)
+        i = int(worth.argmax())
+        if worth[i] <= 0:
+            break
+        v = covariance @ X[i]
+        covariance -= np.outer(v, v) / (variance + X[i] @ v)
+        runs[i] += 1
+        left -= costs[i]
+        largest = max(largest, costs[i])
+        now = _uncertainty(covariance, target, (tau, target_c, largest))
+    return runs, now

@@ -1,0 +1,168 @@
+"""Second views of two arms: speed-up at pinned floors, and nested joint laws."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from lmscale_jax.science import laws, shift, solve
+from lmscale_jax.science.laws import Law, Problem
+from lmscale_jax.science.shift import Arms, Estimate
+from lmscale_jax.science.table import Table
+
+FLOORS = 12
+
+
+def pinned_floors(data: Arms, level: float) -> list[dict] | None:
+    """The shift with a power law above each floor E that the data do not reject.
+
+    Rows of E, s, se and k at the lowest, middle and highest compute: how far the answer depends on
+    a floor that nobody knows. None where the runs are too few for a floor.
+    """
+    swept = _swept(data, level)
+    if swept is None:
+        return None
+    E, theta, se, kept = swept
+    x = np.array([data.x.min(), 0.0, data.x.max()])
+    rows = []
+    for i in np.flatnonzero(kept):
+        k = np.exp(theta[i, -2] + theta[i, -1] * x)
+        rows.append({"E": float(E[i]), "s": float(theta[i, -1]), "se": float(se[i]),
+                     "k": [float(v) for v in k]})  # fmt: skip
+    return rows
+
+
+def floor_check(data: Arms, main: Estimate, level: float) -> dict | None:
+    """Whether s keeps its sign at every floor that the data do not reject."""
+    swept = _swept(data, level)
+    if swept is None:
+        return None
+    E, theta, se, kept = swept
+    s = theta[kept, -1]
+    worst = int(np.argmin(s * np.sign(main.s)))
+    return {
+        "check": f"floors from {E[kept].min():.3g} to {E[kept].max():.3g}",
+        "s": float(s[worst]),
+        "se": float(se[kept][worst]),
+        "p": None,
+        "holds": bool((s * main.s > 0).all()),
+    }
+
+
+def _swept(data: Arms, level: float):
+    """(E [G], theta [G, P], se of s [G], which are not rejected [G]) over pinned floors.
+
+    Once over all floors below the smallest loss, then over the neighbourhood of those that fit.
+    """
+    if len(data) <= 5 or shift.budgets(data) < 3 or shift.off_curve(data):
+        return None
+    E = np.linspace(0.0, 0.98, FLOORS) * np.exp(data.y.min())
+    kept = np.flatnonzero(_at_floors(data, E, level)[-1])
+    low, high = E[max(kept[0] - 1, 0)], E[min(kept[-1] + 1, FLOORS - 1)]
+    E = np.linspace(low, high, FLOORS)
+    return E, *_at_floors(data, E, level)
+
+
+def _at_floors(data: Arms, E: np.ndarray, level: float):
+    """(theta [G, P], se of s [G], which are not rejected [G]); P counts ln a, b, tau, s."""
+    from scipy.stats import f as f_distribution
+
+    ln_E = np.log(np.maximum(E, 1e-12))[:, None]
+    tau = shift.begin("quadratic", data)[-2]
+    moved = data.x + data.z * tau
+    starts = []
+    for floor in E:
+        slope, height = np.polyfit(moved, np.log(np.exp(data.y) - floor), 1)
+        starts.append([height, max(-slope, 1e-3), tau, 0.0])
+    theta, ssr = shift.descend("floor", np.array(starts), data, floor=ln_E)
+    degrees = len(data) - 4
+    limit = ssr.min() * (1 + f_distribution.ppf(level, 1, degrees) / degrees)
+    _, J = shift.model("floor", theta, data, ln_E)
+    X = J * np.sqrt(data.weight)[:, None]
+    inverse = np.linalg.pinv(np.einsum("brp,brq->bpq", X, X))
+    se = np.sqrt(np.maximum(inverse[:, -1, -1] * ssr / degrees, 0))
+    return theta, se, ssr <= limit
+
+
+def nested(table: Table, first: str, second: str) -> dict | None:
+    """Four joint laws of both arms, by AICc and by the error at the largest size left out.
+
+    `same`: one law; `offsets`: own coefficients; `exponents`: own coefficients and exponents, one
+    floor; `separate`: own floor too. In n and d where they vary apart, else in c. None where the
+    runs are too few.
+    """
+    both = table.take((table.variant == first) | (table.variant == second))
+    z = (both.variant == second).astype(float)
+    law = _joint_law(both)
+    base = laws.problem(both, law)
+    models = {k: _joint(base, z, k) for k in ("same", "offsets", "exponents", "separate")}
+    if len(both) <= models["separate"].size + 1:
+        return None
+    size = np.log(both.n if both.n is not None else both.c)
+    held = size > size.max() - 0.05
+    rows = {}
+    plain = solve.solve(base, np.inf).theta
+    for name, problem in models.items():
+        _, ssr = _least(problem, plain)
+        count, k = len(both), problem.size + 1
+        rows[name] = {
+            "parameters": problem.size,
+            "aicc": count * np.log(ssr / count) + 2 * k + 2 * k * (k + 1) / max(count - k - 1, 1),
+            "largest_left_out_rms": _left_out(problem, plain, held),
+        }
+    errors = {k: v["largest_left_out_rms"] for k, v in rows.items()}
+    known = {k: v for k, v in errors.items() if v is not None}
+    return {
+        "law": law.name,
+        "models": rows,
+        "best_by_aicc": min(rows, key=lambda k: rows[k]["aicc"]),
+        "best_by_left_out": min(known, key=lambda k: known[k]) if known else None,
+    }
+
+
+def _joint_law(both: Table) -> Law:
+    if both.n is not None and both.d is not None and len(both) >= 14:
+        n, d = np.log(both.n), np.log(both.d)
+        if np.ptp(n) > 0 and np.ptp(d) > 0 and abs(np.corrcoef(n, d)[0, 1]) < 0.95:
+            return laws.LAWS["chinchilla"]
+    return laws.LAWS["power_floor"]
+
+
+def _joint(base: Problem, z: np.ndarray, model: str) -> Problem:
+    """The base problem with contrasts of the second arm appended to its coordinates."""
+    blocks, low, high = [], list(base.low), list(base.high)
+
+    def add(limit: float) -> int:
+        low.append(-limit)
+        high.append(limit)
+        return len(low) - 1
+
+    for i, (index, X_Rxq) in enumerate(base.blocks):
+        columns, extra = [X_Rxq], []
+        if i == 0 and model == "separate":
+            extra.append(add(5.0))
+            columns.append(z[:, None])
+        if i > 0 and model != "same":
+            extra.append(add(5.0))
+            columns.append(z[:, None])
+        if i > 0 and model in ("exponents", "separate"):
+            extra.append(add(5.0))
+            columns.append((X_Rxq[:, 1] * z)[:, None])
+        merged = np.concatenate([index, np.array(extra, int)])
+        blocks.append((merged, np.concatenate(columns, axis=1)))
+    return replace(base, blocks=tuple(blocks), low=np.array(low), high=np.array(high))
+
+
+def _least(problem: Problem, plain: np.ndarray) -> tuple[np.ndarray, float]:
+    """Least squares from the law without contrasts: (theta, SSR)."""
+    start = np.concatenate([plain, np.zeros(problem.size - len(plain))])
+    theta, F = solve.minimise(problem, start[None], np.inf)
+    return theta[0], 2 * float(F[0])
+
+
+def _left_out(problem: Problem, plain: np.ndarray, held: np.ndarray) -> float | None:
+    kept = problem.rows(~held)
+    if (~held).sum() <= problem.size:
+        return None
+    theta, _ = _least(kept, plain)
+    r = solve.predict(problem, theta)[0][held] - problem.y[held]
+    return float(np.sqrt((r**2).mean()))

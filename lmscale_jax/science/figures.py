@@ -1,0 +1,160 @@
+"""Figures of fits and comparisons, as PNG."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lmscale_jax.science import intervals, laws
+
+SIZES = 5
+POINTS = 80
+
+
+def fit(result, path: Path) -> Path:
+    """Data with law and band, residuals, and the profile of the floor where it is free."""
+    plt = _pyplot()
+    panels = 3 if result.profile is not None else 2
+    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.2))
+    _data(axes[0], result)
+    _residuals(axes[1], result)
+    if result.profile is not None:
+        _profile(axes[2], result)
+    return _save(figure, path)
+
+
+def isoflop(summary: dict, curves: dict, path: Path) -> Path:
+    """Loss against size at each budget with parabola and cubic, and N* against compute."""
+    from lmscale_jax.science.isoflop import DEGREES
+
+    plt = _pyplot()
+    table, surface = curves["table"], curves["surface"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    colours = plt.cm.viridis(np.linspace(0, 0.9, len(curves["groups"])))
+    for rows, colour in zip(curves["groups"], colours, strict=True):
+        n, c = table.n[rows], float(np.exp(np.log(table.c[rows]).mean()))
+        left.plot(n, table.loss[rows], "o", ms=3, color=colour, label=f"{c:.2g} FLOPs")
+        x = np.linspace(np.log(n.min()), np.log(n.max()), POINTS)
+        for degree, style in zip(DEGREES.values(), (":", "--"), strict=True):
+            if len(rows) > degree:
+                p = np.polyfit(np.log(n) - x.mean(), table.loss[rows], degree)
+                left.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
+        left.plot(np.exp(x), surface.predict(n=np.exp(x), d=c / 6 / np.exp(x)), color=colour, lw=1)
+    left.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token",
+             title="parabola dotted, cubic dashed, surface solid")  # fmt: skip
+    left.legend(frameon=False, fontsize=7)
+    for name, method in summary["methods"].items():
+        points = [(b["c"], b["n_star"]) for b in method["budgets"] if b["n_star"]]
+        c, n = np.array(points).T
+        right.plot(c, n, "o-", ms=4, lw=1, label=f"{name}: a = {method['a']:.3f}")
+    right.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="compute-optimal parameters")
+    right.legend(frameon=False)
+    return _save(figure, path)
+
+
+def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
+    """Both arms' losses, with their laws where those are laws in c; and k(C) with its band."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    for arm, colour in zip(verdict["arms"], ("tab:blue", "tab:red"), strict=True):
+        rows = table.arm(arm)
+        left.plot(rows.c, rows.loss, "o", ms=4, color=colour, label=arm)
+        if arm in fits and fits[arm].law.columns == ("c",):
+            c = np.geomspace(rows.c.min(), rows.c.max() * 3, POINTS)
+            left.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
+    left.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
+             title=verdict["verdict"])  # fmt: skip
+    _plain_ticks(left)
+    left.legend(frameon=False)
+    gain = sorted(verdict["gain"], key=lambda row: row["c"])
+    c, k, low, high = (np.array([row[x] for row in gain]) for x in ("c", "k", "low", "high"))
+    level = verdict["shift"]["level"]
+    right.plot(c, k, color="tab:green")
+    right.fill_between(c, low, high, alpha=0.2, color="tab:green", label=f"{100 * level:g} %")
+    right.axhline(1, color="0.5", lw=0.8)
+    first, second = verdict["arms"]
+    right.set(xscale="log", yscale="log", xlabel="FLOPs", title="at equal loss")
+    _plain_ticks(right)
+    right.set_ylabel(f"compute of {first} / compute of {second}")
+    right.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _data(axis, result) -> None:
+    """Loss against compute; a law in n and d by curves of fixed n, and its optimum with a band."""
+    table = result.table
+    axis.plot(table.c, table.loss, "o", ms=3, color="0.4", label="runs")
+    c = np.geomspace(table.c.min(), table.c.max() * 3, POINTS)
+    if "n" not in result.law.columns:
+        columns = {"c": c}
+        axis.plot(c, result.predict(c=c), color="tab:red", label=result.law.name)
+    else:
+        columns = _optimal(result, c)
+        for n in np.quantile(np.unique(table.n), np.linspace(0, 1, SIZES)):
+            own = table.n == table.n[np.abs(np.log(table.n / n)).argmin()]
+            d = np.geomspace(table.d[own].min() / 2, table.d[own].max() * 2, POINTS)
+            axis.plot(6 * n * d, result.predict(n=n, d=d), lw=0.8, color="tab:blue", alpha=0.6)
+        if columns:
+            label = "compute-optimal"
+            axis.plot(c, result.predict(**columns), color="tab:red", label=label)
+    if result.draws is not None and columns:
+        low, high = intervals.band(result.predict_draws(**columns), result.level)
+        label = f"{100 * result.level:g} %"
+        axis.fill_between(c, low, high, color="tab:red", alpha=0.2, label=label)
+    axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
+             title=result.table.name)  # fmt: skip
+    _plain_ticks(axis)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _optimal(result, c: np.ndarray) -> dict | None:
+    """n and d of the fitted optimum at budgets; None where there is none."""
+    compound = laws.compound(result.params)
+    n = compound["G"] * (c / 6) ** compound["a"]
+    return {"n": n, "d": c / 6 / n} if np.isfinite(n).all() else None
+
+
+def _residuals(axis, result) -> None:
+    r = 100 * result.residuals()
+    axis.axhline(0, color="0.5", lw=0.8)
+    colour = np.log10(result.table.n if result.table.n is not None else result.table.c)
+    shown = axis.scatter(result.table.c, r, c=colour, s=9, cmap="viridis")
+    label = "log10 parameters" if result.table.n is not None else "log10 FLOPs"
+    axis.figure.colorbar(shown, ax=axis, label=label)
+    if np.isfinite(result.delta):
+        for side in (-1, 1):
+            axis.axhline(side * 100 * result.delta, color="tab:orange", ls=":", lw=0.8)
+    axis.set(xscale="log", xlabel="FLOPs", ylabel="residual, % of the loss (dotted: delta)")
+
+
+def _profile(axis, result) -> None:
+    p = result.profile
+    axis.plot(p.E, p.objective, color="tab:purple")
+    axis.axvspan(p.low, p.high, color="tab:purple", alpha=0.15, label=f"{100 * result.level:g} %")
+    axis.axvline(result.params["E"], color="tab:red", lw=0.8, label="fit")
+    top = p.objective.min() + 20 * max(p.objective.min() * 0.02, 1e-300)
+    axis.set(xlabel="E, nats per token", ylabel="objective at pinned E", ylim=(None, top))
+    axis.legend(frameon=False)
+
+
+def _plain_ticks(axis) -> None:
+    """Losses span less than a decade: 3.2, not a power of ten."""
+    from matplotlib.ticker import ScalarFormatter
+
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path: Path) -> Path:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    _pyplot().close(figure)
+    return path

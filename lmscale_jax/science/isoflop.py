@@ -1,0 +1,184 @@
+"""Compute-optimal size from curves of equal compute (Hoffmann et al. 2022, approach 2).
+
+A polynomial in ln N is fitted to L at each budget; its minimum is N*. A parabola's minimum is
+biased where the true curve is not symmetric, and the grid is wide; the bias is shown, on the law in
+n and d that the same runs give, beside a cubic and that law's own optimum.
+"""
+
+import numpy as np
+
+from lmscale_jax.errors import InputError
+from lmscale_jax.science import laws
+from lmscale_jax.science.describe import plain
+from lmscale_jax.science.fit import fit
+from lmscale_jax.science.intervals import percentiles
+from lmscale_jax.science.table import Table, as_table, warning
+
+DEGREES = {"parabola": 2, "cubic": 3}
+# Runs of one budget: neighbours in ln C closer than this.
+GAP = 0.15
+LEAST = 5
+WIDE = 4.0
+
+
+def isoflop(
+    table, bootstrap: int = 1000, level: float = 0.95, seed: int = 0, **settings
+) -> tuple[dict, dict]:
+    """Fits N* = k C^a by parabola, cubic and surface.
+
+    Args:
+        table: needs n and d; rows are grouped by c.
+        bootstrap: draws of rows within budgets, through the whole chain.
+        level: of the intervals.
+        settings: further arguments of `fit` for the surface.
+
+    Returns:
+        (summary, curves): the summary has `methods` by name with a, k, intervals, N* by budget and
+        the bias of each; the curves hold x, y and coefficients by budget, for figures.
+
+    Raises:
+        InputError: fewer than two budgets with a minimum inside their grid.
+    """
+    table = as_table(table)
+    groups = by_budget(table)
+    if len(groups) < 2:
+        raise InputError(
+            f"{table.name} has {len(groups)} compute budgets of {LEAST} and more sizes; isoflop "
+            f"needs 2: train {LEAST} sizes at equal c, or --law=chinchilla"
+        )
+    surface = fit(table, law="chinchilla", level=level, **settings)
+    warnings = list(surface.warnings)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    methods = {}
+    for name, degree in DEGREES.items():
+        found = _method(table, groups, degree, surface, bootstrap, level, rng)
+        if found is None:
+            warnings.append(
+                warning(
+                    f"no_{name}",
+                    f"the {name} has an inner minimum at fewer than 2 budgets; widen the grids of "
+                    "sizes to both sides",
+                )
+            )
+        else:
+            methods[name] = found
+            warnings += _warnings(table, groups, name, found)
+    methods["surface"] = _surface(surface, [_budget(table, g) for g in groups])
+    if len(methods) == 1:
+        raise InputError(
+            f"no budget of {table.name} has a minimum inside its sizes; widen the grids of n"
+        )
+    curves = {"groups": groups, "table": table, "surface": surface}
+    return plain({"methods": methods, "surface_fit": surface.params, "warnings": warnings}), curves
+
+
+def by_budget(table: Table) -> list[np.ndarray]:
+    """Rows of each budget that has at least 5 distinct sizes, cheapest first."""
+    table.column("n")
+    order = np.argsort(table.c)
+    cuts = np.flatnonzero(np.diff(np.log(table.c[order])) > GAP) + 1
+    groups = np.split(order, cuts)
+    return [g for g in groups if len(set(np.round(np.log(table.n[g]), 2))) >= LEAST]
+
+
+def _budget(table: Table, rows: np.ndarray) -> float:
+    return float(np.exp(np.log(table.c[rows]).mean()))
+
+
+def minimum(ln_n, y, degree: int, weight=None) -> tuple[float, bool]:
+    """(ln N*, inside): the local minimum of a polynomial in ln n, and whether the grid holds it."""
+    centre = ln_n.mean()
+    x = ln_n - centre
+    root = np.ones(len(x)) if weight is None else np.sqrt(weight)
+    if np.unique(np.round(x[root > 0], 3)).size <= degree:
+        return np.nan, False
+    p = np.polyfit(x, y, degree, w=root)
+    turns = np.roots(np.polyder(p))
+    turns = turns[np.isreal(turns)].real
+    turns = turns[np.polyval(np.polyder(p, 2), turns) > 0]
+    if not len(turns):
+        return np.nan, False
+    best = turns[np.abs(turns).argmin()]
+    return float(best + centre), bool(x.min() < best < x.max())
+
+
+def _chain(table: Table, groups, degree: int, y, weight=None):
+    """(a, ln k, ln N* by budget with NaN where dropped) of N* = k C^a."""
+    stars = np.full(len(groups), np.nan)
+    for i, rows in enumerate(groups):
+        own = None if weight is None else weight[rows]
+        value, inside = minimum(np.log(table.n[rows]), y[rows], degree, own)
+        stars[i] = value if inside else np.nan
+    known = np.isfinite(stars)
+    if known.sum() < 2:
+        return np.nan, np.nan, stars
+    ln_c = np.log([_budget(table, g) for g in groups])
+    a, ln_k = np.polyfit(ln_c[known], stars[known], 1)
+    return float(a), float(ln_k), stars
+
+
+def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | None:
+    a, ln_k, stars = _chain(table, groups, degree, table.loss)
+    if not np.isfinite(a):
+        return None
+    smooth = surface.predict(n=table.n, d=table.c / (6 * table.n))
+    _, _, on_surface = _chain(table, groups, degree, smooth)
+    true = np.log([surface_star(surface, _budget(table, g)) for g in groups])
+    drawn = []
+    for _ in range(bootstrap):
+        weight = np.zeros(len(table))
+        for rows in groups:
+            weight[rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)))
+        drawn.append(_chain(table, groups, degree, table.loss, weight)[:2])
+    drawn = np.array(drawn).reshape(-1, 2)
+    budgets = [
+        {"c": _budget(table, g), "n_star": float(np.exp(s)), "bias": float(np.exp(b - t)),
+         "reach": float(np.exp(np.ptp(np.log(table.n[g])) / 2))}
+        for g, s, b, t in zip(groups, stars, on_surface, true, strict=True)
+    ]  # fmt: skip
+    return {
+        "a": a,
+        "k": float(np.exp(ln_k)),
+        "intervals": {"a": percentiles(drawn[:, 0], level) if len(drawn) else None},
+        "budgets": budgets,
+    }
+
+
+def surface_star(surface, c: float) -> float:
+    """N* of a fitted law in n and d at a budget, with c = 6 n d."""
+    compound = laws.compound(surface.params)
+    return float(compound["G"] * (c / 6) ** compound["a"])
+
+
+def _surface(surface, budgets: list[float]) -> dict:
+    stars = [{"c": c, "n_star": surface_star(surface, c), "bias": 1.0} for c in budgets]
+    k = surface.compound["G"] / 6 ** surface.compound["a"]
+    spans = {"a": surface.intervals.get("a")}
+    return {"a": surface.compound["a"], "k": k, "intervals": spans, "budgets": stars}
+
+
+def _warnings(table: Table, groups, name: str, found: dict) -> list[dict]:
+    warnings = []
+    dropped = [b["c"] for b in found["budgets"] if not np.isfinite(b["n_star"])]
+    if dropped:
+        warnings.append(
+            warning(
+                "minimum_at_edge",
+                f"the {name} has no minimum inside the sizes at {len(dropped)} of {len(groups)} "
+                f"budgets (first {dropped[0]:.3g} FLOPs), which are left out; add sizes beyond "
+                "that edge",
+            )
+        )
+    bias = [b["bias"] for b in found["budgets"] if np.isfinite(b["bias"])]
+    worst = max(bias, key=lambda v: abs(np.log(v)), default=1.0)
+    if abs(np.log(worst)) > 0.03:
+        reach = max(b["reach"] for b in found["budgets"])
+        warnings.append(
+            warning(
+                f"{name}_bias",
+                f"without any noise the {name} would put N* at {worst:.3f} times the true one "
+                f"(grids reach {reach:.2g}x to either side); keep within {WIDE:.0f}x, or use the "
+                "surface",
+            )
+        )
+    return warnings

@@ -1,0 +1,341 @@
+"""The horizontal shift between two arms: L_B(C) = L_A(k C), ln k = tau + s (ln C - ln C0).
+
+s = 0 is a constant factor of compute at every scale; for power laws 1 + s is the ratio of the arms'
+exponents. Unlike a contrast of fitted exponents it depends neither on E nor on the form of the law,
+and s not on C0. Shapes: B refits, R runs, M parameters of the baseline's shape, P = M + 2.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lmscale_jax.science import diagnose, laws, solve
+from lmscale_jax.science.table import Table
+
+TAUS = np.linspace(-4.0, 4.0, 65)
+BASELINES = ("power", "quadratic", "cubic", "floor", "surface")
+DEGREE = {"power": 1, "quadratic": 2, "cubic": 3}
+# Below this p the law misses cell means by more than seeds explain, and cells become the unit.
+LACK = 0.1
+# Spread of ln(d / n) within an arm, at equal C, beyond which its runs lie on no one curve in C.
+ON_A_CURVE = 0.25
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Runs of two arms. `x` [R] is ln C - ln C0, `z` 1 for the second arm, `y` ln loss.
+
+    `cell` numbers runs that differ in nothing but the seed; `ln_n`, `ln_d` are centred, or None.
+    """
+
+    x: np.ndarray
+    z: np.ndarray
+    y: np.ndarray
+    weight: np.ndarray
+    cell: np.ndarray
+    ln_c0: float
+    ln_n: np.ndarray | None
+    ln_d: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, rows: np.ndarray) -> "Arms":
+        def cut(a):
+            return None if a is None else a[rows]
+
+        cell = np.unique(self.cell[rows], return_inverse=True)[1]
+        parts = {k: cut(getattr(self, k)) for k in ("x", "z", "y", "weight", "ln_n", "ln_d")}
+        return replace(self, cell=cell, **parts)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A fitted shift.
+
+    Attributes:
+        baseline: shape of the common curve; theta [P] its parameters, then tau and s.
+        covariance: [P, P]; `variance` of one run's ln L, `degrees` of freedom of it.
+        unit: "runs", or "cells" where the curve misses cells by more than seeds explain.
+        p: of s = 0, by the F test against the fit with a constant factor, `null` [P].
+    """
+
+    baseline: str
+    theta: np.ndarray
+    null: np.ndarray
+    covariance: np.ndarray
+    variance: float
+    degrees: int
+    unit: str
+    f: float
+    p: float
+    aicc: float
+    ssr: float
+
+    @property
+    def s(self) -> float:
+        return float(self.theta[-1])
+
+    @property
+    def tau(self) -> float:
+        return float(self.theta[-2])
+
+    @property
+    def se(self) -> float:
+        return float(np.sqrt(self.covariance[-1, -1]))
+
+    def t(self, level: float) -> float:
+        from scipy.stats import t
+
+        return float(t.ppf((1 + level) / 2, self.degrees))
+
+    def interval(self, level: float) -> list[float]:
+        half = self.t(level) * self.se
+        return [self.s - half, self.s + half]
+
+    def log_gain(self, x: np.ndarray, level: float):
+        """(ln k, low, high) at x = ln C - ln C0."""
+        x = np.asarray(x, float)
+        c = self.covariance[-2:, -2:]
+        se = np.sqrt(np.maximum(c[0, 0] + 2 * x * c[0, 1] + x * x * c[1, 1], 0))
+        value = self.tau + self.s * x
+        return value, value - self.t(level) * se, value + self.t(level) * se
+
+
+def arms(table: Table, first: str, second: str) -> Arms:
+    """The runs of two variants; C0 is the geometric mean of their FLOPs."""
+    both = table.take((table.variant == first) | (table.variant == second))
+    ln_c = np.log(both.c)
+    centred = [None if a is None else np.log(a) - np.log(a).mean() for a in (both.n, both.d)]
+    return Arms(
+        x=ln_c - ln_c.mean(),
+        z=(both.variant == second).astype(float),
+        y=np.log(both.loss),
+        weight=both.weight,
+        cell=np.unique(diagnose.cells(both), return_inverse=True)[1],
+        ln_c0=float(ln_c.mean()),
+        ln_n=centred[0],
+        ln_d=centred[1],
+    )
+
+
+def curve(baseline: str, theta, data: Arms, floor=None):
+    """f [B, R] and its derivatives: by the shape [B, R, M] and by ln k [B, R].
+
+    Args:
+        theta: [B, P].
+        floor: ln E, [B, 1], pinned; only for "floor", whose shape then lacks ln E.
+    """
+    shape, tau, s = theta[:, :-2], theta[:, -2:-1], theta[:, -1:]
+    k = data.z * (tau + s * data.x)
+    if baseline == "surface":
+        return _surface(shape, data, k)
+    u = data.x + k
+    if baseline != "floor":
+        powers = u[..., None] ** np.arange(shape.shape[1])
+        rise = np.arange(1, shape.shape[1])
+        by_u = np.einsum("brm,bm->br", powers[..., :-1], shape[:, 1:] * rise)
+        return np.einsum("brm,bm->br", powers, shape), powers, by_u
+    ln_E = shape[:, :1] if floor is None else floor
+    a, b = shape[:, -2:-1], shape[:, -1:]
+    falling = a - b * u
+    f = np.logaddexp(ln_E, falling)
+    p = np.exp(falling - f)
+    parts = [p, -p * u] if floor is not None else [1 - p, p, -p * u]
+    return f, np.stack(parts, axis=-1), -b * p
+
+
+def _surface(shape, data: Arms, k):
+    """L(N, D) with both N and D of the second arm multiplied by sqrt(k)."""
+    e, a, alpha, b, beta = (shape[:, i : i + 1] for i in range(5))
+    x, z = data.ln_n + k / 2, data.ln_d + k / 2
+    t = np.stack(np.broadcast_arrays(e, a - alpha * x, b - beta * z))
+    f = np.logaddexp.reduce(t)
+    p = np.exp(t - f)
+    parts = [p[0], p[1], -p[1] * x, p[2], -p[2] * z]
+    return f, np.stack(parts, axis=-1), -(alpha * p[1] + beta * p[2]) / 2
+
+
+def descend(baseline, theta, data: Arms, y=None, held=(), floor=None, steps: int = 60):
+    """Least squares by Levenberg-Marquardt: (theta [B, P], SSR [B]).
+
+    Args:
+        y: [B, R] in place of the data's.
+        held: indices of coordinates that stay.
+        floor: see `curve`.
+    """
+    theta = np.array(theta, float)
+    y = np.broadcast_to(data.y if y is None else y, (len(theta), len(data)))
+    free = np.ones(theta.shape[1])
+    free[list(held)] = 0.0
+    damping = np.full(len(theta), 1e-3)
+    f, J = model(baseline, theta, data, floor)
+    ssr = (data.weight * (y - f) ** 2).sum(axis=1)
+    for _ in range(steps):
+        weighted = J * data.weight[:, None] * free
+        H = np.einsum("brp,brq->bpq", weighted, J * free)
+        g = np.einsum("brp,br->bp", weighted, y - f)
+        diagonal = np.maximum(np.einsum("bpp->bp", H), 1e-12)
+        diagonal = np.where(free > 0, diagonal, 1.0)
+        H = H + np.eye(len(free)) * (damping[:, None] * diagonal + (1 - free))[:, None, :]
+        step = np.linalg.solve(H, g[..., None])[..., 0]
+        if ((step * g).sum(axis=1) <= 1e-13 * ssr + 1e-26).all():
+            break
+        step /= np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / 2)
+        trial = theta + step
+        f2, J2 = model(baseline, trial, data, floor)
+        fresh = (data.weight * (y - f2) ** 2).sum(axis=1)
+        better = fresh < ssr
+        theta = np.where(better[:, None], trial, theta)
+        f, J = np.where(better[:, None], f2, f), np.where(better[:, None, None], J2, J)
+        ssr = np.where(better, fresh, ssr)
+        damping = np.where(better, np.maximum(damping / 10, 1e-10), damping * 10)
+    return theta, ssr
+
+
+def model(baseline, theta, data: Arms, floor=None):
+    """f [B, R] and its whole Jacobian [B, R, P]; see `curve`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        f, by_shape, by_k = curve(baseline, theta, data, floor)
+        by_tau = data.z * by_k
+        J = np.concatenate([by_shape, by_tau[..., None], (by_tau * data.x)[..., None]], axis=-1)
+    # A step into overflow is a step to refuse.
+    return np.nan_to_num(f, nan=1e6, posinf=1e6, neginf=-1e6), np.nan_to_num(J, nan=0.0)
+
+
+def begin(baseline: str, data: Arms) -> np.ndarray:
+    """A start [P] with s = 0, from the best constant factor on a grid."""
+    degree = DEGREE.get(baseline, 2)
+    u_TxR = data.x + data.z * TAUS[:, None]
+    X = u_TxR[..., None] ** np.arange(degree + 1)
+    weighted = X * data.weight[:, None]
+    H = np.einsum("trp,trq->tpq", weighted, X) + 1e-12 * np.eye(degree + 1)
+    c = np.linalg.solve(H, np.einsum("trp,r->tp", weighted, data.y)[..., None])[..., 0]
+    ssr = (data.weight * (np.einsum("trp,tp->tr", X, c) - data.y) ** 2).sum(axis=1)
+    # A polynomial that rises over most of the data is no scaling curve.
+    rise = np.arange(1, degree + 1)
+    slope = np.einsum("trp,tp->tr", X[..., :-1], c[:, 1:] * rise)
+    ssr = np.where((slope < 0).mean(axis=1) > 0.5, ssr, np.inf)
+    best = int(ssr.argmin()) if np.isfinite(ssr).any() else len(TAUS) // 2
+    tau, shape = TAUS[best], c[best]
+    if baseline in DEGREE:
+        return np.concatenate([shape, [tau, 0.0]])
+    return np.concatenate([_law_shape(baseline, data, tau), [tau, 0.0]])
+
+
+def _law_shape(baseline: str, data: Arms, tau: float) -> np.ndarray:
+    """The law's coordinates fitted to both arms, the second moved by tau."""
+    columns = [data.x] if baseline == "floor" else [data.ln_n, data.ln_d]
+    moved = [x + data.z * tau / len(columns) for x in columns]
+    blocks = [(np.array([0]), np.ones((len(data), 1)))]
+    for i, x in enumerate(moved):
+        blocks.append((np.array([1, 2]) + 2 * i, np.stack([np.ones_like(x), -x], axis=1)))
+    law = laws.LAWS["power_floor" if baseline == "floor" else "chinchilla"]
+    size = 1 + 2 * len(columns)
+    low = np.array([data.y.min() - 8] + [data.y.min() - laws.DEPTH, 0.0] * len(columns))
+    high = np.array([data.y.max()] + [data.y.max() + laws.DEPTH, 5.0] * len(columns))
+    problem = laws.Problem(law, data.y, data.weight, tuple(blocks), None, low, high, {})
+    return solve.solve(problem, np.inf).theta[:size]
+
+
+def estimate(baseline: str, data: Arms) -> Estimate | None:
+    """The shift under a baseline, with its test; None where no degree of freedom is left."""
+    start = begin(baseline, data)
+    size = len(start)
+    if len(data) <= size or budgets(data) <= DEGREE.get(baseline, 2):
+        return None
+    null, ssr0 = descend(baseline, start[None], data, held=[size - 1])
+    starts = np.stack([null[0] + np.eye(size)[-1] * v for v in (0.0, -0.1, 0.1)])
+    thetas, ssrs = descend(baseline, starts, data)
+    theta, ssr = thetas[ssrs.argmin()], float(ssrs.min())
+    f, J = model(baseline, theta[None], data)
+    variance, degrees, unit = _variance(data, data.y - f[0], size)
+    if degrees < 1:
+        return None
+    X = J[0] * np.sqrt(data.weight)[:, None]
+    length = np.maximum(np.linalg.norm(X, axis=0), 1e-300)
+    inverse = np.linalg.pinv((X / length).T @ (X / length)) / np.outer(length, length)
+    ratio = max(float(ssr0[0]) - ssr, 0.0) / max(variance, 1e-300)
+    from scipy.stats import f as f_distribution
+
+    count = len(data)
+    spare = max(count - size - 2, 1)
+    k = size + 1
+    return Estimate(
+        baseline=baseline,
+        theta=theta,
+        null=null[0],
+        covariance=inverse * variance,
+        variance=variance,
+        degrees=degrees,
+        unit=unit,
+        f=ratio,
+        p=float(f_distribution.sf(ratio, 1, degrees)),
+        aicc=count * np.log(max(ssr, 1e-300) / count) + 2 * k + 2 * k * (k + 1) / spare,
+        ssr=ssr,
+    )
+
+
+def off_curve(data: Arms) -> bool:
+    """Whether tokens per parameter vary at equal compute, so that no one curve L(C) exists."""
+    if data.ln_n is None or data.ln_d is None:
+        return False
+    for arm in (0.0, 1.0):
+        own = data.z == arm
+        ratio = (data.ln_d - data.ln_n)[own]
+        if own.sum() > 3:
+            trend = np.polyfit(data.x[own], ratio, 1)
+            if np.std(ratio - np.polyval(trend, data.x[own])) > ON_A_CURVE:
+                return True
+    return False
+
+
+def budgets(data: Arms) -> int:
+    """Distinct compute budgets of the arm that has fewer."""
+    return min(len(set(np.round(data.x[data.z == arm], 2))) for arm in (0.0, 1.0))
+
+
+def _variance(data: Arms, r: np.ndarray, size: int) -> tuple[float, int, str]:
+    """Variance of one run's ln L, its degrees of freedom and unit.
+
+    Seeds of one cell share the curve's error there. Where that error shows (F test of lack of fit,
+    p below 0.1) it sets the variance; else all residuals are pooled.
+    """
+    from scipy.stats import f as f_distribution
+
+    weight = data.weight / data.weight.mean()
+    count = np.bincount(data.cell, weight)
+    means = np.bincount(data.cell, weight * r) / count
+    within = float((weight * (r - means[data.cell]) ** 2).sum())
+    between = float((count * means**2).sum())
+    free, lack_free = len(r) - len(count), len(count) - size
+    if free >= 1 and lack_free >= 1 and within > 0:
+        ratio = (between / lack_free) / (within / free)
+        if f_distribution.sf(ratio, lack_free, free) < LACK:
+            return between / lack_free, lack_free, "cells"
+    return (within + between) / max(len(r) - size, 1), len(r) - size, "runs"
+
+
+def wild(found: Estimate, data: Arms, count: int, seed: int = 0) -> float:
+    """p of s = 0 by a wild bootstrap under the constant factor: residuals' signs drawn by unit."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    f0 = model(found.baseline, found.null[None], data)[0][0]
+    size = len(found.null)
+    r = (data.y - f0) * np.sqrt(len(data) / max(len(data) - size + 1, 1))
+    unit = data.cell if found.unit == "cells" else np.arange(len(data))
+    signs = rng.choice([-1.0, 1.0], (count, unit.max() + 1))[:, unit]
+    y = f0 + r * signs
+    start = np.broadcast_to(found.null, (count, size))
+    null, ssr0 = descend(found.baseline, start, data, y, held=[size - 1], steps=12)
+    _, ssr = descend(found.baseline, null, data, y, steps=12)
+    drawn = (ssr0 - ssr) / np.maximum(ssr, 1e-300)
+    _, own0 = descend(found.baseline, found.null[None], data, held=[size - 1])
+    own = (float(own0[0]) - found.ssr) / max(found.ssr, 1e-300)
+    return float((1 + (drawn >= own).sum()) / (1 + count))
+
+
+def information(found: Estimate, data: Arms) -> np.ndarray:
+    """J^T J / variance [P, P] of runs at data's x and z, at the fitted parameters."""
+    _, J = model(found.baseline, found.theta[None], data)
+    X = J[0] * np.sqrt(data.weight)[:, None]
+    return X.T @ X / found.variance

@@ -1,0 +1,205 @@
+"""Forecasts, compute-optimal plans, advice on runs, and isoFLOP minima."""
+
+import numpy as np
+import pytest
+from synthetic import CHINCHILLA, grid, surface
+
+from lmscale_jax.errors import InputError
+from lmscale_jax.science import advise, fit, forecast, isoflop, laws, plan, read, solve
+from lmscale_jax.science.forecast import budgets, suited
+from lmscale_jax.science.isoflop import by_budget, minimum
+from lmscale_jax.science.table import as_table
+
+SIZES, TOKENS = np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5)
+
+
+def test_a_forecast_of_a_true_law_covers_the_loss():
+    n, d = 3e9, 4e11
+    true = float(surface(n, d, **CHINCHILLA))
+    inside = 0
+    for seed in range(8):
+        made = forecast(grid(SIZES, TOKENS, noise=0.004, seed=seed), n=n, d=d, bootstrap=100)
+        assert made["law"] == "chinchilla" and made["level"] == 0.9
+        inside += made["low"] < true < made["high"]
+    assert inside >= 7
+
+
+def test_the_interval_grows_with_distance_and_level():
+    table = read("kyo_takano")
+    result = fit(table, bootstrap=300)
+    from lmscale_jax.science.forecast import of
+
+    def width(factor, level=0.9):
+        n = float(table.n.max()) * factor
+        made = of(result, n=n, d=20 * n, level=level)
+        return np.log(made["high"] / made["low"])
+
+    assert width(1) < width(3) < width(10)
+    assert width(3, 0.5) < width(3, 0.9) < width(3, 0.99)
+
+
+def _coverage(table, shares=(0.5, 0.625, 0.75)) -> list[float]:
+    """Share of the dearer runs inside the 90 % interval of a fit to the cheaper ones, by fold."""
+    from lmscale_jax.science.forecast import discrepancy, of
+
+    found = []
+    order = np.sort(table.c)
+    for share in shares:
+        limit = order[int(share * len(order))]
+        train, test = table.take(table.c <= limit), np.flatnonzero(table.c > limit)
+        result = fit(train, bootstrap=400)
+        test = test[:: max(1, len(test) // 25)]
+        hits, known = 0, discrepancy(result)
+        for i in test:
+            made = of(result, n=table.n[i], d=table.d[i], c=table.c[i], found=known)
+            hits += made["low"] <= table.loss[i] <= made["high"]
+        found.append(hits / len(test))
+    return found
+
+
+@pytest.mark.slow
+def test_intervals_cover_held_out_runs_of_the_bundled_tables():
+    folds = [c for name in ("kyo_takano", "olmo_ladder_c4", "olmo_ladder_pile")
+             for c in _coverage(read(name), shares=(0.5, 0.75))]  # fmt: skip
+    assert np.mean(folds) >= 0.85, folds
+
+
+def test_a_small_table_gets_a_small_law():
+    c = np.geomspace(1e14, 1e16, 3)
+    assert suited(as_table({"c": c, "loss": 40 * c**-0.07})) == "power"
+    c = np.geomspace(1e14, 1e18, 6)
+    assert suited(as_table({"c": c, "loss": 40 * c**-0.07})) == "power_floor"
+    assert suited(as_table(grid(SIZES, TOKENS))) == "chinchilla"
+    n = np.geomspace(1e6, 1e9, 8)
+    table = as_table({"n": n, "d": 20 * n, "loss": 40 * n**-0.1})
+    assert suited(table) == "power_floor" and len(budgets(table)) == 8
+
+
+def test_three_anchors_with_two_seeds_forecast_a_fourth():
+    """What a small ladder has: the error of a law without floor shows in the interval."""
+    c = np.tile(np.geomspace(1e14, 1e16, 3), 2)
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(6))
+    made = forecast({"c": c, "loss": (1.5 + 300 * c**-0.13) * noise}, c=1e17, bootstrap=300)
+    true = 1.5 + 300 * 1e17**-0.13
+    assert made["law"] == "power" and made["tau"] > 0.001
+    assert made["low"] < true < made["high"]
+    assert made["high"] / made["low"] < 1.6
+
+
+def test_what_a_forecast_needs():
+    table = read("olmo_ladder_c4")
+    for wrong, words in (
+        ({"n": 1e9}, "give --forecast_n and --forecast_d"),
+        ({"n": -1e9, "d": 1e10}, "--forecast_n=-1000000000.0 must be a positive number"),
+        ({"n": 1e9, "d": 1e10, "level": 1.0}, "--forecast_level=1.0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            forecast(table, bootstrap=0, **wrong)
+    far = forecast(table, n=1e12, d=2e13, bootstrap=200)
+    assert "far_forecast" in {w["code"] for w in far["warnings"]}
+
+
+def test_the_plan_is_the_minimum_at_its_budget():
+    result = fit(grid(SIZES, TOKENS, noise=0.002), bootstrap=200)
+    made = plan(result, 1e21)
+    n = np.geomspace(made["n"] / 30, made["n"] * 30, 20001)
+    loss = result.predict(n=n, d=1e21 / 6 / n)
+    assert n[loss.argmin()] == pytest.approx(made["n"], rel=1e-3)
+    assert made["n"] * made["d"] * 6 == pytest.approx(1e21)
+    assert made["tokens_per_parameter"] == pytest.approx(made["d"] / made["n"])
+    low, high = made["intervals"]["n"]
+    assert low < made["n"] < high
+    with pytest.raises(InputError, match="chinchilla is"):
+        plan(fit(read("kyo_takano"), law="power", bootstrap=0), 1e21)
+
+
+@pytest.mark.slow
+def test_advised_runs_do_what_is_promised():
+    """The standard deviation that is promised is the one that such data have, over repetitions."""
+    sizes, tokens = np.geomspace(1e7, 1e8, 4), np.geomspace(1e9, 1e10, 4)
+    noise, target = 0.004, {"n": 3e9, "d": 6e10}
+    before = fit(grid(sizes, tokens, noise=noise), delta=np.inf, bootstrap=0)
+    made = advise(before, 1e21, **target)
+    assert sum(row["c"] for row in made["allocation"]) <= 1e21
+    assert made["spent"] <= 1e21 and made["sd_after"] < made["sd_before"]
+    gains = [row["reduction"] for row in made["ranking"]]
+    assert gains == sorted(gains, reverse=True)
+    n, d = np.array([(r["n"], r["d"]) for r in made["allocation"] for _ in range(r["runs"])]).T
+    spread = {"before": [], "after": []}
+    for seed in range(30):
+        table = grid(sizes, tokens, noise=noise, seed=seed)
+        spread["before"].append(_at(table, target))
+        error = np.exp(noise * np.random.default_rng(1000 + seed).standard_normal(len(n)))
+        more = {"n": n, "d": d, "loss": surface(n, d, **CHINCHILLA) * error}
+        spread["after"].append(_at({k: np.append(table[k], more[k]) for k in table}, target))
+    spread = {k: np.std(v) for k, v in spread.items()}
+    promised = made["sd_after"] / made["sd_before"]
+    assert promised < 0.5
+    assert spread["after"] / spread["before"] == pytest.approx(promised, rel=0.6)
+
+
+def _at(table: dict, target: dict) -> float:
+    """ln L at the target by least squares."""
+    table = as_table(table)
+    problem = laws.problem(table, laws.LAWS["chinchilla"])
+    theta = solve.solve(problem, np.inf).theta
+    params = laws.natural(problem.law, problem.centre, theta)
+    return float(np.log(laws.evaluate(problem.law, params, **target)))
+
+
+def test_advice_needs_a_target_and_a_budget():
+    result = fit(grid(SIZES, TOKENS, noise=0.002), bootstrap=0)
+    with pytest.raises(InputError, match="--forecast_n is missing"):
+        advise(result, 1e20, d=1e11)
+    with pytest.raises(InputError, match=r"pays for no cell"):
+        advise(result, 1.0, n=1e10, d=1e11)
+    law = fit(grid(SIZES, TOKENS, noise=0.002), law="power", bootstrap=0)
+    assert advise(law, 1e21, n=1e10, d=1e11)["allocation"]
+
+
+def made_budgets(reach: float, points: int = 15, **params) -> dict:
+    """Runs at five budgets around the optimum, sizes up to `reach` times it on either side."""
+    p = CHINCHILLA | params
+    a = p["beta"] / (p["alpha"] + p["beta"])
+    G = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"]))
+    c = np.geomspace(1e17, 1e21, 5)
+    n = G * (c[:, None] / 6) ** a * np.geomspace(1 / reach, reach, points)
+    d = c[:, None] / (6 * n)
+    return {"n": n.ravel(), "d": d.ravel(), "loss": surface(n, d, **p).ravel()}
+
+
+@pytest.mark.parametrize("reach, bias", [(2, 1.003), (4, 1.013), (8, 1.030), (16, 1.054)])
+def test_the_bias_of_a_parabola_is_the_known_one(reach, bias):
+    # Hoffmann et al. (2022), approach 3.
+    hoffmann = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    summary, _ = isoflop(made_budgets(reach, **hoffmann), bootstrap=0)
+    parabola, cubic = (summary["methods"][k] for k in ("parabola", "cubic"))
+    assert parabola["a"] == pytest.approx(0.28 / 0.62, abs=1e-4)
+    assert [b["bias"] for b in parabola["budgets"]] == pytest.approx([bias] * 5, abs=6e-4)
+    assert [b["bias"] for b in cubic["budgets"]] == pytest.approx([1.0] * 5, abs=2.1e-3)
+    codes = {w["code"] for w in summary["warnings"]}
+    assert ("parabola_bias" in codes) == (bias > 1.0305)
+
+
+def test_minima_at_the_edge_are_dropped_and_named():
+    table = made_budgets(4)
+    kept = np.ones(75, bool)
+    kept[:9] = False
+    summary, curves = isoflop({k: v[kept] for k, v in table.items()}, bootstrap=50)
+    stars = [b["n_star"] for b in summary["methods"]["parabola"]["budgets"]]
+    assert stars[0] is None and None not in stars[1:]
+    assert "minimum_at_edge" in {w["code"] for w in summary["warnings"]}
+    assert len(curves["groups"]) == 5
+
+
+def test_a_minimum_is_found_where_it_is():
+    x = np.linspace(-1, 2, 9)
+    assert minimum(x, 3 + (x - 0.4) ** 2, 2) == (pytest.approx(0.4), True)
+    assert minimum(x, 3 - x, 2)[1] is False
+    assert minimum(x, 3 + (x - 5.0) ** 2, 2) == (pytest.approx(5.0), False)
+
+
+def test_tables_without_budgets_are_refused():
+    with pytest.raises(InputError, match="compute budgets of 5 and more sizes"):
+        isoflop(grid(SIZES[:3], TOKENS[:2]))
+    assert len(by_budget(as_table(made_budgets(4)))) == 5
