@@ -32,6 +32,8 @@ class Key:
     identity: bool = True
 
 
+_SIZED = {"parametrization.name": ("mup", "completep")}
+
 SPEC = {
     "seed": Key(0, "seed of initialisation and dropout; the data order has its own", low=0),
     "model": {
@@ -107,7 +109,52 @@ SPEC = {
         ),
     },
     "parametrization": {
-        "name": Key("sp", "sp: the standard one", choices=("sp",)),
+        "name": Key(
+            "sp",
+            "how scale and learning rate follow size: sp not at all; mup with width (Yang et al. "
+            "2022); completep with width and depth (Dey et al. 2025)",
+            choices=("sp", "mup", "completep"),
+        ),
+        "base_width": Key(0, "d_model at which every rule is the identity", low=0, when=_SIZED),
+        "base_depth": Key(
+            0,
+            "n_layers at which every rule is the identity",
+            low=0,
+            when={"parametrization.name": ("completep",)},
+        ),
+        "base_head_dim": Key(
+            0,
+            "channels per head at the base; 0: as here, so that heads are added",
+            low=0,
+            when=_SIZED,
+        ),
+        "base_d_ff": Key(
+            0,
+            "d_ff at the base; 0: by the rule of model.d_ff, or in proportion",
+            low=0,
+            when=_SIZED,
+        ),
+        "depth_exponent": Key(
+            1.0,
+            "branches are multiplied by (depth / base_depth)^-this; 1 transfers best (CompleteP)",
+            low=0.0,
+            high=1.0,
+            when={"parametrization.name": ("completep",)},
+        ),
+        "embed_scale": Key(
+            1.0, "multiplier of the embedding, tuned at the base", above=0.0, when=_SIZED
+        ),
+        "attention_scale": Key(1.0, "multiplier of q·k, tuned at the base", above=0.0, when=_SIZED),
+        "output_scale": Key(
+            1.0, "multiplier of the logits, tuned at the base", above=0.0, when=_SIZED
+        ),
+        "embed_lr_exponent": Key(
+            0.0,
+            "the embedding's learning rate goes as width^this; u-mup and nanochat take -0.5",
+            low=-1.0,
+            high=1.0,
+            when=_SIZED,
+        ),
         "init_std": Key(0.02, "standard deviation of initial matrices (GPT-2)", above=0.0),
         "residual_init": Key(
             "depth_scaled",

@@ -50,10 +50,8 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
     stack = model.stack
     if stack == "auto":
         stack = "unroll" if platform == "cpu" else "scan"
-    parts = {"embed": Embed(model), "blocks": Block(model, kernel), "readout": Readout(model)}
-    specs = {name: param.specs(part) for name, part in parts.items()}
-    specs["blocks"] = param.map_named(lambda _, s: s.stacked(model.n_layers), specs["blocks"])
-    rows = rules.table(specs, config)
+    parts, specs = _declare(model, kernel)
+    rows = rules.table(specs, _declare(rules.base_model(config), kernel)[1], config)
     defs = {name: nnx.split(part)[0] for name, part in parts.items()}
     call = _shared_call(config, platform)
     body = functools.partial(
@@ -78,6 +76,14 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
     return Model(specs, rows, functools.partial(_init, specs, rows), logits, losses, choices)
+
+
+def _declare(model, kernel: str) -> tuple[dict, dict]:
+    """The modules of a model group by name, and the annotations of their parameters."""
+    parts = {"embed": Embed(model), "blocks": Block(model, kernel), "readout": Readout(model)}
+    specs = {name: param.specs(part) for name, part in parts.items()}
+    specs["blocks"] = param.map_named(lambda _, s: s.stacked(model.n_layers), specs["blocks"])
+    return parts, specs
 
 
 def _init(specs: dict, rows: dict[str, rules.Row], key: jax.Array) -> dict:

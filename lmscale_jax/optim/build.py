@@ -16,10 +16,21 @@ def build(config, rows: dict) -> optax.GradientTransformationExtraArgs:
     """
     optim = config.optim
     parts = [optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)]
+    if any(row.eps_factor != 1.0 for row in rows.values()):
+        parts.insert(0, divide_by_eps_factor(rows))
     if optim.clip:
         parts.insert(0, optax.clip_by_global_norm(optim.clip))
     parts.append(scale_and_decay(config, rows))
     return optax.chain(*parts)
+
+
+def divide_by_eps_factor(rows: dict) -> optax.GradientTransformation:
+    """An epsilon for each parameter: Adam's update of g / f with eps is that of g with f eps."""
+
+    def update(updates, state, params=None):
+        return map_named(lambda path, g: g / rows[path].eps_factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs:

@@ -76,7 +76,10 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
     run = record.Record(workdir, facts(setup))
     again = {"started": before["started"], "restarts": before["restarts"] + 1} if before else {}
     run.update(status="running", **again)
-    record.write_json(workdir / "parametrization.json", rules.as_json(setup.model.rows))
+    record.write_json(
+        workdir / "parametrization.json",
+        rules.as_json(setup.model.rows, setup.config.optim.decay_mode),
+    )
     try:
         params = _run(setup, run, say)
     except Diverged as error:
