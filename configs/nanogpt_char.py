@@ -33,4 +33,5 @@ def get_config():
 
     # The whole held-out text, about 110,000 characters: no sampling error between evaluations.
     config.eval.tokens = 0
+    config.eval.batch_size = 96
     return config
