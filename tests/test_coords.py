@@ -22,14 +22,14 @@ def make(name="llama", **changes):
     return build.build(configs.resolve(config, 40), platform="cpu")
 
 
-TINY = {"model__d_model": 64, "model__n_heads": 2, "parametrization__base_width": 32}
+TINY = {"model__d_model": 128, "model__n_heads": 4, "parametrization__base_width": 64}
 
 
 @pytest.mark.parametrize("stack", ["scan", "unroll"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_taps_are_the_activations(name, stack):
     """Each tap against what the forward pass or plain numpy makes of the others."""
-    model = make(name, **TINY, model__n_kv_heads=1, model__stack=stack)
+    model = make(name, **TINY, model__n_kv_heads=2, model__stack=stack)
     params = model.init(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 8)))
     taps = jax.jit(lambda p: model.taps(p, ids, lambda _, x: x))(params)
@@ -46,8 +46,8 @@ def test_taps_are_the_activations(name, stack):
     scale = 32**-0.5
     for t, s in ((0, 0), (5, 2), (7, 7)):
         row = t * (t + 1) // 2 + s
-        wanted = scale * (q[1, t, 1] @ k[1, s, 0])
-        assert blocks["scores"][1, 1, 1, row] == pytest.approx(wanted, abs=1e-6)
+        wanted = scale * (q[1, t, 3] @ k[1, s, 1])
+        assert blocks["scores"][1, 1, 3, row] == pytest.approx(wanted, abs=1e-6)
     # What is kept is the caller's choice, made inside the stack.
     means = model.taps(params, ids, lambda _, x: jnp.abs(x).mean())
     np.testing.assert_allclose(
@@ -159,6 +159,7 @@ def test_the_command_refuses_in_one_line(tmp_path):
 def test_a_small_check_writes_what_it_measured(tmp_path, settings):
     """Two steps on small widths: the files, and that another check may not take their place."""
     data = [f"--config.{k}={v}" for k, v in settings.items() if k.startswith("data.")]
+    data.append("--config.data.vocab_size=4096")
     arguments = [f"--workdir={tmp_path}", "--widths=32,64,96", "--steps=2", "--seeds=2", *data]
     status, out, err = run("coord_check", *arguments, "--config.parametrization.base_width=64")
     found = json.loads((tmp_path / "coord_check.json").read_text())

@@ -90,13 +90,16 @@ def test_real_shapes_decide():
     assert rules.scales(config).attention == pytest.approx(16**0.5 / 32)
 
 
-@pytest.mark.parametrize("name", ["mup", "completep"])
-@pytest.mark.parametrize("kind", [{}, LLAMA, LLAMA | {"n_kv_heads": 2, "bias": True}])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("mup", {}), ("completep", LLAMA), ("mup", LLAMA | {"n_kv_heads": 2, "bias": True})],
+)
 def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
-    same = {"parametrization__base_width": 128}
+    same = {"parametrization__base_width": 32}
     if name == "completep":
-        same["parametrization__base_depth"] = 4
+        same["parametrization__base_depth"] = 2
     kind = {f"model__{k}": v for k, v in kind.items()}
+    kind |= {"model__d_model": 32, "model__n_layers": 2}
     results = []
     for parametrization, more in (("sp", {}), (name, same)):
         config, model = make(parametrization, **kind, **more)

@@ -61,6 +61,7 @@ def test_drift_is_in_octaves():
 
 def test_a_small_sweep_writes_and_never_overwrites(settings, tmp_path):
     data = [f"--config.{k}={v}" for k, v in settings.items() if k.startswith("data.")]
+    data.append("--config.data.vocab_size=4096")
     arguments = [
         f"--workdir={tmp_path}", "--widths=16,32", "--log2_lrs=-8,-6,-4", "--seeds=2", *data,
         "--config.train.steps=10", "--config.parametrization.base_width=16",
