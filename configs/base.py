@@ -32,6 +32,8 @@ class Key:
     identity: bool = True
 
 
+_SIZED = {"parametrization.name": ("mup", "completep")}
+
 SPEC = {
     "seed": Key(0, "seed of initialisation and dropout; the data order has its own", low=0),
     "model": {
@@ -68,6 +70,15 @@ SPEC = {
         ),
         "head": Key(
             "tied", "readout: the embedding transposed, or its own", choices=("tied", "untied")
+        ),
+        "logit_scale": Key(
+            "one",
+            "what the readout's product is multiplied by before the softcap; inverse_sqrt_width, "
+            "of the speedrun models, belongs to sp: mup has a scale of its own",
+            choices=("one", "inverse_sqrt_width"),
+        ),
+        "logit_softcap": Key(
+            0.0, "c in c tanh(logits / c), the bound of the logits (Gemma 2); 0: none", low=0.0
         ),
         "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's", low=0),
         "dropout": Key(0.0, "embedding, attention and residual dropout rate", low=0.0, high=0.9),
@@ -107,7 +118,59 @@ SPEC = {
         ),
     },
     "parametrization": {
-        "name": Key("sp", "sp: the standard one", choices=("sp",)),
+        "name": Key(
+            "sp",
+            "how scale and learning rate follow size: sp not at all; mup with width (Yang et al. "
+            "2022); completep with width and depth (Dey et al. 2025)",
+            choices=("sp", "mup", "completep"),
+        ),
+        "base_width": Key(0, "d_model at which every rule is the identity", low=0, when=_SIZED),
+        "base_depth": Key(
+            0,
+            "n_layers at which every rule is the identity",
+            low=0,
+            when={"parametrization.name": ("completep",)},
+        ),
+        "base_head_dim": Key(
+            0,
+            "channels per head at the base; 0: as here, so that heads are added",
+            low=0,
+            when=_SIZED,
+        ),
+        "base_d_ff": Key(
+            0,
+            "d_ff at the base; 0: by the rule of model.d_ff, or in proportion",
+            low=0,
+            when=_SIZED,
+        ),
+        "depth_exponent": Key(
+            1.0,
+            "branches are multiplied by (depth / base_depth)^-this; 1 transfers best (CompleteP)",
+            low=0.0,
+            high=1.0,
+            when={"parametrization.name": ("completep",)},
+        ),
+        "embed_scale": Key(
+            1.0, "multiplier of the embedding, tuned at the base", above=0.0, when=_SIZED
+        ),
+        "attention_scale": Key(1.0, "multiplier of q·k, tuned at the base", above=0.0, when=_SIZED),
+        "output_scale": Key(
+            1.0, "multiplier of the logits, tuned at the base", above=0.0, when=_SIZED
+        ),
+        "embed_lr_exponent": Key(
+            0.0,
+            "the embedding's learning rate goes as width^this; u-mup and nanochat take -0.5",
+            low=-1.0,
+            high=1.0,
+            when=_SIZED,
+        ),
+        "control": Key(
+            "none",
+            "a deliberate mistake, for the coordinate check to find: logits_sqrt divides the "
+            "logits by the root of the width ratio, no_lr_scaling leaves learning rates alone",
+            choices=("none", "logits_sqrt", "no_lr_scaling"),
+            when=_SIZED,
+        ),
         "init_std": Key(0.02, "standard deviation of initial matrices (GPT-2)", above=0.0),
         "residual_init": Key(
             "depth_scaled",
@@ -277,6 +340,12 @@ SPEC = {
     "log": {
         "every": Key(10, "steps between lines of metrics.jsonl", low=1),
         "per_layer": Key(True, "norms of gradient, parameters and update for each layer"),
+        "activations_every": Key(
+            0, "steps between statistics of every layer's activations; 0: never", low=0
+        ),
+        "spectral_every": Key(
+            0, "steps between spectral norms of every matrix and its update; 0: never", low=0
+        ),
         "tensorboard": Key(True, "event files under tb/", identity=False),
         "wandb": Key(
             "off", "Weights & Biases", choices=("off", "offline", "online"), identity=False

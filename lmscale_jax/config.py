@@ -148,7 +148,55 @@ def _check_together(config) -> None:
             f"config.model.attention={model.attention!r} has no attention dropout "
             f"(model.dropout={model.dropout}); 'plain' or 'auto' would work"
         )
+    for name in ("activations_every", "spectral_every"):
+        if config.log[name] % config.log.every:
+            raise InputError(
+                f"config.log.{name}={config.log[name]} is no multiple of log.every="
+                f"{config.log.every}, whose lines carry it; {config.log.every} would work"
+            )
+    _check_base(config)
     _check_schedule(config)
+
+
+def _check_base(config) -> None:
+    base, model = config.parametrization, config.model
+    if base.name == "sp":
+        return
+    if model.logit_scale != "one":
+        raise InputError(
+            f"config.model.logit_scale={model.logit_scale!r} would scale the logits by width twice "
+            f"with parametrization.name={base.name!r}; 'one' would work"
+        )
+    if not base.base_width:
+        raise InputError(
+            f"config.parametrization.base_width=0 must be given for {base.name}; the width at "
+            f"which the learning rate was tuned, such as 256"
+        )
+    if base.name == "completep" and not base.base_depth:
+        raise InputError(
+            "config.parametrization.base_depth=0 must be given for completep; the depth at which "
+            "the learning rate was tuned, such as 4"
+        )
+    size = model.head_dim or model.d_model // model.n_heads
+    base_size = base.base_head_dim or size
+    for path, width, unit in (
+        ("model.d_model", model.d_model, size),
+        ("parametrization.base_width", base.base_width, base_size),
+    ):
+        if width % unit:
+            raise InputError(
+                f"config.{path}={width} is no multiple of the head size {unit}, so the number of "
+                f"heads cannot follow it; {max(1, round(width / unit)) * unit} would work"
+            )
+    heads, ratio = (
+        base.base_width // base_size,
+        model.n_heads // (model.n_kv_heads or model.n_heads),
+    )
+    if heads % ratio:
+        raise InputError(
+            f"config.parametrization.base_width={base.base_width} makes {heads} heads, which "
+            f"{ratio} query heads to a key head do not divide; {ratio * base_size} would work"
+        )
 
 
 def _check_schedule(config) -> None:
@@ -196,9 +244,9 @@ def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     model = config.model
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.head_dim = model.head_dim or model.d_model // model.n_heads
-    if not model.d_ff:
-        gated = model.mlp in ("swiglu", "geglu")
-        model.d_ff = max(64, round(8 * model.d_model / 3 / 64) * 64) if gated else 4 * model.d_model
+    if config.parametrization.name != "sp":
+        _resolve_base(config)
+    model.d_ff = model.d_ff or _mlp_width(model, model.d_model)
     if model.positions == "learned":
         model.max_seq_len = model.max_seq_len or config.data.seq_len
     if model.vocab_size and vocab_size > model.vocab_size:
@@ -209,6 +257,21 @@ def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     model.vocab_size = model.vocab_size or vocab_size
     config.train.steps, config.train.tokens = total_steps(config), 0.0
     return config.lock()
+
+
+def _mlp_width(model, width: int) -> int:
+    if model.mlp in ("swiglu", "geglu"):
+        return max(64, round(8 * width / 3 / 64) * 64)
+    return 4 * width
+
+
+def _resolve_base(config: ConfigDict) -> None:
+    """The base shapes: heads of the same size, and d_ff by the same rule, unless said otherwise."""
+    base, model = config.parametrization, config.model
+    base.base_head_dim = base.base_head_dim or model.head_dim
+    if not base.base_d_ff:
+        in_proportion = round(model.d_ff * base.base_width / model.d_model)
+        base.base_d_ff = in_proportion or _mlp_width(model, base.base_width)
 
 
 def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:

@@ -12,14 +12,28 @@ def build(config, rows: dict) -> optax.GradientTransformationExtraArgs:
     """AdamW of a resolved config: clip, moments, then learning rate and decay.
 
     `update` takes the keyword `step`, the number of batches consumed: the schedule follows the
-    data, also when a step was skipped. Loshchilov and Hutter 2019, arXiv 1711.05101.
+    data, also when a step was skipped. Its keyword `lr` takes the place of config.optim.lr, so that
+    one program can train a population with a learning rate for each member.
+
+    Loshchilov and Hutter 2019, arXiv 1711.05101.
     """
     optim = config.optim
     parts = [optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)]
+    if any(row.eps_factor != 1.0 for row in rows.values()):
+        parts.insert(0, divide_by_eps_factor(rows))
     if optim.clip:
         parts.insert(0, optax.clip_by_global_norm(optim.clip))
     parts.append(scale_and_decay(config, rows))
     return optax.chain(*parts)
+
+
+def divide_by_eps_factor(rows: dict) -> optax.GradientTransformation:
+    """An epsilon for each parameter: Adam's update of g / f with eps is that of g with f eps."""
+
+    def update(updates, state, params=None):
+        return map_named(lambda path, g: g / rows[path].eps_factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs:
@@ -31,14 +45,14 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
     factor = schedules.make(config)
     optim = config.optim
 
-    def update(updates, state, params, *, step, **_):
+    def update(updates, state, params, *, step, lr=optim.lr, **_):
         s = factor(step)
 
         def one(path, u):
             row, p = rows[path], _at(params, path)
-            lr = s * (optim.lr * row.lr_factor)
-            decay = s if optim.decay_mode == "independent" else lr
-            change = lr * u
+            rate = s * (lr * row.lr_factor)
+            decay = s if optim.decay_mode == "independent" else rate
+            change = rate * u
             if row.decay and optim.weight_decay:
                 change = change + decay * (optim.weight_decay * row.decay) * p
             return -change

@@ -1,12 +1,28 @@
 """From a parameter's annotation to everything that depends on its role and its shape.
 
-One row per parameter: initial standard deviation, factors of learning rate and decay. `sp` is the
-standard parametrization, in which width changes nothing but the shapes.
+One row per parameter: initial standard deviation, forward multiplier, and factors of learning rate,
+weight decay and Adam's epsilon. With m_in and m_out the ratios of this matrix's own fans to those
+at the base size, and m_L that of the depths:
+
+              init std      learning rate                        Adam epsilon
+                            adamw               sgd
+  input       s             m_out^e             m_out            1
+  hidden      s m_in^-1/2   m_L^(a-1) / m_in    m_out / m_in     m_L^-a / m_in
+  output      s             1                   m_in             1
+  vector      -             m_L^(a-1) in blocks m_out            m_L^-a / m_out in blocks
+
+Logits are multiplied by 1/m, attention scores by sqrt(base head size) / head size, branches by
+m_L^-a. At the base size every factor is exactly 1: there `mup` and `completep` are `sp`.
+
+Sources: Yang et al. 2022 (arXiv 2203.03466, table 8: constant readout with a forward multiplier);
+Dey et al. 2025 (CompleteP, arXiv 2505.01618, table 1) for depth and epsilon.
 """
 
 import dataclasses
 import math
 from typing import NamedTuple
+
+from ml_collections import ConfigDict
 
 from lmscale_jax.model.param import Spec, named
 
@@ -22,38 +38,160 @@ class Scales(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one parameter gets. `decay` is 0 where it does not decay."""
+    """What one parameter gets.
+
+    Attributes:
+      spec, base: its annotation here and at the base size.
+      init_std: of its initial values, where they are drawn.
+      multiplier: what its product is multiplied by in the forward pass.
+      lr_factor: of the learning rate.
+      eps_factor: of Adam's epsilon.
+      decay: 1 where it decays, else 0.
+    """
 
     spec: Spec
+    base: Spec
     init_std: float
+    multiplier: float
     lr_factor: float
+    eps_factor: float
     decay: float
+
+    @property
+    def m_in(self) -> float:
+        return self.spec.fan_in / self.base.fan_in
+
+    @property
+    def m_out(self) -> float:
+        return self.spec.fan_out / self.base.fan_out
+
+
+def base_model(config):
+    """The model group of a resolved config at its base size; itself under `sp`."""
+    model, base = ConfigDict(config.model.to_dict()), config.parametrization
+    if base.name == "sp":
+        return model
+    group = model.n_heads // model.n_kv_heads
+    model.d_model, model.d_ff = base.base_width, base.base_d_ff
+    model.head_dim, model.n_heads = base.base_head_dim, base.base_width // base.base_head_dim
+    model.n_kv_heads = model.n_heads // group
+    return model
+
+
+def depth(config) -> tuple[float, float]:
+    """(m_L, a): the ratio of depths and the exponent of the branch multiplier."""
+    base = config.parametrization
+    if base.name != "completep":
+        return 1.0, 1.0
+    return config.model.n_layers / base.base_depth, base.depth_exponent
 
 
 def scales(config) -> Scales:
     """The forward multipliers of a resolved config."""
-    return Scales(embed=1.0, logits=1.0, branch=1.0, attention=config.model.head_dim**-0.5)
+    base, model = config.parametrization, config.model
+    size = model.head_dim
+    if base.name == "sp":
+        logits = model.d_model**-0.5 if model.logit_scale == "inverse_sqrt_width" else 1.0
+        return Scales(embed=1.0, logits=logits, branch=1.0, attention=size**-0.5)
+    m_L, a = depth(config)
+    inverse_m = base.base_width / model.d_model
+    return Scales(
+        embed=base.embed_scale,
+        logits=base.output_scale
+        * (math.sqrt(inverse_m) if base.control == "logits_sqrt" else inverse_m),
+        branch=m_L**-a,
+        # At the base head size exactly what sp uses.
+        attention=base.attention_scale * size**-0.5 * math.sqrt(base.base_head_dim / size),
+    )
 
 
-def table(specs: dict, config) -> dict[str, Row]:
-    """{path: Row} of every parameter of a resolved config."""
-    return {path: _row(spec, config) for path, spec in named(specs).items()}
+def table(specs: dict, base_specs: dict, config) -> dict[str, Row]:
+    """{path: Row} of every parameter of a resolved config, from annotations here and at the base.
+
+    Raises ValueError where the two do not name the same parameters.
+    """
+    here, base = named(specs), named(base_specs)
+    if here.keys() != base.keys():
+        raise ValueError(f"no base shape for {sorted(here.keys() ^ base.keys())}")
+    return {path: _row(path, spec, base[path], config) for path, spec in here.items()}
 
 
-def _row(spec: Spec, config) -> Row:
-    std = config.parametrization.init_std if spec.init == "normal" else 0.0
-    if spec.residual and config.parametrization.residual_init == "depth_scaled":
-        std /= math.sqrt(2 * config.model.n_layers)
+def _row(path: str, spec: Spec, base: Spec, config) -> Row:
+    m_in, m_out = spec.fan_in / base.fan_in, spec.fan_out / base.fan_out
+    m_L, a = depth(config)
+    inside = spec.axes[0] == "layers"
+    lr, eps = factors("adamw", spec.role, m_in, m_out, m_L if inside else 1.0, a, inside)
+    if spec.role == "input" and config.parametrization.name != "sp":
+        lr *= m_out**config.parametrization.embed_lr_exponent
+    if config.parametrization.control == "no_lr_scaling":
+        lr = 1.0
+    scale = scales(config)
+    multiplier = {"input": scale.embed, "output": scale.logits}.get(spec.role, 1.0)
+    if spec.residual:
+        multiplier = scale.branch
     decaying = {
         "matrices": ("input", "hidden", "output"),
         "hidden": ("hidden",),
         "all": ("input", "hidden", "output", "vector", "scalar"),
     }[config.optim.decay_on]
-    return Row(spec, std, lr_factor=1.0, decay=float(spec.role in decaying))
+    return Row(
+        spec, base, _std(spec, m_in, config), multiplier, lr, eps, float(spec.role in decaying)
+    )
 
 
-def as_json(rows: dict[str, Row]) -> list[dict]:
-    """The table as parametrization.json holds it."""
+def _std(spec: Spec, m_in: float, config) -> float:
+    rules = config.parametrization
+    if spec.init != "normal":
+        return 0.0
+    std = rules.init_std
+    if spec.residual and rules.residual_init == "depth_scaled":
+        # CompleteP scales the branch instead; GPT-2's factor stays that of the base depth.
+        layers = rules.base_depth if rules.name == "completep" else config.model.n_layers
+        std /= math.sqrt(2 * layers)
+    return std * m_in**-0.5 if spec.role == "hidden" else std
+
+
+def factors(
+    optimizer: str,
+    role: str,
+    m_in: float,
+    m_out: float,
+    m_L: float = 1.0,
+    a: float = 1.0,
+    inside: bool = True,
+) -> tuple[float, float]:
+    """(learning rate, epsilon) of one class of parameters, relative to the base size.
+
+    `optimizer` is "adamw" (and all that normalise each entry), "sgd", or "muon", whose update has
+    the spectral norm sqrt(fan_out / fan_in) already. `inside`: it belongs to a block.
+    """
+    by_role = {
+        "adamw": {
+            "input": (1.0, 1.0),
+            "hidden": (m_L ** (a - 1) / m_in, m_L**-a / m_in),
+            "output": (1.0, 1.0),
+            "vector": (m_L ** (a - 1), m_L**-a / m_out if inside else 1.0),
+            "scalar": (1.0, 1.0),
+        },
+        "sgd": {
+            "input": (m_out, 1.0),
+            "hidden": (m_out / m_in, 1.0),
+            "output": (m_in, 1.0),
+            "vector": (m_out, 1.0),
+            "scalar": (1.0, 1.0),
+        },
+    }
+    if optimizer == "muon":
+        return (1.0, 1.0) if role == "hidden" else by_role["adamw"][role]
+    return by_role[optimizer][role]
+
+
+def as_json(rows: dict[str, Row], decay_mode: str = "independent") -> list[dict]:
+    """The table as parametrization.json holds it.
+
+    wd_factor is the factor of the decay coefficient in PyTorch's form, p - lr * wd * p: under
+    independent decay it undoes that of the learning rate.
+    """
     return [
         {
             "path": path,
@@ -62,9 +200,14 @@ def as_json(rows: dict[str, Row]) -> list[dict]:
             "role": row.spec.role,
             "fan_in": row.spec.fan_in,
             "fan_out": row.spec.fan_out,
+            "base_fan_in": row.base.fan_in,
+            "base_fan_out": row.base.fan_out,
             "init": row.spec.init,
             "init_std": row.init_std,
+            "multiplier": row.multiplier,
             "lr_factor": row.lr_factor,
+            "wd_factor": row.decay / (row.lr_factor if decay_mode == "independent" else 1.0),
+            "eps_factor": row.eps_factor,
             "decay": row.decay,
         }
         for path, row in rows.items()

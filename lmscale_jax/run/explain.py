@@ -87,7 +87,7 @@ def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: di
     sections = [
         ("config (* set by the config file or a flag)", _config(config, origins)),
         ("schedule", _schedule(config)),
-        ("parameters", _parameters(model, mesh)),
+        ("parameters", _parameters(model, mesh, config.optim.decay_mode)),
         ("counts", _counts(model)),
         ("flops", _flops(config, model)),
         ("memory per device (estimate)", _memory(config, model, mesh)),
@@ -203,14 +203,15 @@ def _schedule(config) -> list[str]:
     return lines
 
 
-def _parameters(model: build.Model, mesh) -> list[str]:
-    rows = [("path", "axes", "role", "init", "std", "lr x", "decay x", "split over")]
-    for entry in rules.as_json(model.rows):
+def _parameters(model: build.Model, mesh, decay_mode: str) -> list[str]:
+    rows = [("path", "axes", "role", "std", "fwd x", "lr x", "wd x", "eps x", "split over")]
+    for entry in rules.as_json(model.rows, decay_mode):
         axes = " ".join(f"{a}={n}" for a, n in zip(entry["axes"], entry["shape"], strict=True))
         split = meshes.partition(model.rows[entry["path"]].spec, mesh)
-        std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else "-"
-        given = (entry["path"], axes, entry["role"], entry["init"], std)
-        factors = (f"{entry['lr_factor']:g}", f"{entry['decay']:g}")
+        std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else entry["init"]
+        given = (entry["path"], axes, entry["role"], std)
+        names = ("multiplier", "lr_factor", "wd_factor", "eps_factor")
+        factors = tuple(f"{entry[name]:.4g}" for name in names)
         over = " ".join(part or "-" for part in split) if any(split) else "-"
         rows.append((*given, *factors, over))
     return _table(rows)

@@ -1,0 +1,164 @@
+"""The parametrization table against its formulas, and its identity at the base size."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from lmscale_jax import config as configs
+from lmscale_jax.errors import InputError
+from lmscale_jax.model import build
+from lmscale_jax.optim import build as optim
+from lmscale_jax.parametrization import rules
+
+LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "head": "untied"}
+
+
+def make(name="mup", vocab=40, **changes):
+    config = base.get_config()
+    changes = {"model__d_model": 128, "model__n_heads": 4, "model__n_layers": 4} | changes
+    if name != "sp":
+        changes = {"parametrization__base_width": 64} | changes
+    if name == "completep":
+        changes = {"parametrization__base_depth": 2} | changes
+    config.parametrization.name = name
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    config = configs.resolve(config, vocab)
+    return config, build.build(config, platform="cpu")
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("m_L", [1, 2])
+def test_every_class_gets_its_row(m, m_L):
+    """mup for AdamW with CompleteP's depth rules: Yang et al. table 8, Dey et al. table 1."""
+    config, model = make(
+        "completep", model__d_model=64 * m, model__n_heads=2 * m, model__n_layers=2 * m_L,
+        model__bias=True, model__head="untied",
+    )  # fmt: skip
+    depth_std = 0.02 / math.sqrt(2 * 2)
+    wanted = {
+        "embed/tokens": (0.02, 1, 1, 1),
+        "embed/positions": (0.02, 1, 1, 1),
+        "blocks/attention/query/weight": (0.02 / m**0.5, 1, 1 / m, 1 / m / m_L),
+        "blocks/attention/out/weight": (depth_std / m**0.5, 1 / m_L, 1 / m, 1 / m / m_L),
+        "blocks/mlp/down/weight": (depth_std / m**0.5, 1 / m_L, 1 / m, 1 / m / m_L),
+        "blocks/mlp/up/bias": (0, 1, 1, 1 / m / m_L),
+        "blocks/mlp_norm/scale": (0, 1, 1, 1 / m / m_L),
+        "readout/norm/scale": (0, 1, 1, 1),
+        "readout/weight": (0.02, 1 / m, 1, 1),
+    }
+    for path, (std, multiplier, lr, eps) in wanted.items():
+        row = model.rows[path]
+        assert row.init_std == pytest.approx(std), path
+        assert row.multiplier == pytest.approx(multiplier), path
+        assert (row.lr_factor, row.eps_factor) == pytest.approx((lr, eps)), path
+    scales = rules.scales(config)
+    assert scales == pytest.approx((1, 1 / m, 1 / m_L, 32**-0.5))
+    for entry in rules.as_json(model.rows):
+        decays = entry["role"] != "vector"
+        assert entry["wd_factor"] * entry["lr_factor"] == pytest.approx(1.0 if decays else 0.0)
+    assert all(e["wd_factor"] == e["decay"] for e in rules.as_json(model.rows, "coupled"))
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_factors_of_the_other_optimizers(m):
+    def lr(optimizer, role, m_in, m_out):
+        return rules.factors(optimizer, role, m_in, m_out)[0]
+
+    assert lr("sgd", "input", 1, m) == m and lr("sgd", "vector", 1, m) == m
+    assert lr("sgd", "hidden", m, m) == 1 and lr("sgd", "hidden", 1, m) == m
+    assert lr("sgd", "output", m, 1) == m
+    # Never Adam's 1/m on a matrix that Muon orthogonalises.
+    assert lr("muon", "hidden", m, m) == 1 and lr("muon", "output", m, 1) == 1
+
+
+def test_real_shapes_decide():
+    """Grouped keys, a rounded d_ff and a given one: each matrix by its own fans."""
+    config, model = make(**{f"model__{k}": v for k, v in LLAMA.items()}, model__n_kv_heads=2)
+    assert (config.model.d_ff, config.parametrization.base_d_ff) == (320, 192)
+    down, key = model.rows["blocks/mlp/down/weight"], model.rows["blocks/attention/key/weight"]
+    assert down.m_in == 320 / 192 and down.lr_factor == 192 / 320
+    assert (key.base.fan_out, key.spec.fan_out) == (32, 64) and key.m_in == 2
+    config, model = make(model__d_ff=300)
+    assert config.parametrization.base_d_ff == 150
+    # Heads of another size instead of more heads: the scores fall as 1/d.
+    config, _ = make(parametrization__base_head_dim=16, model__n_heads=4)
+    assert config.model.head_dim == 32
+    assert rules.scales(config).attention == pytest.approx(16**0.5 / 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("mup", {}), ("completep", LLAMA), ("mup", LLAMA | {"n_kv_heads": 2, "bias": True})],
+)
+def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
+    same = {"parametrization__base_width": 32}
+    if name == "completep":
+        same["parametrization__base_depth"] = 2
+    kind = {f"model__{k}": v for k, v in kind.items()}
+    kind |= {"model__d_model": 32, "model__n_layers": 2}
+    results = []
+    for parametrization, more in (("sp", {}), (name, same)):
+        config, model = make(parametrization, **kind, **more)
+        transform = optim.build(config, model.rows)
+        params = jax.jit(model.init)(jax.random.key(0))
+        ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 16)))
+
+        @jax.jit
+        def step(params, state, t, model=model, transform=transform, ids=ids):
+            loss, grads = jax.value_and_grad(lambda p: model.losses(p, ids, ids).mean())(params)
+            updates, state = transform.update(grads, state, params, step=t)
+            return optim.apply(params, updates), state, loss
+
+        state = transform.init(params)
+        for t in range(3):
+            params, state, loss = step(params, state, jnp.int32(t))
+        results.append((params, loss))
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_epsilon_has_its_factor():
+    """Gradients near epsilon: the update must be that of Adam with epsilon times the factor."""
+    config, model = make(optim__clip=0.0, optim__eps=1e-3, optim__weight_decay=0.0)
+    params = jax.tree.map(jnp.zeros_like, jax.jit(model.init)(jax.random.key(0)))
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+    transform = optim.build(config, model.rows)
+    updates, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(500))
+    by_path = {}
+    rules_paths = sorted(model.rows)
+    for path in rules_paths:
+        node = updates
+        for part in path.split("/"):
+            node = node[part]
+        by_path[path] = float(jnp.abs(node).max())
+    lr = by_path["embed/tokens"] * 2
+    for path in rules_paths:
+        row = model.rows[path]
+        wanted = lr * row.lr_factor / (1 + row.eps_factor)
+        assert by_path[path] == pytest.approx(wanted, rel=1e-4), path
+    assert model.rows["blocks/mlp/up/weight"].eps_factor == 0.5
+
+
+BAD = {
+    "no base": ({"parametrization__base_width": 0}, ["base_width=0", "256"]),
+    "no base depth": ({"name": "completep", "parametrization__base_depth": 0}, ["base_depth=0"]),
+    "width and heads": ({"model__head_dim": 48}, ["model.d_model=128", "48", "144 would"]),
+    "base and heads": ({"parametrization__base_width": 72}, ["base_width=72", "64 would"]),
+    "base and groups": (
+        {"parametrization__base_width": 32, "model__n_kv_heads": 1},
+        ["base_width=32", "4 query heads", "128 would"],
+    ),
+    "unused under sp": ({"name": "sp", "parametrization__output_scale": 2.0}, ["unused", "'sp'"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
+def test_bad_sizes_are_named(changes, said):
+    with pytest.raises(InputError) as caught:
+        make(**changes)
+    for part in said:
+        assert part in str(caught.value), str(caught.value)
