@@ -10,6 +10,12 @@ SHAPE = flags.DEFINE_integer("shape", 1, "number of the shape")
 DTYPE = flags.DEFINE_string("dtype", "float32", "model.dtype")
 GELU = flags.DEFINE_string("gelu", "", "model.gelu; empty: the shape's own")
 DEVICES = flags.DEFINE_integer("devices", 0, "mesh.cpu_devices; 0: the default, one a core")
+BATCH = flags.DEFINE_integer("batch", 0, "sequences a step; 0: the shape's own")
+OPTIMIZER = flags.DEFINE_string("optimizer", "adamw", "optim.name")
+NS_DTYPE = flags.DEFINE_string("ns_dtype", "auto", "optim.muon_dtype")
+CALLS = flags.DEFINE_enum(
+    "calls", "stacked", ["stacked", "each"], "Newton-Schulz once for all matrices, or for each"
+)
 
 
 def config_of(shape: dict, dtype: str, devices: int):
@@ -22,7 +28,20 @@ def config_of(shape: dict, dtype: str, devices: int):
     model.gelu, model.dtype = shape["gelu"], dtype
     config.data.seq_len, config.train.batch_size = shape["T"], shape["B"]
     config.train.steps, config.mesh.cpu_devices = 100_000, devices
+    config.optim.name = OPTIMIZER.value
+    if OPTIMIZER.value != "adamw":
+        config.optim.muon_dtype = NS_DTYPE.value
     return config
+
+
+def one_by_one(stacks: dict, iterate, mesh) -> dict:
+    """What stands in for `muon.orthogonal` with --calls=each: a call for every matrix."""
+    import jax
+
+    def each(x):
+        return jax.numpy.concatenate([iterate(one) for one in jax.lax.split(x, [1] * len(x))])
+
+    return {path: each(x) for path, x in stacks.items()}
 
 
 def make(shape: dict, dtype: str, devices: int):
@@ -39,11 +58,14 @@ def make(shape: dict, dtype: str, devices: int):
     from lmscale_jax.data.pipeline import Batch
     from lmscale_jax.model.build import build
     from lmscale_jax.optim import build as optim
+    from lmscale_jax.optim import muon
     from lmscale_jax.run import step
 
+    if CALLS.value == "each":
+        muon.orthogonal = one_by_one
     grid = mesh.make(config)
-    model = build(config, platform="cpu", shards=mesh.batch_shards(grid))
-    transform = optim.build(config, model.rows)
+    model = build(config, platform=grid.devices.flat[0].platform, shards=mesh.batch_shards(grid))
+    transform = optim.build(config, model.rows, grid, grid.devices.flat[0].platform)
     placed = step.shardings(model, transform, grid)
     state = jax.jit(lambda: step.initial(model, transform, 0), out_shardings=placed)()
     take_step = step.make(config, model, transform, grid, placed)
@@ -66,7 +88,7 @@ def make(shape: dict, dtype: str, devices: int):
 
 def main() -> None:
     shape = SHAPES[SHAPE.value]
-    shape = shape | {"gelu": GELU.value or shape["gelu"]}
+    shape = shape | {"gelu": GELU.value or shape["gelu"], "B": BATCH.value or shape["B"]}
     run = make(shape, DTYPE.value, DEVICES.value)
     serve(run)
 
