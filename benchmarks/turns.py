@@ -1,5 +1,6 @@
-"""The worker's side of taking turns. Only the standard library: any interpreter reads it."""
+"""A worker taking turns, and timing. Only the standard library: any interpreter reads it."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -17,3 +18,15 @@ def serve(run: Callable[[int], float]) -> None:
         begin = time.perf_counter()
         loss = run(int(line))
         print((time.perf_counter() - begin) / int(line) * 1e3, loss, flush=True)
+
+
+def timed(run: Callable[[], object], seconds: float = 0.25) -> float:
+    """Median milliseconds of one call."""
+    for _ in range(3):
+        run()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times)

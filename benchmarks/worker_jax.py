@@ -64,10 +64,11 @@ def make(shape: dict, dtype: str, devices: int):
     if CALLS.value == "each":
         muon.orthogonal = one_by_one
     grid = mesh.make(config)
-    model = build(config, platform=grid.devices.flat[0].platform, shards=mesh.batch_shards(grid))
-    transform = optim.build(config, model.rows, grid, grid.devices.flat[0].platform)
-    placed = step.shardings(model, transform, grid)
-    state = jax.jit(lambda: step.initial(model, transform, 0), out_shardings=placed)()
+    platform = grid.devices.flat[0].platform
+    model = build(config, platform=platform, shards=mesh.batch_shards(grid))
+    transform = optim.build(config, model.rows, grid, platform)
+    placed = step.shardings(config, model, transform, grid)
+    state = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)()
     take_step = step.make(config, model, transform, grid, placed)
     tokens = np.random.default_rng(0).integers(0, shape["V"], (8, shape["B"], shape["T"] + 1))
     tokens = tokens.astype(np.int32)
@@ -78,7 +79,7 @@ def make(shape: dict, dtype: str, devices: int):
         nonlocal state, done
         for _ in range(steps):
             batch = mesh.put_batch(batches[done % len(batches)], grid)
-            state, metrics = take_step(state, batch, measure=False)
+            state, metrics = take_step(state, batch)
             done += 1
         jax.block_until_ready(state)
         return float(metrics["train_loss"])

@@ -51,6 +51,15 @@ SPEC = {
         "head": Key(
             "tied", "readout: the embedding transposed, or its own", choices=("tied", "untied")
         ),
+        "logit_scale": Key(
+            "one",
+            "what the readout's product is multiplied by before the softcap; inverse_sqrt_width, "
+            "of the speedrun models, belongs to sp: mup has a scale of its own",
+            choices=("one", "inverse_sqrt_width"),
+        ),
+        "logit_softcap": Key(
+            0.0, "c in c tanh(logits / c), the bound of the logits (Gemma 2); 0: none", low=0.0
+        ),
         "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's", low=0),
         "dropout": Key(0.0, "embedding, attention and residual dropout rate", low=0.0, high=0.9),
         "mask": Key(
@@ -133,6 +142,13 @@ SPEC = {
             "the embedding's learning rate goes as width^this; u-mup and nanochat take -0.5",
             low=-1.0,
             high=1.0,
+            when=_SIZED,
+        ),
+        "control": Key(
+            "none",
+            "a deliberate mistake, for the coordinate check to find: logits_sqrt divides the "
+            "logits by the root of the width ratio, no_lr_scaling leaves learning rates alone",
+            choices=("none", "logits_sqrt", "no_lr_scaling"),
             when=_SIZED,
         ),
         "init_std": Key(0.02, "standard deviation of initial matrices (GPT-2)", above=0.0),
@@ -259,6 +275,12 @@ SPEC = {
     "log": {
         "every": Key(10, "steps between lines of metrics.jsonl", low=1),
         "per_layer": Key(True, "norms of gradient, parameters and update for each layer"),
+        "activations_every": Key(
+            0, "steps between statistics of every layer's activations; 0: never", low=0
+        ),
+        "spectral_every": Key(
+            0, "steps between spectral norms of every matrix and its update; 0: never", low=0
+        ),
         "tensorboard": Key(True, "event files under tb/", identity=False),
         "wandb": Key(
             "off", "Weights & Biases", choices=("off", "offline", "online"), identity=False

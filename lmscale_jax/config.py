@@ -148,6 +148,12 @@ def _check_together(config) -> None:
             f"config.model.attention={model.attention!r} has no attention dropout "
             f"(model.dropout={model.dropout}); 'plain' or 'auto' would work"
         )
+    for name in ("activations_every", "spectral_every"):
+        if config.log[name] % config.log.every:
+            raise InputError(
+                f"config.log.{name}={config.log[name]} is no multiple of log.every="
+                f"{config.log.every}, whose lines carry it; {config.log.every} would work"
+            )
     _check_base(config)
     _check_schedule(config)
     _check_freeze(config)
@@ -162,6 +168,11 @@ def _check_base(config) -> None:
     base, model = config.parametrization, config.model
     if base.name == "sp":
         return
+    if model.logit_scale != "one":
+        raise InputError(
+            f"config.model.logit_scale={model.logit_scale!r} would scale the logits by width twice "
+            f"with parametrization.name={base.name!r}; 'one' would work"
+        )
     if not base.base_width:
         raise InputError(
             f"config.parametrization.base_width=0 must be given for {base.name}; the width at "

@@ -64,7 +64,7 @@ def same(a: dict, b: dict) -> None:
 def from_checkpoint(config, parent, at: int) -> dict:
     """The parameters after the steps of a config from a checkpoint on, without any branch."""
     setup = train.prepare(config, parent, **silent)
-    begin = jax.eval_shape(lambda: step.initial(setup.model, setup.transform, 0))
+    begin = jax.eval_shape(lambda: step.initial(setup.config, setup.model, setup.transform, 0))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), begin, setup.placed
     )
@@ -165,7 +165,7 @@ def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch
 
 def test_the_mean_of_weights_is_what_it_says(make):
     setup = train.prepare(make(optim__ema_decay=0.5), None, **silent)
-    state = jax.jit(lambda: step.initial(setup.model, setup.transform, 0))()
+    state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
     take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
     mean = np.asarray(state.params["embed"]["tokens"], np.float64)
     for t in range(12):

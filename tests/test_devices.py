@@ -14,6 +14,9 @@ GRIDS = {
 }
 SIZES = {"model__n_heads": 4, "model__bias": True, "model__head": "untied"}
 SIZES |= {"log__tensorboard": False, "eval__sample": 0}
+# Factors of every kind, and the monitor's vectors in the state.
+SIZES |= {"parametrization__name": "mup", "parametrization__base_width": 16}
+SIZES |= {"log__spectral_every": 4, "log__activations_every": 4}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,8 @@ def test_eight_devices_train_alike(train, single, tmp_path, grid):
     assert record(workdir)["device"]["mesh"] == {
         axis: GRIDS[grid].get(f"mesh__{axis}", 1) for axis in ("data", "fsdp", "tensor")
     }
+    tables = [json.loads((w / "parametrization.json").read_text()) for w in (workdir, single)]
+    assert tables[0] == tables[1] and len(tables[0]) > 10
     ours, theirs = lines(workdir), lines(single)
     assert len(ours) == len(theirs) > 5
     for one, two in zip(ours, theirs, strict=True):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lmscale_jax.model import ops
@@ -30,8 +31,21 @@ class Attention(nnx.Module):
         v_BxTxKxd = self.value(x_NxD, call).reshape(B, T, self.kv_heads, self.size)
         if call.rope is not None:
             q_BxTxHxd, k_BxTxKxd = rotate(q_BxTxHxd, call.rope), rotate(k_BxTxKxd, call.rope)
+        call.note("query", lambda: q_BxTxHxd)
+        call.note("key", lambda: k_BxTxKxd)
+        call.note("value", lambda: v_BxTxKxd)
+        call.note("scores", lambda: visible_scores(q_BxTxHxd, k_BxTxKxd, call.attention_scale))
         o_BxTxHxd = self.kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, call)
         return self.out(o_BxTxHxd.reshape(B * T, -1), call)
+
+
+def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:
+    """The scores before softmax that a causal mask leaves, [B, H, T (T + 1) / 2] float32."""
+    T, H = q_BxTxHxd.shape[1:3]
+    k_BxTxHxd = jnp.repeat(k_BxTxKxd, H // k_BxTxKxd.shape[2], axis=2)
+    q, k = q_BxTxHxd.astype(jnp.float32), k_BxTxHxd.astype(jnp.float32)
+    scores_BxHxTxT = scale * jnp.einsum("bthd,bshd->bhts", q, k)
+    return scores_BxHxTxT[:, :, *np.tril_indices(T)]
 
 
 def rope_tables(length: int, size: int, theta: float) -> tuple[jax.Array, jax.Array]:

@@ -28,6 +28,8 @@ class Model(NamedTuple):
     logits: (params, tokens_BxT, key=None) -> logits_BxTxV; a key turns dropout on.
     losses: (params, tokens_BxT, targets_BxT, key=None) -> nll_BxT float32 in nats, 0 where the
       target is -1.
+    taps: (params, tokens_BxT, keep) -> what `keep(name, activation)` makes of each activation, as
+      {"embed", "blocks": {name: [L, ...]}, "final" (what the last norm reads), "logits"}.
     choices: what was chosen here, and why, by name.
     """
 
@@ -36,6 +38,7 @@ class Model(NamedTuple):
     init: Callable
     logits: Callable
     losses: Callable
+    taps: Callable
     choices: dict[str, str]
 
 
@@ -61,21 +64,28 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
     def read(params, x_NxD):
         readout = nnx.merge(defs["readout"], params["readout"])
         z_NxV = readout.logits(x_NxD, params["embed"]["tokens"], call)
-        scale = rules.scales(config).logits
-        return z_NxV if scale == 1.0 else z_NxV * scale
+        scale, cap = rules.scales(config).logits, model.logit_softcap
+        z_NxV = z_NxV if scale == 1.0 else z_NxV * scale
+        return cap * jnp.tanh(z_NxV / cap) if cap else z_NxV
 
     def logits(params, tokens_BxT, key=None):
-        return read(params, body(params, tokens_BxT, key)).reshape(*tokens_BxT.shape, -1)
+        x_NxD, _ = body(params, tokens_BxT, key)
+        return read(params, x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None):
-        x_NxD = body(params, tokens_BxT, key)
+        x_NxD, _ = body(params, tokens_BxT, key)
         length = chunk_length(model, tokens_BxT.shape, shards)
         return next_token_losses(
             functools.partial(read, params), x_NxD, targets_BxT, length, call.ops.cross_entropy
         )
 
+    def taps(params, tokens_BxT, keep):
+        x_NxD, kept = body(params, tokens_BxT, None, keep=keep)
+        return kept | {"logits": keep("logits", read(params, x_NxD))}
+
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
-    return Model(specs, rows, functools.partial(_init, specs, rows), logits, losses, choices)
+    init = functools.partial(_init, specs, rows)
+    return Model(specs, rows, init, logits, losses, taps, choices)
 
 
 def _declare(model, kernel: str) -> tuple[dict, dict]:
@@ -125,8 +135,11 @@ def _shared_call(config, platform: str) -> Call:
     )
 
 
-def _hidden(params, tokens_BxT, key, *, defs, call: Call, model, stack, boundary):
-    """The normalised residual stream after the last block, [B*T, D] in the compute type."""
+def _hidden(params, tokens_BxT, key, *, defs, call: Call, model, stack, boundary, keep=None):
+    """The normalised residual stream after the last block, [B*T, D] in the compute type, and taps.
+
+    Taps are what `keep` made of each activation (see `Model.taps`); None without it.
+    """
     B, T = tokens_BxT.shape
     call = call._replace(batch=B, length=T, key=key)
     if model.positions == "rope":
@@ -140,10 +153,15 @@ def _hidden(params, tokens_BxT, key, *, defs, call: Call, model, stack, boundary
         params_layer, index = layer
         layer_key = None if key is None else jax.random.fold_in(key, index + 1)
         one = nnx.merge(defs["blocks"], params_layer)
-        return one(h_NxD, call._replace(key=layer_key)), None
+        taps = {}
+        return one(h_NxD, call._replace(key=layer_key, keep=keep, taps=taps)), taps
 
-    h_NxD = run_stack(_REMAT[model.remat](block), h_NxD, params["blocks"], stack, model.n_layers)
-    return nnx.merge(defs["readout"], params["readout"]).norm(h_NxD, call)
+    taps = None if keep is None else {"embed": keep("embed", h_NxD)}
+    remat = _REMAT[model.remat]
+    h_NxD, of_blocks = run_stack(remat(block), h_NxD, params["blocks"], stack, model.n_layers)
+    if keep is not None:
+        taps |= {"blocks": of_blocks, "final": keep("final", h_NxD)}
+    return nnx.merge(defs["readout"], params["readout"]).norm(h_NxD, call), taps
 
 
 _REMAT = {
@@ -156,17 +174,22 @@ _REMAT = {
 
 
 def run_stack(block, h_NxD, params_blocks, stack: str, n_layers: int):
-    """Runs `block(h, (params of layer l, l))` for all layers, by a scan or one after another."""
+    """Runs `block(h, (params of layer l, l)) -> (h, out)` for all layers, by a scan or one by one.
+
+    Returns the last h and the stacked outs.
+    """
     if stack == "scan":
-        return jax.lax.scan(block, h_NxD, (params_blocks, jnp.arange(n_layers)))[0]
+        return jax.lax.scan(block, h_NxD, (params_blocks, jnp.arange(n_layers)))
     # lax.split is undone by one concatenation in the backward pass; slicing each layer would add L
     # zero-padded arrays of the full size.
     split = jax.tree.map(lambda a: jax.lax.split(a, [1] * n_layers), params_blocks)
+    outs = []
     for index in range(n_layers):
         layer = jax.tree.map(
             lambda parts, i=index: parts[i][0],
             split,
             is_leaf=lambda x: isinstance(x, (list, tuple)),
         )
-        h_NxD, _ = block(h_NxD, (layer, index))
-    return h_NxD
+        h_NxD, out = block(h_NxD, (layer, index))
+        outs.append(out)
+    return h_NxD, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)

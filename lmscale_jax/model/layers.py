@@ -1,5 +1,6 @@
 """The parts of a block. Activations are flat, [tokens, width], so that every product is 2-D."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ class Call(NamedTuple):
       embed_scale: factor of the embedding.
       dropout: rate.
       key: random key of this layer; None turns dropout off.
+      keep: what a tap stores of an activation, (name, array) -> array; None measures nothing.
+      taps: where this layer's taps are stored by name; the layer's caller returns it.
     """
 
     ops: Ops
@@ -37,6 +40,13 @@ class Call(NamedTuple):
     embed_scale: float
     dropout: float
     key: jax.Array | None
+    keep: Callable | None = None
+    taps: dict | None = None
+
+    def note(self, name: str, make: Callable[[], jax.Array]) -> None:
+        """Stores what is kept of the activation `make()`, which is not computed otherwise."""
+        if self.keep is not None:
+            self.taps[name] = self.keep(name, make())
 
     def drop(self, x_NxD: jax.Array, stream: int) -> jax.Array:
         """Dropout by the random stream of that number within the layer."""
@@ -108,4 +118,5 @@ class MLP(nnx.Module):
             hidden_NxF = self.activation(self.gate(x_NxD, call)) * up_NxF
         else:
             hidden_NxF = self.activation(up_NxF)
+        call.note("mlp_hidden", lambda: hidden_NxF)
         return self.down(hidden_NxF, call)

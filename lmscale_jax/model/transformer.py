@@ -35,9 +35,13 @@ class Block(nnx.Module):
 
     def __call__(self, h_NxD: jax.Array, call: Call) -> jax.Array:
         a_NxD = self.attention(self.attention_norm(h_NxD, call), call)
+        call.note("attention", lambda: a_NxD)
         h_NxD = h_NxD + call.branch_scale * call.drop(a_NxD, 1).astype(h_NxD.dtype)
         m_NxD = self.mlp(self.mlp_norm(h_NxD, call), call)
-        return h_NxD + call.branch_scale * call.drop(m_NxD, 2).astype(h_NxD.dtype)
+        call.note("mlp", lambda: m_NxD)
+        h_NxD = h_NxD + call.branch_scale * call.drop(m_NxD, 2).astype(h_NxD.dtype)
+        call.note("residual", lambda: h_NxD)
+        return h_NxD
 
 
 class Readout(nnx.Module):

@@ -20,8 +20,9 @@ def build(
 
     `update` takes the keyword `step`, the number of batches consumed: the schedule follows the
     data, also when a step was skipped. Its keyword `lr` takes the place of config.optim.lr (and
-    scales muon_lr alike), `block_factors` multiplies the update of each block. Each parameter
-    belongs to the group of its row's `optimizer`. `mesh` and `platform` are for Muon.
+    scales muon_lr alike), so that one program can train a population with a learning rate for each
+    member; `block_factors` multiplies the update of each block. Each parameter belongs to the group
+    of its row's `optimizer`. `mesh` and `platform` are for Muon.
     """
     optim = config.optim
     groups = {

@@ -101,13 +101,17 @@ def depth(config) -> tuple[float, float]:
 
 def scales(config) -> Scales:
     """The forward multipliers of a resolved config."""
-    base, size = config.parametrization, config.model.head_dim
+    base, model = config.parametrization, config.model
+    size = model.head_dim
     if base.name == "sp":
-        return Scales(embed=1.0, logits=1.0, branch=1.0, attention=size**-0.5)
+        logits = model.d_model**-0.5 if model.logit_scale == "inverse_sqrt_width" else 1.0
+        return Scales(embed=1.0, logits=logits, branch=1.0, attention=size**-0.5)
     m_L, a = depth(config)
+    inverse_m = base.base_width / model.d_model
     return Scales(
         embed=base.embed_scale,
-        logits=base.output_scale * base.base_width / config.model.d_model,
+        logits=base.output_scale
+        * (math.sqrt(inverse_m) if base.control == "logits_sqrt" else inverse_m),
         branch=m_L**-a,
         # At the base head size exactly what sp uses.
         attention=base.attention_scale * size**-0.5 * math.sqrt(base.base_head_dim / size),
@@ -137,6 +141,8 @@ def _row(path: str, spec: Spec, base: Spec, config) -> Row:
         lr *= _excess(config.optim, base) / _excess(config.optim, spec)
     if spec.role == "input" and config.parametrization.name != "sp":
         lr *= m_out**config.parametrization.embed_lr_exponent
+    if config.parametrization.control == "no_lr_scaling":
+        lr = 1.0
     scale = scales(config)
     multiplier = {"input": scale.embed, "output": scale.logits}.get(spec.role, 1.0)
     if spec.residual:

@@ -20,6 +20,8 @@ def draw(workdir: Path) -> list[Path]:
     made = [_loss(lines, record, folder / "loss.png")]
     if any("grad_norm_layers" in line for line in lines):
         made.append(_layers(lines, folder / "layers.png"))
+    if any("spectral/" in name for line in lines for name in line):
+        made.append(_spectra(lines, folder / "spectral.png"))
     return made
 
 
@@ -52,7 +54,7 @@ def _loss(lines: list[dict], record: dict, path: Path) -> Path:
     twin = right.twinx()
     twin.plot(*_series(lines, "grad_norm"), lw=0.6, color="0.5")
     twin.set(ylabel="gradient norm", yscale="log")
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _layers(lines: list[dict], path: Path) -> Path:
@@ -76,10 +78,39 @@ def _layers(lines: list[dict], path: Path) -> Path:
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     if len(colours) <= 12:
         axes[-1].legend(frameon=False, fontsize=7)
-    return _save(figure, path)
+    return save(figure, path)
 
 
-def _save(figure, path: Path) -> Path:
+def _spectra(lines: list[dict], path: Path) -> Path:
+    """For every matrix its spectral norm, that of its update, and its stable rank, by layer."""
+    from matplotlib import pyplot as plt
+
+    first = "spectral/weight/"
+    paths = sorted({n[len(first) :] for line in lines for n in line if n.startswith(first)})
+    rows = {
+        "weight": "σ₁(W) √(in/out)",
+        "update": "σ₁(ΔW) √(in/out)",
+        "stable_rank": "stable rank of W",
+    }
+    figure, axes = plt.subplots(
+        len(rows), len(paths), figsize=(2.6 * len(paths), 2.4 * len(rows)),
+        sharex=True, squeeze=False,
+    )  # fmt: skip
+    for row, (quantity, label) in zip(axes, rows.items(), strict=True):
+        for axis, matrix in zip(row, paths, strict=True):
+            tokens, series_SxL = _series(lines, f"spectral/{quantity}/{matrix}")
+            for layer, colour in enumerate(
+                plt.cm.viridis(np.linspace(0, 0.9, series_SxL.shape[1]))
+            ):
+                axis.plot(tokens, series_SxL[:, layer], lw=1, color=colour)
+            axis.tick_params(labelsize=7)
+        row[0].set_ylabel(label, fontsize=8)
+    for axis, matrix in zip(axes[0], paths, strict=True):
+        axis.set_title(matrix.removeprefix("blocks/").removesuffix("/weight"), fontsize=8)
+    return save(figure, path)
+
+
+def save(figure, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure.tight_layout()

@@ -14,6 +14,8 @@ from lmscale_jax.run.checkpoint import Checkpoints
 # What a branch may have of its own: how long it is, its rates from there on, and what it reports.
 OWN = ("train.steps", "train.tokens", "train.parent", "train.parent_step", "eval.every")
 OWN_GROUPS = ("schedule", "log")
+# But not what decides which arrays a checkpoint holds.
+STATE = ("log.spectral_every",)
 
 
 def find(config) -> dict | None:
@@ -59,7 +61,7 @@ def find(config) -> dict | None:
 def _check_same(config, parent, workdir: Path) -> None:
     """All that decides what was trained must be the same, durations in steps."""
     for path in differences(parent.to_dict(), config.to_dict(), identity_only=True):
-        if path in OWN or path.split(".")[0] in OWN_GROUPS:
+        if path in OWN or (path.split(".")[0] in OWN_GROUPS and path not in STATE):
             continue
         raise InputError(
             f"config.{path}={get(config, path)!r} differs from the parent's: it must be "

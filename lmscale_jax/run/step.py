@@ -10,9 +10,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.build import Model
-from lmscale_jax.model.param import named
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
+from lmscale_jax.run import measures
 from lmscale_jax.run import mesh as meshes
 
 
@@ -22,6 +22,7 @@ class State(NamedTuple):
     params, opt_state: float32 trees.
     bad: consecutive steps that were skipped, int32.
     skipped: all steps that were skipped, int32.
+    memory: what measurements remember (see `measures.begin`).
     """
 
     step: jax.Array
@@ -29,35 +30,50 @@ class State(NamedTuple):
     opt_state: optax.OptState
     bad: jax.Array
     skipped: jax.Array
+    memory: dict
 
 
-def initial(model: Model, transform, seed: int) -> State:
+def initial(config, model: Model, transform, seed) -> State:
     """The state before the first step."""
     params = model.init(jax.random.key(seed))
     zero = jnp.zeros((), jnp.int32)
-    return State(zero, params, transform.init(params), zero, zero)
+    memory = measures.begin(config, model)
+    return State(zero, params, transform.init(params), zero, zero, memory)
 
 
-def shardings(model: Model, transform, mesh: Mesh) -> State:
+def shardings(config, model: Model, transform, mesh: Mesh) -> State:
     """Shardings of the whole state, without allocating it."""
-    shapes = jax.eval_shape(lambda: initial(model, transform, 0))
+    shapes = jax.eval_shape(lambda: initial(config, model, transform, 0))
     return meshes.state_shardings(shapes, model.specs, mesh)
 
 
 def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable:
-    """The jitted `step(state, batch, measure=False)`; the state given is consumed.
+    """The jitted `step(state, batch, measure=())`; the state given is consumed."""
+    return jax.jit(
+        pure(config, model, transform, mesh),
+        static_argnames="measure",
+        donate_argnums=0,
+        out_shardings=(placed, None),
+    )
 
-    With `measure`, metrics also hold the norms of gradient, parameters and update of every layer.
-    It is compiled apart, so that other steps do not pay for it.
+
+def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
+    """`step(state, batch, lr=config.optim.lr, measure=()) -> (state, metrics)`.
+
+    Metrics also hold what `measure` names (see `measures.due`). Each combination is compiled apart,
+    so that other steps do not pay for it. `lr` may be traced, so that one program can train a
+    population.
     """
     gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
     dropout = jax.random.key(config.seed) if config.model.dropout else None
 
-    def step(state: State, batch, measure: bool = False):
+    def step(state: State, batch, lr=config.optim.lr, measure: tuple[str, ...] = ()):
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
         loss, grads = gradient(state.params, batch, key)
         norm = optax.tree.norm(grads)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params, step=state.step)
+        updates, opt_state = transform.update(
+            grads, state.opt_state, state.params, step=state.step, lr=lr
+        )
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old),
@@ -69,15 +85,16 @@ def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable
         metrics = {
             "train_loss": loss,
             "grad_norm": norm,
-            "lr": config.optim.lr * factor(state.step),
+            "lr": lr * factor(state.step),
             "bad": bad,
             "skipped": skipped,
         }
-        if measure:
-            metrics |= layer_norms(model, grads, params, updates)
-        return State(state.step + 1, params, opt_state, bad, skipped), metrics
+        seen, memory = measures.take(
+            measure, model, batch, grads, state.params, updates, state.memory
+        )
+        return State(state.step + 1, params, opt_state, bad, skipped, memory), metrics | seen
 
-    return jax.jit(step, static_argnames="measure", donate_argnums=0, out_shardings=(placed, None))
+    return step
 
 
 def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
@@ -114,21 +131,3 @@ def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
         return jax.lax.scan(one, zero, (jnp.arange(accum), parts))[0]
 
     return gradient
-
-
-def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
-    """Euclidean norms for each block, [L], and of embedding and readout, by what and where."""
-    n_layers = next(iter(named(model.specs["blocks"]).values())).shape[0]
-
-    def blocks(tree):
-        squares = [
-            jnp.square(x.reshape(n_layers, -1)).sum(axis=1) for x in jax.tree.leaves(tree["blocks"])
-        ]
-        return jnp.sqrt(sum(squares))
-
-    metrics = {}
-    for what, tree in (("grad", grads), ("param", params), ("update", updates)):
-        metrics[f"{what}_norm_layers"] = blocks(tree)
-        for where in ("embed", "readout"):
-            metrics[f"{what}_norm_{where}"] = optax.tree.norm(tree[where])
-    return metrics

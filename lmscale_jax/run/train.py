@@ -18,7 +18,7 @@ from lmscale_jax.model.build import Model, build
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.average import averaged
 from lmscale_jax.parametrization import rules
-from lmscale_jax.run import branch, checkpoint, mesh, record, step, writers
+from lmscale_jax.run import branch, checkpoint, measures, mesh, record, step, writers
 from lmscale_jax.run.clock import Clock
 from lmscale_jax.run.journal import Diverged, Journal
 
@@ -140,7 +140,7 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
         mesh=grid,
         model=model,
         transform=transform,
-        placed=step.shardings(model, transform, grid),
+        placed=step.shardings(config, model, transform, grid),
         batches=batches,
         eval_sums=perplexity.make(model, grid),
     )
@@ -225,7 +225,7 @@ def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
     """The state to go on from, placed on the mesh, and what the host remembered with it."""
 
     def begin():
-        return step.initial(setup.model, setup.transform, setup.config.seed)
+        return step.initial(setup.config, setup.model, setup.transform, setup.config.seed)
 
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -255,7 +255,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
     stream = pipeline.prefetch(setup.batches.at, first, last, workers=config.data.workers)
     compiled, pending, final = set(), None, None
     for done, batch in enumerate(clock.waiting_for(stream), first + 1):
-        measure = config.log.per_layer and done % config.log.every == 0
+        measure = measures.due(config, done)
         state, metrics = take_step(state, mesh.put_batch(batch, setup.mesh), measure=measure)
         if measure not in compiled:
             compiled.add(measure)

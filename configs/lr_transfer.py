@@ -1,0 +1,17 @@
+"""A learning-rate sweep over widths on real text: small enough for minutes on two cores.
+
+python -m lmscale_jax.lr_transfer --config=configs/lr_transfer.py --workdir=runs/transfer
+"""
+
+from configs import coord_check
+
+
+def get_config(family: str = "llama"):
+    c = coord_check.get_config(family)
+    c.model.n_layers, c.model.d_model, c.model.n_heads = 2, 64, 4
+    c.parametrization.base_width = 64
+    c.schedule.name, c.schedule.warmup, c.schedule.final = "linear", "10%", 0.0
+    c.train.steps, c.train.batch_size = 300, 16
+    c.optim.lr = 2.0**-6
+    c.eval.tokens, c.eval.batch_size = 32_768, 64
+    return c

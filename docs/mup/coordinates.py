@@ -1,0 +1,71 @@
+"""Every coordinate check of docs/mup.md: python docs/mup/coordinates.py OUT [NAME ...]
+
+Writes OUT/NAME/coord_check.* and OUT/coordinates.json with the slopes at steps 1, 2 and the last.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from configs import coord_check as family
+from lmscale_jax.lab import coordinates
+from lmscale_jax.run import mesh
+
+WIDTHS = [64, 128, 256, 512, 1024]
+
+
+def completep(exponent: float):
+    config = family.get_config("llama")
+    config.model.d_model, config.model.n_heads = 128, 4
+    config.parametrization.name = "completep"
+    config.parametrization.base_width, config.parametrization.base_depth = 128, 2
+    config.parametrization.depth_exponent = exponent
+    return config
+
+
+def heads():
+    config = family.get_config("llama")
+    config.model.d_model, config.model.n_heads = 256, 4
+    config.parametrization.base_head_dim = 64
+    return config
+
+
+CHECKS = {
+    **{
+        f"{name} {control}": (lambda n=name: family.get_config(n), "width", WIDTHS, control)
+        for name in ("llama", "gpt2")
+        for control in ("none", "sp", "logits_sqrt", "no_lr_scaling")
+    },
+    "llama head_dim": (heads, "head_dim", [16, 32, 64, 128, 256], "none"),
+    "llama depth 1": (lambda: completep(1.0), "depth", [2, 4, 8, 16, 32], "none"),
+    "llama depth 0.5": (lambda: completep(0.5), "depth", [2, 4, 8, 16, 32], "none"),
+    "llama depth 0": (lambda: completep(0.0), "depth", [2, 4, 8, 16, 32], "none"),
+}
+
+
+def main(out: Path, names: list[str]) -> None:
+    path = out / "coordinates.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name in names or CHECKS:
+        make, sweep, sizes, control = CHECKS[name]
+        plan = coordinates.plan(make(), sweep, sizes, control)
+        mesh.start(plan.configs[0])
+        print(f"== {name}", flush=True)
+        result = coordinates.check(plan, 3, out / name.replace(" ", "_"), print)
+        last = str(result["config"]["train"]["steps"])
+        found[name] = {
+            "passed": result["passed"],
+            "failures": len(result["failures"]),
+            "predicted": result.get("predicted"),
+            "slopes": {
+                tensor: {step: steps[step] for step in ("1", "2", last)}
+                for tensor, steps in result["slopes"].items()
+            },
+        }
+        path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,70 @@
+"""Checks that activations keep their size as the model grows:
+
+    python -m lmscale_jax.coord_check --workdir=runs/coords [--control=sp]
+
+Exit status 1 if a slope is out of bounds, which a control must be.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from lmscale_jax import command
+from lmscale_jax.errors import InputError, RunFailed
+
+CONFIG = command.config_flag(default="configs/coord_check.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "where coord_check.json and .png are written")
+WIDTHS = flags.DEFINE_list("widths", [], "model.d_model; default 64,128,256,512,1024")
+HEAD_DIMS = flags.DEFINE_list("head_dims", [], "sweep channels per head, heads as in the config")
+DEPTHS = flags.DEFINE_list("depths", [], "sweep model.n_layers (parametrization.name=completep)")
+STEPS = flags.DEFINE_integer(
+    "steps", 0, "measured steps; 0: train.steps of the config", lower_bound=0
+)
+SEEDS = flags.DEFINE_integer("seeds", 3, "initialisations of each size", lower_bound=1)
+CONTROL = flags.DEFINE_enum(
+    "control", "none", ["none", "sp", "logits_sqrt", "no_lr_scaling"],
+    "a deliberate mistake, which the check must find",
+)  # fmt: skip
+
+
+def main() -> None:
+    if not WORKDIR.value:
+        raise InputError("--workdir is missing; --workdir=runs/coords would work")
+    chosen = [flag for flag in (WIDTHS, HEAD_DIMS, DEPTHS) if flag.value]
+    if len(chosen) > 1:
+        raise InputError(
+            f"--{chosen[0].name} and --{chosen[1].name} are two sweeps; give one at a time"
+        )
+    flag = chosen[0] if chosen else WIDTHS
+    sizes = [_size(flag.name, text) for text in flag.value] or [64, 128, 256, 512, 1024]
+    if len(set(sizes)) < 3:
+        raise InputError(
+            f"--{flag.name}={','.join(map(str, sizes))}: a slope with an error needs three "
+            f"different sizes; 64,128,256 would work"
+        )
+    from lmscale_jax.lab import coordinates
+    from lmscale_jax.run import mesh
+
+    config = CONFIG.value
+    if STEPS.value:
+        config.train.steps = STEPS.value
+    sweep = {"widths": "width", "head_dims": "head_dim", "depths": "depth"}[flag.name]
+    plan = coordinates.plan(config, sweep, sorted(set(sizes)), CONTROL.value)
+    mesh.start(config)
+    result = coordinates.check(plan, SEEDS.value, Path(WORKDIR.value), print)
+    if not result["passed"]:
+        worst = result["failures"][0]
+        raise RunFailed(
+            f"coordinate check: {len(result['failures'])} slopes out of bounds, the first "
+            f"{worst['tensor']} at step {worst['step']}: {worst['slope']}"
+        )
+
+
+def _size(name: str, text: str) -> int:
+    if not text.strip().isdigit() or int(text) == 0:
+        raise InputError(f"--{name}={text} is no size; --{name}=64,128,256 would work")
+    return int(text)
+
+
+if __name__ == "__main__":
+    command.run(main)

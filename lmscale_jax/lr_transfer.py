@@ -1,0 +1,54 @@
+"""Finds the best learning rate of every width, under sp and under the config's parametrization:
+
+python -m lmscale_jax.lr_transfer --workdir=runs/transfer
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from lmscale_jax import command
+from lmscale_jax.errors import InputError
+
+CONFIG = command.config_flag(default="configs/lr_transfer.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "where lr_transfer.json and .png are written")
+WIDTHS = flags.DEFINE_list("widths", ["32", "64", "128", "256"], "model.d_model")
+LOG2_LRS = flags.DEFINE_list(
+    "log2_lrs", [str(e) for e in range(-11, -2)], "log2 of the peak learning rates"
+)
+SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each cell", lower_bound=1)
+
+
+def main() -> None:
+    if not WORKDIR.value:
+        raise InputError("--workdir is missing; --workdir=runs/transfer would work")
+    workdir = Path(WORKDIR.value)
+    if (workdir / "lr_transfer.json").exists():
+        raise InputError(f"--workdir={workdir} holds a sweep already; name a new --workdir")
+    widths = sorted({int(w) for w in _numbers(WIDTHS)})
+    rates = sorted(set(_numbers(LOG2_LRS)))
+    if len(widths) < 2 or len(rates) < 3:
+        raise InputError(
+            f"--widths={len(widths)} and --log2_lrs={len(rates)} values: a drift needs two widths "
+            f"and three learning rates; --widths=32,256 would work"
+        )
+    from lmscale_jax.lab import transfer
+    from lmscale_jax.run import mesh
+
+    transfer.arms(CONFIG.value, widths)
+    mesh.start(CONFIG.value)
+    transfer.sweep(CONFIG.value, widths, rates, SEEDS.value, workdir, print)
+
+
+def _numbers(flag) -> list[float]:
+    try:
+        return [float(text) for text in flag.value]
+    except ValueError:
+        raise InputError(
+            f"--{flag.name}={','.join(flag.value)} are no numbers; {','.join(flag.default)} would "
+            f"work"
+        ) from None
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,184 @@
+"""Taps, slopes and the coordinate check, its deliberate mistakes included."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import run
+
+from configs import coord_check as family
+from lmscale_jax import config as configs
+from lmscale_jax.errors import InputError
+from lmscale_jax.lab import coordinates
+from lmscale_jax.model import build
+from lmscale_jax.parametrization import coords
+
+
+def make(name="llama", **changes):
+    config = family.get_config(name)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return build.build(configs.resolve(config, 40), platform="cpu")
+
+
+TINY = {"model__d_model": 64, "model__n_heads": 2, "parametrization__base_width": 32}
+
+
+@pytest.mark.parametrize("stack", ["scan", "unroll"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_taps_are_the_activations(name, stack):
+    """Each tap against what the forward pass or plain numpy makes of the others."""
+    model = make(name, **TINY, model__n_kv_heads=1, model__stack=stack)
+    params = model.init(jax.random.key(0))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 8)))
+    taps = jax.jit(lambda p: model.taps(p, ids, lambda _, x: x))(params)
+    blocks = taps["blocks"]
+    assert set(blocks) == {
+        "query", "key", "value", "scores", "attention", "mlp_hidden", "mlp", "residual",
+    }  # fmt: skip
+    np.testing.assert_allclose(taps["logits"], model.logits(params, ids).reshape(16, 40), atol=1e-6)
+    np.testing.assert_array_equal(taps["final"], blocks["residual"][-1])
+    for layer, before in enumerate([taps["embed"], *blocks["residual"][:-1]]):
+        after = before + blocks["attention"][layer] + blocks["mlp"][layer]
+        np.testing.assert_allclose(after, blocks["residual"][layer], atol=1e-6)
+    q, k = np.array(blocks["query"][1]), np.array(blocks["key"][1])
+    scale = 32**-0.5
+    for t, s in ((0, 0), (5, 2), (7, 7)):
+        row = t * (t + 1) // 2 + s
+        wanted = scale * (q[1, t, 1] @ k[1, s, 0])
+        assert blocks["scores"][1, 1, 1, row] == pytest.approx(wanted, abs=1e-6)
+    # What is kept is the caller's choice, made inside the stack.
+    means = model.taps(params, ids, lambda _, x: jnp.abs(x).mean())
+    np.testing.assert_allclose(
+        means["blocks"]["mlp"], np.abs(blocks["mlp"]).mean(axis=(1, 2)), rtol=1e-5
+    )
+
+
+def test_slopes_of_known_powers():
+    widths = [64, 128, 256, 512]
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.05, (4, 2, 3)))
+    power = np.array(widths, float)[:, None, None] ** np.array([0.0, 0.5])[:, None]
+    exact = coords.slopes(widths, 3 * power * np.ones((4, 2, 3)))
+    assert [e["slope"] for e in exact] == pytest.approx([0, 0.5], abs=1e-12)
+    assert [e["se"] for e in exact] == pytest.approx([0, 0], abs=1e-12)
+    for entry, wanted in zip(coords.slopes(widths, power * noise), (0, 0.5), strict=True):
+        assert entry["se"] > 0 and abs(entry["slope"] - wanted) < 4 * entry["se"]
+    broken = np.ones((4, 2, 3))
+    broken[2, 1, 0], broken[1, 0, 0] = np.nan, 0.0
+    assert coords.slopes(widths, broken) == [{"slope": None, "se": None}] * 2
+
+
+def steps_of(*values):
+    return {str(t): {"slope": v, "se": 0.01} for t, v in enumerate(values, 1)}
+
+
+def test_bounds_are_those_of_the_protocol():
+    good = {
+        "embed": steps_of(0.5, 0.1, -0.1),  # the first step of a hidden tensor is not judged
+        "logits": steps_of(-0.5, 0.15, -0.15),
+        "blocks/1/scores": steps_of(0.0, 0.14, 0.14),
+        "change/embed": steps_of(None, 0.9, 0.9, 0.9, 0.15),
+    }
+    assert coords.failures(good) == []
+    bad = {
+        "blocks/0/mlp": steps_of(0.0, 0.11),
+        "logits": steps_of(-0.3, 0.0, None),
+        "change/logits": steps_of(None, 0.0, 0.0, 0.0, -0.5),
+    }
+    found = [(f["tensor"], f["step"]) for f in coords.failures(bad)]
+    assert found == [
+        ("logits", 3), ("change/logits", 5), ("logits", 1), ("blocks/0/mlp", 2),
+    ]  # fmt: skip
+    assert ("logits", 1) not in [
+        (f["tensor"], f["step"]) for f in coords.failures(bad, sweep="depth")
+    ]
+
+
+def test_predictions_look_at_the_last_step():
+    slopes = {
+        "blocks/0/attention": steps_of(0, 1.2), "change/blocks/0/mlp": steps_of(0, 9),
+        "blocks/0/mlp": steps_of(9, 0.3), "logits": steps_of(0, None),
+    }  # fmt: skip
+    found = coords.as_predicted(slopes, "sp")
+    assert {kind: entry["shown"] for kind, entry in found.items()} == {
+        "attention": True, "mlp": False, "logits": True,
+    }  # fmt: skip
+
+
+def test_a_sweep_resizes_what_it_names():
+    config = family.get_config()
+    config.model.n_kv_heads = 4
+    plan = coordinates.plan(config, "width", [64, 512])
+    sizes = [(c.model.d_model, c.model.n_heads, c.model.n_kv_heads) for c in plan.configs]
+    assert sizes == [(64, 2, 1), (512, 16, 8)]
+    plan = coordinates.plan(family.get_config(), "head_dim", [16, 64])
+    assert [(c.model.d_model, c.model.head_dim) for c in plan.configs] == [(128, 16), (512, 64)]
+    assert {c.parametrization.base_head_dim for c in plan.configs} == {32}
+    plan = coordinates.plan(family.get_config(), "width", [64, 128], "sp")
+    assert {c.parametrization.name for c in plan.configs} == {"sp"}
+
+
+BAD = {
+    "heads": (("width", [64, 100], {}), ["--widths=100", "head size 32", "96 would"]),
+    "groups": (
+        ("width", [64, 96], {"model.n_kv_heads": 4}),
+        ["--widths=96", "3 heads", "64 would"],
+    ),
+    "depth of mup": (("depth", [2, 4], {}), ["parametrization.name='mup'", "completep"]),
+    "two scales": (
+        ("width", [64, 128], {"model.logit_scale": "inverse_sqrt_width"}),
+        ["model.logit_scale", "twice", "'one' would"],
+    ),
+    "no base": (("width", [64, 128], {"parametrization.base_width": 0}), ["base_width=0", "256"]),
+}
+
+
+@pytest.mark.parametrize(("asked", "said"), BAD.values(), ids=BAD)
+def test_bad_sweeps_are_named(asked, said):
+    sweep, sizes, changes = asked
+    config = family.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(InputError) as caught:
+        coordinates.plan(config, sweep, sizes)
+    for part in said:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_the_command_refuses_in_one_line(tmp_path):
+    for flags, said in (
+        (["--widths=64,128"], "three different sizes"),
+        (["--widths=64,x,128"], "--widths=x is no size"),
+        (["--widths=64,128,256", "--depths=2,4,8"], "two sweeps"),
+    ):
+        status, _, err = run("coord_check", f"--workdir={tmp_path / 'c'}", *flags)
+        assert status == 2 and err.count("\n") == 1 and said in err, err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_small_check_writes_what_it_measured(tmp_path, settings):
+    """Two steps on small widths: the files, and that another check may not take their place."""
+    data = [f"--config.{k}={v}" for k, v in settings.items() if k.startswith("data.")]
+    arguments = [f"--workdir={tmp_path}", "--widths=32,64,96", "--steps=2", "--seeds=2", *data]
+    status, out, err = run("coord_check", *arguments, "--config.parametrization.base_width=64")
+    found = json.loads((tmp_path / "coord_check.json").read_text())
+    assert status == (0 if found["passed"] else 1), err
+    assert set(found["slopes"]["logits"]) == {"1", "2"} and "blocks/1/scores" in found["slopes"]
+    first = found["slopes"]["logits"]["1"]
+    assert first["se"] > 0 and f"{first['slope']:+.2f}" in out
+    assert (tmp_path / "coord_check.png").stat().st_size > 10_000
+    status, _, err = run("coord_check", *arguments, "--control=sp")
+    assert status == 2 and "another control" in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("control", ["none", "sp", "logits_sqrt", "no_lr_scaling"])
+def test_mup_passes_and_every_mistake_shows(name, control, tmp_path):
+    plan = coordinates.plan(family.get_config(name), "width", [64, 128, 256, 512], control)
+    result = coordinates.check(plan, 3, tmp_path, print)
+    if control == "none":
+        assert result["passed"], result["failures"]
+    else:
+        assert not result["passed"]
+        assert all(found["shown"] for found in result["predicted"].values()), result["predicted"]

@@ -1,0 +1,99 @@
+"""Populations against solo runs, and the optimum of a sweep."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import run
+
+from lmscale_jax.lab import population, transfer
+
+
+@pytest.mark.parametrize("parametrization", ["sp", "mup"])
+def test_members_are_the_runs_they_stand_for(small, parametrization):
+    """Losses of a population against run/step.py on each member's own config."""
+    from lmscale_jax.run import mesh, step, train
+
+    changes = {"train__steps": 30, "mesh__cpu_devices": 1}
+    if parametrization == "mup":
+        changes |= {"parametrization__name": "mup", "parametrization__base_width": 16}
+    seeds, rates = [0, 3], [1e-3, 4e-3]
+    setup = train.prepare(small(**changes), None, say=lambda line: None)
+    found = population.train(setup.config, setup.data, np.array(seeds), np.array(rates))
+    assert found.train_loss_KxS.shape == (2, 30)
+    for k, (seed, rate) in enumerate(zip(seeds, rates, strict=True)):
+        own = train.prepare(small(**changes, seed=seed, optim__lr=rate), None, say=lambda _: None)
+        state = jax.jit(lambda s=seed, o=own: step.initial(o.config, o.model, o.transform, s))()
+        take = step.make(own.config, own.model, own.transform, own.mesh, own.placed)
+        losses = []
+        for t in range(30):
+            state, metrics = take(state, mesh.put_batch(own.batches.at(t), own.mesh))
+            losses.append(float(metrics["train_loss"]))
+        np.testing.assert_allclose(found.train_loss_KxS[k], losses, rtol=3e-5)
+        assert found.val_loss_K[k] == pytest.approx(
+            own.validate(state.params)["val_loss"], rel=3e-5
+        )
+
+
+def test_the_optimum_of_a_known_valley():
+    x = np.arange(-10.0, -2.0)
+    centres = np.array([-6.3, -6.1, -6.2])
+    loss = 3 + 0.1 * (x[:, None] - centres) ** 2
+    found = transfer.optimum(x, loss)
+    assert found["log2_lr"] == pytest.approx(-6.2) and found["grid"] == -6
+    assert found["se"] == pytest.approx(0.1 / np.sqrt(3)) and not found["at_edge"]
+    loss[-2:] = np.nan  # diverged beyond the optimum
+    assert transfer.optimum(x, loss)["log2_lr"] == pytest.approx(-6.2)
+    edge = transfer.optimum(x, np.tile(x[:, None], (1, 3)))
+    assert edge["at_edge"] and edge["log2_lr"] == -10
+
+
+def test_drift_is_in_octaves():
+    def at(place, grid):
+        return {"log2_lr": place, "se": 0.3, "grid": grid, "at_edge": False}
+
+    found = transfer.drift([at(-4.0, -4), at(-4.5, -5), at(-6.4, -6)])
+    assert found["octaves"] == pytest.approx(-2.4) and found["grid_range"] == 2
+    assert found["se"] == pytest.approx(0.3 * 2**0.5) and found["range"] == pytest.approx(2.4)
+    assert "-2.40" in transfer.headline(found, [32, 256])
+
+
+def test_a_small_sweep_writes_and_never_overwrites(settings, tmp_path):
+    data = [f"--config.{k}={v}" for k, v in settings.items() if k.startswith("data.")]
+    arguments = [
+        f"--workdir={tmp_path}", "--widths=16,32", "--log2_lrs=-8,-6,-4", "--seeds=2", *data,
+        "--config.train.steps=10", "--config.parametrization.base_width=16",
+    ]  # fmt: skip
+    status, out, err = run("lr_transfer", *arguments)
+    assert status == 0, err
+    found = json.loads((tmp_path / "lr_transfer.json").read_text())
+    assert set(found["arms"]) == {"sp", "mup"} and out.count("octaves") == 2
+    assert np.array(found["arms"]["mup"]["val_loss"]).shape == (2, 3, 2)
+    assert (tmp_path / "lr_transfer.png").exists()
+    # At the base width the two are the same model.
+    assert found["arms"]["sp"]["val_loss"][0] == found["arms"]["mup"]["val_loss"][0]
+    status, _, err = run("lr_transfer", *arguments)
+    assert status == 2 and "holds a sweep already" in err and err.count("\n") == 1
+    status, _, err = run("lr_transfer", f"--workdir={tmp_path / 'b'}", "--log2_lrs=a,b,c")
+    assert status == 2 and "--log2_lrs=a,b,c" in err
+
+
+@pytest.mark.slow
+def test_wider_is_better_under_mup(tmp_path):
+    """The training loss at a fixed step falls with width, at one base learning rate."""
+    from configs import lr_transfer
+    from lmscale_jax import config as configs
+    from lmscale_jax.data import prepared
+    from lmscale_jax.lab.family import resized
+
+    config = lr_transfer.get_config()
+    config.train.steps, config.optim.lr = 200, 2.0**-6
+    data = prepared.prepare(config.data, log=print)
+    losses = []
+    for width in (32, 64, 128, 256):
+        one = configs.resolve(resized(config, "width", width), data.vocab_size)
+        found = population.train(one, data, np.arange(3), np.full(3, config.optim.lr))
+        mean_S = found.train_loss_KxS.mean(axis=0)
+        losses.append((mean_S[90:110].mean(), mean_S[-20:].mean()))
+    assert np.all(np.diff(np.array(losses), axis=0) < 0), losses

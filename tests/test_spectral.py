@@ -1,0 +1,109 @@
+"""The spectral monitor against numpy's singular values, and inside a run."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import finish, flags, start
+
+from lmscale_jax.model.param import Spec
+from lmscale_jax.parametrization import spectral
+
+
+def matrices(kind: str, layers: int = 3) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(layers, 96, 160)).astype(np.float32)
+    if kind == "square":
+        w = rng.normal(size=(layers, 128, 128)).astype(np.float32)
+    if kind == "spiked":
+        w += 40 * rng.normal(size=(layers, 96, 1)) * rng.normal(size=(layers, 1, 160)) / 124
+    if kind == "power law":
+        u, s, v = np.linalg.svd(w, full_matrices=False)
+        w = u * (np.arange(1, s.shape[1] + 1) ** -0.7) @ v
+    if kind == "low rank":
+        w = w[:, :, :4] @ w[:, :4, :]
+    return w.astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["wide", "square", "spiked", "power law", "low rank"])
+def test_norm_is_a_close_lower_bound(kind):
+    w = matrices(kind)
+    start = spectral.begin({"w": Spec(("layers", "embed", "mlp"), w.shape, 1, "hidden")})
+    exact_L = np.linalg.norm(w, ord=2, axis=(1, 2))
+    cold_L, v = spectral.top_singular(jnp.asarray(w), start["weight"]["w"])
+    assert np.all(cold_L <= exact_L * (1 + 1e-3))
+    np.testing.assert_allclose(cold_L, exact_L, rtol=0.02)
+    # Warm, a few iterations more each time: the bound only rises.
+    for _ in range(8):
+        warm_L, v = spectral.top_singular(jnp.asarray(w), v, iterations=5)
+    assert np.all(warm_L >= cold_L * (1 - 1e-6)) and np.all(warm_L <= exact_L * (1 + 1e-3))
+    np.testing.assert_allclose(warm_L, exact_L, rtol=0.006)
+
+
+def test_zeros_and_what_follows_them():
+    w = jnp.zeros((2, 8, 8))
+    v = spectral.begin({"w": Spec(("layers", "a", "b"), (2, 8, 8), 1, "hidden")})["weight"]["w"]
+    sigma_L, after = spectral.top_singular(w, v)
+    assert sigma_L.tolist() == [0, 0] and np.array_equal(after, v)
+    sigma_L, _ = spectral.top_singular(w.at[1].set(jnp.eye(8)), after)
+    assert sigma_L.tolist() == pytest.approx([0, 1], abs=1e-6)
+
+
+def test_quantities_are_normalised_by_shape():
+    specs = {
+        "blocks": {"w": Spec(("layers", "embed", "mlp"), (2, 16, 64), 1, "hidden")},
+        "gain": Spec(("embed",), (16,), 0, "vector"),
+        "embed": Spec(("vocab", "embed"), (40, 16), 1, "input"),
+    }
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s.shape), jnp.float32),
+        specs,
+        is_leaf=lambda x: isinstance(x, Spec),
+    )
+    updates = jax.tree.map(lambda x: -0.01 * x, tree)
+    vectors = spectral.begin(specs)
+    for _ in range(5):
+        found, vectors = spectral.measure(specs, tree, updates, vectors)
+    assert set(found) == {
+        f"spectral/{q}/{p}"
+        for q in ("weight", "update", "relative", "stable_rank")
+        for p in ("blocks/w", "embed")
+    }
+    w = np.asarray(tree["blocks"]["w"])
+    sigma_L = np.linalg.norm(w, ord=2, axis=(1, 2))
+    np.testing.assert_allclose(found["spectral/weight/blocks/w"], sigma_L * 0.5, rtol=0.01)
+    np.testing.assert_allclose(found["spectral/relative/blocks/w"], [0.01] * 2, rtol=0.02)
+    rank_L = np.square(w).sum(axis=(1, 2)) / sigma_L**2
+    np.testing.assert_allclose(found["spectral/stable_rank/blocks/w"], rank_L, rtol=0.02)
+
+
+def test_a_run_logs_by_layer_and_resumes_to_the_bit(settings, tmp_path):
+    """Interrupted and continued, the lines and so the vectors behind them are the same."""
+    asked = settings | {"log.spectral_every": 4, "log.activations_every": 6, "log.every": 2}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for workdir in (whole, parts):
+        command = ["main", "--config=configs/base.py", f"--workdir={workdir}", *flags(asked)]
+        status, _, err = finish(start(*command))
+        assert status == 0, err
+        if workdir == parts:
+            # Back to an earlier checkpoint, as after a crash.
+            import shutil
+
+            record = json.loads((parts / "run.json").read_text()) | {"status": "running"}
+            (parts / "run.json").write_text(json.dumps(record))
+            shutil.rmtree(parts / "checkpoints" / "12")
+            status, out, err = finish(start(*command))
+            assert status == 0 and "going on from step 8" in out, out + err
+    assert (whole / "metrics.jsonl").read_bytes() == (parts / "metrics.jsonl").read_bytes()
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    at = {line["step"]: line for line in lines}
+    name = "spectral/weight/blocks/mlp/up/weight"
+    assert [step for step in at if name in at[step]] == [4, 8, 12]
+    assert len(at[4][name]) == 2 and all(v > 0 for v in at[4][name])
+    assert [step for step in at if "activation/residual/rms" in at[step]] == [6, 12]
+    assert len(at[6]["activation/residual/max"]) == 2
+    assert at[6]["activation/logits/max"] >= at[6]["activation/logits/rms"]
+    assert (whole / "plots" / "spectral.png").exists()
