@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from optax import contrib
 
@@ -68,8 +67,8 @@ def test_random_matrices(name):
     """Square ones have singular values near 0 which stay small; rectangular ones have none."""
     low, high = RANGES[name]
     chance = np.random.default_rng(0)
-    square = jnp.asarray(chance.normal(size=(2, 128, 128)), jnp.float32)
-    wide = jnp.asarray(chance.normal(size=(2, 64, 256)), jnp.float32)
+    square = jnp.asarray(chance.normal(size=(1, 256, 256)), jnp.float32)
+    wide = jnp.asarray(chance.normal(size=(1, 256, 1024)), jnp.float32)
     middle, width = {"quintic": (0.92, 0.05), "polar_express": (1.01, 0.03)}[name]
     for x in (square, wide):
         out = muon.newton_schulz(x, name, jnp.float32)
@@ -77,8 +76,8 @@ def test_random_matrices(name):
         inside = (found >= low) & (found <= high)
         assert found.max() <= high and inside.mean() >= 0.97
         rms = math.sqrt(float(jnp.square(out).mean())) * math.sqrt(x.shape[2])
-        if x is wide:
-            assert inside.all() and abs(rms - middle) <= width
+        assert abs(rms - middle) <= width
+        assert inside.all() or x is square
         # The singular vectors stay those of x.
         u, _, v = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
         inner = np.einsum("bmi,bmn,bin->bi", u, np.asarray(out, np.float64), v)
@@ -155,14 +154,12 @@ def test_the_first_step_is_that_of_optax(kind):
         )
         for path, row in rows.items()
     }
-    theirs = optax.chain(
-        contrib.scale_by_muon(weight_dimension_numbers=dims), contrib.scale_by_shape(dims)
-    )
+    theirs = contrib.muon(1.0, muon_weight_dimension_numbers=dims)
     wanted, _ = theirs.update(grads, theirs.init(params), params)
     ours = muon.scale_by_muon(rows, config)
     found, _ = ours.update(grads, ours.init(params), step=jnp.int32(0))
     for path in rows:
-        np.testing.assert_allclose(found[path], wanted[path], atol=2e-5, err_msg=path)
+        np.testing.assert_allclose(found[path], -wanted[path], atol=2e-5, err_msg=path)
 
 
 def test_momentum_is_nesterovs_and_warms_up():

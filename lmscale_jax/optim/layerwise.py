@@ -38,9 +38,9 @@ def scale_blocks(factors: Callable | None) -> optax.GradientTransformationExtraA
 def factors(config) -> Callable | None:
     """Step -> [layers], from optim.block_lr_decay and the blocks that learn; None: all are 1."""
     n, thaw_L = config.model.n_layers, thaw_steps(config)
-    decay_L = config.optim.block_lr_decay ** jnp.arange(n - 1, -1, -1, dtype=jnp.float32)
+    decay_L = (config.optim.block_lr_decay ** np.arange(n - 1.0, -1.0, -1.0)).astype(np.float32)
     if thaw_L is None:
-        return None if config.optim.block_lr_decay == 1 else lambda step: decay_L
+        return None if config.optim.block_lr_decay == 1 else lambda step: jnp.asarray(decay_L)
     return lambda step: jnp.where(step >= thaw_L, decay_L, 0.0)
 
 
