@@ -1,6 +1,6 @@
 """Learning-rate sweeps of AdamW and Muon on real text, then seeds at each one's best:
 
-    python -m benchmarks.optimizer_sweep --workdir=runs/optimizers
+    python -m benchmarks.optimizer_sweep --runs=runs/optimizers
 
 Runs of configs/muon_small.py, one after the other, each in a directory of its own; what is finished
 is not run again. The tables of docs/optimizers.md are printed from the records alone.
@@ -16,9 +16,9 @@ from absl import flags
 from benchmarks import machine
 from lmscale_jax import command
 
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the runs", required=True)
-SEEDS = flags.DEFINE_integer("seeds", 3, "seeds at the best rate", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", 300, "steps of every run", lower_bound=10)
+WORKDIR = flags.DEFINE_string("runs", "runs/optimizers", "directory of the runs")
+SEEDS = flags.DEFINE_integer("best_seeds", 3, "seeds at the best rate", lower_bound=1)
+STEPS = flags.DEFINE_integer("run_steps", 300, "steps of every run", lower_bound=10)
 
 # Powers of two around the rates usual for each; muon_lr beside AdamW's best rate for the rest.
 RATES = {
@@ -100,7 +100,7 @@ def main() -> None:
         adamw_rate = adamw_rate or best["rate"]
         more = [run(side, best["rate"], adamw_rate, seed) for seed in range(1, SEEDS.value)]
         results[side] = {"best": best["rate"], "sweep": sweep, "seeds": [best, *more]}
-        asked = machine.asked("seeds", "steps")
+        asked = machine.asked("best_seeds", "run_steps")
         machine.save("optimizer_sweep", {"machine": machine.facts(None, asked), **results})
     print(f"\n{show(results)}")
 

@@ -12,7 +12,7 @@ import sys
 from absl import flags
 
 from benchmarks import interleave, machine
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, config_of
 from benchmarks.train_step import cell
 from lmscale_jax import command
 from lmscale_jax.errors import InputError
@@ -62,7 +62,6 @@ def compare(number: int, batch: int) -> dict:
 
 def predicted(number: int, batch: int) -> dict[str, float]:
     """{"rule": T m / B, "share": FLOPs of Newton-Schulz over those of the model's step}."""
-    from benchmarks.worker_jax import config_of
     from lmscale_jax import config as configs
     from lmscale_jax.model import flops
     from lmscale_jax.model.build import build

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, config_of
 from benchmarks.turns import serve
 from lmscale_jax import command
 
@@ -16,22 +16,6 @@ NS_DTYPE = flags.DEFINE_string("ns_dtype", "auto", "optim.muon_dtype")
 CALLS = flags.DEFINE_enum(
     "calls", "stacked", ["stacked", "each"], "Newton-Schulz once for all matrices, or for each"
 )
-
-
-def config_of(shape: dict, dtype: str, devices: int):
-    """configs/nanogpt_char.py with the sizes of a shape."""
-    from configs import nanogpt_char
-
-    config = nanogpt_char.get_config()
-    model = config.model
-    model.d_model, model.n_layers, model.n_heads = shape["D"], shape["L"], shape["H"]
-    model.gelu, model.dtype = shape["gelu"], dtype
-    config.data.seq_len, config.train.batch_size = shape["T"], shape["B"]
-    config.train.steps, config.mesh.cpu_devices = 100_000, devices
-    config.optim.name = OPTIMIZER.value
-    if OPTIMIZER.value != "adamw":
-        config.optim.muon_dtype = NS_DTYPE.value
-    return config
 
 
 def one_by_one(stacks: dict, iterate, mesh) -> dict:
@@ -49,7 +33,11 @@ def make(shape: dict, dtype: str, devices: int):
     from lmscale_jax import config as configs
     from lmscale_jax.run import mesh
 
-    config = configs.resolve(config_of(shape, dtype, devices), shape["V"])
+    config = config_of(shape, dtype, devices)
+    config.optim.name = OPTIMIZER.value
+    if OPTIMIZER.value != "adamw":
+        config.optim.muon_dtype = NS_DTYPE.value
+    config = configs.resolve(config, shape["V"])
     mesh.start(config)
 
     import jax

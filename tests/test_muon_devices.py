@@ -94,7 +94,10 @@ def reached(parts: dict[str, str], name: str, seen: set) -> set:
     return seen
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    "grid",
+    ["all three", *(pytest.param(g, marks=pytest.mark.slow) for g in ("data", "fsdp"))],
+)
 def test_no_collective_inside_newton_schulz(grid, tmp_path):
     changes = {k: v for k, v in SIZES.items() if not k.startswith(("log", "eval"))}
     changes |= GRIDS[grid] | {
