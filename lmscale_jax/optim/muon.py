@@ -166,7 +166,7 @@ def scale_by_muon(
 
 
 def products_dtype(config, platform: str) -> str:
-    """The type of Newton-Schulz products; "auto" means what docs/optimizers.md found faster."""
+    """The type of Newton-Schulz products; "auto": bfloat16 where chips have units for it."""
     if config.optim.muon_dtype != "auto":
         return config.optim.muon_dtype
     return "float32" if platform == "cpu" else "bfloat16"
