@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, config_of
 from benchmarks.turns import serve
 from lmscale_jax import command
 
@@ -10,19 +10,22 @@ SHAPE = flags.DEFINE_integer("shape", 1, "number of the shape")
 DTYPE = flags.DEFINE_string("dtype", "float32", "model.dtype")
 GELU = flags.DEFINE_string("gelu", "", "model.gelu; empty: the shape's own")
 DEVICES = flags.DEFINE_integer("devices", 0, "mesh.cpu_devices; 0: the default, one a core")
+BATCH = flags.DEFINE_integer("batch", 0, "sequences a step; 0: the shape's own")
+OPTIMIZER = flags.DEFINE_string("optimizer", "adamw", "optim.name")
+NS_DTYPE = flags.DEFINE_string("ns_dtype", "auto", "optim.muon_dtype")
+CALLS = flags.DEFINE_enum(
+    "calls", "stacked", ["stacked", "each"], "Newton-Schulz once for all matrices, or for each"
+)
 
 
-def config_of(shape: dict, dtype: str, devices: int):
-    """configs/nanogpt_char.py with the sizes of a shape."""
-    from configs import nanogpt_char
+def one_by_one(stacks: dict, iterate, mesh) -> dict:
+    """What stands in for `muon.orthogonal` with --calls=each: a call for every matrix."""
+    import jax
 
-    config = nanogpt_char.get_config()
-    model = config.model
-    model.d_model, model.n_layers, model.n_heads = shape["D"], shape["L"], shape["H"]
-    model.gelu, model.dtype = shape["gelu"], dtype
-    config.data.seq_len, config.train.batch_size = shape["T"], shape["B"]
-    config.train.steps, config.mesh.cpu_devices = 100_000, devices
-    return config
+    def each(x):
+        return jax.numpy.concatenate([iterate(one) for one in jax.lax.split(x, [1] * len(x))])
+
+    return {path: each(x) for path, x in stacks.items()}
 
 
 def make(shape: dict, dtype: str, devices: int):
@@ -30,7 +33,11 @@ def make(shape: dict, dtype: str, devices: int):
     from lmscale_jax import config as configs
     from lmscale_jax.run import mesh
 
-    config = configs.resolve(config_of(shape, dtype, devices), shape["V"])
+    config = config_of(shape, dtype, devices)
+    config.optim.name = OPTIMIZER.value
+    if OPTIMIZER.value != "adamw":
+        config.optim.muon_dtype = NS_DTYPE.value
+    config = configs.resolve(config, shape["V"])
     mesh.start(config)
 
     import jax
@@ -39,11 +46,15 @@ def make(shape: dict, dtype: str, devices: int):
     from lmscale_jax.data.pipeline import Batch
     from lmscale_jax.model.build import build
     from lmscale_jax.optim import build as optim
+    from lmscale_jax.optim import muon
     from lmscale_jax.run import step
 
+    if CALLS.value == "each":
+        muon.orthogonal = one_by_one
     grid = mesh.make(config)
-    model = build(config, platform="cpu", shards=mesh.batch_shards(grid))
-    transform = optim.build(config, model.rows)
+    platform = grid.devices.flat[0].platform
+    model = build(config, platform=platform, shards=mesh.batch_shards(grid))
+    transform = optim.build(config, model.rows, grid, platform)
     placed = step.shardings(config, model, transform, grid)
     state = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)()
     take_step = step.make(config, model, transform, grid, placed)
@@ -66,7 +77,7 @@ def make(shape: dict, dtype: str, devices: int):
 
 def main() -> None:
     shape = SHAPES[SHAPE.value]
-    shape = shape | {"gelu": GELU.value or shape["gelu"]}
+    shape = shape | {"gelu": GELU.value or shape["gelu"], "B": BATCH.value or shape["B"]}
     run = make(shape, DTYPE.value, DEVICES.value)
     serve(run)
 

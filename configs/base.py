@@ -7,30 +7,10 @@ other keys must hold which values for it to matter: setting a key that would go 
 Durations are strings: "200" (steps), "5%" (of the run) or "50M tokens".
 """
 
-import dataclasses
-from typing import Any
-
 import ml_collections
 
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """One key. `low` and `high` are inclusive; `above` is exclusive.
-
-    `identity=False` marks a key that cannot change the numbers of a run (machine, logging): it may
-    differ when a run is continued, and it is left out of the hash that names a run.
-    """
-
-    default: Any
-    doc: str
-    choices: tuple | None = None
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    duration: bool = False
-    when: dict[str, tuple] = dataclasses.field(default_factory=dict)
-    identity: bool = True
-
+from configs.key import Key
+from configs.optimizing import FREEZE, OPTIM, SCHEDULE
 
 _SIZED = {"parametrization.name": ("mup", "completep")}
 
@@ -178,60 +158,9 @@ SPEC = {
             choices=("depth_scaled", "plain"),
         ),
     },
-    "optim": {
-        "name": Key("adamw", "optimizer", choices=("adamw",)),
-        "lr": Key(1e-3, "peak learning rate", above=0.0),
-        "beta1": Key(0.9, "decay of the first moment", low=0.0, high=0.9999),
-        "beta2": Key(
-            0.95,
-            "decay of the second moment; 0.95 suits small batches of text",
-            low=0.0,
-            high=0.99999,
-        ),
-        "eps": Key(1e-8, "added to the root of the second moment", above=0.0),
-        "weight_decay": Key(
-            1e-4,
-            "independent: shrink per step at the schedule's peak; coupled: multiplied by the "
-            "learning rate as in PyTorch (then 0.1 is usual)",
-            low=0.0,
-        ),
-        "decay_mode": Key(
-            "independent",
-            "independent decay keeps its meaning when the learning rate is swept",
-            choices=("independent", "coupled"),
-        ),
-        "decay_on": Key(
-            "matrices",
-            "parameters that decay: all matrices, only those inside blocks, or everything",
-            choices=("matrices", "hidden", "all"),
-        ),
-        "clip": Key(
-            1.0, "global gradient norm above which gradients are scaled down; 0: off", low=0.0
-        ),
-        "max_bad_steps": Key(
-            20,
-            "non-finite steps in a row before the run is called diverged",
-            low=1,
-        ),
-    },
-    "schedule": {
-        "name": Key(
-            "cosine",
-            "after warm-up; wsd: constant, then linear cooldown",
-            choices=("cosine", "linear", "wsd", "constant"),
-        ),
-        "warmup": Key("2%", "linear rise from 0 to the peak", duration=True),
-        "cooldown": Key(
-            "20%", "length of the final descent", duration=True, when={"schedule.name": ("wsd",)}
-        ),
-        "final": Key(
-            0.1,
-            "last learning rate as a fraction of the peak",
-            low=0.0,
-            high=1.0,
-            when={"schedule.name": ("cosine", "linear", "wsd")},
-        ),
-    },
+    "optim": OPTIM,
+    "schedule": SCHEDULE,
+    "freeze": FREEZE,
     "data": {
         "source": Key(
             "stdlib",
@@ -304,6 +233,12 @@ SPEC = {
         ),
         "batch_size": Key(32, "sequences per optimizer step, over all devices", low=1),
         "accum": Key(1, "micro-batches that one step is cut into, to save memory", low=1),
+        "parent": Key(
+            "",
+            "work directory of a run to branch off: this one begins with its state at parent_step, "
+            "and counts its steps and tokens as its own beginning",
+        ),
+        "parent_step": Key(0, "checkpoint of the parent to begin from", low=0),
     },
     "eval": {
         "every": Key(250, "steps between evaluations; 0: only at the end", low=0),

@@ -156,6 +156,12 @@ def _check_together(config) -> None:
             )
     _check_base(config)
     _check_schedule(config)
+    _check_freeze(config)
+    if bool(train.parent) != bool(train.parent_step):
+        raise InputError(
+            f"config.train.parent={train.parent!r} and train.parent_step={train.parent_step} go "
+            f"together; parent='runs/stable' with parent_step=1000 would work, or '' with 0"
+        )
 
 
 def _check_base(config) -> None:
@@ -209,6 +215,38 @@ def _check_schedule(config) -> None:
             f"config.schedule.warmup={config.schedule.warmup!r} and cooldown take {spent} steps of "
             f"{steps}; '5%' would work"
         )
+
+
+def _check_freeze(config) -> None:
+    freeze, n = config.freeze, config.model.n_layers
+    if freeze.mode == "fixed":
+        try:
+            numbers = block_numbers(freeze.blocks)
+        except ValueError:
+            numbers = []
+        if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= b < n for b in numbers):
+            raise InputError(
+                f"config.freeze.blocks={freeze.blocks!r} must name different blocks from 0 to "
+                f"{n - 1}; '0' would work"
+            )
+    near = max(1, round(n * freeze.near_input)) if freeze.mode == "random_near_input" else n
+    if freeze.mode in ("random", "random_near_input") and freeze.count > near:
+        raise InputError(
+            f"config.freeze.count={freeze.count} is more than the {near} block(s) to draw from; "
+            f"{near} would work"
+        )
+    if freeze.mode == "unfreeze":
+        last = (n - 1) * duration(freeze.every, config)
+        if last >= total_steps(config):
+            raise InputError(
+                f"config.freeze.every={freeze.every!r} lets the last of {n} blocks begin at step "
+                f"{last} of {total_steps(config)}; '{(total_steps(config) - 1) // n}' would work"
+            )
+
+
+def block_numbers(text: str) -> list[int]:
+    """ "0,3" as [0, 3]. Raises ValueError."""
+    return [int(part) for part in text.split(",")]
 
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|(?:([kmbt]?)\s*(steps?|tokens?))?)")

@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from benchmarks import interleave, machine, nanogpt_char, train_step
+from benchmarks import (
+    interleave,
+    machine,
+    nanogpt_char,
+    optimizer_sweep,
+    optimizers,
+    train_step,
+)
 from benchmarks.interleave import Chunk
 from lmscale_jax.errors import RunFailed
 
@@ -53,6 +60,26 @@ def test_runs_become_a_table():
     lines = nanogpt_char.show(runs).splitlines()
     assert len(lines) == 4
     assert "| torch float32 | 2 |" in lines[2] and "1.8500 ± 0.0707" in lines[3]
+
+
+def test_the_cost_of_newton_schulz_is_predicted_by_counting():
+    """Square matrices of the attention: 6 m^3 a step and matrix, over 6 m^2 B."""
+    found = optimizers.predicted(1, 12)
+    assert found["rule"] == 5 * 128 / (12 * 64)
+    # The rule is a bound; the readout and attention itself cost too.
+    assert 0.5 * found["rule"] < found["share"] < found["rule"]
+    assert optimizers.predicted(1, 48)["share"] == pytest.approx(found["share"] / 4)
+
+
+def test_the_step_at_which_a_loss_is_reached():
+    curve = [(20, 5.0), (40, 4.0), (60, 4.2), (80, 3.8)]
+    assert optimizer_sweep.reached(curve, 4.5) == 30.0
+    assert optimizer_sweep.reached(curve, 3.9) == 75.0
+    assert optimizer_sweep.reached(curve, 3.0) is None
+    runs = [{"rate": 0.1, "seed": s, "loss": 3.8, "curve": curve} for s in range(2)]
+    side = {"best": 0.1, "sweep": runs[:1], "seeds": runs}
+    lines = optimizer_sweep.show({"adamw": side, "muon": side}).splitlines()
+    assert "3.8000, 3.8000 | 3.8000 ± 0.0000 | 80, 80" in lines[-1]
 
 
 def test_a_machine_without_pytorch_is_told_so(capsys):

@@ -66,7 +66,11 @@ def flops_per_token(config, specs: dict) -> dict[str, float]:
 
 
 def memory(
-    config, specs: dict, mesh_sizes: dict[str, int], parts: dict[str, int] | None = None
+    config,
+    specs: dict,
+    mesh_sizes: dict[str, int],
+    parts: dict[str, int] | None = None,
+    moments: dict[str, int] | None = None,
 ) -> dict[str, int]:
     """Bytes on one device at the worst moment of a step: an estimate, good to a factor of two.
 
@@ -75,19 +79,21 @@ def memory(
         specs: the model's annotations.
         mesh_sizes: devices along "data", "fsdp" and "tensor".
         parts: {path: over how many devices that parameter is split}; None: none is.
+        moments: {path: arrays of its size that the optimizer keeps}; None: AdamW's two.
 
     Returns:
         {"parameters", "optimizer", "gradients", "activations", "logits", "total"}. The first three
-        are float32: AdamW keeps two moments, and accumulation holds two gradients at a time.
+        are float32; accumulation holds two gradients at a time.
     """
-    parts = parts or {}
-    local = 4 * sum(spec.size / parts.get(path, 1) for path, spec in named(specs).items())
+    parts, moments = parts or {}, moments or {}
+    each = {path: 4 * spec.size / parts.get(path, 1) for path, spec in named(specs).items()}
+    local = sum(each.values())
     shards = mesh_sizes["data"] * mesh_sizes["fsdp"]
     rows = max(1, config.train.batch_size // config.train.accum // shards)
     tokens = rows * config.data.seq_len
     sizes = {
         "parameters": local,
-        "optimizer": 2 * local,
+        "optimizer": sum(size * moments.get(path, 2) for path, size in each.items()),
         "gradients": local * (2 if config.train.accum > 1 else 1),
         "activations": tokens * _activation_bytes(config.model, config.data.seq_len, mesh_sizes),
         "logits": _logit_bytes(config, rows, mesh_sizes["tensor"]),

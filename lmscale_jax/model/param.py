@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 ROLES = ("input", "hidden", "output", "vector", "scalar")
+HEADS = ("heads", "kv_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Spec:
     @property
     def fan_out(self) -> int:
         return math.prod(self.matrix[self.n_in :])
+
+    @property
+    def n_heads(self) -> int:
+        """How many heads share the matrix; 1 where it has no axis of heads."""
+        sizes = zip(self.axes, self.shape, strict=True)
+        return math.prod(size for axis, size in sizes if axis in HEADS)
 
     @property
     def size(self) -> int:

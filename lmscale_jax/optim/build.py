@@ -5,33 +5,77 @@ import jax.numpy as jnp
 import optax
 
 from lmscale_jax.model.param import map_named
-from lmscale_jax.optim import schedules
+from lmscale_jax.optim import layerwise, muon, schedules
+from lmscale_jax.optim.average import average_weights
+from lmscale_jax.parametrization.rules import ORTHOGONAL
+
+# Arrays of a parameter's size that each optimizer remembers.
+MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "normuon": 1}
 
 
-def build(config, rows: dict) -> optax.GradientTransformationExtraArgs:
-    """AdamW of a resolved config: clip, moments, then learning rate and decay.
+def build(
+    config, rows: dict, mesh=None, platform: str = "cpu"
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a resolved config: clip, direction, learning rate and decay, block factors.
 
     `update` takes the keyword `step`, the number of batches consumed: the schedule follows the
-    data, also when a step was skipped. Its keyword `lr` takes the place of config.optim.lr, so that
-    one program can train a population with a learning rate for each member.
-
-    Loshchilov and Hutter 2019, arXiv 1711.05101.
+    data, also when a step was skipped. Its keyword `lr` takes the place of config.optim.lr (and
+    scales muon_lr alike), so that one program can train a population with a learning rate for each
+    member; `block_factors` multiplies the update of each block. Each parameter belongs to the group
+    of its row's `optimizer`. `mesh` and `platform` are for Muon.
     """
     optim = config.optim
-    parts = [optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)]
-    if any(row.eps_factor != 1.0 for row in rows.values()):
-        parts.insert(0, divide_by_eps_factor(rows))
-    if optim.clip:
-        parts.insert(0, optax.clip_by_global_norm(optim.clip))
-    parts.append(scale_and_decay(config, rows))
+    groups = {
+        name: _direction(name, config, rows, mesh, platform)
+        for name in sorted({row.optimizer for row in rows.values()})
+    }
+    if len(groups) == 1:
+        (inner,) = groups.values()
+    else:
+        inner = optax.partition(
+            groups, lambda tree: map_named(lambda path, _: rows[path].optimizer, tree)
+        )
+    clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
+    parts = [*clip, inner, scale_and_decay(config, rows)]
+    thaw_L = layerwise.thaw_steps(config)
+    if thaw_L is not None:
+        parts = [layerwise.hold(optax.chain(*parts), thaw_L)]
+    parts.append(layerwise.scale_blocks(layerwise.factors(config)))
+    if optim.ema_decay:
+        parts.append(average_weights(optim.ema_decay))
     return optax.chain(*parts)
+
+
+def _direction(name: str, config, rows: dict, mesh, platform: str):
+    """One optimizer before learning rate and decay.
+
+    AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Lion: Chen et al. 2023, arXiv 2302.06675.
+    """
+    optim = config.optim
+    if name in ORTHOGONAL:
+        own = {path: row for path, row in rows.items() if row.optimizer == name}
+        return muon.scale_by_muon(own, config, mesh, platform)
+    if name == "sgd":
+        return optax.trace(decay=optim.momentum)
+    if name == "lion":
+        return optax.scale_by_lion(b1=optim.beta1, b2=optim.beta2)
+    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
+    if config.freeze.mode != "none":
+        # The correction of a block's young moments counts from its own first step.
+        adam = layerwise.per_block(adam)
+    if any(row.eps_factor != 1.0 for row in rows.values() if row.optimizer == name):
+        return optax.chain(divide_by_eps_factor(rows), adam)
+    return adam
 
 
 def divide_by_eps_factor(rows: dict) -> optax.GradientTransformation:
     """An epsilon for each parameter: Adam's update of g / f with eps is that of g with f eps."""
 
+    def one(path, g):
+        return g if isinstance(g, optax.MaskedNode) else g / rows[path].eps_factor
+
     def update(updates, state, params=None):
-        return map_named(lambda path, g: g / rows[path].eps_factor, updates), state
+        return map_named(one, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
@@ -40,7 +84,8 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
     """Turns a direction u into the update -(lr(t) f u + decay(t) p) of each parameter p.
 
     f is the row's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
-    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch.
+    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch. "cautious": only
+    the entries of p that u moves towards 0 decay (Chen et al. 2025, arXiv 2510.12402).
     """
     factor = schedules.make(config)
     optim = config.optim
@@ -50,16 +95,33 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
 
         def one(path, u):
             row, p = rows[path], _at(params, path)
-            rate = s * (lr * row.lr_factor)
+            peak = lr * (optim.muon_lr / optim.lr) if row.optimizer in ORTHOGONAL else lr
+            rate = s * (peak * row.lr_factor)
             decay = s if optim.decay_mode == "independent" else rate
             change = rate * u
             if row.decay and optim.weight_decay:
-                change = change + decay * (optim.weight_decay * row.decay) * p
+                shrink = decay * (optim.weight_decay * row.decay) * p
+                if optim.decay_where == "cautious":
+                    shrink = jnp.where(u * p >= 0, shrink, 0.0)
+                change = change + shrink
             return -change
 
         return map_named(one, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def choices(config, platform: str) -> dict[str, str]:
+    """What the optimizer of a resolved config chose or drew, by name, for people to read."""
+    found = {}
+    if config.optim.name in ORTHOGONAL:
+        dtype = muon.products_dtype(config, platform)
+        found["muon"] = f"Newton-Schulz {config.optim.muon_coefficients} in {dtype}"
+    thaw_L = layerwise.thaw_steps(config)
+    if thaw_L is not None:
+        begins = ["never" if b == layerwise.NEVER else f"step {b:,}" for b in thaw_L]
+        found["freeze"] = "blocks learn from: " + ", ".join(begins)
+    return found
 
 
 def _at(tree: dict, path: str) -> jax.Array:

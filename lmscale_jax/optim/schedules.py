@@ -29,6 +29,19 @@ def make(config, xp=jnp) -> Callable:
         step = xp.asarray(step, xp.float32)
         rise = xp.minimum(1.0, (step + 1) / max(1, warmup))
         descent = xp.clip((step - (total - cooldown)) / max(1, cooldown), 0.0, 1.0)
-        return rise * (final + (1 - final) * shape(descent))
+        # In this form a rate that has not begun to fall is the peak to the bit.
+        return rise * (1 - (1 - final) * (1 - shape(descent)))
 
     return factor
+
+
+def momentum(config) -> Callable:
+    """Step -> decay of Muon's momentum, rising linearly to optim.momentum."""
+    optim, length = config.optim, duration(config.optim.momentum_warmup, config)
+
+    def decay(step):
+        share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / max(1, length))
+        share = share if length else 1.0
+        return optim.momentum_start + (optim.momentum - optim.momentum_start) * share
+
+    return decay

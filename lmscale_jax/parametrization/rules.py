@@ -4,18 +4,25 @@ One row per parameter: initial standard deviation, forward multiplier, and facto
 weight decay and Adam's epsilon. With m_in and m_out the ratios of this matrix's own fans to those
 at the base size, and m_L that of the depths:
 
-              init std      learning rate                        Adam epsilon
-                            adamw               sgd
-  input       s             m_out^e             m_out            1
-  hidden      s m_in^-1/2   m_L^(a-1) / m_in    m_out / m_in     m_L^-a / m_in
-  output      s             1                   m_in             1
-  vector      -             m_L^(a-1) in blocks m_out            m_L^-a / m_out in blocks
+              init std      learning rate                                     Adam epsilon
+                            adamw, lion         sgd                    muon
+  input       s             m_out^e             m_out                  -       1
+  hidden      s m_in^-1/2   m_L^(a-1) / m_in    m_L^(2a-1) m_out/m_in  below   m_L^-a / m_in
+  output      s             1                   m_in                   -       1
+  vector      -             m_L^(a-1) in blocks m_L^(2a-1) m_out       -       m_L^-a / m_out
+                                                in blocks                      in blocks
+
+Muon's updates have the spectral norm of their scale (`update_scale`); the learning rate makes up
+for the difference from sqrt(fan_out / fan_in), relative to the base size, times m_L^(a-1). So it is
+1 for the scale "spectral" when a = 1, and m^-1/2 for "moonlight" and square matrices.
 
 Logits are multiplied by 1/m, attention scores by sqrt(base head size) / head size, branches by
 m_L^-a. At the base size every factor is exactly 1: there `mup` and `completep` are `sp`.
 
 Sources: Yang et al. 2022 (arXiv 2203.03466, table 8: constant readout with a forward multiplier);
-Dey et al. 2025 (CompleteP, arXiv 2505.01618, table 1) for depth and epsilon.
+Dey et al. 2025 (CompleteP, arXiv 2505.01618, table 1) for depth and epsilon; Yang et al. 2023
+(arXiv 2310.17813) for the spectral norm of updates. The depth factor of sgd is our own: a branch's
+multiplier enters its gradient and its output, and L branches add up.
 """
 
 import dataclasses
@@ -25,6 +32,8 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lmscale_jax.model.param import Spec, named
+
+ORTHOGONAL = ("muon", "normuon")
 
 
 class Scales(NamedTuple):
@@ -47,6 +56,8 @@ class Row:
       lr_factor: of the learning rate.
       eps_factor: of Adam's epsilon.
       decay: 1 where it decays, else 0.
+      optimizer: the one that updates it: only hidden matrices are made orthogonal.
+      update_scale: of the direction that comes from it; other than 1 for orthogonal ones only.
     """
 
     spec: Spec
@@ -56,6 +67,8 @@ class Row:
     lr_factor: float
     eps_factor: float
     decay: float
+    optimizer: str
+    update_scale: float
 
     @property
     def m_in(self) -> float:
@@ -120,7 +133,12 @@ def _row(path: str, spec: Spec, base: Spec, config) -> Row:
     m_in, m_out = spec.fan_in / base.fan_in, spec.fan_out / base.fan_out
     m_L, a = depth(config)
     inside = spec.axes[0] == "layers"
-    lr, eps = factors("adamw", spec.role, m_in, m_out, m_L if inside else 1.0, a, inside)
+    name, scaled = config.optim.name, 1.0
+    optimizer = "adamw" if name in ORTHOGONAL and spec.role != "hidden" else name
+    lr, eps = factors(optimizer, spec.role, m_in, m_out, m_L if inside else 1.0, a, inside)
+    if optimizer in ORTHOGONAL:
+        scaled = update_scale(config.optim.muon_scale, spec)
+        lr *= _excess(config.optim, base) / _excess(config.optim, spec)
     if spec.role == "input" and config.parametrization.name != "sp":
         lr *= m_out**config.parametrization.embed_lr_exponent
     if config.parametrization.control == "no_lr_scaling":
@@ -134,9 +152,32 @@ def _row(path: str, spec: Spec, base: Spec, config) -> Row:
         "hidden": ("hidden",),
         "all": ("input", "hidden", "output", "vector", "scalar"),
     }[config.optim.decay_on]
-    return Row(
-        spec, base, _std(spec, m_in, config), multiplier, lr, eps, float(spec.role in decaying)
-    )
+    decay = float(spec.role in decaying)
+    std = _std(spec, m_in, config)
+    return Row(spec, base, std, multiplier, lr, eps, decay, optimizer, scaled)
+
+
+def update_scale(name: str, spec: Spec) -> float:
+    """What an orthogonal matrix is multiplied by to be the update of a parameter.
+
+    "spectral": the spectral condition (Yang et al. 2023); "kj": Jordan et al. 2024; "moonlight":
+    Liu et al. 2025 (arXiv 2502.16982), the root mean square of a typical update by AdamW.
+    """
+    return {
+        "spectral": math.sqrt(spec.fan_out / spec.fan_in),
+        "kj": math.sqrt(max(1.0, spec.fan_out / spec.fan_in)),
+        "moonlight": 0.2 * math.sqrt(max(spec.fan_in, spec.fan_out)),
+    }[name]
+
+
+def _excess(optim, spec: Spec) -> float:
+    """By how much the spectral norm of an update may exceed sqrt(fan_out / fan_in).
+
+    H blocks that are orthogonal each have together at most sqrt(H) times the norm of one.
+    """
+    blocks = spec.n_heads if optim.muon_unit == "head" else 1
+    target = update_scale("spectral", spec)
+    return update_scale(optim.muon_scale, spec) / target * math.sqrt(blocks)
 
 
 def _std(spec: Spec, m_in: float, config) -> float:
@@ -162,9 +203,13 @@ def factors(
 ) -> tuple[float, float]:
     """(learning rate, epsilon) of one class of parameters, relative to the base size.
 
-    `optimizer` is "adamw" (and all that normalise each entry), "sgd", or "muon", whose update has
-    the spectral norm sqrt(fan_out / fan_in) already. `inside`: it belongs to a block.
+    `optimizer` is "adamw", "lion" (which normalises each entry too, without an epsilon), "sgd", or
+    "muon" and "normuon", for updates of the spectral norm sqrt(fan_out / fan_in). `inside`: it
+    belongs to a block.
     """
+    if optimizer in ORTHOGONAL and role == "hidden":
+        return m_L ** (a - 1), 1.0
+    depth_sgd = m_L ** (2 * a - 1)
     by_role = {
         "adamw": {
             "input": (1.0, 1.0),
@@ -175,22 +220,27 @@ def factors(
         },
         "sgd": {
             "input": (m_out, 1.0),
-            "hidden": (m_out / m_in, 1.0),
+            "hidden": (depth_sgd * m_out / m_in, 1.0),
             "output": (m_in, 1.0),
-            "vector": (m_out, 1.0),
+            "vector": (depth_sgd * m_out, 1.0),
             "scalar": (1.0, 1.0),
         },
     }
-    if optimizer == "muon":
-        return (1.0, 1.0) if role == "hidden" else by_role["adamw"][role]
-    return by_role[optimizer][role]
+    if optimizer == "lion":
+        return by_role["adamw"][role][0], 1.0
+    return by_role["adamw" if optimizer in ORTHOGONAL else optimizer][role]
 
 
-def as_json(rows: dict[str, Row], decay_mode: str = "independent") -> list[dict]:
+def as_json(
+    rows: dict[str, Row],
+    decay_mode: str = "independent",
+    sharding: dict[str, list] | None = None,
+) -> list[dict]:
     """The table as parametrization.json holds it.
 
-    wd_factor is the factor of the decay coefficient in PyTorch's form, p - lr * wd * p: under
-    independent decay it undoes that of the learning rate.
+    `sharding`: {path: for each dimension the mesh axis that splits it, or None}. wd_factor is the
+    factor of the decay coefficient in PyTorch's form, p - lr * wd * p: under independent decay it
+    undoes that of the learning rate.
     """
     return [
         {
@@ -209,6 +259,9 @@ def as_json(rows: dict[str, Row], decay_mode: str = "independent") -> list[dict]
             "wd_factor": row.decay / (row.lr_factor if decay_mode == "independent" else 1.0),
             "eps_factor": row.eps_factor,
             "decay": row.decay,
+            "optimizer": row.optimizer,
+            "update_scale": row.update_scale,
+            "sharding": sharding[path] if sharding else None,
         }
         for path, row in rows.items()
     ]

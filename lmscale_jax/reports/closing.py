@@ -30,6 +30,8 @@ def show(finished, say: Callable[[str], None] = print) -> None:
         f"{'this run':<20} {final['val_loss']:.4f} ± {final['val_loss_sem'] or 0:.4f} nats/token, "
         f"held out ({final['val_tokens']:,} tokens)"
     )
+    if "val_loss_ema" in final:
+        say(f"{'running mean':<20} {final['val_loss_ema']:.4f} nats/token, of the weights")
     if final["bits_per_byte"] is not None:
         say(f"{'bits per byte':<20} {final['bits_per_byte']:.4f}")
     say(f"{'record and plots':<20} {setup.workdir}/run.json, {setup.workdir}/plots/")

@@ -101,6 +101,20 @@ class Checkpoints:
             raise ValueError(f"checksum of {wrong[0]} differs")
         return state, read.host
 
+    def at(self, step: int, abstract):
+        """(state, host) of one checkpoint of a finished or another run; moves nothing.
+
+        Raises InputError where it cannot be read whole.
+        """
+        try:
+            return self._read(step, abstract)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(
+                f"{self._directory / str(step)} cannot be read ({reason}); another step of "
+                f"{self.steps()} may work"
+            ) from error
+
     def _set_aside(self, step: int) -> None:
         aside = self._directory.with_name("checkpoints_unreadable")
         aside.mkdir(exist_ok=True)

@@ -18,8 +18,10 @@ from lmscale_jax.config import duration, get, keys, resolve, tokens_per_step
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, flops
+from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.parametrization import rules
+from lmscale_jax.run import branch
 from lmscale_jax.run import mesh as meshes
 
 # Share of the chip's peak that a training step of this size usually reaches.
@@ -48,6 +50,7 @@ def explain(config: ConfigDict, overrides: dict, config_file: str, print: Callab
             f"config.model.vocab_size=0: bare shards (data.path={config.data.path}) do not say how "
             f"many ids they use; set model.vocab_size, for example 50257 for GPT-2's tokenizer"
         )
+    branch.find(resolved)
     meshes.start(resolved)
     mesh = meshes.make(resolved)
     platform = mesh.devices.flat[0].platform
@@ -84,6 +87,7 @@ def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: di
         mesh: the device mesh.
         manifest: of the prepared data, None where it is not prepared yet.
     """
+    chosen = model.choices | optim.choices(config, mesh.devices.flat[0].platform)
     sections = [
         ("config (* set by the config file or a flag)", _config(config, origins)),
         ("schedule", _schedule(config)),
@@ -93,7 +97,7 @@ def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: di
         ("memory per device (estimate)", _memory(config, model, mesh)),
         ("data", _data(config, model, manifest)),
         ("mesh", _mesh(mesh)),
-        ("choices", [f"{name:<12}{why}" for name, why in model.choices.items()]),
+        ("choices", [f"{name:<12}{why}" for name, why in chosen.items()]),
         ("time", _time(config, model, mesh)),
     ]
     return "\n\n".join("\n".join([title, *("  " + x for x in body)]) for title, body in sections)
@@ -194,6 +198,11 @@ def _schedule(config) -> list[str]:
         lines.append(
             f"step {step:>10,}  lr {config.optim.lr * float(factor(step)):<10.4g} {named[step]}"
         )
+    if config.optim.name in rules.ORTHOGONAL:
+        lines.append(f"orthogonal updates: the same with a peak of {config.optim.muon_lr:.4g}")
+    if config.train.parent:
+        begin = config.train.parent_step
+        lines.append(f"steps 0 to {begin - 1:,} are those of {config.train.parent}")
     found = jumps(config)
     for first, last, before, after in found:
         span = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
@@ -204,14 +213,15 @@ def _schedule(config) -> list[str]:
 
 
 def _parameters(model: build.Model, mesh, decay_mode: str) -> list[str]:
-    rows = [("path", "axes", "role", "std", "fwd x", "lr x", "wd x", "eps x", "split over")]
-    for entry in rules.as_json(model.rows, decay_mode):
+    given = ("path", "axes", "role", "optimizer", "std")
+    rows = [(*given, "fwd x", "lr x", "wd x", "eps x", "update x", "split over")]
+    for entry in rules.as_json(model.rows, decay_mode, meshes.split(model.rows, mesh)):
         axes = " ".join(f"{a}={n}" for a, n in zip(entry["axes"], entry["shape"], strict=True))
-        split = meshes.partition(model.rows[entry["path"]].spec, mesh)
         std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else entry["init"]
-        given = (entry["path"], axes, entry["role"], std)
-        names = ("multiplier", "lr_factor", "wd_factor", "eps_factor")
+        given = (entry["path"], axes, entry["role"], entry["optimizer"], std)
+        names = ("multiplier", "lr_factor", "wd_factor", "eps_factor", "update_scale")
         factors = tuple(f"{entry[name]:.4g}" for name in names)
+        split = entry["sharding"]
         over = " ".join(part or "-" for part in split) if any(split) else "-"
         rows.append((*given, *factors, over))
     return _table(rows)
@@ -236,7 +246,9 @@ def _memory(config, model: build.Model, mesh) -> list[str]:
         path: math.prod(mesh.shape[name] for name in meshes.partition(row.spec, mesh) if name)
         for path, row in model.rows.items()
     }
-    sizes = flops.memory(config, model.specs, dict(mesh.shape), parts)
+    mean = 1 if config.optim.ema_decay else 0
+    moments = {path: optim.MOMENTS[row.optimizer] + mean for path, row in model.rows.items()}
+    sizes = flops.memory(config, model.specs, dict(mesh.shape), parts, moments)
     return _table([(name, f"{size / 2**20:,.0f} MiB") for name, size in sizes.items()])
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.data.prepared import cache_root
 from lmscale_jax.errors import InputError
-from lmscale_jax.model.param import Spec, map_named
+from lmscale_jax.model.param import Spec, map_named, named
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -148,6 +148,11 @@ def partition(spec: Spec, mesh: Mesh) -> P:
     return P(*parts)
 
 
+def split(rows: dict, mesh: Mesh) -> dict[str, list[str | None]]:
+    """{path: for each dimension of a parameter the mesh axis that splits it, or None}."""
+    return {path: list(partition(row.spec, mesh)) for path, row in rows.items()}
+
+
 def param_shardings(specs: dict, mesh: Mesh) -> dict:
     """Nested dict of NamedSharding, one for each parameter."""
     return map_named(lambda _, spec: NamedSharding(mesh, partition(spec, mesh)), specs)
@@ -159,12 +164,13 @@ def state_shardings(state, specs: dict, mesh: Mesh):
     Optimizer moments hold copies of the parameter tree, so the end of their path names the
     parameter; scalars and counters are replicated.
     """
-    by_path = {}
-    map_named(lambda path, spec: by_path.setdefault(path, spec), specs)
+    by_path = named(specs)
 
     def one(path, leaf):
         names = [str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey)]
-        spec = by_path.get("/".join(names))
+        # The names of an optimizer's own groups may come first.
+        ends = ("/".join(names[i:]) for i in range(len(names)))
+        spec = next((by_path[end] for end in ends if end in by_path), None)
         if spec is None or spec.shape != leaf.shape:
             return NamedSharding(mesh, P())
         return NamedSharding(mesh, partition(spec, mesh))

@@ -16,15 +16,16 @@ from lmscale_jax.evals import perplexity
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
 from lmscale_jax.optim import build as optim
+from lmscale_jax.optim.average import averaged
 from lmscale_jax.parametrization import rules
-from lmscale_jax.run import checkpoint, measures, mesh, record, step, writers
+from lmscale_jax.run import branch, checkpoint, measures, mesh, record, step, writers
 from lmscale_jax.run.clock import Clock
 from lmscale_jax.run.journal import Diverged, Journal
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything of a run that does not change while it runs."""
+    """Everything of a run that does not change while it runs; `parent` as in `branch.find`."""
 
     config: object
     workdir: Path
@@ -35,6 +36,13 @@ class Setup:
     placed: step.State
     batches: pipeline.TrainBatches
     eval_sums: Callable
+    parent: dict | None = None
+
+    def score(self, state: step.State) -> dict:
+        """`validate` of the weights, and val_loss_ema of their running mean where one is kept."""
+        mean = averaged(state.opt_state)
+        beside = {} if mean is None else {"val_loss_ema": self.validate(mean)["val_loss"]}
+        return self.validate(state.params) | beside
 
     def validate(self, params) -> dict:
         """Loss and its kin on the held-out tokens."""
@@ -71,14 +79,21 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
     if before and before["status"] == "finished":
         say(f"{workdir} is finished: validation loss {before['final']['val_loss']:.4f}")
         return None
-    setup = prepare(config, workdir, say)
+    # A branch that has begun needs no second look at its parent, which may have moved on.
+    parent = before.get("parent") if before else branch.find(resolved)
+    setup = dataclasses.replace(prepare(config, workdir, say), parent=parent)
+    _check_data(setup)
     lock = record.Lock(workdir)
     run = record.Record(workdir, facts(setup))
     again = {"started": before["started"], "restarts": before["restarts"] + 1} if before else {}
     run.update(status="running", **again)
     record.write_json(
         workdir / "parametrization.json",
-        rules.as_json(setup.model.rows, setup.config.optim.decay_mode),
+        rules.as_json(
+            setup.model.rows,
+            setup.config.optim.decay_mode,
+            mesh.split(setup.model.rows, setup.mesh),
+        ),
     )
     try:
         params = _run(setup, run, say)
@@ -110,7 +125,7 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
     shards = mesh.batch_shards(grid)
     platform = grid.devices.flat[0].platform
     model = build(config, platform=platform, boundary=data.boundary, shards=shards)
-    transform = optim.build(config, model.rows)
+    transform = optim.build(config, model.rows, grid, platform)
     batches = pipeline.TrainBatches(
         data,
         config.data.seq_len,
@@ -131,11 +146,19 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
     )
 
 
+def _check_data(setup: Setup) -> None:
+    """A branch goes on with the tokens that its parent began with."""
+    if setup.parent and setup.parent["data_fingerprint"] != setup.data.fingerprint:
+        raise InputError(
+            f"config.data.source={setup.config.data.source!r} holds other tokens than the parent "
+            f"{setup.parent['workdir']} was trained on; the parent's own data would work"
+        )
+
+
 def facts(setup: Setup) -> dict:
     """The fields of run.json that are known before the first step."""
     config, devices = setup.config, setup.mesh.devices
     per_token = flops.flops_per_token(config, setup.model.specs)
-    tokens = config.train.steps * configs.tokens_per_step(config)
     return {
         "name": setup.workdir.name,
         "config": config.to_dict(),
@@ -144,8 +167,8 @@ def facts(setup: Setup) -> dict:
         "counts": flops.counts(setup.model.specs),
         "flops_per_token": per_token["model"],
         "flops_per_token_by_convention": per_token,
-        "flops_total": per_token["model"] * tokens,
-        "tokens": tokens,
+        **branch.costs(config, per_token["model"]),
+        "parent": setup.parent,
         "epochs": setup.batches.epochs(config.train.steps),
         "data": {
             "fingerprint": setup.data.fingerprint,
@@ -160,7 +183,7 @@ def facts(setup: Setup) -> dict:
             "processes": jax.process_count(),
             "mesh": dict(setup.mesh.shape),
         },
-        "choices": setup.model.choices,
+        "choices": setup.model.choices | optim.choices(config, devices.flat[0].platform),
         "restarts": 0,
         "final": {},
         "throughput": {"tokens_per_second": None, "mfu": None, "data_wait": None},
@@ -193,7 +216,7 @@ def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
         )
         checkpoints.close()
         raise SystemExit(128 + signal.Signals[stop.asked])
-    finish(setup, run, state, final or setup.validate(state.params), clock)
+    finish(setup, run, state, final or setup.score(state), clock)
     checkpoints.close()
     return state.params
 
@@ -210,10 +233,16 @@ def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
         setup.placed,
     )
     found = checkpoints.restore(abstract, say)
-    if found is None:
-        return jax.jit(begin, out_shardings=setup.placed)(), {}
-    say(f"going on from step {found[1]['step']}")
-    return found
+    if found is not None:
+        say(f"going on from step {found[1]['step']}")
+        return found
+    if setup.parent:
+        say(f"branching off step {setup.parent['step']} of {setup.parent['workdir']}")
+        parent = checkpoint.Checkpoints(Path(setup.parent["workdir"]))
+        state, _ = parent.at(setup.parent["step"], abstract)
+        parent.close()
+        return state, {}
+    return jax.jit(begin, out_shardings=setup.placed)(), {}
 
 
 def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop):
@@ -240,7 +269,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
             continue
         jax.block_until_ready(state)
         with clock.pause():
-            extra = setup.validate(state.params) if evaluate else None
+            extra = setup.score(state) if evaluate else None
         journal.take(*pending, extra)
         pending, final = None, extra if done == last else None
         if extra:

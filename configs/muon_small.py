@@ -1,0 +1,16 @@
+"""Muon beside AdamW, a minute on a laptop CPU; docs/optimizers.md has a sweep of its rates."""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.model.n_layers, c.model.d_model, c.model.n_heads = 3, 96, 4
+    c.model.norm, c.model.mlp, c.model.positions = "rmsnorm", "swiglu", "rope"
+    c.data.vocab_size, c.data.seq_len = 1024, 128
+    c.train.steps, c.train.batch_size = 300, 16
+    c.optim.name = "muon"
+    # The best of the sweep. Both for the schedule's peak; muon_lr is that of the blocks' matrices.
+    c.optim.lr, c.optim.muon_lr = 8e-3, 0.02
+    c.eval.every, c.eval.tokens = 20, 40_000
+    return c

@@ -1,0 +1,214 @@
+"""Muon and NorMuon on stacked blocks: momentum whose every matrix is made orthogonal.
+
+Jordan et al. 2024 (Muon), Amsel et al. 2025 (Polar Express, arXiv 2505.16932), Li et al. 2025
+(NorMuon, arXiv 2510.05491). Which axes make a matrix stands in its annotation; scale and learning
+rate come from `parametrization.rules`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmscale_jax.model.param import HEADS, Spec, map_named, named
+from lmscale_jax.optim import schedules
+
+# (a, b, c) of each step X <- a X + (b A + c A A) X with A = X X', and what the Frobenius norm is
+# multiplied by before: Polar Express needs room above the largest singular value.
+COEFFICIENTS = {
+    "quintic": ((3.4445, -4.7750, 2.0315),) * 5,
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+    "stable": ((2.0, -1.5, 0.5),) * 12,
+}
+MARGIN = {"quintic": 1.0, "polar_express": 1.02, "stable": 1.0}
+# Far below any gradient's norm; only keeps a gradient of zero from becoming 0 / 0.
+TINY = 1e-12
+
+
+class Matrices(NamedTuple):
+    """How one parameter is a batch of matrices [B, m, n] with m <= n.
+
+    Attributes:
+      order: its axes as those of the batch, then fan-in, then fan-out.
+      batch: sizes of the batch axes.
+      fan_in, fan_out: of each matrix; the larger one is n, for equal ones fan-out.
+    """
+
+    order: tuple[int, ...]
+    batch: tuple[int, ...]
+    fan_in: int
+    fan_out: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return min(self.fan_in, self.fan_out), max(self.fan_in, self.fan_out)
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """The parameter's array as [B, m, n]."""
+        x_Bxixo = x.transpose(self.order).reshape(-1, self.fan_in, self.fan_out)
+        return x_Bxixo if self.fan_in <= self.fan_out else x_Bxixo.swapaxes(1, 2)
+
+    def join(self, x_Bxmxn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The inverse of `cut`, for an array of that shape."""
+        x = x_Bxmxn if self.fan_in <= self.fan_out else x_Bxmxn.swapaxes(1, 2)
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x.reshape([shape[axis] for axis in self.order]).transpose(back)
+
+
+def matrices(spec: Spec, unit: str) -> Matrices:
+    """The matrices of an annotation; with unit "head" each head of attention is one of its own."""
+    batch = [0] if spec.axes[:1] == ("layers",) else []
+    first_out = len(batch) + spec.n_in
+    if unit == "head":
+        batch += [i for i, axis in enumerate(spec.axes) if axis in HEADS]
+    ins = [i for i in range(first_out) if i not in batch]
+    outs = [i for i in range(first_out, len(spec.axes)) if i not in batch]
+
+    def sizes(axes):
+        return tuple(spec.shape[i] for i in axes)
+
+    fans = math.prod(sizes(ins)), math.prod(sizes(outs))
+    return Matrices((*batch, *ins, *outs), sizes(batch), *fans)
+
+
+def newton_schulz(x_Bxmxn: jax.Array, coefficients: str, dtype) -> jax.Array:
+    """Nearly the orthogonal factor of each matrix of a batch with m <= n, in `dtype`.
+
+    Singular values end between 0.68 and 1.21 (quintic), 0.85 and 1.15 (polar_express) or at 1
+    (stable) if they are at least 0.002 of the Frobenius norm. A matrix of zeros stays one.
+    """
+    # Norms and sums in float32: the coefficients cancel, so that their rounding to bfloat16 shows.
+    x = x_Bxmxn.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True))
+    x = (x / (MARGIN[coefficients] * norm + TINY)).astype(dtype)
+
+    def product(form, x, y):
+        return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
+
+    def step(x, abc):
+        a, b, c = abc
+        gram = product("bmn,bkn->bmk", x, x)
+        low = gram.astype(dtype)
+        series = (b * gram + c * product("bmk,bkj->bmj", low, low)).astype(dtype)
+        return (a * x + product("bmk,bkn->bmn", series, x)).astype(dtype), None
+
+    with jax.named_scope("newton_schulz"):
+        return jax.lax.scan(step, x, jnp.asarray(COEFFICIENTS[coefficients], jnp.float32))[0]
+
+
+class MuonState(NamedTuple):
+    """Attributes:
+    momentum: like the parameters, float32.
+    squares: {} for Muon; for NorMuon the mean square of each neuron's direction, [*batch, n].
+    """
+
+    momentum: dict
+    squares: dict
+
+
+def scale_by_muon(
+    rows: dict, config, mesh: Mesh | None = None, platform: str = "cpu"
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of Muon, or of NorMuon, for the matrices of a resolved config.
+
+    `update` takes the keyword `step`, for the momentum's warm-up. With a mesh every device makes
+    whole matrices orthogonal: they are dealt out before the iteration and come back after it.
+    """
+    optim, decay_at = config.optim, schedules.momentum(config)
+    layouts = {p: matrices(r.spec, optim.muon_unit) for p, r in rows.items()}
+    dtype = products_dtype(config, platform)
+
+    def iterate(x_Bxmxn):
+        return newton_schulz(x_Bxmxn, optim.muon_coefficients, dtype).astype(jnp.float32)
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        if optim.name != "normuon":
+            return MuonState(zeros, {})
+
+        def squares(path, p):
+            return p if _absent(p) else jnp.zeros((*layouts[path].batch, layouts[path].shape[1]))
+
+        return MuonState(zeros, map_named(squares, params))
+
+    def update(grads, state, params=None, *, step, **_):
+        decay = decay_at(step)
+
+        def blend(m, g):
+            return decay * m + (1 - decay) * g
+
+        moments = jax.tree.map(blend, state.momentum, grads)
+        ahead = named(jax.tree.map(blend, moments, grads))
+        ahead = {path: x for path, x in ahead.items() if not _absent(x)}
+        found = orthogonal({p: layouts[p].cut(x) for p, x in ahead.items()}, iterate, mesh)
+        squares = named(state.squares)
+        for path in found if squares else ():
+            found[path], squares[path] = even_out(found[path], squares[path], optim.muon_beta2)
+        directions = {
+            path: layouts[path].join(x, ahead[path].shape) * rows[path].update_scale
+            for path, x in found.items()
+        }
+        kept = MuonState(moments, map_named(lambda path, _: squares[path], state.squares))
+        return map_named(lambda path, g: directions.get(path, g), grads), kept
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def products_dtype(config, platform: str) -> str:
+    """The type of Newton-Schulz products; "auto": bfloat16 where chips have units for it."""
+    if config.optim.muon_dtype != "auto":
+        return config.optim.muon_dtype
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def orthogonal(
+    stacks: dict[str, jax.Array], iterate: Callable, mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """`iterate` over every [B, m, n], in one call for all parameters with the same m and n."""
+    found = {}
+    for shape in sorted({x.shape[1:] for x in stacks.values()}):
+        members = {path: x for path, x in stacks.items() if x.shape[1:] == shape}
+        stack = jnp.concatenate(list(members.values()))
+        count = len(stack)
+        if mesh is not None and mesh.size > 1:
+            stack = jnp.pad(stack, ((0, -count % mesh.size), (0, 0), (0, 0)))
+            dealt = NamedSharding(mesh, P(mesh.axis_names))
+            stack = jax.lax.with_sharding_constraint(stack, dealt)
+            done = jax.lax.with_sharding_constraint(iterate(stack), dealt)[:count]
+        else:
+            done = iterate(stack)
+        parts = jax.lax.split(done, [len(x) for x in members.values()])
+        found |= dict(zip(members, parts, strict=True))
+    return found
+
+
+def even_out(x_Bxmxn: jax.Array, squares: jax.Array, beta2: float) -> tuple[jax.Array, jax.Array]:
+    """NorMuon: every neuron's direction over the root of its running mean square.
+
+    A neuron is an entry of the longer side n, of fan-out where both are equal. The Frobenius norm
+    stays. Returns the new directions and the new means, shaped like `squares`.
+    """
+    mean_Bxn = jnp.square(x_Bxmxn).mean(axis=1)
+    now_Bxn = beta2 * squares.reshape(mean_Bxn.shape) + (1 - beta2) * mean_Bxn
+    y_Bxmxn = x_Bxmxn / jnp.sqrt(now_Bxn + TINY**2)[:, None, :]
+
+    def norm(x):
+        return jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True))
+
+    return y_Bxmxn * (norm(x_Bxmxn) / (norm(y_Bxmxn) + TINY)), now_Bxn.reshape(squares.shape)
+
+
+def _absent(x) -> bool:
+    """It belongs to another group of `optax.partition`."""
+    return isinstance(x, optax.MaskedNode)

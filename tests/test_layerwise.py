@@ -1,0 +1,176 @@
+"""Factors of blocks' updates, and blocks that do not learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from lmscale_jax import config as configs
+from lmscale_jax.errors import InputError
+from lmscale_jax.model import build, param
+from lmscale_jax.optim import build as optim
+from lmscale_jax.optim import layerwise
+
+OPTIMIZERS = ("adamw", "sgd", "lion", "muon", "normuon")
+
+
+def made(n_layers=4, **changes):
+    config = base.get_config()
+    sizes = {"model.n_layers": n_layers, "model.d_model": 8, "model.n_heads": 2}
+    sizes |= {"optim.weight_decay": 0.1, "train.steps": 40, "schedule.warmup": "1"}
+    config.update_from_flattened_dict(sizes | {k.replace("__", "."): v for k, v in changes.items()})
+    config = configs.resolve(config, 12)
+    return config, build.build(config, platform="cpu")
+
+
+def random_like(params, seed):
+    chance = np.random.default_rng(seed)
+    return param.map_named(lambda _, x: jnp.asarray(chance.normal(size=x.shape), x.dtype), params)
+
+
+def bits(x) -> np.ndarray:
+    return np.asarray(x).view(np.uint32)
+
+
+def stacked_state(state, n_layers: int) -> dict[str, np.ndarray]:
+    """All that an optimizer remembers of the blocks, by where it is."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    key = jax.tree_util.DictKey("blocks")
+    found = {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves if key in p}
+    assert found and all(x.shape[0] == n_layers for x in found.values())
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_frozen_block_keeps_every_bit(name):
+    """Its parameters, weight decay included, and all that the optimizer remembers of it."""
+    config, model = made(optim__name=name, freeze__mode="fixed", freeze__blocks="1,3")
+    params = jax.jit(model.init)(jax.random.key(0))
+    # A negative zero shows whether 0 is added; what is not a number whether it is multiplied.
+    params["blocks"]["mlp"]["up"]["weight"] = (
+        params["blocks"]["mlp"]["up"]["weight"].at[1, 0, 0].set(-0.0)
+    )
+    transform = optim.build(config, model.rows)
+    before = jax.tree.map(np.array, params)
+    state = transform.init(params)
+    begin = stacked_state(state, 4)
+    for t in range(3):
+        grads = random_like(params, t)
+        grads["blocks"] = jax.tree.map(lambda g: g.at[1].set(np.nan), grads["blocks"])
+        updates, state = transform.update(grads, state, params, step=jnp.int32(t))
+        params = optim.apply(params, updates)
+    for path, x in param.named(params).items():
+        old = param.named(before)[path]
+        if path.startswith("blocks/"):
+            same = [np.array_equal(bits(x[i]), bits(old[i])) for i in range(4)]
+            assert same == [False, True, False, True], path
+        else:
+            assert not np.array_equal(x, old), path
+    for where, x in stacked_state(state, 4).items():
+        assert np.array_equal(x[[1, 3]], begin[where][[1, 3]]), where
+        assert np.isfinite(x).all(), where
+        assert not np.array_equal(x[0], begin[where][0]), where
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_late_block_learns_like_an_early_one(name):
+    """What a block does from the step on at which it begins is what it does when it begins at 0."""
+    late, model = made(
+        n_layers=2, optim__name=name, freeze__mode="unfreeze", freeze__every="5", optim__clip=0.0,
+        optim__weight_decay=0.0, schedule__name="constant", schedule__warmup="0",
+        **({"optim__momentum_warmup": "0"} if name == "muon" else {}),
+    )  # fmt: skip
+    assert layerwise.thaw_steps(late).tolist() == [0, 5]
+    params = jax.jit(model.init)(jax.random.key(0))
+    transform = optim.build(late, model.rows)
+    same = {"blocks": jax.tree.map(lambda x: x.at[1].set(x[0]), params["blocks"])}
+    params = params | same
+    state, first, second = transform.init(params), [], []
+    for t in range(10):
+        grads = random_like(params, t % 5)
+        grads["blocks"] = jax.tree.map(lambda g: g.at[1].set(g[0]), grads["blocks"])
+        updates, state = transform.update(grads, state, params, step=jnp.int32(t))
+        first.append(param.named(updates["blocks"])["mlp/up/weight"][0])
+        second.append(param.named(updates["blocks"])["mlp/up/weight"][1])
+        params = optim.apply(params, updates)
+    for t in range(5):
+        assert not np.asarray(second[t]).any()
+        np.testing.assert_allclose(second[t + 5], first[t], atol=1e-6)
+
+
+def test_which_blocks_learn_when():
+    def steps(**changes):
+        named = {f"freeze__{k}": v for k, v in changes.items()}
+        found = layerwise.thaw_steps(made(n_layers=8, **named)[0])
+        return ["never" if b == layerwise.NEVER else int(b) for b in found]
+
+    assert layerwise.thaw_steps(made()[0]) is None
+    assert steps(mode="fixed", blocks="0, 6") == ["never"] + [0] * 5 + ["never", 0]
+    chosen = [steps(mode="random", count=3, seed=s) for s in range(20)]
+    assert all(c.count("never") == 3 for c in chosen) and len(set(map(tuple, chosen))) > 10
+    assert steps(mode="random", count=3, seed=7) == chosen[7]
+    near = [steps(mode="random_near_input", count=1, seed=s).index("never") for s in range(20)]
+    assert set(near) == {0, 1}
+    assert steps(mode="random_near_input", near_input=0.5, count=4)[:4] == ["never"] * 4
+    assert steps(mode="unfreeze", every="5") == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert steps(mode="unfreeze", every="5", order="output") == [35, 30, 25, 20, 15, 10, 5, 0]
+    drawn = steps(mode="unfreeze", every="5", order="random", seed=1)
+    assert sorted(drawn) == list(range(0, 40, 5)) and drawn != sorted(drawn)
+    # 32 x 256 = 8,192 tokens a step.
+    assert steps(mode="unfreeze", every="16k tokens")[:3] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_factors_multiply_what_the_optimizer_made(name):
+    """Scaling gradients would be cancelled by both; scaling updates is not."""
+    config, model = made(optim__name=name)
+    params = jax.jit(model.init)(jax.random.key(0))
+    transform = optim.build(config, model.rows)
+    grads, state = random_like(params, 0), transform.init(params)
+    plain, _ = transform.update(grads, state, params, step=jnp.int32(5))
+    factor_L = jnp.asarray([0.0, 0.5, 1.0, 2.0])
+    scaled, _ = transform.update(grads, state, params, step=jnp.int32(5), block_factors=factor_L)
+    for path, u in param.named(plain).items():
+        f = factor_L.reshape(-1, *[1] * (u.ndim - 1)) if path.startswith("blocks/") else 1.0
+        np.testing.assert_array_equal(param.named(scaled)[path], u * f, err_msg=path)
+
+
+def test_each_block_may_have_a_lower_rate_than_the_one_above():
+    config, model = made(optim__block_lr_decay=0.5)
+    params = jax.jit(model.init)(jax.random.key(0))
+    grads = random_like(params, 0)
+    found = []
+    for decay in (1.0, 0.5):
+        config.unlock()
+        config.optim.block_lr_decay = decay
+        transform = optim.build(config, model.rows)
+        updates, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(5))
+        found.append(updates)
+    ratio = found[1]["blocks"]["mlp"]["up"]["weight"] / found[0]["blocks"]["mlp"]["up"]["weight"]
+    np.testing.assert_allclose(ratio[:, 0, 0], [0.125, 0.25, 0.5, 1.0], rtol=1e-6)
+    assert np.array_equal(found[0]["embed"]["tokens"], found[1]["embed"]["tokens"])
+
+
+BAD = {
+    "no block named": ({"mode": "fixed"}, ["freeze.blocks=''", "0 to 3", "'0' would"]),
+    "no number": ({"mode": "fixed", "blocks": "first"}, ["freeze.blocks='first'"]),
+    "no such block": ({"mode": "fixed", "blocks": "4"}, ["freeze.blocks='4'", "0 to 3"]),
+    "named twice": ({"mode": "fixed", "blocks": "1,1"}, ["freeze.blocks='1,1'"]),
+    "too many": ({"mode": "random", "count": 5}, ["freeze.count=5", "4 would"]),
+    "too many near the input": (
+        {"mode": "random_near_input", "count": 2},
+        ["freeze.count=2", "1 block", "1 would"],
+    ),
+    "too slow": ({"mode": "unfreeze", "every": "50%"}, ["freeze.every='50%'", "step 60 of 40"]),
+    "unused count": ({"count": 2}, ["freeze.count=2", "unused"]),
+    "unused order": ({"mode": "random", "order": "output"}, ["freeze.order='output'", "unused"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
+def test_bad_freezing_is_named(changes, said):
+    with pytest.raises(InputError) as caught:
+        made(**{f"freeze__{k}": v for k, v in changes.items()})
+    for part in said:
+        assert part in str(caught.value), str(caught.value)

@@ -1,0 +1,293 @@
+"""Muon: singular values, invariances, optax's implementation as an oracle, and who goes where."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from optax import contrib
+
+from configs import base
+from lmscale_jax import config as configs
+from lmscale_jax.model import build, param
+from lmscale_jax.optim import build as optim
+from lmscale_jax.optim import muon, schedules
+from lmscale_jax.parametrization import rules
+
+RANGES = {"quintic": (0.68, 1.21), "polar_express": (0.85, 1.15), "stable": (0.999, 1.001)}
+
+
+def made(**changes):
+    """A small resolved config and its model."""
+    config = base.get_config()
+    sizes = {"model.n_layers": 3, "model.d_model": 16, "model.n_heads": 2, "optim.name": "muon"}
+    config.update_from_flattened_dict(sizes | {k.replace("__", "."): v for k, v in changes.items()})
+    config = configs.resolve(config, 20)
+    return config, build.build(config, platform="cpu")
+
+
+def spectra(x) -> np.ndarray:
+    return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
+
+
+def random_like(params, seed=0):
+    chance = np.random.default_rng(seed)
+    return param.map_named(lambda _, x: jnp.asarray(chance.normal(size=x.shape), x.dtype), params)
+
+
+def conditioned(m, n, smallest, seed=0):
+    """A matrix whose singular values go from `smallest` of its Frobenius norm upwards."""
+    chance = np.random.default_rng(seed)
+    u, v = (np.linalg.qr(chance.normal(size=(k, k)))[0] for k in (m, n))
+    values = np.geomspace(smallest, 1.0, m)
+    values[-1] = math.sqrt(1 - (values[:-1] ** 2).sum()) if (values[:-1] ** 2).sum() < 1 else 1
+    x = (u * (values / np.sqrt((values**2).sum()))) @ v[:m]
+    return jnp.asarray(x, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RANGES)
+def test_singular_values_end_in_their_range(name, dtype):
+    """The image of [0.002, 1]: scalars first, then matrices of known spectrum."""
+    low, high = RANGES[name]
+    s = np.geomspace(2e-3 / muon.MARGIN[name], 1 / muon.MARGIN[name], 2000)
+    for a, b, c in muon.COEFFICIENTS[name]:
+        s = a * s + b * s**3 + c * s**5
+    assert low <= s.min() and s.max() <= high
+    # Rounding to bfloat16, 2^-8 of a step's largest term, is not part of the map.
+    slack = 0.0 if dtype == "float32" else 0.06
+    x = jnp.stack([conditioned(16, 32, 3e-3, seed) for seed in range(4)])
+    found = spectra(muon.newton_schulz(3.0 * x, name, jnp.dtype(dtype)).astype(jnp.float32))
+    assert low - slack <= found.min() and found.max() <= high + slack
+
+
+@pytest.mark.parametrize("name", ["quintic", "polar_express"])
+def test_random_matrices(name):
+    """Square ones have singular values near 0 which stay small; rectangular ones have none."""
+    low, high = RANGES[name]
+    chance = np.random.default_rng(0)
+    square = jnp.asarray(chance.normal(size=(1, 256, 256)), jnp.float32)
+    wide = jnp.asarray(chance.normal(size=(1, 256, 1024)), jnp.float32)
+    middle, width = {"quintic": (0.92, 0.05), "polar_express": (1.01, 0.03)}[name]
+    for x in (square, wide):
+        out = muon.newton_schulz(x, name, jnp.float32)
+        found = spectra(out)
+        inside = (found >= low) & (found <= high)
+        assert found.max() <= high and inside.mean() >= 0.97
+        rms = math.sqrt(float(jnp.square(out).mean())) * math.sqrt(x.shape[2])
+        assert abs(rms - middle) <= width
+        assert inside.all() or x is square
+        # The singular vectors stay those of x.
+        u, _, v = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
+        inner = np.einsum("bmi,bmn,bin->bi", u, np.asarray(out, np.float64), v)
+        assert np.abs(inner - found).max() < 0.6 and (inner > 0).all()
+
+
+def test_bfloat16_is_near_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 256)), jnp.float32)
+    for name in RANGES:
+        exact, rounded = (
+            np.asarray(muon.newton_schulz(x, name, jnp.dtype(d)), np.float32)
+            for d in ("float32", "bfloat16")
+        )
+        assert np.linalg.norm(rounded - exact) < 0.04 * np.linalg.norm(exact), name
+
+
+def test_scale_of_the_gradient_does_not_matter():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 24)), jnp.float32)
+    one = muon.newton_schulz(x, "polar_express", jnp.float32)
+    for scale in (1e-6, 1e6):
+        other = muon.newton_schulz(scale * x, "polar_express", jnp.float32)
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_transposed_matrices_get_the_transposed_update(name):
+    """A wide and a tall matrix in one model, and both in one batch."""
+    config, _ = made(optim__name=name, optim__muon_scale="kj", optim__momentum_warmup="0")
+    specs = {
+        "wide": param.Spec(("layers", "embed", "mlp"), (3, 8, 24), 1, "hidden"),
+        "tall": param.Spec(("layers", "mlp", "embed"), (3, 24, 8), 1, "hidden"),
+    }
+    rows = rules.table(specs, specs, config)
+    transform = muon.scale_by_muon(rows, config)
+    wide = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 24)), jnp.float32)
+    grads = {"wide": wide, "tall": wide.swapaxes(1, 2)}
+    out, _ = transform.update(grads, transform.init(grads), step=jnp.int32(0))
+    scales = rows["wide"].update_scale, rows["tall"].update_scale
+    assert scales == (math.sqrt(3), 1.0)
+    np.testing.assert_allclose(
+        out["wide"] / scales[0], out["tall"].swapaxes(1, 2) / scales[1], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+@pytest.mark.parametrize("unit", ["matrix", "head"])
+def test_no_gradient_no_update(name, unit):
+    config, model = made(
+        optim__name=name,
+        optim__muon_unit=unit,
+        optim__weight_decay=0.0,
+        optim__muon_dtype="bfloat16",
+    )
+    params = model.init(jax.random.key(0))
+    transform = optim.build(config, model.rows)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(50))
+    assert all(not np.asarray(u).any() for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("kind", [{}, {"model__n_kv_heads": 1, "model__mlp": "swiglu"}])
+def test_the_first_step_is_that_of_optax(kind):
+    """float32, the standard coefficients, t = 1, sqrt(max(1, out/in)); optax is told the axes."""
+    config, model = made(
+        optim__muon_coefficients="quintic", optim__muon_scale="kj", optim__momentum_warmup="0",
+        **kind,
+    )  # fmt: skip
+    rows = {path: row for path, row in model.rows.items() if row.optimizer == "muon"}
+    params = {path: jnp.zeros(row.spec.shape) for path, row in rows.items()}
+    grads = random_like(params)
+    dims = {
+        path: contrib.MuonDimensionNumbers(
+            tuple(range(1, 1 + row.spec.n_in)), tuple(range(1 + row.spec.n_in, len(row.spec.axes)))
+        )
+        for path, row in rows.items()
+    }
+    theirs = contrib.muon(1.0, muon_weight_dimension_numbers=dims)
+    wanted, _ = theirs.update(grads, theirs.init(params), params)
+    ours = muon.scale_by_muon(rows, config)
+    found, _ = ours.update(grads, ours.init(params), step=jnp.int32(0))
+    for path in rows:
+        np.testing.assert_allclose(found[path], -wanted[path], atol=2e-5, err_msg=path)
+
+
+def test_momentum_is_nesterovs_and_warms_up():
+    config, model = made(optim__momentum_warmup="4", train__steps=100)
+    assert [float(schedules.momentum(config)(t)) for t in (0, 2, 4, 50)] == pytest.approx(
+        [0.85, 0.90, 0.95, 0.95]
+    )
+    path = "blocks/mlp/up/weight"
+    rows = {path: model.rows[path]}
+    transform = muon.scale_by_muon(rows, config)
+    one = {path: jnp.zeros(rows[path].spec.shape)}
+    state, m = transform.init(one), np.zeros(rows[path].spec.shape)
+    for t in range(3):
+        grads = random_like(one, seed=t)
+        found, state = transform.update(grads, state, step=jnp.int32(t))
+        b, g = 0.85 + 0.1 * t / 4, np.asarray(grads[path], np.float64)
+        m = b * m + (1 - b) * g
+        ahead = b * m + (1 - b) * g
+        np.testing.assert_allclose(state.momentum[path], m, atol=1e-6)
+        wanted = muon.newton_schulz(jnp.asarray(ahead, jnp.float32), "polar_express", jnp.float32)
+        np.testing.assert_allclose(found[path] / 2, wanted, atol=1e-4)  # sqrt(64 / 16)
+
+
+def test_normuon_evens_out_the_neurons():
+    """Every neuron ends with the same mean square after one step; the Frobenius norm stays."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 24)), jnp.float32)
+    y, squares = muon.even_out(x, jnp.zeros((2, 24)), 0.9)
+    np.testing.assert_allclose(squares, 0.1 * np.square(x).mean(axis=1), rtol=1e-5)
+    mean = np.square(y).mean(axis=1)
+    np.testing.assert_allclose(mean, np.broadcast_to(mean[:, :1], mean.shape), rtol=1e-4)
+    norms = [np.linalg.norm(np.asarray(z), axis=(1, 2)) for z in (x, y)]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
+    # A square matrix has its neurons along fan-out, the last axis.
+    spec = param.Spec(("layers", "embed", "heads", "head_dim"), (3, 16, 2, 8), 1, "hidden")
+    layout = muon.matrices(spec, "matrix")
+    assert layout.cut(jnp.zeros(spec.shape)).shape == (3, 16, 16)
+    assert layout.order == (0, 1, 2, 3)
+
+
+def test_each_head_on_its_own():
+    config, model = made(optim__muon_unit="head", optim__momentum_warmup="0")
+    rows = {p: r for p, r in model.rows.items() if r.optimizer == "muon"}
+    grads = random_like({path: jnp.zeros(row.spec.shape) for path, row in rows.items()})
+    transform = muon.scale_by_muon(rows, config)
+    found, _ = transform.update(grads, transform.init(grads), step=jnp.int32(0))
+    query = np.asarray(found["blocks/attention/query/weight"])  # [layers, embed, heads, head_dim]
+    out = np.asarray(found["blocks/attention/out/weight"])  # [layers, heads, head_dim, embed]
+    for layer in range(3):
+        for head in range(2):
+            for matrix in (query[layer, :, head], out[layer, head]):
+                values = spectra(matrix)
+                assert values.min() > 0.8 and values.max() < 1.15
+    whole = spectra(query.reshape(3, 16, 16))
+    assert whole.max() > 1.2
+
+
+ALL = {"muon": "adamw", "normuon": "adamw", "adamw": "adamw", "sgd": "sgd", "lion": "lion"}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_every_parameter_is_in_one_group(name, head):
+    config, model = made(optim__name=name, model__head=head, model__bias=True)
+    params = model.init(jax.random.key(0))
+    shares = {path: row.optimizer for path, row in model.rows.items()}
+    for path, row in model.rows.items():
+        matrix = row.spec.role == "hidden"
+        assert shares[path] == (name if matrix else ALL[name]), path
+        assert matrix == (path.startswith("blocks/") and path.endswith("weight"))
+    assert shares["embed/tokens"] == shares["embed/positions"] == ALL[name]
+    # Each parameter's moments are kept once: as many arrays of its shape as its optimizer needs.
+    state = optim.build(config, model.rows).init(params)
+    kept = {}
+    for where, leaf in jax.tree_util.tree_leaves_with_path(state):
+        names = "/".join(p.key for p in where if isinstance(p, jax.tree_util.DictKey))
+        path = next((p for p in model.rows if names.endswith(p)), None)
+        if path and leaf.shape == model.rows[path].spec.shape:
+            kept[path] = kept.get(path, 0) + 1
+    assert kept == {path: optim.MOMENTS[row.optimizer] for path, row in model.rows.items()}
+    table = {entry["path"]: entry["optimizer"] for entry in rules.as_json(model.rows)}
+    assert table == shares
+
+
+@pytest.mark.parametrize("scale", ["spectral", "kj", "moonlight"])
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_learning_rate_factors_keep_the_spectral_condition(scale, m):
+    """Scale times factor must grow like sqrt(out/in); never Adam's 1/m."""
+    _, model = made(
+        parametrization__name="mup", parametrization__base_width=16, model__d_model=16 * m,
+        model__n_heads=2 * m, optim__muon_scale=scale, optim__momentum_warmup="0",
+    )  # fmt: skip
+    for path, row in model.rows.items():
+        if row.optimizer != "muon":
+            assert row.update_scale == 1.0, path
+            continue
+        norm, at_base = (
+            rules.update_scale(scale, spec) * math.sqrt(spec.fan_in / spec.fan_out)
+            for spec in (row.spec, row.base)
+        )
+        assert row.lr_factor * norm == pytest.approx(at_base), path
+        wanted = m**-0.5 if scale == "moonlight" else 1.0
+        assert row.lr_factor == pytest.approx(wanted), path
+        assert row.eps_factor == 1.0
+
+
+def test_heads_of_their_own_lower_the_rate_as_heads_are_added():
+    _, model = made(
+        parametrization__name="mup", parametrization__base_width=16, model__d_model=64,
+        model__n_heads=8, optim__muon_unit="head",
+    )  # fmt: skip
+    assert model.rows["blocks/attention/query/weight"].lr_factor == pytest.approx(0.5)
+    assert model.rows["blocks/mlp/up/weight"].lr_factor == 1.0
+
+
+def test_cautious_decay_only_helps_the_update():
+    for where in ("everywhere", "cautious"):
+        config, model = made(optim__decay_where=where, optim__weight_decay=0.1, optim__clip=0.0)
+        params = model.init(jax.random.key(0))
+        transform = optim.build(config, model.rows)
+        grads, state = random_like(params), transform.init(params)
+        step = jnp.int32(500)
+        with_decay, _ = transform.update(grads, state, params, step=step)
+        config.unlock()
+        config.optim.weight_decay = 0.0
+        without, _ = optim.build(config, model.rows).update(grads, state, params, step=step)
+        s = float(schedules.make(config)(500))
+        for path, p in param.named(params).items():
+            u, w = param.named(with_decay)[path], param.named(without)[path]
+            helps = (np.asarray(w) * np.asarray(p) <= 0) | (where == "everywhere")
+            wanted = w - 0.1 * s * model.rows[path].decay * p * helps
+            np.testing.assert_allclose(u, wanted, atol=1e-6, err_msg=path)
