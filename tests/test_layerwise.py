@@ -11,6 +11,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import layerwise
+from lmscale_jax.parametrization import rules
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon", "normuon")
 
@@ -134,6 +135,26 @@ def test_factors_multiply_what_the_optimizer_made(name):
     for path, u in param.named(plain).items():
         f = factor_L.reshape(-1, *[1] * (u.ndim - 1)) if path.startswith("blocks/") else 1.0
         np.testing.assert_array_equal(param.named(scaled)[path], u * f, err_msg=path)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rate_given_to_the_update_scales_every_group(name):
+    """With `lr` three times config.optim.lr, all is as if each rate were three times as high."""
+    found = []
+    for factor in (1.0, 3.0):
+        rates = {"optim__lr": factor * 1e-3}
+        if name in rules.ORTHOGONAL:
+            rates["optim__muon_lr"] = factor * 0.02
+        config, model = made(optim__name=name, **rates)
+        params = jax.jit(model.init)(jax.random.key(0))
+        transform = optim.build(config, model.rows)
+        state, grads = transform.init(params), random_like(params, 0)
+        found.append(transform.update(grads, state, params, step=jnp.int32(5), lr=3e-3)[0])
+        if factor == 1.0:
+            plain, _ = transform.update(grads, state, params, step=jnp.int32(5))
+    for path, u in param.named(found[0]).items():
+        np.testing.assert_allclose(u, param.named(found[1])[path], rtol=1e-5, err_msg=path)
+        assert not np.allclose(u, param.named(plain)[path]), path
 
 
 def test_each_block_may_have_a_lower_rate_than_the_one_above():

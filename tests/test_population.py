@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from conftest import run
 
+from lmscale_jax.errors import InputError
 from lmscale_jax.lab import population, transfer
 
 
-@pytest.mark.parametrize("parametrization", ["sp", "mup"])
-def test_members_are_the_runs_they_stand_for(small, parametrization):
+@pytest.mark.parametrize(("parametrization", "optimizer"), [("sp", "adamw"), ("mup", "muon")])
+def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     """Losses of a population against run/step.py on each member's own config."""
     from lmscale_jax.run import mesh, step, train
 
-    changes = {"train__steps": 30, "mesh__cpu_devices": 1}
+    changes = {"train__steps": 30, "mesh__cpu_devices": 1, "optim__name": optimizer}
     if parametrization == "mup":
         changes |= {"parametrization__name": "mup", "parametrization__base_width": 16}
     seeds, rates = [0, 3], [1e-3, 4e-3]
@@ -23,7 +24,11 @@ def test_members_are_the_runs_they_stand_for(small, parametrization):
     found = population.train(setup.config, setup.data, np.array(seeds), np.array(rates))
     assert found.train_loss_KxS.shape == (2, 30)
     for k, (seed, rate) in enumerate(zip(seeds, rates, strict=True)):
-        own = train.prepare(small(**changes, seed=seed, optim__lr=rate), None, say=lambda _: None)
+        own_rates = {"optim__lr": rate}
+        if optimizer == "muon":
+            # A member's rate scales the whole.
+            own_rates["optim__muon_lr"] = rate / setup.config.optim.lr * setup.config.optim.muon_lr
+        own = train.prepare(small(**changes, **own_rates, seed=seed), None, say=lambda _: None)
         state = jax.jit(lambda s=seed, o=own: step.initial(o.config, o.model, o.transform, s))()
         take = step.make(own.config, own.model, own.transform, own.mesh, own.placed)
         losses = []
@@ -34,6 +39,12 @@ def test_members_are_the_runs_they_stand_for(small, parametrization):
         assert found.val_loss_K[k] == pytest.approx(
             own.validate(state.params)["val_loss"], rel=3e-5
         )
+
+
+def test_a_population_has_no_parent(small):
+    config = small(train__parent="runs/stable", train__parent_step=4)
+    with pytest.raises(InputError, match=r"train\.parent='runs/stable'.*would work"):
+        population.train(config, None, np.zeros(1), np.ones(1))
 
 
 def test_the_optimum_of_a_known_valley():

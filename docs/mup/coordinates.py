@@ -1,4 +1,4 @@
-"""Every coordinate check of docs/mup.md: python docs/mup/coordinates.py OUT [NAME ...]
+"""Coordinate checks of both families and their controls: docs/mup/coordinates.py OUT [NAME ...]
 
 Writes OUT/NAME/coord_check.* and OUT/coordinates.json with the slopes at steps 1, 2 and the last.
 """

@@ -135,7 +135,7 @@ def measure(config, batch, seeds: list[int]) -> dict[str, np.ndarray]:
 
 def _trajectory(config, model: Model, batch, key) -> dict[str, jax.Array]:
     """{tensor: [steps]} of one seed."""
-    transform = optim.build(config, model.rows)
+    transform = optim.build(config, model.rows, platform=jax.default_backend())
     params = model.init(key)
 
     def taps(params):

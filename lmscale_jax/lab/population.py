@@ -35,18 +35,27 @@ def train(config, data: Prepared, seed_K: np.ndarray, lr_K: np.ndarray) -> Train
     """Trains K members of a resolved config, member k with seed_K[k] and the peak lr_K[k].
 
     Initial values are those of a run with that `seed`, batches those of `data.seed`, so member k
-    computes what `main` would with these two keys, up to rounding.
+    computes what `main` would with these two keys, up to rounding. Under muon and normuon a rate
+    scales muon_lr too, in proportion (see `optim.build`).
 
-    Raises InputError where members would share the random numbers of dropout.
+    Raises InputError where members would share the random numbers of dropout, or the state of a
+    parent.
     """
+    if config.train.parent:
+        raise InputError(
+            f"config.train.parent={config.train.parent!r} cannot begin a population, whose members "
+            f"have initial values of their own; '' with train.parent_step=0 would work"
+        )
     if config.model.dropout:
         raise InputError(
             f"config.model.dropout={config.model.dropout} draws one mask for a whole population; "
             f"0.0 would work"
         )
     mesh = meshes.make(config)
-    model = build(config, platform=mesh.devices.flat[0].platform)
-    transform = optim.build(config, model.rows)
+    platform = mesh.devices.flat[0].platform
+    model = build(config, platform=platform)
+    # Without the mesh: a population is one program on one device.
+    transform = optim.build(config, model.rows, platform=platform)
     one = steps.pure(config, model, transform, mesh)
     batches = pipeline.TrainBatches(
         data, config.data.seq_len, config.train.batch_size, config.data.seed

@@ -19,10 +19,11 @@ def build(
     """The optimizer of a resolved config: clip, direction, learning rate and decay, block factors.
 
     `update` takes the keyword `step`, the number of batches consumed: the schedule follows the
-    data, also when a step was skipped. Its keyword `lr` takes the place of config.optim.lr (and
-    scales muon_lr alike), so that one program can train a population with a learning rate for each
-    member; `block_factors` multiplies the update of each block. Each parameter belongs to the group
-    of its row's `optimizer`. `mesh` and `platform` are for Muon.
+    data, also when a step was skipped. Its keyword `lr` takes the place of config.optim.lr, so that
+    one program can train a population with a learning rate for each member; under muon and normuon
+    it scales the whole: muon_lr is multiplied by lr / config.optim.lr. `block_factors` multiplies
+    the update of each block. Each parameter belongs to the group of its row's `optimizer`.
+    `platform` decides the type of Muon's products; `mesh`, if given, deals its matrices out.
     """
     optim = config.optim
     groups = {
