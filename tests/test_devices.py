@@ -16,7 +16,7 @@ SIZES = {"model__n_heads": 4, "model__bias": True, "model__head": "untied"}
 SIZES |= {"log__tensorboard": False, "eval__sample": 0}
 # Factors of every kind, and the monitor's vectors in the state.
 SIZES |= {"parametrization__name": "mup", "parametrization__base_width": 16}
-SIZES |= {"log__spectral_every": 4, "log__activations_every": 4}
+SIZES |= {"log__spectral_every": 2, "log__activations_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,12 @@ def test_eight_devices_train_alike(train, single, tmp_path, grid):
         axis: GRIDS[grid].get(f"mesh__{axis}", 1) for axis in ("data", "fsdp", "tensor")
     }
     tables = [json.loads((w / "parametrization.json").read_text()) for w in (workdir, single)]
+    split = [[entry.pop("sharding") for entry in table] for table in tables]
     assert tables[0] == tables[1] and len(tables[0]) > 10
+    assert {name for parts in split[0] for name in parts if name} == {
+        axis for axis in ("fsdp", "tensor") if GRIDS[grid].get(f"mesh__{axis}", 1) > 1
+    }
+    assert not any(any(parts) for parts in split[1])
     ours, theirs = lines(workdir), lines(single)
     assert len(ours) == len(theirs) > 5
     for one, two in zip(ours, theirs, strict=True):

@@ -1,7 +1,6 @@
 """Factors of blocks' updates, and blocks that do not learn."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -27,7 +26,14 @@ def made(n_layers=4, **changes):
 
 def random_like(params, seed):
     chance = np.random.default_rng(seed)
-    return param.map_named(lambda _, x: jnp.asarray(chance.normal(size=x.shape), x.dtype), params)
+    return param.map_named(lambda _, x: chance.normal(size=x.shape).astype(x.dtype), params)
+
+
+def begun(config, model):
+    """(params, state, update) of a config's optimizer, each compiled: eager parts take longer."""
+    transform = optim.build(config, model.rows)
+    params = jax.jit(model.init)(jax.random.key(0))
+    return params, jax.jit(transform.init)(params), jax.jit(transform.update)
 
 
 def bits(x) -> np.ndarray:
@@ -47,20 +53,18 @@ def stacked_state(state, n_layers: int) -> dict[str, np.ndarray]:
 def test_a_frozen_block_keeps_every_bit(name):
     """Its parameters, weight decay included, and all that the optimizer remembers of it."""
     config, model = made(optim__name=name, freeze__mode="fixed", freeze__blocks="1,3")
-    params = jax.jit(model.init)(jax.random.key(0))
+    params, state, update = begun(config, model)
     # A negative zero shows whether 0 is added; what is not a number whether it is multiplied.
-    params["blocks"]["mlp"]["up"]["weight"] = (
-        params["blocks"]["mlp"]["up"]["weight"].at[1, 0, 0].set(-0.0)
-    )
-    transform = optim.build(config, model.rows)
+    up = params["blocks"]["mlp"]["up"]
+    up["weight"] = up["weight"].at[1, 0, 0].set(-0.0)
     before = jax.tree.map(np.array, params)
-    state = transform.init(params)
     begin = stacked_state(state, 4)
     for t in range(3):
         grads = random_like(params, t)
-        grads["blocks"] = jax.tree.map(lambda g: g.at[1].set(np.nan), grads["blocks"])
-        updates, state = transform.update(grads, state, params, step=jnp.int32(t))
-        params = optim.apply(params, updates)
+        for g in jax.tree.leaves(grads["blocks"]):
+            g[1] = np.nan
+        updates, state = update(grads, state, params, step=t)
+        params = jax.jit(optim.apply)(params, updates)
     for path, x in param.named(params).items():
         old = param.named(before)[path]
         if path.startswith("blocks/"):
@@ -83,18 +87,17 @@ def test_a_late_block_learns_like_an_early_one(name):
         **({"optim__momentum_warmup": "0"} if name == "muon" else {}),
     )  # fmt: skip
     assert layerwise.thaw_steps(late).tolist() == [0, 5]
-    params = jax.jit(model.init)(jax.random.key(0))
-    transform = optim.build(late, model.rows)
-    same = {"blocks": jax.tree.map(lambda x: x.at[1].set(x[0]), params["blocks"])}
-    params = params | same
-    state, first, second = transform.init(params), [], []
+    params, state, update = begun(late, model)
+
+    def alike(tree):
+        return tree | {"blocks": jax.tree.map(lambda x: np.array([x[0]] * 2), tree["blocks"])}
+
+    params, first, second = alike(params), [], []
     for t in range(10):
-        grads = random_like(params, t % 5)
-        grads["blocks"] = jax.tree.map(lambda g: g.at[1].set(g[0]), grads["blocks"])
-        updates, state = transform.update(grads, state, params, step=jnp.int32(t))
+        updates, state = update(alike(random_like(params, t % 5)), state, params, step=t)
         first.append(param.named(updates["blocks"])["mlp/up/weight"][0])
         second.append(param.named(updates["blocks"])["mlp/up/weight"][1])
-        params = optim.apply(params, updates)
+        params = jax.jit(optim.apply)(params, updates)
     for t in range(5):
         assert not np.asarray(second[t]).any()
         np.testing.assert_allclose(second[t + 5], first[t], atol=1e-6)
@@ -126,12 +129,11 @@ def test_which_blocks_learn_when():
 def test_factors_multiply_what_the_optimizer_made(name):
     """Scaling gradients would be cancelled by both; scaling updates is not."""
     config, model = made(optim__name=name)
-    params = jax.jit(model.init)(jax.random.key(0))
-    transform = optim.build(config, model.rows)
-    grads, state = random_like(params, 0), transform.init(params)
-    plain, _ = transform.update(grads, state, params, step=jnp.int32(5))
-    factor_L = jnp.asarray([0.0, 0.5, 1.0, 2.0])
-    scaled, _ = transform.update(grads, state, params, step=jnp.int32(5), block_factors=factor_L)
+    params, state, update = begun(config, model)
+    grads = random_like(params, 0)
+    plain, _ = update(grads, state, params, step=5)
+    factor_L = np.array([0.0, 0.5, 1.0, 2.0], np.float32)
+    scaled, _ = update(grads, state, params, step=5, block_factors=factor_L)
     for path, u in param.named(plain).items():
         f = factor_L.reshape(-1, *[1] * (u.ndim - 1)) if path.startswith("blocks/") else 1.0
         np.testing.assert_array_equal(param.named(scaled)[path], u * f, err_msg=path)
@@ -146,12 +148,11 @@ def test_a_rate_given_to_the_update_scales_every_group(name):
         if name in rules.ORTHOGONAL:
             rates["optim__muon_lr"] = factor * 0.02
         config, model = made(optim__name=name, **rates)
-        params = jax.jit(model.init)(jax.random.key(0))
-        transform = optim.build(config, model.rows)
-        state, grads = transform.init(params), random_like(params, 0)
-        found.append(transform.update(grads, state, params, step=jnp.int32(5), lr=3e-3)[0])
+        params, state, update = begun(config, model)
+        grads = random_like(params, 0)
+        found.append(update(grads, state, params, step=5, lr=3e-3)[0])
         if factor == 1.0:
-            plain, _ = transform.update(grads, state, params, step=jnp.int32(5))
+            plain, _ = update(grads, state, params, step=5, lr=1e-3)
     for path, u in param.named(found[0]).items():
         np.testing.assert_allclose(u, param.named(found[1])[path], rtol=1e-5, err_msg=path)
         assert not np.allclose(u, param.named(plain)[path]), path
@@ -159,15 +160,12 @@ def test_a_rate_given_to_the_update_scales_every_group(name):
 
 def test_each_block_may_have_a_lower_rate_than_the_one_above():
     config, model = made(optim__block_lr_decay=0.5)
-    params = jax.jit(model.init)(jax.random.key(0))
-    grads = random_like(params, 0)
     found = []
     for decay in (1.0, 0.5):
         config.unlock()
         config.optim.block_lr_decay = decay
-        transform = optim.build(config, model.rows)
-        updates, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(5))
-        found.append(updates)
+        params, state, update = begun(config, model)
+        found.append(update(random_like(params, 0), state, params, step=5)[0])
     ratio = found[1]["blocks"]["mlp"]["up"]["weight"] / found[0]["blocks"]["mlp"]["up"]["weight"]
     np.testing.assert_allclose(ratio[:, 0, 0], [0.125, 0.25, 0.5, 1.0], rtol=1e-6)
     assert np.array_equal(found[0]["embed"]["tokens"], found[1]["embed"]["tokens"])

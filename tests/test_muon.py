@@ -114,7 +114,7 @@ def test_transposed_matrices_get_the_transposed_update(name):
     transform = muon.scale_by_muon(rows, config)
     wide = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 24)), jnp.float32)
     grads = {"wide": wide, "tall": wide.swapaxes(1, 2)}
-    out, _ = transform.update(grads, transform.init(grads), step=jnp.int32(0))
+    out, _ = jax.jit(transform.update)(grads, transform.init(grads), step=0)
     scales = rows["wide"].update_scale, rows["tall"].update_scale
     assert scales == (math.sqrt(3), 1.0)
     np.testing.assert_allclose(
@@ -131,10 +131,11 @@ def test_no_gradient_no_update(name, unit):
         optim__weight_decay=0.0,
         optim__muon_dtype="bfloat16",
     )
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     transform = optim.build(config, model.rows)
-    grads = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(50))
+    grads = jax.tree.map(np.zeros_like, params)
+    state = jax.jit(transform.init)(params)
+    updates, _ = jax.jit(transform.update)(grads, state, params, step=50)
     assert all(not np.asarray(u).any() for u in jax.tree.leaves(updates))
 
 
@@ -155,9 +156,9 @@ def test_the_first_step_is_that_of_optax(kind):
         for path, row in rows.items()
     }
     theirs = contrib.muon(1.0, muon_weight_dimension_numbers=dims)
-    wanted, _ = theirs.update(grads, theirs.init(params), params)
+    wanted, _ = jax.jit(theirs.update)(grads, jax.jit(theirs.init)(params), params)
     ours = muon.scale_by_muon(rows, config)
-    found, _ = ours.update(grads, ours.init(params), step=jnp.int32(0))
+    found, _ = jax.jit(ours.update)(grads, ours.init(params), step=0)
     for path in rows:
         np.testing.assert_allclose(found[path], -wanted[path], atol=2e-5, err_msg=path)
 
@@ -170,11 +171,12 @@ def test_momentum_is_nesterovs_and_warms_up():
     path = "blocks/mlp/up/weight"
     rows = {path: model.rows[path]}
     transform = muon.scale_by_muon(rows, config)
+    update = jax.jit(transform.update)
     one = {path: jnp.zeros(rows[path].spec.shape)}
     state, m = transform.init(one), np.zeros(rows[path].spec.shape)
     for t in range(3):
         grads = random_like(one, seed=t)
-        found, state = transform.update(grads, state, step=jnp.int32(t))
+        found, state = update(grads, state, step=t)
         b, g = 0.85 + 0.1 * t / 4, np.asarray(grads[path], np.float64)
         m = b * m + (1 - b) * g
         ahead = b * m + (1 - b) * g
@@ -204,7 +206,7 @@ def test_each_head_on_its_own():
     rows = {p: r for p, r in model.rows.items() if r.optimizer == "muon"}
     grads = random_like({path: jnp.zeros(row.spec.shape) for path, row in rows.items()})
     transform = muon.scale_by_muon(rows, config)
-    found, _ = transform.update(grads, transform.init(grads), step=jnp.int32(0))
+    found, _ = jax.jit(transform.update)(grads, transform.init(grads), step=0)
     query = np.asarray(found["blocks/attention/query/weight"])  # [layers, embed, heads, head_dim]
     out = np.asarray(found["blocks/attention/out/weight"])  # [layers, heads, head_dim, embed]
     for layer in range(3):
@@ -223,7 +225,6 @@ ALL = {"muon": "adamw", "normuon": "adamw", "adamw": "adamw", "sgd": "sgd", "lio
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_every_parameter_is_in_one_group(name, head):
     config, model = made(optim__name=name, model__head=head, model__bias=True)
-    params = model.init(jax.random.key(0))
     shares = {path: row.optimizer for path, row in model.rows.items()}
     for path, row in model.rows.items():
         matrix = row.spec.role == "hidden"
@@ -231,7 +232,8 @@ def test_every_parameter_is_in_one_group(name, head):
         assert matrix == (path.startswith("blocks/") and path.endswith("weight"))
     assert shares["embed/tokens"] == shares["embed/positions"] == ALL[name]
     # Each parameter's moments are kept once: as many arrays of its shape as its optimizer needs.
-    state = optim.build(config, model.rows).init(params)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    state = jax.eval_shape(optim.build(config, model.rows).init, params)
     kept = {}
     for where, leaf in jax.tree_util.tree_leaves_with_path(state):
         names = "/".join(p.key for p in where if isinstance(p, jax.tree_util.DictKey))
@@ -277,14 +279,14 @@ def test_heads_of_their_own_lower_the_rate_as_heads_are_added():
 def test_cautious_decay_only_helps_the_update():
     for where in ("everywhere", "cautious"):
         config, model = made(optim__decay_where=where, optim__weight_decay=0.1, optim__clip=0.0)
-        params = model.init(jax.random.key(0))
+        params = jax.jit(model.init)(jax.random.key(0))
         transform = optim.build(config, model.rows)
-        grads, state = random_like(params), transform.init(params)
-        step = jnp.int32(500)
-        with_decay, _ = transform.update(grads, state, params, step=step)
+        grads, state = random_like(params), jax.jit(transform.init)(params)
+        with_decay, _ = jax.jit(transform.update)(grads, state, params, step=500)
         config.unlock()
         config.optim.weight_decay = 0.0
-        without, _ = optim.build(config, model.rows).update(grads, state, params, step=step)
+        transform = optim.build(config, model.rows)
+        without, _ = jax.jit(transform.update)(grads, state, params, step=500)
         s = float(schedules.make(config)(500))
         for path, p in param.named(params).items():
             u, w = param.named(with_decay)[path], param.named(without)[path]

@@ -12,6 +12,7 @@ from conftest import ROOT, finish, flags, record, start
 SIZES = {
     "optim.name": "muon", "model.n_heads": 4, "model.n_layers": 3, "model.mlp": "swiglu",
     "model.d_ff": 64, "log.tensorboard": False, "eval.sample": 0, "eval.baselines": False,
+    "log.per_layer": False,
 }  # fmt: skip
 GRIDS = {
     "data": {"mesh.data": 8},
@@ -28,19 +29,28 @@ def trained(settings, workdir, **changes):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon"])
-def test_eight_devices_train_alike(settings, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("muon", "all three"),
+        ("normuon", "fsdp"),
+        # The iteration's part of these is in test_no_collective_inside_newton_schulz.
+        pytest.param("muon", "data", marks=pytest.mark.slow),
+        pytest.param("muon", "fsdp", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_train_alike(settings, tmp_path, name, grid):
     one = trained(settings, tmp_path / "one", **{"mesh.cpu_devices": 1, "optim.name": name})
-    for grid, sizes in GRIDS.items() if name == "muon" else [("fsdp", GRIDS["fsdp"])]:
-        workdir = tmp_path / grid
-        many = trained(settings, workdir, **{"mesh.cpu_devices": 8, "optim.name": name} | sizes)
-        assert record(workdir)["device"]["count"] == 8
-        for a, b in zip(many, one, strict=True):
-            assert a.keys() == b.keys()
-            for key, value in a.items():
-                # An orthogonal direction carries the rounding of its smallest singular values.
-                bound = 2e-5 if "loss" in key else 2e-3
-                np.testing.assert_allclose(value, b[key], rtol=bound, err_msg=f"{grid} {key}")
+    workdir = tmp_path / "eight"
+    eight = {"mesh.cpu_devices": 8, "optim.name": name} | GRIDS[grid]
+    many = trained(settings, workdir, **eight)
+    assert record(workdir)["device"]["count"] == 8
+    for a, b in zip(many, one, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            # An orthogonal direction carries the rounding of its smallest singular values.
+            bound = 2e-5 if "loss" in key else 2e-3
+            np.testing.assert_allclose(value, b[key], rtol=bound, err_msg=key)
 
 
 COMPILE = """

@@ -92,7 +92,7 @@ def test_real_shapes_decide():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("mup", {}), ("completep", LLAMA), ("mup", LLAMA | {"n_kv_heads": 2, "bias": True})],
+    [("mup", {}), ("completep", LLAMA | {"n_kv_heads": 2, "bias": True})],
 )
 def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
     same = {"parametrization__base_width": 32}
@@ -105,6 +105,7 @@ def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
         config, model = make(parametrization, **kind, **more)
         transform = optim.build(config, model.rows)
         params = jax.jit(model.init)(jax.random.key(0))
+        state = jax.jit(transform.init)(params)
         ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 16)))
 
         @jax.jit
@@ -113,9 +114,8 @@ def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
             updates, state = transform.update(grads, state, params, step=t)
             return optim.apply(params, updates), state, loss
 
-        state = transform.init(params)
         for t in range(3):
-            params, state, loss = step(params, state, jnp.int32(t))
+            params, state, loss = step(params, state, t)
         results.append((params, loss))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         assert np.array_equal(a, b)
@@ -124,17 +124,21 @@ def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
 def test_epsilon_has_its_factor():
     """Gradients near epsilon: the update must be that of Adam with epsilon times the factor."""
     config, model = make(optim__clip=0.0, optim__eps=1e-3, optim__weight_decay=0.0)
-    params = jax.tree.map(jnp.zeros_like, jax.jit(model.init)(jax.random.key(0)))
-    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params, grads = (
+        jax.tree.map(lambda x, value=value: np.full(x.shape, value, x.dtype), shapes)
+        for value in (0.0, 1e-3)
+    )
     transform = optim.build(config, model.rows)
-    updates, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(500))
+    state = jax.jit(transform.init)(params)
+    updates, _ = jax.jit(transform.update)(grads, state, params, step=500)
     by_path = {}
     rules_paths = sorted(model.rows)
     for path in rules_paths:
         node = updates
         for part in path.split("/"):
             node = node[part]
-        by_path[path] = float(jnp.abs(node).max())
+        by_path[path] = float(np.abs(node).max())
     lr = by_path["embed/tokens"] * 2
     for path in rules_paths:
         row = model.rows[path]

@@ -10,6 +10,7 @@ from conftest import finish, flags, start
 
 from lmscale_jax.model.param import Spec
 from lmscale_jax.parametrization import spectral
+from lmscale_jax.run import measures
 
 
 def matrices(kind: str, layers: int = 3) -> np.ndarray:
@@ -80,9 +81,19 @@ def test_quantities_are_normalised_by_shape():
     np.testing.assert_allclose(found["spectral/stable_rank/blocks/w"], rank_L, rtol=0.02)
 
 
+def test_each_measurement_has_a_period_of_its_own(small):
+    config = small(log__every=2, log__spectral_every=4, log__activations_every=6)
+    due = {done: measures.due(config, done) for done in range(1, 13)}
+    assert [n for n in due if "norms" in due[n]] == [2, 4, 6, 8, 10, 12]
+    assert [n for n in due if "spectral" in due[n]] == [4, 8, 12]
+    assert [n for n in due if "activations" in due[n]] == [6, 12]
+
+
 def test_a_run_logs_by_layer_and_resumes_to_the_bit(settings, tmp_path):
     """Interrupted and continued, the lines and so the vectors behind them are the same."""
-    asked = settings | {"log.spectral_every": 4, "log.activations_every": 6, "log.every": 2}
+    asked = settings | {"log.spectral_every": 4, "log.activations_every": 4, "log.every": 2}
+    # Two programs in place of three: a step measures everything or nothing.
+    asked |= {"log.per_layer": False}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for workdir in (whole, parts):
         command = ["main", "--config=configs/base.py", f"--workdir={workdir}", *flags(asked)]
@@ -103,7 +114,7 @@ def test_a_run_logs_by_layer_and_resumes_to_the_bit(settings, tmp_path):
     name = "spectral/weight/blocks/mlp/up/weight"
     assert [step for step in at if name in at[step]] == [4, 8, 12]
     assert len(at[4][name]) == 2 and all(v > 0 for v in at[4][name])
-    assert [step for step in at if "activation/residual/rms" in at[step]] == [6, 12]
-    assert len(at[6]["activation/residual/max"]) == 2
-    assert at[6]["activation/logits/max"] >= at[6]["activation/logits/rms"]
+    assert [step for step in at if "activation/residual/rms" in at[step]] == [4, 8, 12]
+    assert len(at[4]["activation/residual/max"]) == 2
+    assert at[4]["activation/logits/max"] >= at[4]["activation/logits/rms"]
     assert (whole / "plots" / "spectral.png").exists()
