@@ -17,6 +17,7 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     from lmscale_jax.run import mesh, step, train
 
     changes = {"train__steps": 30, "mesh__cpu_devices": 1, "optim__name": optimizer}
+    changes["model__n_layers"] = 1
     if parametrization == "mup":
         changes |= {"parametrization__name": "mup", "parametrization__base_width": 16}
     seeds, rates = [0, 3], [1e-3, 4e-3]
@@ -76,6 +77,7 @@ def test_a_small_sweep_writes_and_never_overwrites(settings, tmp_path):
     arguments = [
         f"--workdir={tmp_path}", "--widths=16,32", "--log2_lrs=-8,-6,-4", "--seeds=2", *data,
         "--config.train.steps=10", "--config.parametrization.base_width=16",
+        "--config.model.n_layers=1",
     ]  # fmt: skip
     status, out, err = run("lr_transfer", *arguments)
     assert status == 0, err
