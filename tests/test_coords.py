@@ -159,12 +159,12 @@ def test_the_command_refuses_in_one_line(tmp_path):
 def test_a_small_check_writes_what_it_measured(tmp_path, settings):
     """Two steps on small widths: the files, and that another check may not take their place."""
     data = [f"--config.{k}={v}" for k, v in settings.items() if k.startswith("data.")]
-    data.append("--config.data.vocab_size=4096")
+    data += ["--config.data.vocab_size=4096", "--config.model.n_layers=1"]
     arguments = [f"--workdir={tmp_path}", "--widths=32,64,96", "--steps=2", "--seeds=2", *data]
     status, out, err = run("coord_check", *arguments, "--config.parametrization.base_width=64")
     found = json.loads((tmp_path / "coord_check.json").read_text())
     assert status == (0 if found["passed"] else 1), err
-    assert set(found["slopes"]["logits"]) == {"1", "2"} and "blocks/1/scores" in found["slopes"]
+    assert set(found["slopes"]["logits"]) == {"1", "2"} and "blocks/0/scores" in found["slopes"]
     first = found["slopes"]["logits"]["1"]
     assert first["se"] > 0 and f"{first['slope']:+.2f}" in out
     assert (tmp_path / "coord_check.png").stat().st_size > 10_000

@@ -37,7 +37,13 @@ def lines(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+# "all three" has what fsdp and tensor have.
+SLOW = ("fsdp", "tensor")
+
+
+@pytest.mark.parametrize(
+    "grid", [pytest.param(g, marks=pytest.mark.slow) if g in SLOW else g for g in GRIDS]
+)
 def test_eight_devices_train_alike(train, single, tmp_path, grid):
     workdir = tmp_path / "eight"
     status, _out, err = finish(train(workdir, **({"mesh__cpu_devices": 8} | SIZES | GRIDS[grid])))
