@@ -13,7 +13,7 @@ from lmscale_jax.model.param import Spec, map_named, named
 
 # From a cold start the estimate of a Gaussian matrix is within 2% after these; on the way it is
 # always a lower bound.
-ITERATIONS = 20
+ITERATIONS = 40
 
 
 def begin(specs: dict) -> dict[str, dict[str, jax.Array]]:
