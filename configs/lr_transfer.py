@@ -8,10 +8,11 @@ from configs import coord_check
 
 def get_config(family: str = "llama"):
     c = coord_check.get_config(family)
+    c.data.seq_len, c.parametrization.embed_scale = 64, 1.0
     c.model.n_layers, c.model.d_model, c.model.n_heads = 2, 64, 4
     c.parametrization.base_width = 64
     c.schedule.name, c.schedule.warmup, c.schedule.final = "linear", "10%", 0.0
-    c.train.steps, c.train.batch_size = 300, 16
+    c.train.steps, c.train.batch_size = 200, 8
     c.optim.lr = 2.0**-6
-    c.eval.tokens, c.eval.batch_size = 32_768, 64
+    c.eval.tokens, c.eval.batch_size = 16_384, 32
     return c

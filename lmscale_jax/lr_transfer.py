@@ -12,9 +12,9 @@ from lmscale_jax.errors import InputError
 
 CONFIG = command.config_flag(default="configs/lr_transfer.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "where lr_transfer.json and .png are written")
-WIDTHS = flags.DEFINE_list("widths", ["32", "64", "128", "256"], "model.d_model")
+WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128"], "model.d_model")
 LOG2_LRS = flags.DEFINE_list(
-    "log2_lrs", [str(e) for e in range(-11, -2)], "log2 of the peak learning rates"
+    "log2_lrs", [str(e) for e in range(-10, -1)], "log2 of the peak learning rates"
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each cell", lower_bound=1)
 
@@ -30,7 +30,7 @@ def main() -> None:
     if len(widths) < 2 or len(rates) < 3:
         raise InputError(
             f"--widths={len(widths)} and --log2_lrs={len(rates)} values: a drift needs two widths "
-            f"and three learning rates; --widths=32,256 would work"
+            f"and three learning rates; --widths=16,128 would work"
         )
     from lmscale_jax.lab import transfer
     from lmscale_jax.run import mesh
