@@ -11,6 +11,7 @@ import ml_collections
 
 from configs.key import Key
 from configs.optimizing import FREEZE, OPTIM, SCHEDULE
+from configs.regularizing import MUR
 
 _SIZED = {"parametrization.name": ("mup", "completep")}
 
@@ -161,6 +162,7 @@ SPEC = {
     "optim": OPTIM,
     "schedule": SCHEDULE,
     "freeze": FREEZE,
+    "mur": MUR,
     "data": {
         "source": Key(
             "stdlib",
