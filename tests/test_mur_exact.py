@@ -55,13 +55,7 @@ SLOW = {
         "model.dropout": 0.2, "model.mask": "document", "model.loss_chunk": 8,
     },
 }  # fmt: skip
-# A program this small is compiled for longer than it runs.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True,
-    },
-)  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def setup(changes):
@@ -89,7 +83,7 @@ def ours(config, model, params, batch, key=None, measure=()):
     gradient = step.make_gradient(config, model, mesh.make(config, jax.devices()[:1]))
     # The keys of draws are functions of step and micro-batch.
     asked = mur.ask(mur.begin(), jnp.int32(3), measure)
-    _, grads, taken = jit(lambda *given: gradient(*given, asked))(params, batch, key)
+    _, grads, taken = jax.jit(lambda *given: gradient(*given, asked))(params, batch, key)
     return grads, taken
 
 
@@ -110,7 +104,7 @@ def oracle(config, model, params, batch, key=None):
         # The whole is share * (loss + λ/(accum share) * hinges), added up.
         lam = mur.lambda_max / accum / share
         function = mur_forms.two_pass(config, model, how, lam, configs.mur_layers(config), weigh)
-        grads = jax.tree.map(lambda g, s=share: s * g, jit(function)(params, part, key)[1])
+        grads = jax.tree.map(lambda g, s=share: s * g, jax.jit(function)(params, part, key)[1])
         total = grads if total is None else jax.tree.map(jnp.add, total, grads)
     return total
 
@@ -140,7 +134,7 @@ def test_it_is_not_the_gradient_of_the_loss_alone():
     config, model, params, batch = setup({"model.stack": "scan"})
     found, _ = ours(config, model, params, batch)
     plain = jax.grad(lambda p: model.losses(p, *batch).sum() / (batch.targets_BxT >= 0).sum())
-    assert relative(found, jit(plain)(params)) > 1e-2
+    assert relative(found, jax.jit(plain)(params)) > 1e-2
 
 
 @pytest.mark.slow
@@ -151,7 +145,7 @@ def test_one_combined_pull_back_is_the_same():
     both = (
         f(config, model, how, 30.0, layers, weigh) for f in (mur_forms.combined, mur_forms.two_pass)
     )
-    one, two = (jit(f)(params, batch)[1] for f in both)
+    one, two = (jax.jit(f)(params, batch)[1] for f in both)
     assert relative(one, two) < 1e-5
 
 
@@ -179,9 +173,9 @@ def test_finite_differences_of_the_objective_with_g_held(metric):
     def forward(params, probes):
         return model.losses(params, *batch, None, mur_forms.Collect(probes, "block"))
 
-    g = jit(jax.grad(lambda probes: forward(params, probes)[0].sum()))(probes)
+    g = jax.jit(jax.grad(lambda probes: forward(params, probes)[0].sum()))(probes)
 
-    @jit
+    @jax.jit
     def value(params):
         nll_BxT, deltas = forward(params, probes)
         hinges = [
@@ -223,7 +217,7 @@ def test_watching_changes_nothing(stack):
         return nll_BxT.sum() / n, deltas
 
     both = jax.grad(forward, argnums=(0, 1), has_aux=True)
-    (plain, g), deltas = jit(both)(params, probes)
+    (plain, g), deltas = jax.jit(both)(params, probes)
     assert relative(found, plain) < 1e-5
     for layer in range(4):
         wanted = utility.statistics(
@@ -249,7 +243,7 @@ def test_utilities_do_not_depend_on_the_batch(metric):
             around = objective.streams.Watch(taking, slots, known, range(4), "block")  # noqa: B023
             return model.losses(params, *part, None, around).sum() / n  # noqa: B023
 
-        values = jit(jax.grad(loss))(taking.slots(4, 1, part.tokens_BxT.size))
+        values = jax.jit(jax.grad(loss))(taking.slots(4, 1, part.tokens_BxT.size))
         found.append(np.asarray(values).reshape(4, 3, size, -1)[:, :, -1])
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=2e-4, atol=1e-6)
