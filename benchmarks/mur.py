@@ -27,13 +27,13 @@ ALL = LOSS | {"mur.start": 0.0, "mur.end": 1.0}
 # Label: config, what is measured in every step, the gradient's form where it is not ours.
 FORMS = {
     "off": ({}, (), None),
-    "diagnose, a step that reports": ({"mur.mode": "diagnose"}, ("mur",), None),
+    "diagnose: a step that reports": ({"mur.mode": "diagnose"}, ("mur",), None),
     "update": ({"mur.mode": "update", "mur.tau": 0.1}, (), None),
-    "loss, middle third": (LOSS, (), None),
-    "loss, all blocks": (ALL, (), None),
-    "middle third, two passes": (LOSS, (), "two_pass"),
-    "all blocks, two passes": (ALL, (), "two_pass"),
-    "all blocks, combined pull-back": (ALL, (), "combined"),
+    "loss: middle third": (LOSS, (), None),
+    "loss: all blocks": (ALL, (), None),
+    "two passes: middle third": (LOSS, (), "two_pass"),
+    "two passes: all blocks": (ALL, (), "two_pass"),
+    "combined pull-back: all blocks": (ALL, (), "combined"),
 }
 
 
@@ -59,6 +59,7 @@ class Form:
         if gradient is not None:
             step.make_gradient = ours
         memory = self._step.memory_analysis()
+        self.flops = self._step.cost_analysis()["flops"]
         self.bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
         self._run(2)
 
@@ -135,6 +136,7 @@ def compare(shape: dict) -> dict:
                 [a.ms / b.ms for a, b in zip(chunks[f.label], chunks["off"], strict=True)]
             ),
             "rounds": len(chunks[f.label]),
+            "flops_ratio": f.flops / forms[0].flops,
             "bytes": f.bytes,
             "bytes_ratio": f.bytes / forms[0].bytes,
             "last_loss": losses.get(f.label),
@@ -144,11 +146,20 @@ def compare(shape: dict) -> dict:
 
 
 def show(result: dict) -> str:
-    head = ["", "ms a step", "/ off", "/ off, all rounds", "clean rounds", "memory / off"]
+    head = [
+        "",
+        "ms a step",
+        "/ off",
+        "/ off, all rounds",
+        "clean rounds",
+        "FLOPs / off",
+        "memory / off",
+    ]
     rows = [
         [
             label, cell(row["ms"], 1), cell(row["ratio"], 3), cell(row["ratio_of_all_rounds"], 3),
-            f"{row['ms']['n']} of {row['rounds']}", f"{row['bytes_ratio']:.2f}",
+            f"{row['ms']['n']} of {row['rounds']}", f"{row['flops_ratio']:.3f}",
+            f"{row['bytes_ratio']:.2f}",
         ]
         for label, row in result.items()
     ]  # fmt: skip
