@@ -11,6 +11,7 @@ import ml_collections
 
 from configs.key import Key
 from configs.optimizing import FREEZE, OPTIM, SCHEDULE
+from configs.regularizing import MUR
 
 _SIZED = {"parametrization.name": ("mup", "completep")}
 
@@ -161,6 +162,7 @@ SPEC = {
     "optim": OPTIM,
     "schedule": SCHEDULE,
     "freeze": FREEZE,
+    "mur": MUR,
     "data": {
         "source": Key(
             "stdlib",
@@ -245,6 +247,18 @@ SPEC = {
         "tokens": Key(200_000, "held-out tokens, always the same ones; 0: all", low=0),
         "batch_size": Key(
             0, "sequences at once; 0: as in a training micro-batch", low=0, identity=False
+        ),
+        "redundancy_every": Key(
+            "0",
+            "from one measurement of Block Influence and layer drop to the next; 0: none",
+            duration=True,
+        ),
+        "redundancy_early": Key(
+            "0", "the same in the early part of the run; 0: no early part", duration=True
+        ),
+        "redundancy_until": Key("10%", "where the early part ends", duration=True),
+        "redundancy_tokens": Key(
+            20_000, "held-out tokens for it, read once for each block and once more", low=1
         ),
         "baselines": Key(True, "print unigram and bigram losses beside the model's"),
         "sample": Key(200, "tokens of the text printed at the end; 0: none", low=0, identity=False),

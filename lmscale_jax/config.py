@@ -157,6 +157,7 @@ def _check_together(config) -> None:
     _check_base(config)
     _check_schedule(config)
     _check_freeze(config)
+    _check_mur(config)
     if bool(train.parent) != bool(train.parent_step):
         raise InputError(
             f"config.train.parent={train.parent!r} and train.parent_step={train.parent_step} go "
@@ -242,6 +243,49 @@ def _check_freeze(config) -> None:
                 f"config.freeze.every={freeze.every!r} lets the last of {n} blocks begin at step "
                 f"{last} of {total_steps(config)}; '{(total_steps(config) - 1) // n}' would work"
             )
+
+
+def _check_mur(config) -> None:
+    mur, n, steps = config.mur, config.model.n_layers, total_steps(config)
+    if mur.mode not in ("loss", "update"):
+        return
+    for name in ("first_block", "last_block"):
+        if mur[name] >= n:
+            raise InputError(f"config.mur.{name}={mur[name]} is no block of {n}; {n - 1} would be")
+    if 0 <= mur.last_block < mur_layers(config).start:
+        first = mur_layers(config).start
+        raise InputError(
+            f"config.mur.last_block={mur.last_block} comes before the first block acted on, "
+            f"{first}; {first} would work"
+        )
+    if mur.first_block < 0 and mur.last_block < 0 and mur.start >= mur.end:
+        raise InputError(
+            f"config.mur.start={mur.start} is not below mur.end={mur.end}; 0.0 with 1.0 takes all "
+            f"blocks"
+        )
+    if mur.tau_kind == "quantile" and not 0 < mur.tau < 1:
+        raise InputError(
+            f"config.mur.tau={mur.tau} is no quantile strictly between 0 and 1 "
+            f"(mur.tau_kind='quantile'); 0.5 would work"
+        )
+    if mur.mode == "update" and mur.granularity == "branch":
+        raise InputError(
+            "config.mur.granularity='branch' has no factor for half a block's update "
+            "(mur.mode='update'); 'block' would work"
+        )
+    if duration(mur.warmup, config) >= steps:
+        raise InputError(
+            f"config.mur.warmup={mur.warmup!r} is {duration(mur.warmup, config)} steps of {steps}, "
+            f"so nothing would ever happen; '5%' would work"
+        )
+
+
+def mur_layers(config) -> range:
+    """The blocks that mur.* acts on. A fraction v of L blocks is round(v L), half to even."""
+    mur, n = config.mur, config.model.n_layers
+    first = mur.first_block if mur.first_block >= 0 else min(n - 1, round(n * mur.start))
+    stop = mur.last_block + 1 if mur.last_block >= 0 else round(n * mur.end)
+    return range(first, min(n, max(first + 1, stop)))
 
 
 def block_numbers(text: str) -> list[int]:

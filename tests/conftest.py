@@ -53,6 +53,16 @@ def settings(corpus, tmp_path_factory) -> dict:
     }
 
 
+@pytest.fixture(scope="module")
+def quick_compiler():
+    """Programs that compile in half the time and run slower, for models this small."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def small(settings):
     """Makes a small config; keyword arguments have __ for dots."""

@@ -22,9 +22,9 @@ FORBIDDEN = {
     "data": {
         "model", "parametrization", "optim", "mur", "run", "evals", "science", "lab", "reports",
     },
-    "model": {"data", "optim", "run", "evals", "science", "lab", "reports"},
-    "parametrization": {"data", "optim", "run", "science", "lab", "reports"},
-    "optim": {"data", "run", "evals", "science", "lab", "reports"},
+    "model": {"data", "optim", "mur", "run", "evals", "science", "lab", "reports"},
+    "parametrization": {"data", "optim", "mur", "run", "science", "lab", "reports"},
+    "optim": {"data", "mur", "run", "evals", "science", "lab", "reports"},
     "mur": {"run", "science", "lab", "reports"},
     "science": {"data", "model", "parametrization", "optim", "mur", "run", "evals"},
 }  # fmt: skip

@@ -7,7 +7,7 @@ parameters of the L blocks are stacked under a leading axis, however the blocks 
 import functools
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,44 @@ from lmscale_jax.model.transformer import Block, Embed, Readout
 from lmscale_jax.parametrization import rules
 
 
+class Around(Protocol):
+    """Something done around some of the blocks: their inputs and outputs, and how gradients pass.
+
+    `part(shared, h_NxD, (params, index)) -> h_NxD` is a block, or with granularity "branch" first
+    its attention and then its MLP. It closes over no traced value, so that it can be put inside a
+    `jax.custom_vjp`; `index` counts layers.
+
+    Attributes:
+      first, stop: the blocks first..stop-1 are meant.
+      granularity: "block" or "branch".
+    """
+
+    first: int
+    stop: int
+    granularity: str
+
+    def begin(self, h_NxD: jax.Array):
+        """What is carried through the blocks in place of h."""
+
+    def wrap(self, part: Callable, number: int, remat: str) -> Callable:
+        """The same part from carry to carry; `number` counts the parts of one block. What the
+        backward pass recomputes, a key of REMAT, is its business."""
+
+    def end(self, carry) -> tuple:
+        """(h_NxD, rest): the stream after the blocks, and what `close` needs of the carry."""
+
+    def close(self, nll_BxT: jax.Array, rest):
+        """What `losses` returns."""
+
+
 class Model(NamedTuple):
     """Attributes:
     specs: nested dict of `param.Spec`, the paths of the parameters.
     rows: {path: rules.Row}, what each parameter gets.
     init: key -> params, float32.
     logits: (params, tokens_BxT, key=None) -> logits_BxTxV; a key turns dropout on.
-    losses: (params, tokens_BxT, targets_BxT, key=None) -> nll_BxT float32 in nats, 0 where the
-      target is -1.
+    losses: (params, tokens_BxT, targets_BxT, key=None, around=None) -> nll_BxT float32 in nats, 0
+      where the target is -1; with an `Around` what its `close` makes of them.
     taps: (params, tokens_BxT, keep) -> what `keep(name, activation)` makes of each activation, as
       {"embed", "blocks": {name: [L, ...]}, "final" (what the last norm reads), "logits"}.
     choices: what was chosen here, and why, by name.
@@ -69,18 +99,19 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
         return cap * jnp.tanh(z_NxV / cap) if cap else z_NxV
 
     def logits(params, tokens_BxT, key=None):
-        x_NxD, _ = body(params, tokens_BxT, key)
+        x_NxD, *_ = body(params, tokens_BxT, key)
         return read(params, x_NxD).reshape(*tokens_BxT.shape, -1)
 
-    def losses(params, tokens_BxT, targets_BxT, key=None):
-        x_NxD, _ = body(params, tokens_BxT, key)
+    def losses(params, tokens_BxT, targets_BxT, key=None, around=None):
+        x_NxD, _, rest = body(params, tokens_BxT, key, around=around)
         length = chunk_length(model, tokens_BxT.shape, shards)
-        return next_token_losses(
+        nll_BxT = next_token_losses(
             functools.partial(read, params), x_NxD, targets_BxT, length, call.ops.cross_entropy
         )
+        return nll_BxT if around is None else around.close(nll_BxT, rest)
 
     def taps(params, tokens_BxT, keep):
-        x_NxD, kept = body(params, tokens_BxT, None, keep=keep)
+        x_NxD, kept, _ = body(params, tokens_BxT, None, keep=keep)
         return kept | {"logits": keep("logits", read(params, x_NxD))}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
@@ -135,36 +166,66 @@ def _shared_call(config, platform: str) -> Call:
     )
 
 
-def _hidden(params, tokens_BxT, key, *, defs, call: Call, model, stack, boundary, keep=None):
-    """The normalised residual stream after the last block, [B*T, D] in the compute type, and taps.
+def _hidden(
+    params, tokens_BxT, key, *, defs, call: Call, model, stack, boundary, keep=None, around=None
+):
+    """(x, taps, rest): the normalised residual stream after the last block, [B*T, D] in the compute
+    type; what `keep` made of each activation (see `Model.taps`); what `around` has left over.
 
-    Taps are what `keep` made of each activation (see `Model.taps`); None without it.
+    Taps are of a forward pass without `around`; each of the two is None without its cause.
     """
     B, T = tokens_BxT.shape
     call = call._replace(batch=B, length=T, key=key)
+    rope = segments_BxT = None
     if model.positions == "rope":
-        call = call._replace(rope=attention.rope_tables(T, model.head_dim, model.rope_theta))
+        rope = attention.rope_tables(T, model.head_dim, model.rope_theta)
     if model.mask == "document" and boundary is not None:
-        call = call._replace(segments_BxT=jnp.cumsum(tokens_BxT == boundary, axis=1))
+        segments_BxT = jnp.cumsum(tokens_BxT == boundary, axis=1)
     embed = nnx.merge(defs["embed"], params["embed"])
     h_NxD = call.drop(embed(tokens_BxT, call.embed_scale), 0)
+    shared = (key, rope, segments_BxT)
+
+    def part(run, shared, h_NxD, layer, keep=None, taps=None):
+        (params_layer, index), (key, rope, segments_BxT) = layer, shared
+        layer_key = None if key is None else jax.random.fold_in(key, index + 1)
+        given = {"key": layer_key, "rope": rope, "segments_BxT": segments_BxT}
+        one = nnx.merge(defs["blocks"], params_layer)
+        return run(one, h_NxD, call._replace(keep=keep, taps=taps, **given))
 
     def block(h_NxD, layer):
-        params_layer, index = layer
-        layer_key = None if key is None else jax.random.fold_in(key, index + 1)
-        one = nnx.merge(defs["blocks"], params_layer)
         taps = {}
-        return one(h_NxD, call._replace(key=layer_key, keep=keep, taps=taps)), taps
+        return part(Block.__call__, shared, h_NxD, layer, keep, taps), taps
 
     taps = None if keep is None else {"embed": keep("embed", h_NxD)}
-    remat = _REMAT[model.remat]
-    h_NxD, of_blocks = run_stack(remat(block), h_NxD, params["blocks"], stack, model.n_layers)
+    block, rest, n = REMAT[model.remat](block), None, model.n_layers
+    if around is None:
+        h_NxD, of_blocks = stacked(params["blocks"], stack, [n])[0](block, h_NxD)
+    else:
+        sizes = [around.first, around.stop - around.first, n - around.stop]
+        below, chosen, above = stacked(params["blocks"], stack, sizes)
+        wrapped = [
+            around.wrap(functools.partial(part, run), number, model.remat)
+            for number, run in enumerate(PARTS[around.granularity])
+        ]
+        h_NxD, _ = below(block, h_NxD)
+        carry, _ = chosen(functools.partial(_in_turn, wrapped, shared), around.begin(h_NxD))
+        h_NxD, rest = around.end(carry)
+        h_NxD, _ = above(block, h_NxD)
     if keep is not None:
         taps |= {"blocks": of_blocks, "final": keep("final", h_NxD)}
-    return nnx.merge(defs["readout"], params["readout"]).norm(h_NxD, call), taps
+    return nnx.merge(defs["readout"], params["readout"]).norm(h_NxD, call), taps, rest
 
 
-_REMAT = {
+PARTS = {"block": (Block.__call__,), "branch": (Block.attend, Block.feed)}
+
+
+def _in_turn(parts, shared, carry, layer):
+    for part in parts:
+        carry = part(shared, carry, layer)
+    return carry, None
+
+
+REMAT = {
     "none": lambda block: block,
     "block": jax.checkpoint,
     "dots": functools.partial(
@@ -173,23 +234,37 @@ _REMAT = {
 }
 
 
-def run_stack(block, h_NxD, params_blocks, stack: str, n_layers: int):
-    """Runs `block(h, (params of layer l, l)) -> (h, out)` for all layers, by a scan or one by one.
+def stacked(params_blocks, stack: str, sizes: list[int]) -> list[Callable]:
+    """For each run of `sizes` layers: (block, carry) -> (carry, the outs of its layers stacked).
 
-    Returns the last h and the stacked outs.
+    A run calls `block(carry, (params of layer l, l)) -> (carry, out)` for its layers, by a scan or
+    one by one.
     """
-    if stack == "scan":
-        return jax.lax.scan(block, h_NxD, (params_blocks, jnp.arange(n_layers)))
+    n_layers = sum(sizes)
+    begins = [sum(sizes[:i]) for i in range(len(sizes))]
     # lax.split is undone by one concatenation in the backward pass; slicing each layer would add L
     # zero-padded arrays of the full size.
-    split = jax.tree.map(lambda a: jax.lax.split(a, [1] * n_layers), params_blocks)
-    outs = []
-    for index in range(n_layers):
-        layer = jax.tree.map(
-            lambda parts, i=index: parts[i][0],
-            split,
-            is_leaf=lambda x: isinstance(x, (list, tuple)),
-        )
-        h_NxD, out = block(h_NxD, (layer, index))
-        outs.append(out)
-    return h_NxD, jax.tree.map(lambda *layers: jnp.stack(layers), *outs)
+    pieces = [1] * n_layers if stack == "unroll" else [size for size in sizes if size]
+    leaves, tree = jax.tree.flatten(params_blocks)
+    if len(pieces) == 1 and stack == "scan":
+        split = [[leaf] for leaf in leaves]
+    else:
+        split = [jax.lax.split(leaf, pieces) for leaf in leaves]
+
+    def unrolled(begin: int, size: int, block, carry):
+        outs = []
+        for index in range(begin, begin + size):
+            layer = tree.unflatten([parts[index][0] for parts in split])
+            carry, out = block(carry, (layer, index))
+            outs.append(out)
+        return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *outs) if outs else None
+
+    def scanned(begin: int, size: int, block, carry):
+        if not size:
+            return carry, None
+        at = sum(1 for b, s in zip(begins, sizes, strict=True) if s and b < begin)
+        layers = tree.unflatten([parts[at] for parts in split])
+        return jax.lax.scan(block, carry, (layers, begin + jnp.arange(size)))
+
+    run = {"scan": scanned, "unroll": unrolled}[stack]
+    return [functools.partial(run, b, s) for b, s in zip(begins, sizes, strict=True)]

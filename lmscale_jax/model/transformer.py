@@ -34,14 +34,21 @@ class Block(nnx.Module):
         self.mlp_norm, self.mlp = Norm(model), MLP(model)
 
     def __call__(self, h_NxD: jax.Array, call: Call) -> jax.Array:
-        a_NxD = self.attention(self.attention_norm(h_NxD, call), call)
-        call.note("attention", lambda: a_NxD)
-        h_NxD = h_NxD + call.branch_scale * call.drop(a_NxD, 1).astype(h_NxD.dtype)
-        m_NxD = self.mlp(self.mlp_norm(h_NxD, call), call)
-        call.note("mlp", lambda: m_NxD)
-        h_NxD = h_NxD + call.branch_scale * call.drop(m_NxD, 2).astype(h_NxD.dtype)
+        h_NxD = self.feed(self.attend(h_NxD, call), call)
         call.note("residual", lambda: h_NxD)
         return h_NxD
+
+    def attend(self, h_NxD: jax.Array, call: Call) -> jax.Array:
+        """The residual stream with what attention adds to it."""
+        a_NxD = self.attention(self.attention_norm(h_NxD, call), call)
+        call.note("attention", lambda: a_NxD)
+        return h_NxD + call.branch_scale * call.drop(a_NxD, 1).astype(h_NxD.dtype)
+
+    def feed(self, h_NxD: jax.Array, call: Call) -> jax.Array:
+        """The residual stream with what the MLP adds to it."""
+        m_NxD = self.mlp(self.mlp_norm(h_NxD, call), call)
+        call.note("mlp", lambda: m_NxD)
+        return h_NxD + call.branch_scale * call.drop(m_NxD, 2).astype(h_NxD.dtype)
 
 
 class Readout(nnx.Module):

@@ -8,14 +8,14 @@ import numpy as np
 from lmscale_jax.run.writers import read_metrics
 
 
-def draw(workdir: Path) -> list[Path]:
-    """Writes plots/*.png of a run directory; returns their paths."""
+def draw(workdir: Path, folder: Path | None = None) -> list[Path]:
+    """Writes *.png of a run directory into `folder`, by default its plots/; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     lines = read_metrics(workdir / "metrics.jsonl")
     record = json.loads((workdir / "run.json").read_text())
-    folder = workdir / "plots"
+    folder = folder or workdir / "plots"
     folder.mkdir(exist_ok=True)
     made = [_loss(lines, record, folder / "loss.png")]
     if any("grad_norm_layers" in line for line in lines):

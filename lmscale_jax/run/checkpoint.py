@@ -124,15 +124,38 @@ class Checkpoints:
         (self._directory / str(step)).rename(target)
         self.manager.reload()
 
-    def params(self, abstract):
-        """(step, params) of the newest checkpoint. Raises InputError if there is none."""
+    def params(self, abstract, step: int = 0):
+        """(step, params) of a checkpoint, the newest by default; moves nothing.
+
+        Raises InputError if there is none, or if it cannot be read whole.
+        """
         import orbax.checkpoint as ocp
 
         steps = self.steps()
         if not steps:
             raise InputError(f"{self._directory} holds no checkpoint; train the run first")
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return steps[-1], self.manager.restore(steps[-1], args=args).params
+        if step and step not in steps:
+            raise InputError(f"{self._directory} holds no checkpoint {step}, but {steps}")
+        step = step or steps[-1]
+        try:
+            read = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore()
+                ),
+            )
+            found = {f".params{k}": int(v) for k, v in self._checksums(read.params).items()}
+            wrong = [k for k, v in found.items() if v != read.host["checksums"].get(k)]
+            if wrong:
+                raise ValueError(f"checksum of {wrong[0]} differs")
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            others = [s for s in steps if s != step]
+            raise InputError(
+                f"{self._directory / str(step)} cannot be read ({reason}); other checkpoints: "
+                f"{others or 'none'}"
+            ) from error
+        return step, read.params
 
     def close(self) -> None:
         if self._manager is not None:

@@ -18,6 +18,7 @@ from lmscale_jax.config import duration, get, keys, resolve, tokens_per_step
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, flops
+from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.parametrization import rules
@@ -88,6 +89,7 @@ def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: di
         manifest: of the prepared data, None where it is not prepared yet.
     """
     chosen = model.choices | optim.choices(config, mesh.devices.flat[0].platform)
+    chosen |= mur.choices(config)
     sections = [
         ("config (* set by the config file or a flag)", _config(config, origins)),
         ("schedule", _schedule(config)),

@@ -17,6 +17,7 @@ def due(config, done: int) -> tuple[str, ...]:
         "norms": log.every if log.per_layer else 0,
         "activations": log.activations_every,
         "spectral": log.spectral_every,
+        "mur": log.every if config.mur.mode != "off" else 0,
     }
     return tuple(name for name, n in every.items() if n and done % n == 0)
 

@@ -50,6 +50,19 @@ def check(workdir: Path, config) -> dict | None:
     return record
 
 
+def read_record(workdir: Path) -> dict:
+    """run.json of a directory. Raises InputError where there is none that can be read."""
+    path = workdir / "run.json"
+    if not path.exists():
+        raise InputError(f"--workdir={workdir} holds no run.json; name the directory of a run")
+    try:
+        record = json.loads(path.read_text())
+        assert {"config", "status", "data"} <= record.keys()
+    except (ValueError, AssertionError, AttributeError):
+        raise InputError(f"--workdir={workdir}: run.json is no run record") from None
+    return record
+
+
 def _has(config: dict, path: str) -> bool:
     try:
         get(config, path)

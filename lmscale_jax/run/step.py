@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.build import Model
+from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.run import measures
@@ -23,6 +24,7 @@ class State(NamedTuple):
     bad: consecutive steps that were skipped, int32.
     skipped: all steps that were skipped, int32.
     memory: what measurements remember (see `measures.begin`).
+    utility: running means of `mur.objective`.
     """
 
     step: jax.Array
@@ -31,14 +33,16 @@ class State(NamedTuple):
     bad: jax.Array
     skipped: jax.Array
     memory: dict
+    utility: dict
 
 
 def initial(config, model: Model, transform, seed) -> State:
     """The state before the first step."""
     params = model.init(jax.random.key(seed))
     zero = jnp.zeros((), jnp.int32)
-    memory = measures.begin(config, model)
-    return State(zero, params, transform.init(params), zero, zero, memory)
+    memory, objective = measures.begin(config, model), mur.make(config)
+    utility = objective.begin() if objective else {}
+    return State(zero, params, transform.init(params), zero, zero, memory, utility)
 
 
 def shardings(config, model: Model, transform, mesh: Mesh) -> State:
@@ -66,19 +70,24 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
     """
     gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
     dropout = jax.random.key(config.seed) if config.model.dropout else None
+    objective = mur.make(config)
 
     def step(state: State, batch, lr=config.optim.lr, measure: tuple[str, ...] = ()):
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
-        loss, grads = gradient(state.params, batch, key)
+        asked = objective and objective.ask(state.utility, state.step, measure)
+        loss, grads, taken = gradient(state.params, batch, key, asked)
         norm = optax.tree.norm(grads)
-        updates, opt_state = transform.update(
-            grads, state.opt_state, state.params, step=state.step, lr=lr
-        )
+        utility, more = state.utility, {"step": state.step, "lr": lr}
+        if asked:
+            utility = objective.learn(utility, taken)
+            grads, factors = objective.scale(utility, state.step, grads)
+            more |= factors
+        updates, opt_state = transform.update(grads, state.opt_state, state.params, **more)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
+        params, opt_state, utility = jax.tree.map(
             lambda new, old: jnp.where(ok, new, old),
-            (optim.apply(state.params, updates), opt_state),
-            (state.params, state.opt_state),
+            (optim.apply(state.params, updates), opt_state, utility),
+            (state.params, state.opt_state, state.utility),
         )
         bad = jnp.where(ok, 0, state.bad + 1)
         skipped = state.skipped + jnp.where(ok, 0, 1)
@@ -92,42 +101,50 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
         seen, memory = measures.take(
             measure, model, batch, grads, state.params, updates, state.memory
         )
-        return State(state.step + 1, params, opt_state, bad, skipped, memory), metrics | seen
+        if asked and asked.names:
+            seen |= objective.metrics(asked, taken, utility, state.step)
+        after = State(state.step + 1, params, opt_state, bad, skipped, memory, utility)
+        return after, metrics | seen
 
     return step
 
 
 def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
-    """(params, batch, key) -> (mean loss over the batch's targets, its gradient).
+    """(params, batch, key, asked=None) -> (mean loss over the batch's targets, gradient, taken).
 
     Micro-batches are added up by a scan; each is divided by the targets of the whole batch, so
-    cutting the batch changes no number.
+    cutting the batch changes no number. `taken` is what a `mur.objective.Asked` takes out of the
+    backward pass; in loss mode the gradient is that of its objective, the loss is not.
     """
     accum = config.train.accum
     rows = NamedSharding(mesh, P(None, *meshes.BATCH))
-
-    def mean_loss(params, tokens_BxT, targets_BxT, n_targets, key):
-        return model.losses(params, tokens_BxT, targets_BxT, key).sum() / n_targets
-
-    function = jax.value_and_grad(mean_loss)
 
     def cut(x):
         micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])
         return jax.lax.with_sharding_constraint(micro, rows)
 
-    def gradient(params, batch, key):
+    def gradient(params, batch, key, asked=None):
+        slots = asked.slots if asked else ()
         n_targets = jnp.maximum(1, (batch.targets_BxT >= 0).sum())
-        if accum == 1:
-            return function(params, *batch, n_targets, key)
+
+        def mean_loss(params, slots, tokens_BxT, targets_BxT, key, index=0):
+            around = asked and asked.around(slots, targets_BxT, n_targets, index)
+            return model.losses(params, tokens_BxT, targets_BxT, key, around).sum() / n_targets
+
+        function = jax.value_and_grad(mean_loss, argnums=(0, 1))
 
         def one(total, micro):
             index, parts = micro
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            part = function(params, *parts, n_targets, micro_key)
+            part = function(params, slots, *parts, micro_key, index)
             return jax.tree.map(jnp.add, total, part), None
 
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-        parts = jax.tree.map(cut, tuple(batch))
-        return jax.lax.scan(one, zero, (jnp.arange(accum), parts))[0]
+        if accum == 1:
+            loss, (grads, bars) = function(params, slots, *batch, key)
+        else:
+            zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, slots)))
+            parts = jax.tree.map(cut, tuple(batch))
+            (loss, (grads, bars)), _ = jax.lax.scan(one, zero, (jnp.arange(accum), parts))
+        return loss, grads, asked.taken(bars) if asked else {}
 
     return gradient

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ import jax
 from lmscale_jax import config as configs
 from lmscale_jax.data import pipeline, prepared
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.evals import perplexity
+from lmscale_jax.evals import perplexity, redundancy
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
+from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.average import averaged
 from lmscale_jax.parametrization import rules
@@ -36,6 +37,7 @@ class Setup:
     placed: step.State
     batches: pipeline.TrainBatches
     eval_sums: Callable
+    drop_sums: Callable
     parent: dict | None = None
 
     def score(self, state: step.State) -> dict:
@@ -46,16 +48,28 @@ class Setup:
 
     def validate(self, params) -> dict:
         """Loss and its kin on the held-out tokens."""
+        batches = self.held_out(self.config.eval.tokens)
+        return perplexity.evaluate(
+            self.eval_sums, params, batches, self.mesh, self.data.token_bytes
+        )
+
+    def held_out(self, n_tokens: int) -> Iterator[pipeline.Batch]:
+        """The first tokens of the validation split, as many at once as in training."""
         config = self.config
         size = config.eval.batch_size or config.train.batch_size // config.train.accum
         shards = mesh.batch_shards(self.mesh)
         size = -(-size // shards) * shards
         rows = mesh.host_rows(size, self.mesh)
-        batches = pipeline.val_batches(
-            self.data, config.data.seq_len, size, config.eval.tokens, rows
-        )
-        return perplexity.evaluate(
-            self.eval_sums, params, batches, self.mesh, self.data.token_bytes
+        return pipeline.val_batches(self.data, config.data.seq_len, size, n_tokens, rows)
+
+    def redundancy(self, params) -> dict:
+        """Block Influence and layer drop, for a line of metrics.jsonl."""
+        return redundancy.over_training(
+            self.drop_sums,
+            params,
+            self.held_out(self.config.eval.redundancy_tokens),
+            self.mesh,
+            self.config.model.n_layers,
         )
 
 
@@ -143,6 +157,7 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
         placed=step.shardings(config, model, transform, grid),
         batches=batches,
         eval_sums=perplexity.make(model, grid),
+        drop_sums=redundancy.make(model, grid),
     )
 
 
@@ -183,7 +198,9 @@ def facts(setup: Setup) -> dict:
             "processes": jax.process_count(),
             "mesh": dict(setup.mesh.shape),
         },
-        "choices": setup.model.choices | optim.choices(config, devices.flat[0].platform),
+        "choices": setup.model.choices
+        | optim.choices(config, devices.flat[0].platform)
+        | mur.choices(config),
         "restarts": 0,
         "final": {},
         "throughput": {"tokens_per_second": None, "mfu": None, "data_wait": None},
@@ -253,7 +270,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
     config, first, last = setup.config, int(state.step), setup.config.train.steps
     take_step = step.make(config, setup.model, setup.transform, setup.mesh, setup.placed)
     stream = pipeline.prefetch(setup.batches.at, first, last, workers=config.data.workers)
-    compiled, pending, final = set(), None, None
+    compiled, pending, final, looks = set(), None, None, redundancy.steps(config)
     for done, batch in enumerate(clock.waiting_for(stream), first + 1):
         measure = measures.due(config, done)
         state, metrics = take_step(state, mesh.put_batch(batch, setup.mesh), measure=measure)
@@ -265,14 +282,15 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
         pending = (done, metrics)
         evaluate = done == last or _due(done, config.eval.every)
         save = done == last or _due(done, config.checkpoint.every) or stop.asked
-        if not (evaluate or save):
+        if not (evaluate or save or done in looks):
             continue
         jax.block_until_ready(state)
         with clock.pause():
-            extra = setup.score(state) if evaluate else None
+            extra = setup.score(state) if evaluate else {}
+            extra |= setup.redundancy(state.params) if done in looks else {}
         journal.take(*pending, extra)
         pending, final = None, extra if done == last else None
-        if extra:
+        if evaluate:
             journal.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")
         if save:
             with clock.pause():

@@ -1,0 +1,94 @@
+"""Marginal utility of every block over the held-out tokens: every labelled token, none drawn."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmscale_jax.model.build import PARTS, Model
+from lmscale_jax.mur import streams
+from lmscale_jax.mur.utility import Measure
+from lmscale_jax.run import mesh as meshes
+
+
+class Found(NamedTuple):
+    """Attributes:
+    values: {part: [L, 3, n] float64}, utility, |δ| and |g| of the n labelled tokens.
+    window: [n], which window each token is of.
+    """
+
+    values: dict[str, np.ndarray]
+    window: np.ndarray
+
+    def utility(self, part: str, weight_W: np.ndarray | None = None) -> np.ndarray:
+        """[L], the mean over tokens; windows may be weighted (for a bootstrap)."""
+        u_Lxn = self.values[part][:, 0]
+        weight_n = np.ones(len(self.window)) if weight_W is None else weight_W[self.window]
+        return u_Lxn @ weight_n / weight_n.sum()
+
+
+def make(model: Model, config, granularity: str, mesh) -> Callable:
+    """The jitted (params, batch) -> utility, |δ| and |g| of every token as [L, P, 3, B, T], and
+    which of them have a label, [B, T]."""
+    taking = streams.Taking(Measure(config.mur.metric, config.mur.eps), ())
+    n_layers, parts = config.model.n_layers, len(PARTS[granularity])
+
+    def tokens(params, batch):
+        labelled_BxT = batch.targets_BxT >= 0
+        # The sum itself is differentiated, so the factor back to it is 1.
+        known = streams.Known(labelled_BxT, 1.0, jnp.zeros((n_layers, parts)), 0.0, None)
+
+        def total(slots):
+            around = streams.Watch(taking, slots, known, range(n_layers), granularity)
+            return model.losses(params, *batch, None, around).sum()
+
+        values = jax.grad(total)(taking.slots(n_layers, parts, labelled_BxT.size))
+        return values.reshape(n_layers, parts, 3, *labelled_BxT.shape), labelled_BxT
+
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(tokens, out_shardings=replicated)
+
+
+def measure(tokens: Callable, params, batches: Iterable, mesh, granularity: str) -> Found:
+    """Runs over host batches; "block" has one part, "branch" attention and MLP."""
+    names = {"block": ("block",), "branch": ("attention", "mlp")}[granularity]
+    parts, windows, begin = [], [], 0
+    for batch in batches:
+        values, labelled_BxT = jax.device_get(tokens(params, meshes.put_batch(batch, mesh)))
+        parts.append(values[..., labelled_BxT].astype(np.float64))
+        some_B = labelled_BxT.any(axis=1)
+        number_B = begin + np.cumsum(some_B) - 1
+        windows.append(np.broadcast_to(number_B[:, None], labelled_BxT.shape)[labelled_BxT])
+        begin += some_B.sum()
+    values = np.concatenate(parts, axis=-1)
+    return Found(
+        {name: values[:, p] for p, name in enumerate(names)}, np.concatenate(windows).astype(int)
+    )
+
+
+def summary(found: Found, part: str, tau: float) -> dict[str, list]:
+    """The lists by layer of eval.json; quantiles are those of all tokens together.
+
+    "stderr": of the mean utility, windows being the independent draws.
+    """
+    u_Lxn, delta_Lxn, g_Lxn = np.moveaxis(found.values[part], 1, 0)
+    p10_L, p50_L, p90_L = np.quantile(u_Lxn, [0.1, 0.5, 0.9], axis=1)
+    mean_L, n = u_Lxn.mean(axis=1), len(found.window)
+    W = found.window.max() + 1
+    residual_LxW = np.stack(
+        [np.bincount(found.window, u_n - m, W) for u_n, m in zip(u_Lxn, mean_L, strict=True)]
+    )
+    spread_L = W / max(1, W - 1) * np.square(residual_LxW).sum(axis=1)
+    lists = {
+        "mean": mean_L,
+        "p10": p10_L,
+        "p50": p50_L,
+        "p90": p90_L,
+        "frac_below_tau": (u_Lxn < tau).mean(axis=1),
+        "delta_norm": delta_Lxn.mean(axis=1),
+        "grad_norm": g_Lxn.mean(axis=1),
+        "stderr": np.sqrt(spread_L) / n,
+    }
+    return {name: values.tolist() for name, values in lists.items()}

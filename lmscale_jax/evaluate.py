@@ -1,0 +1,38 @@
+"""Evaluates a run on its held-out tokens: python -m lmscale_jax.evaluate --workdir=runs/first
+
+Writes eval.json beside run.json. Of an unfinished run it takes the newest checkpoint and says so.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from lmscale_jax import command
+from lmscale_jax.errors import InputError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run", required=True)
+SUITES = flags.DEFINE_list(
+    "suites", ["perplexity", "redundancy", "mur"], "what is evaluated: any of these"
+)
+STEP = flags.DEFINE_integer("step", 0, "checkpoint; 0: the newest", lower_bound=0)
+TOKENS = flags.DEFINE_integer(
+    "tokens", 0, "held-out tokens of redundancy and mur; 0: as eval.tokens", lower_bound=0
+)
+
+
+def main() -> None:
+    workdir, known = Path(WORKDIR.value), ("perplexity", "redundancy", "mur")
+    wrong = [name for name in SUITES.value if name not in known]
+    if wrong or not SUITES.value:
+        raise InputError(
+            f"--suites={','.join(SUITES.value)}: {wrong or 'nothing'} is no suite; "
+            f"--suites={','.join(known)} would work"
+        )
+    from lmscale_jax.evals import suites
+
+    path = suites.evaluate(workdir, SUITES.value, STEP.value, TOKENS.value, print)
+    print(f"written              {path}")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,135 @@
+"""Marginal utility of what a block adds to the residual stream, token by token.
+
+h is the residual stream, δ = h after the block - h before it, and g the gradient of the *summed*
+token loss by the stream after the block, through all that follows. To first order -<g, δ> is how
+much the token's δ lowers the loss. With the summed loss nothing here depends on how many tokens
+share a batch. All of it is float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FLOAT = jnp.float32
+
+# What is told of the utilities of one layer; the first line over all labelled tokens.
+STATISTICS = (
+    "mean", "p10", "p50", "p90", "frac_below_tau", "delta_norm", "grad_norm", "stderr", "quantile",
+    "utility", "hinge",
+)  # fmt: skip
+
+
+class Measure(NamedTuple):
+    """How utilities are measured.
+
+    Attributes:
+      metric: "cos", "proj" or "raw".
+      eps: floor of a token's denominator, as a share of the mean denominator of the batch.
+      level: the quantile that the statistic "quantile" is.
+    """
+
+    metric: str
+    eps: float
+    level: float = 0.5
+
+
+def utilities(how: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labelled_N: jax.Array):
+    """[N]: -<g, δ> ("raw"), over |g| |δ| ("cos") or over |g|^2 ("proj").
+
+    A denominator is at least `eps` times its mean over the labelled tokens, so a common factor of g
+    changes no cosine, however small it is. Where a denominator is 0, so are the utility and its
+    gradient.
+    """
+    g_NxD, delta_NxD = g_NxD.astype(FLOAT), delta_NxD.astype(FLOAT)
+    raw_N = -(g_NxD * delta_NxD).sum(axis=-1)
+    if how.metric == "raw":
+        return raw_N
+    size_N = norms(g_NxD) * norms(g_NxD if how.metric == "proj" else delta_NxD)
+    floor = how.eps * mean(size_N, labelled_N)
+    sound_N = size_N > 0
+    return jnp.where(sound_N, raw_N / jnp.maximum(jnp.where(sound_N, size_N, 1.0), floor), 0.0)
+
+
+def norms(x_NxD: jax.Array) -> jax.Array:
+    """[N] Euclidean norms, with a gradient of 0 where they are 0."""
+    square_N = jnp.square(x_NxD.astype(FLOAT)).sum(axis=-1)
+    sound_N = square_N > 0
+    return jnp.where(sound_N, jnp.sqrt(jnp.where(sound_N, square_N, 1.0)), 0.0)
+
+
+def mean(values_N: jax.Array, labelled_N: jax.Array) -> jax.Array:
+    """Over labelled tokens; 0 where there are none."""
+    return jnp.where(labelled_N, values_N, 0.0).sum() / jnp.maximum(1, labelled_N.sum())
+
+
+def weights(
+    reduce: str, nll_BxT: jax.Array, labelled_BxT: jax.Array, key, k: int, share: float
+) -> jax.Array:
+    """[B, T] float32, with sum 1: which tokens a layer's utility is the mean of.
+
+    "mean": all labelled ones. "sample_k": `k` of each sequence, drawn without replacement, or all
+    where fewer are labelled. "top_loss": the `share` of them all with the highest loss.
+    """
+    if reduce == "sample_k":
+        draw_BxT = jnp.where(labelled_BxT, jax.random.uniform(key, nll_BxT.shape), -1.0)
+        least_Bx1 = jax.lax.top_k(draw_BxT, min(k, nll_BxT.shape[1]))[0][:, -1:]
+        chosen_BxT = labelled_BxT & (draw_BxT >= least_Bx1)
+    elif reduce == "top_loss":
+        loss_BxT = jnp.where(labelled_BxT, nll_BxT, -jnp.inf)
+        count = jnp.ceil(share * labelled_BxT.sum()).astype(jnp.int32)
+        least = jnp.sort(loss_BxT.ravel())[loss_BxT.size - jnp.maximum(1, count)]
+        chosen_BxT = labelled_BxT & (loss_BxT >= least)
+    else:
+        chosen_BxT = labelled_BxT
+    return chosen_BxT.astype(FLOAT) / jnp.maximum(1, chosen_BxT.sum())
+
+
+def hinge(how: Measure, g_NxD, delta_NxD, labelled_N, weight_N, tau) -> jax.Array:
+    """max(0, tau - utility of the layer), the layer's utility being the weighted mean."""
+    u_N = utilities(how, g_NxD, delta_NxD, labelled_N)
+    return jnp.maximum(0.0, tau - (weight_N * u_N).sum())
+
+
+def statistics(
+    names: tuple[str, ...], how: Measure, g_NxD, delta_NxD, labelled_BxT, weight_N, tau
+) -> jax.Array:
+    """[len(names)] float32, of STATISTICS.
+
+    "p10", "p50", "p90": quantiles of the utility over labelled tokens; "quantile": that at
+    `how.level`. "frac_below_tau": share of labelled tokens below tau. "delta_norm", "grad_norm":
+    means of |δ| and |g|. "stderr": standard error of the mean utility, sequences being the
+    independent draws. "utility": the weighted mean; "hinge": max(0, tau - utility).
+    """
+    labelled_N = labelled_BxT.reshape(-1)
+    u_N = utilities(how, g_NxD, delta_NxD, labelled_N)
+    levels = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "quantile": how.level}
+    if levels.keys() & set(names):
+        ordered_N, count = jnp.sort(jnp.where(labelled_N, u_N, jnp.inf)), labelled_N.sum()
+    made = {
+        **{name: lambda q=q: _quantile(ordered_N, count, q) for name, q in levels.items()},
+        "mean": lambda: mean(u_N, labelled_N),
+        "frac_below_tau": lambda: mean((u_N < tau).astype(FLOAT), labelled_N),
+        "delta_norm": lambda: mean(norms(delta_NxD), labelled_N),
+        "grad_norm": lambda: mean(norms(g_NxD), labelled_N),
+        "stderr": lambda: _standard_error(u_N.reshape(labelled_BxT.shape), labelled_BxT),
+        "utility": lambda: (weight_N * u_N).sum(),
+        "hinge": lambda: jnp.maximum(0.0, tau - (weight_N * u_N).sum()),
+    }
+    return jnp.stack([made[name]() for name in names])
+
+
+def _quantile(ordered_N: jax.Array, count, level: float) -> jax.Array:
+    """Of the first `count` values in order, with linear interpolation between two of them."""
+    at = level * jnp.maximum(count - 1, 0)
+    low = jnp.floor(at).astype(jnp.int32)
+    high = jnp.minimum(low + 1, jnp.maximum(count - 1, 0))
+    return ordered_N[low] + (at - low) * (ordered_N[high] - ordered_N[low])
+
+
+def _standard_error(u_BxT: jax.Array, labelled_BxT: jax.Array) -> jax.Array:
+    """Of the mean over labelled tokens, a ratio of sums over sequences."""
+    B, count_B = u_BxT.shape[0], labelled_BxT.sum(axis=1)
+    total_B, count = jnp.where(labelled_BxT, u_BxT, 0.0).sum(axis=1), jnp.maximum(1, count_B.sum())
+    residual_B = total_B - count_B * (total_B.sum() / count)
+    return jnp.sqrt(B / max(1, B - 1) * jnp.square(residual_B).sum()) / count

@@ -1,0 +1,47 @@
+"""Makes a page of records alone: python -m lmscale_jax.report --workdir=runs/first
+
+With pairs of evaluated runs, of any number of seeds and sizes (directories or globs, comma-joined):
+
+python -m lmscale_jax.report --workdir=runs/mur --baseline='runs/base_*' --variant='runs/loss_*'
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from lmscale_jax import command
+from lmscale_jax.errors import InputError
+
+WORKDIR = flags.DEFINE_string("workdir", None, "a run, or where report/ is written", required=True)
+BASELINE = flags.DEFINE_string("baseline", "", "run directories without the switch")
+VARIANT = flags.DEFINE_string("variant", "", "run directories with it, the same seeds")
+SWITCH = flags.DEFINE_string("switch", "mur", "the key or group of keys that is studied")
+ALLOW = flags.DEFINE_bool("allow_differences", False, "compare runs that differ in more than that")
+
+
+def main() -> None:
+    if bool(BASELINE.value) != bool(VARIANT.value):
+        raise InputError(
+            f"--baseline={BASELINE.value} and --variant={VARIANT.value} go together; "
+            f"--baseline=runs/a --variant=runs/b would work"
+        )
+    from configs.base import SPEC
+    from lmscale_jax.config import hint, keys
+    from lmscale_jax.reports import compared, pairs
+
+    folder = Path(WORKDIR.value) / "report"
+    if not BASELINE.value:
+        print(f"page                 {compared.of_run(pairs.read(Path(WORKDIR.value)), folder)}")
+        return
+    known = [*SPEC, *(path for path, _ in keys())]
+    if SWITCH.value not in known:
+        raise InputError(f"--switch={SWITCH.value} is no key; {hint(SWITCH.value, known)}")
+    sides = (pairs.read_all(f.name, f.value) for f in (BASELINE, VARIANT))
+    found = pairs.match(*sides, SWITCH.value, ALLOW.value)
+    page = compared.of_pairs(found, SWITCH.value, folder)
+    print(f"difference           {compared.sentence(pairs.difference(found))}")
+    print(f"page                 {page}")
+
+
+if __name__ == "__main__":
+    command.run(main)

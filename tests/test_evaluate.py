@@ -1,0 +1,292 @@
+"""Evaluation and report of runs as they are, broken and unfinished."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import record, run
+
+from configs import base
+from lmscale_jax.errors import InputError
+from lmscale_jax.evals import agreement, mur_stats, redundancy, suites
+from lmscale_jax.reports import compared, pairs
+from lmscale_jax.run import train
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+SUITES = ["perplexity", "redundancy", "mur"]
+
+
+def silent(_line):
+    pass
+
+
+def made(settings, changes):
+    config = base.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict(settings | {"mesh.cpu_devices": 1} | changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def runs(settings, tmp_path_factory, quick_compiler):
+    """A directory with "base" and "loss", two finished and evaluated runs of three blocks."""
+    folder = tmp_path_factory.mktemp("runs")
+    more = {"model.n_layers": 3, "train.steps": 40, "optim.lr": 1e-2, "checkpoint.every": 20}
+    more |= {"log.tensorboard": False, "eval.every": 0, "log.every": 20, "model.stack": "scan"}
+    more |= {"eval.redundancy_every": "20", "eval.redundancy_tokens": 500}
+    loss = {"mur.mode": "loss", "mur.tau": 0.2, "mur.warmup": "0"}
+    for name, changes in (("base", {}), ("loss", loss)):
+        train.train(made(settings, more | changes), folder / name, say=silent)
+        suites.evaluate(folder / name, SUITES, 0, 0, silent)
+    return folder
+
+
+def scores(workdir) -> dict:
+    return json.loads((workdir / "eval.json").read_text())
+
+
+def test_eval_json_holds_the_contract(runs):
+    found, final = scores(runs / "base"), record(runs / "base")["final"]
+    assert found["complete"] and found["step"] == 40 and found["run_status"] == "finished"
+    assert found["val_loss"] == pytest.approx(final["val_loss"], rel=1e-6)
+    assert found["perplexity"] == pytest.approx(np.exp(found["val_loss"]))
+    assert found["val_loss_sem"] > 0
+    assert len(found["block_influence"]) == len(found["layer_drop"]) == 3
+    assert all(0 < b < 2 for b in found["block_influence"])
+    # At the end of training the same numbers, but for fewer tokens.
+    lines = (runs / "base" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    np.testing.assert_allclose(last["block_influence"], found["block_influence"], rtol=0.2)
+    for name in ("mean", "p10", "p50", "p90", "frac_below_tau", "delta_norm", "grad_norm"):
+        assert len(found["mur"][name]) == len(found["mur"]["mlp"][name]) == 3
+    assert found["mur"]["tokens"] == found["redundancy_tokens"] == found["val_tokens"]
+    pruned = found["layer_drop_cumulative"]
+    assert pruned["damage"][0] == pytest.approx(found["layer_drop"][pruned["order"][0]], rel=1e-5)
+    for pair in found["rank_correlation"].values():
+        assert -1 <= pair["low"] <= pair["rho"] <= pair["high"] <= 1
+
+
+def test_training_in_loss_mode_logs_its_blocks(runs):
+    """Null for the block that is not chosen."""
+    for text in (runs / "loss" / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        for name in ("mean", "p10", "p90", "frac_below_tau", "delta_norm", "hinge"):
+            assert [value is None for value in line[f"mur/{name}"]] == [True, False, True]
+        assert line["mur/hinge"][1] == pytest.approx(max(0, 0.2 - line["mur/mean"][1]), rel=1e-4)
+        assert len(line["layer_drop"]) == len(line["block_influence"]) == 3
+    assert record(runs / "loss")["choices"]["mur"].startswith("loss: cos, blocks 1 to 1 of 3")
+
+
+def test_suites_add_up(runs, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(runs / "base", workdir)
+    whole = scores(workdir)
+    (workdir / "eval.json").unlink()
+    for suite in ("mur", "perplexity"):
+        suites.evaluate(workdir, [suite], 0, 0, silent)
+        assert ("val_loss" in scores(workdir)) == (suite == "perplexity")
+    found = scores(workdir)
+    assert found["mur"] == whole["mur"] and found["val_loss"] == whole["val_loss"]
+    # Of another checkpoint: the first is set aside.
+    suites.evaluate(workdir, ["perplexity"], 20, 0, silent)
+    assert not scores(workdir)["complete"]
+    assert json.loads((workdir / "eval_step_40.json").read_text()) == found
+
+
+def damage(folder):
+    """Overwrites part of the largest file."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 64] = bytes(64)
+    largest.write_bytes(data)
+
+
+def test_never_random_weights(runs, tmp_path):
+    """No checkpoint, a damaged one: an error, which the command says in a line; no eval.json."""
+    for name, said in (("without", "no checkpoint"), ("damaged", "cannot be read")):
+        workdir = tmp_path / name
+        shutil.copytree(runs / "base", workdir)
+        (workdir / "eval.json").unlink()
+        if name == "without":
+            shutil.rmtree(workdir / "checkpoints")
+        else:
+            damage(workdir / "checkpoints" / "40" / "params")
+        with pytest.raises(InputError, match=said):
+            suites.evaluate(workdir, SUITES, 0, 0, silent)
+        assert not (workdir / "eval.json").exists()
+    status, _, err = run("evaluate", f"--workdir={tmp_path / 'without'}")
+    assert status == 2 and err.count("\n") == 1 and "no checkpoint" in err
+
+
+@pytest.mark.slow
+def test_commands(runs, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(runs / "base", workdir)
+    (workdir / "eval.json").unlink()
+    status, out, err = run("evaluate", f"--workdir={workdir}", "--tokens=500")
+    assert status == 0 and "layer drop" in out and scores(workdir)["redundancy_tokens"] == 500
+    damage(workdir / "checkpoints" / "40" / "params")
+    for arguments in ([f"--workdir={tmp_path}"], [f"--workdir={workdir}"]):
+        status, _, err = run("evaluate", *arguments)
+        assert status == 2 and err.count("\n") == 1
+    status, _, err = run("evaluate", f"--workdir={workdir}", "--suites=none")
+    assert status == 2 and "--suites=none" in err
+    pair = [f"--baseline={runs / 'base'}", f"--variant={runs / 'loss'}"]
+    status, out, err = run("report", f"--workdir={tmp_path}", *pair)
+    assert status == 0 and "one pair has no interval" in out, err
+    assert run("report", f"--workdir={tmp_path}", pair[0])[0] == 2
+
+
+def test_an_unfinished_run_is_marked(runs, tmp_path):
+    workdir, said = tmp_path / "half", []
+    shutil.copytree(runs / "base", workdir)
+    shutil.rmtree(workdir / "checkpoints" / "40")
+    (workdir / "eval.json").unlink()
+    (workdir / "run.json").write_text(json.dumps(record(workdir) | {"status": "running"}))
+    suites.evaluate(workdir, ["perplexity"], 0, 0, said.append)
+    assert "is running: this is its checkpoint after step 20 of 40" in said[0]
+    found = scores(workdir)
+    assert found["complete"] is False and found["step"] == 20
+    page = compared.of_run(pairs.read(workdir), tmp_path / "report")
+    assert "is running; its evaluation is of step 20" in page.read_text()
+
+
+def test_report_of_a_pair(runs, tmp_path):
+    sides = [pairs.read_all("baseline", str(runs / name)) for name in ("base", "loss")]
+    found = pairs.match(*sides, "mur", allow_differences=False)
+    page = compared.of_pairs(found, "mur", tmp_path).read_text()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {
+        "index.html", "mur_mean.png", "mur_frac_below_tau.png", "mur_delta_norm.png",
+        "mur_grad_norm.png", "bi_curve.png", "layer_drop.png", "ppl_comparison.png",
+        "scaling_plot.png", "scaling_table.csv", "baseline_bi_over_training.png",
+    } <= names  # fmt: skip
+    change = scores(runs / "loss")["val_loss"] - scores(runs / "base")["val_loss"]
+    assert f"{change:+.4f} nats" in page and "no interval" in page and "mur.mode" in page
+    assert all(f'src="{name}"' in page for name in names if name.endswith("png"))
+
+
+def test_report_refuses_other_differences(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "loss", other)
+    changed = record(other)
+    changed["config"]["schedule"]["warmup"] = "0"
+    changed["config"]["optim"]["lr"] = 3e-3
+    (other / "run.json").write_text(json.dumps(changed))
+    plain, varied = (pairs.read_all("x", str(path)) for path in (runs / "base", other))
+    with pytest.raises(InputError) as caught:
+        pairs.match(plain, varied, "mur", allow_differences=False)
+    said = str(caught.value)
+    assert "optim.lr (0.01, 0.003)" in said and "schedule.warmup ('2%', '0')" in said
+    found = pairs.match(plain, varied, "mur", allow_differences=True)
+    assert (
+        "More than mur differs: optim.lr" in compared.of_pairs(found, "mur", tmp_path).read_text()
+    )
+    with pytest.raises(InputError, match="same config, mur included"):
+        pairs.match(plain, plain, "mur", allow_differences=False)
+    with pytest.raises(InputError, match=r"no run\.json"):
+        pairs.read_all("variant", str(tmp_path / "nowhere"))
+
+
+def test_difference_over_pairs():
+    """Student's interval of paired differences."""
+    from scipy import stats
+
+    def one(loss):
+        return pairs.Run(None, {}, {"val_loss": loss}, [])
+
+    base_S, change_S = np.array([3.0, 3.2, 3.1]), np.array([-0.01, 0.02, 0.01])
+    found = pairs.difference(
+        [pairs.Pair(one(b), one(b + c)) for b, c in zip(base_S, change_S, strict=True)]
+    )
+    wanted = stats.ttest_1samp(change_S, 0)
+    low, high = wanted.confidence_interval(0.95)
+    assert found["p"] == pytest.approx(wanted.pvalue)
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    assert "no detectable difference" in compared.sentence(found)
+
+
+@pytest.fixture(scope="module")
+def model(settings):
+
+    setup = train.prepare(
+        made(settings, {"model.n_layers": 4, "model.stack": "scan"}), None, say=silent
+    )
+    return setup, jax.tree.map(lambda x: 3 * x, setup.model.init(jax.random.key(0)))
+
+
+def test_a_mask_drops_what_deleting_drops(model):
+    """Against models whose blocks were taken out, and influence against the taps."""
+    from lmscale_jax import config as configs
+    from lmscale_jax.model.build import build
+
+    setup, params = model
+    drops = redundancy.alone(4) + redundancy.contiguous(4)
+    assert redundancy.contiguous(4) == [(0, 1), (1, 2), (2, 3)]
+    batches = list(setup.held_out(500))
+    found = redundancy.measure(setup.drop_sums, params, batches, setup.mesh, 4, drops)
+    assert found.drops == [(), *drops] and found.damage()[0] == 0
+    smaller = base.get_config()
+    smaller.update(setup.config.copy_and_resolve_references())
+    for drop in ((1,), (2, 3)):
+        kept = jnp.array([layer for layer in range(4) if layer not in drop])
+        with smaller.unlocked():
+            smaller.model.n_layers = len(kept)
+        other = build(configs.resolve(smaller), platform="cpu", boundary=setup.data.boundary)
+        left = params | {"blocks": jax.tree.map(lambda x, k=kept: x[k], params["blocks"])}
+        total = sum(float(other.losses(left, *batch).sum()) for batch in batches)
+        row = found.drops.index(drop)
+        assert found.nll_MxW[row].sum() == pytest.approx(total, rel=1e-5)
+    h = setup.model.taps(params, batches[0].tokens_BxT, lambda name, x: x)
+    h_LxNxD = jnp.concatenate([h["embed"][None], h["blocks"]["residual"]])
+    lengths = jnp.linalg.norm(h_LxNxD, axis=-1)
+    cos = (h_LxNxD[1:] * h_LxNxD[:-1]).sum(axis=-1) / (lengths[1:] * lengths[:-1])
+    each_LxB = (1 - cos).reshape(4, *batches[0].tokens_BxT.shape).mean(axis=-1)
+    rows = len(batches[0].tokens_BxT)
+    np.testing.assert_allclose(found.influence_LxW[:, :rows], each_LxB, rtol=1e-4, atol=1e-6)
+
+
+def test_statistics_are_of_all_labelled_tokens(model):
+    """Pooled over batches; the same whatever the size of a batch."""
+    setup, params = model
+    found = []
+    for size in (2, 5):
+        with setup.config.unlocked():
+            setup.config.eval.batch_size = size
+        tokens = mur_stats.make(setup.model, setup.config, "block", setup.mesh)
+        values = mur_stats.measure(tokens, params, setup.held_out(300), setup.mesh, "block")
+        assert len(values.window) == 300
+        found.append(mur_stats.summary(values, "block", 0.0))
+    for name, values in found[0].items():
+        np.testing.assert_allclose(values, found[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_rank_correlations():
+    chance = np.random.default_rng(0)
+    value_WxL = np.arange(5) + 0.1 * chance.normal(size=(40, 5))
+    measures = {
+        "a": lambda w: w @ value_WxL / w.sum(),
+        "b": lambda w: -(w @ value_WxL) / w.sum(),
+        "c": lambda w: w @ (0 * value_WxL + [3, 1, 2, 5, 4]) / w.sum(),
+    }
+    found = agreement.rank_correlations(measures, 40)
+    assert found["a, b"] == {"rho": -1.0, "low": -1.0, "high": -1.0}
+    assert found["a, c"]["rho"] == pytest.approx(0.6)
+
+
+def test_when_training_looks(small):
+    from lmscale_jax import config as configs
+
+    config = small(
+        train__steps=100, eval__redundancy_every="30", eval__redundancy_early="5",
+        eval__redundancy_until="20",
+    )  # fmt: skip
+    assert sorted(redundancy.steps(configs.resolve(config, 256))) == [5, 10, 15, 20, 50, 80, 100]
+    assert redundancy.steps(configs.resolve(small(), 256)) == frozenset()
+    every = small(train__steps=100, eval__redundancy_every="40")
+    assert sorted(redundancy.steps(configs.resolve(every, 256))) == [40, 80, 100]
+    assert redundancy.contiguous(2) == []
