@@ -64,8 +64,7 @@ def bound(tensor: str, step: int, sweep: str) -> tuple[float, float] | None:
     """The interval in which a slope must lie; None where theory promises nothing.
 
     At step 1 the logits of a readout that is not zero fall as width^-1/2 and are judged by that;
-    until what was learned outgrows them, for some steps, they lie between the two. In a sweep of head sizes the scores do the same at step 1, and a sweep of depth is judged once
-    training has begun to shape the branches.
+    until what was learned outgrows them, for some steps, they lie between the two.
     """
     kind = tensor.removeprefix(CHANGE)
     if tensor.startswith(CHANGE):

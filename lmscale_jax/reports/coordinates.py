@@ -53,7 +53,8 @@ def _panel(axis, result: dict, name: str) -> None:
     values_WxT = np.array(result["values"][name], float)
     steps = values_WxT.shape[1]
     colours = plt.cm.viridis(np.linspace(0, 0.9, steps))
-    for t in range(steps):
+    # At step 1 a change is nothing but rounding.
+    for t in range(name.startswith(CHANGE), steps):
         y_W = np.where(values_WxT[:, t] > 0, values_WxT[:, t], np.nan)
         label = str(t + 1) if t in (0, 1, steps // 2, steps - 1) else None
         axis.plot(result["sizes"], y_W, "o-", ms=3, lw=1, color=colours[t], label=label)
