@@ -131,7 +131,10 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Others have all that sgd has, and more.
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "sgd" else k for k in KINDS]
+)
 def test_a_stopped_run_ends_with_the_same_bits(make, tmp_path, monkeypatch, kind):
     config = make(**KINDS[kind], train__steps=12, eval__every=4)
     whole = train.train(config, tmp_path / "whole", **silent)

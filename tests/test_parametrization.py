@@ -97,9 +97,9 @@ def test_real_shapes_decide():
 def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
     same = {"parametrization__base_width": 32}
     if name == "completep":
-        same["parametrization__base_depth"] = 2
+        same["parametrization__base_depth"] = 1
     kind = {f"model__{k}": v for k, v in kind.items()}
-    kind |= {"model__d_model": 32, "model__n_layers": 2}
+    kind |= {"model__d_model": 32, "model__n_layers": 1}
     results = []
     for parametrization, more in (("sp", {}), (name, same)):
         config, model = make(parametrization, **kind, **more)
