@@ -156,6 +156,7 @@ def test_the_command_refuses_in_one_line(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_a_small_check_writes_what_it_measured(tmp_path, settings):
     """Two steps on small widths: the files, and that another check may not take their place."""
     data = [f"--config.{k}={v}" for k, v in settings.items() if k.startswith("data.")]

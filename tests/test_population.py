@@ -11,7 +11,10 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.lab import population, transfer
 
 
-@pytest.mark.parametrize(("parametrization", "optimizer"), [("sp", "adamw"), ("mup", "muon")])
+@pytest.mark.parametrize(
+    ("parametrization", "optimizer"),
+    [("mup", "adamw"), pytest.param("mup", "muon", marks=pytest.mark.slow)],
+)
 def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     """Losses of a population against run/step.py on each member's own config."""
     from lmscale_jax.run import mesh, step, train
@@ -71,6 +74,7 @@ def test_drift_is_in_octaves():
     assert "-2.40" in transfer.headline(found, [32, 256])
 
 
+@pytest.mark.slow
 def test_a_small_sweep_writes_and_never_overwrites(settings, tmp_path):
     data = [f"--config.{k}={v}" for k, v in settings.items() if k.startswith("data.")]
     data.append("--config.data.vocab_size=4096")

@@ -90,6 +90,7 @@ def test_each_measurement_has_a_period_of_its_own(small):
     assert [n for n in due if "activations" in due[n]] == [6, 12]
 
 
+@pytest.mark.slow
 def test_a_run_logs_by_layer_and_resumes_to_the_bit(settings, tmp_path):
     """Interrupted and continued, the lines and so the vectors behind them are the same."""
     asked = settings | {"log.spectral_every": 4, "log.activations_every": 4, "log.every": 2}
