@@ -12,7 +12,17 @@ from lmscale_jax.optim import schedules
 from lmscale_jax.run.checkpoint import Checkpoints
 
 # What a branch may have of its own: how long it is, its rates from there on, and what it reports.
-OWN = ("train.steps", "train.tokens", "train.parent", "train.parent_step", "eval.every")
+OWN = (
+    "train.steps",
+    "train.tokens",
+    "train.parent",
+    "train.parent_step",
+    "eval.every",
+    "eval.redundancy_every",
+    "eval.redundancy_early",
+    "eval.redundancy_until",
+    "eval.redundancy_tokens",
+)
 OWN_GROUPS = ("schedule", "log")
 # But not what decides which arrays a checkpoint holds.
 STATE = ("log.spectral_every",)
@@ -69,7 +79,7 @@ def _check_same(config, parent, workdir: Path) -> None:
             f"train.steps"
         )
     for path, key in keys():
-        if not key.duration or path.split(".")[0] in OWN_GROUPS:
+        if not key.duration or path in OWN or path.split(".")[0] in OWN_GROUPS:
             continue
         here, there = duration(get(config, path), config), duration(get(parent, path), parent)
         if here != there and not _unused(config, key):
