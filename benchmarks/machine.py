@@ -18,7 +18,7 @@ LIMIT = flags.DEFINE_float(
     "limit", 7200.0, "seconds after which a shape begins no more rounds, or no more runs begin"
 )
 OUT = flags.DEFINE_string(
-    "out", str(Path(__file__).parent / "results"), "directory the results are written to"
+    "results", str(Path(__file__).parent / "results"), "directory the results are written to"
 )
 
 # Instructions that decide how fast a small product is.
@@ -93,7 +93,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def save(name: str, result: dict, directory: Path | None = None) -> None:
-    """Writes NAME.json into `directory`, or --out."""
+    """Writes NAME.json into `directory`, or --results."""
     path = (directory or Path(OUT.value)) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Lists of numbers on one line each.
