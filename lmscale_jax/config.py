@@ -33,25 +33,30 @@ def get(config, path: str):
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError at the first unknown, mistyped, out-of-range, unused or clashing key."""
-    _check_names(config, SPEC, "")
-    for path, key in keys():
-        _check_value(path, get(config, path), key)
-    for path, key in keys():
-        if get(config, path) != key.default:
-            _check_used(config, path, key)
+    check_keys(config, SPEC)
     _check_together(config)
 
 
-def _check_names(config, spec: dict, prefix: str) -> None:
+def check_keys(config, spec: dict) -> None:
+    """Raises InputError at the first key that the specification does not have or not allow."""
+    _check_names(config, spec, "", [p for p, _ in keys(spec)])
+    for path, key in keys(spec):
+        _check_value(path, get(config, path), key)
+    for path, key in keys(spec):
+        if get(config, path) != key.default:
+            _check_used(config, path, key)
+
+
+def _check_names(config, spec: dict, prefix: str, known: list[str]) -> None:
     for name in config:
         path = prefix + name
         if name not in spec:
-            known = [p for p, _ in keys()] if prefix else [*SPEC, *(p for p, _ in keys())]
+            known = known if prefix else [*spec, *known]
             raise InputError(f"config.{path} is not a key; {hint(path, known)}")
         if isinstance(spec[name], dict):
             if not isinstance(config[name], ConfigDict):
                 raise InputError(f"config.{path}={config[name]!r} must be a group of keys")
-            _check_names(config[name], spec[name], f"{path}.")
+            _check_names(config[name], spec[name], f"{path}.", known)
     for name in spec:
         if name not in config:
             raise InputError(

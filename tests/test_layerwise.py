@@ -138,21 +138,6 @@ def test_factors_multiply_what_the_optimizer_made(name):
         np.testing.assert_array_equal(param.named(scaled)[path], u * f, err_msg=path)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_rate_given_to_the_update_scales_every_group(name):
-    """With `lr` three times config.optim.lr, all is as if each rate were three times as high."""
-    high = {"optim__lr": 3e-3} | ({"optim__muon_lr": 0.06} if name in rules.ORTHOGONAL else {})
-    found = []
-    for rates, given in (({}, 3e-3), (high, 3e-3), (high, 1e-3)):
-        params, state, update = begun(*made(optim__name=name, **rates))
-        found.append(
-            param.named(update(random_like(params, 0), state, params, step=5, lr=given)[0])
-        )
-    for path, u in found[0].items():
-        np.testing.assert_allclose(u, found[1][path], rtol=1e-5, err_msg=path)
-        assert not np.allclose(u, found[2][path]), path
-
-
 def test_each_block_may_have_a_lower_rate_than_the_one_above():
     config, model = made(optim__block_lr_decay=0.5)
     found = []

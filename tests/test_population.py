@@ -1,5 +1,6 @@
 """Populations against solo runs, and the optimum of a sweep."""
 
+import functools
 import json
 
 import jax
@@ -23,17 +24,18 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     changes["model__n_layers"] = 1
     if parametrization == "mup":
         changes |= {"parametrization__name": "mup", "parametrization__base_width": 16}
-    seeds, rates = [0, 3], [1e-3, 4e-3]
-    setup = train.prepare(small(**changes), None, say=lambda line: None)
-    found = population.train(setup.config, setup.data, np.array(seeds), np.array(rates))
+    numbers = [
+        {"seed": 0, "optim__lr": 1e-3, "data__seed": 0, "optim__weight_decay": 0.0},
+        {"seed": 3, "optim__lr": 4e-3, "data__seed": 5, "optim__weight_decay": 1e-3},
+    ]
+    if optimizer == "muon":
+        numbers[0]["optim__muon_lr"], numbers[1]["optim__muon_lr"] = 0.01, 0.03
+    each = [train.prepare(small(**changes, **n), None, say=lambda line: None) for n in numbers]
+    found = population.train([own.config for own in each], each[0].data)
     assert found.train_loss_KxS.shape == (2, 30)
-    for k, (seed, rate) in enumerate(zip(seeds, rates, strict=True)):
-        own_rates = {"optim__lr": rate}
-        if optimizer == "muon":
-            # A member's rate scales the whole.
-            own_rates["optim__muon_lr"] = rate / setup.config.optim.lr * setup.config.optim.muon_lr
-        own = train.prepare(small(**changes, **own_rates, seed=seed), None, say=lambda _: None)
-        state = jax.jit(lambda s=seed, o=own: step.initial(o.config, o.model, o.transform, s))()
+    for k, own in enumerate(each):
+        begin = functools.partial(step.initial, own.config, own.model, own.transform)
+        state = jax.jit(lambda b=begin, s=own.config.seed: b(s))()
         take = step.make(own.config, own.model, own.transform, own.mesh, own.placed)
         losses = []
         for t in range(30):
@@ -48,7 +50,12 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
 def test_a_population_has_no_parent(small):
     config = small(train__parent="runs/stable", train__parent_step=4)
     with pytest.raises(InputError, match=r"train\.parent='runs/stable'.*would work"):
-        population.train(config, None, np.zeros(1), np.ones(1))
+        population.check([config])
+
+
+def test_members_share_all_but_numbers(small):
+    with pytest.raises(InputError, match=r"config\.model\.d_model is 16 and 32 in members"):
+        population.check([small(model__d_model=16), small(model__d_model=32)])
 
 
 def test_the_optimum_of_a_known_valley():
@@ -100,6 +107,8 @@ def test_a_small_sweep_writes_and_never_overwrites(settings, tmp_path):
 @pytest.mark.slow
 def test_wider_is_better_under_mup(tmp_path):
     """The training loss at a fixed step falls with width, at one base learning rate."""
+    from ml_collections import ConfigDict
+
     from configs import lr_transfer
     from lmscale_jax import config as configs
     from lmscale_jax.data import prepared
@@ -111,7 +120,8 @@ def test_wider_is_better_under_mup(tmp_path):
     losses = []
     for width in (32, 64, 128, 256):
         one = configs.resolve(resized(config, "width", width), data.vocab_size)
-        found = population.train(one, data, np.arange(3), np.full(3, config.optim.lr))
+        members = [ConfigDict(one.to_dict() | {"seed": seed}) for seed in range(3)]
+        found = population.train(members, data)
         mean_S = found.train_loss_KxS.mean(axis=0)
         losses.append((mean_S[90:110].mean(), mean_S[-20:].mean()))
     assert np.all(np.diff(np.array(losses), axis=0) < 0), losses

@@ -1,15 +1,19 @@
-"""Trains a population of runs that differ only in numbers, in one compiled program.
+"""Trains runs that differ only in numbers as one compiled program, by `vmap` over its members.
 
-The members are stacked along a leading axis and share each batch; a scan takes several steps at a
-time, so that small models do not wait for the host.
+The members' configs are the same but for NUMBERS, which the program takes as arrays, and for the
+order of the data. A scan takes several steps at a time, so that small models do not wait for the
+host. Member k computes what a run of its own config would, up to rounding.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from lmscale_jax import config as configs
 from lmscale_jax.data import pipeline
 from lmscale_jax.data.prepared import Prepared
 from lmscale_jax.errors import InputError
@@ -19,6 +23,111 @@ from lmscale_jax.run import mesh as meshes
 from lmscale_jax.run import step as steps
 
 CHUNK = 25
+# Keys that are numbers to the program, and decide neither shapes nor what is computed.
+NUMBERS = (
+    "seed",
+    "optim.lr",
+    "optim.muon_lr",
+    "optim.weight_decay",
+    "mur.lambda_max",
+    "mur.alpha",
+)
+ORDER = "data.seed"
+
+
+def check(members: list[ConfigDict]) -> None:
+    """Raises InputError where resolved configs cannot be members of one population."""
+    first = members[0]
+    for path, key in configs.keys():
+        values = {configs.get(member, path) for member in members}
+        if len(values) > 1 and key.identity and path not in (*NUMBERS, ORDER):
+            raise InputError(
+                f"config.{path} is {' and '.join(sorted(map(repr, values)))} in members of one "
+                f"population, which may differ in {', '.join((*NUMBERS, ORDER))} only"
+            )
+    if first.train.parent:
+        raise InputError(
+            f"config.train.parent={first.train.parent!r} cannot begin a population, whose members "
+            f"have initial values of their own; '' with train.parent_step=0 would work"
+        )
+    if first.freeze.mode.startswith("random") and len({m.seed for m in members}) > 1:
+        raise InputError(
+            f"config.freeze.mode={first.freeze.mode!r} draws other blocks for each seed, which one "
+            f"population cannot freeze; 'fixed' would work"
+        )
+
+
+class Population:
+    """The program of K members with resolved configs.
+
+    Attributes:
+      config: of the first member, for all that the members share.
+      model: shared by all.
+    """
+
+    def __init__(self, members: list[ConfigDict]):
+        check(members)
+        self.config = members[0]
+        self._mesh = meshes.make(self.config)
+        self._platform = self._mesh.devices.flat[0].platform
+        self.model = build(self.config, platform=self._platform)
+        self._numbers = {
+            path: np.array([configs.get(member, path) for member in members])
+            for path in NUMBERS
+            if len({configs.get(member, path) for member in members}) > 1
+        }
+        self._size = len(members)
+        self.advance = jax.jit(self._advance, static_argnames="measure", donate_argnums=0)
+
+    def begin(self) -> steps.State:
+        """The members' states before the first step, stacked along a leading axis."""
+
+        def one(numbers, _):
+            config = self._at(numbers)
+            return steps.initial(config, self.model, self._transform(config), config.seed)
+
+        # The second argument gives the axis its length where no number differs.
+        return jax.jit(jax.vmap(one))(self._numbers, np.arange(self._size))
+
+    def _advance(self, state_K, batches_KxSxBxT, measure: tuple[str, ...] = ()):
+        """(states, metrics): S steps of every member; the states given are consumed.
+
+        Metrics hold "train_loss" and "bad" for each step, [K, S], and under "last" those of the
+        last step, in which `measure` is measured.
+        """
+
+        def member(numbers, state, batches_SxBxT):
+            config = self._at(numbers)
+            one = steps.pure(config, self.model, self._transform(config), self._mesh)
+
+            def take(state, batch):
+                state, metrics = one(state, batch)
+                return state, {name: metrics[name] for name in ("train_loss", "bad")}
+
+            early, last = (
+                jax.tree.map(lambda x, part=part: x[part], batches_SxBxT)
+                for part in (slice(0, -1), -1)
+            )
+            state, each = jax.lax.scan(take, state, early)
+            state, metrics = one(state, last, measure=measure)
+            return state, {k: jnp.append(v, metrics[k]) for k, v in each.items()} | {
+                "last": metrics
+            }
+
+        return jax.vmap(member)(self._numbers, state_K, batches_KxSxBxT)
+
+    def _at(self, numbers: dict) -> ConfigDict:
+        """The config of a member, within the program: some of its values are traced."""
+        config = ConfigDict(self.config.to_dict())
+        with config.ignore_type():
+            for path, value in numbers.items():
+                group, _, name = path.rpartition(".")
+                (config[group] if group else config)[name] = value
+        return config
+
+    def _transform(self, config):
+        # Without the mesh: a population is one program on one device.
+        return optim.build(config, self.model.rows, platform=self._platform)
 
 
 class Trained(NamedTuple):
@@ -31,57 +140,39 @@ class Trained(NamedTuple):
     val_loss_K: np.ndarray
 
 
-def train(config, data: Prepared, seed_K: np.ndarray, lr_K: np.ndarray) -> Trained:
-    """Trains K members of a resolved config, member k with seed_K[k] and the peak lr_K[k].
-
-    Initial values are those of a run with that `seed`, batches those of `data.seed`, so member k
-    computes what `main` would with these two keys, up to rounding. Under muon and normuon a rate
-    scales muon_lr too, in proportion (see `optim.build`).
-
-    Raises InputError where members would share the random numbers of dropout, or the state of a
-    parent.
-    """
-    if config.train.parent:
-        raise InputError(
-            f"config.train.parent={config.train.parent!r} cannot begin a population, whose members "
-            f"have initial values of their own; '' with train.parent_step=0 would work"
-        )
-    if config.model.dropout:
-        raise InputError(
-            f"config.model.dropout={config.model.dropout} draws one mask for a whole population; "
-            f"0.0 would work"
-        )
-    mesh = meshes.make(config)
-    platform = mesh.devices.flat[0].platform
-    model = build(config, platform=platform)
-    # Without the mesh: a population is one program on one device.
-    transform = optim.build(config, model.rows, platform=platform)
-    one = steps.pure(config, model, transform, mesh)
-    batches = pipeline.TrainBatches(
-        data, config.data.seq_len, config.train.batch_size, config.data.seed
-    )
-
-    def member(state, lr, batches_SxBxT):
-        return jax.lax.scan(lambda state, batch: _loss(one(state, batch, lr)), state, batches_SxBxT)
-
-    advance = jax.jit(jax.vmap(member, in_axes=(0, 0, None)), donate_argnums=0)
-    begin = jax.jit(jax.vmap(lambda seed: steps.initial(config, model, transform, seed)))
-    state, losses = begin(jnp.asarray(seed_K)), []
-    lr_K = jnp.asarray(lr_K, jnp.float32)
+def train(members: list[ConfigDict], data: Prepared) -> Trained:
+    """Trains members from their first step to their last and keeps nothing but their losses."""
+    population, config = Population(members), members[0]
+    state, losses = population.begin(), []
+    read = reader(members, data)
     for start in range(0, config.train.steps, CHUNK):
-        several = [batches.at(t) for t in range(start, min(start + CHUNK, config.train.steps))]
-        stacked = jax.tree.map(lambda *parts: np.stack(parts), *several)
-        state, loss_KxS = advance(state, lr_K, stacked)
-        losses.append(loss_KxS)
+        batches = read(start, min(start + CHUNK, config.train.steps))
+        state, metrics = population.advance(state, batches)
+        losses.append(metrics["train_loss"])
     return Trained(
         np.concatenate([np.asarray(x) for x in losses], axis=1),
-        _validate(config, data, model, state.params),
+        _validate(config, data, population.model, state.params),
     )
 
 
-def _loss(outcome):
-    state, metrics = outcome
-    return state, metrics["train_loss"]
+def reader(members: list[ConfigDict], data: Prepared) -> Callable[[int, int], pipeline.Batch]:
+    """(first, stop) -> the batches of these steps for every member, [K, S, B, T]."""
+    config = members[0]
+    orders = {
+        member.data.seed: pipeline.TrainBatches(
+            data, config.data.seq_len, config.train.batch_size, member.data.seed
+        )
+        for member in members
+    }
+
+    def read(first: int, stop: int) -> pipeline.Batch:
+        each = {
+            seed: jax.tree.map(lambda *x: np.stack(x), *[order.at(t) for t in range(first, stop)])
+            for seed, order in orders.items()
+        }
+        return jax.tree.map(lambda *x: np.stack(x), *[each[m.data.seed] for m in members])
+
+    return read
 
 
 def _validate(config, data: Prepared, model, params_K) -> np.ndarray:

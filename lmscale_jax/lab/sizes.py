@@ -12,6 +12,8 @@ from lmscale_jax.model import flops
 from lmscale_jax.model.build import build
 
 TOLERANCE = 0.02
+# Of arms that are compared at one size.
+MATCH = 0.005
 MAX_DEPTH = 256
 
 
@@ -60,6 +62,41 @@ def solve(
     return min(
         near, key=lambda s: (abs(math.log(s.d_model / s.n_layers / aspect)), abs(s.n - target))
     )
+
+
+def matched(config: ConfigDict, target: float, measure: str, vocab_size: int = 0) -> ConfigDict:
+    """A copy whose d_ff makes it spend `target` within 0.5%, every other dimension kept.
+
+    Args:
+      config: not yet resolved.
+      target: what another arm has of `measure`.
+      measure: "parameters" (non-embedding) or "flops" (FLOPs per token, "model" of
+        `flops.flops_per_token`).
+
+    Raises:
+      InputError: the nearest d_ff is not near enough.
+    """
+
+    def spent(d_ff: int) -> float:
+        config.model.d_ff = d_ff
+        resolved = configs.resolve(config, vocab_size)
+        specs = build(resolved, platform="cpu").specs
+        if measure == "flops":
+            return flops.flops_per_token(resolved, specs)["model"]
+        return flops.counts(specs)["non_embedding"]
+
+    config = ConfigDict(config.to_dict())
+    # Both measures are linear in d_ff.
+    one, many = spent(1), spent(1025)
+    d_ff = max(1, round(1 + (target - one) / (many - one) * 1024))
+    found = spent(d_ff)
+    if abs(found / target - 1) > MATCH:
+        raise InputError(
+            f"config.rungs.match={measure!r}: with model.d_ff={d_ff} an arm has {found:,.0f} where "
+            f"the baseline has {target:,.0f} {measure}, more than {MATCH:.1%} off; a larger size or "
+            f"'none' would work"
+        )
+    return config
 
 
 def resized(config: ConfigDict, shape: Shape) -> ConfigDict:

@@ -14,6 +14,7 @@ from lmscale_jax import config as configs
 from lmscale_jax.data import prepared
 from lmscale_jax.lab import population
 from lmscale_jax.lab.family import deliberately_wrong, resized
+from lmscale_jax.parametrization.rules import ORTHOGONAL
 from lmscale_jax.run import record
 
 
@@ -55,8 +56,12 @@ def sweep(
         arm = result["arms"][name] = {"val_loss": [], "train_loss": [], "optimum": []}
         for width, one in zip(widths, several, strict=True):
             begin = time.perf_counter()
-            seed_K, lr_K = (x.ravel() for x in np.meshgrid(seeds, 2.0**log_lrs))
-            found = population.train(configs.resolve(one, data.vocab_size), data, seed_K, lr_K)
+            members = [
+                configs.resolve(_at_rate(one, 2.0**e, seed), data.vocab_size)
+                for e in log_lrs
+                for seed in seeds
+            ]
+            found = population.train(members, data)
             shape = (len(log_lrs), n_seeds)
             val_RxS = found.val_loss_K.reshape(shape)
             arm["val_loss"].append(val_RxS.tolist())
@@ -74,6 +79,15 @@ def sweep(
     record.write_json(workdir / "lr_transfer.json", result)
     figure.draw(result, workdir / "lr_transfer.png")
     return result
+
+
+def _at_rate(config: ConfigDict, lr: float, seed: int) -> ConfigDict:
+    """A copy with that peak rate and seed; muon_lr keeps its ratio to lr."""
+    config = ConfigDict(config.to_dict())
+    if config.optim.name in ORTHOGONAL:
+        config.optim.muon_lr *= lr / config.optim.lr
+    config.optim.lr, config.seed = float(lr), seed
+    return config
 
 
 def optimum(log_lr_R: np.ndarray, loss_RxS: np.ndarray) -> dict:

@@ -19,11 +19,10 @@ def build(
     """The optimizer of a resolved config: clip, direction, learning rate and decay, block factors.
 
     `update` takes the keyword `step`, the number of batches consumed: the schedule follows the
-    data, also when a step was skipped. Its keyword `lr` takes the place of config.optim.lr, so that
-    one program can train a population with a learning rate for each member; under muon and normuon
-    it scales the whole: muon_lr is multiplied by lr / config.optim.lr. `block_factors` multiplies
-    the update of each block. Each parameter belongs to the group of its row's `optimizer`.
-    `platform` decides the type of Muon's products; `mesh`, if given, deals its matrices out.
+    data, also when a step was skipped. Its keyword `block_factors` multiplies the update of each
+    block. Each parameter belongs to the group of its row's `optimizer`. `platform` decides the type
+    of Muon's products; `mesh`, if given, deals its matrices out. Learning rates and weight decay
+    may be traced.
     """
     optim = config.optim
     groups = {
@@ -91,16 +90,19 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
     factor = schedules.make(config)
     optim = config.optim
 
-    def update(updates, state, params, *, step, lr=optim.lr, **_):
+    # A traced number is never known to be 0.
+    decays = not (isinstance(optim.weight_decay, float) and optim.weight_decay == 0)
+
+    def update(updates, state, params, *, step, **_):
         s = factor(step)
 
         def one(path, u):
             row, p = rows[path], _at(params, path)
-            peak = lr * (optim.muon_lr / optim.lr) if row.optimizer in ORTHOGONAL else lr
+            peak = optim.muon_lr if row.optimizer in ORTHOGONAL else optim.lr
             rate = s * (peak * row.lr_factor)
             decay = s if optim.decay_mode == "independent" else rate
             change = rate * u
-            if row.decay and optim.weight_decay:
+            if row.decay and decays:
                 shrink = decay * (optim.weight_decay * row.decay) * p
                 if optim.decay_where == "cautious":
                     shrink = jnp.where(u * p >= 0, shrink, 0.0)

@@ -1,14 +1,19 @@
 """A report as one folder: index.html, its figures as PNG, its tables as CSV."""
 
+import base64
 import csv
 import html
 import os
 from pathlib import Path
 
-STYLE = """body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;
-text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}
-.warn{background:#fff3cd;padding:.6em 1em}"""
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:1.5em auto;padding:0 1em;
+color:#222;background:#fff}h1{font-size:1.5em;line-height:1.25}h2{font-size:1.15em;margin-top:2em}
+.scroll{overflow-x:auto}table{border-collapse:collapse;margin:.8em 0;font-size:.88em}
+td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+td:first-child,th:first-child{text-align:left}img{max-width:100%;height:auto}
+.warn{background:#fff3cd;padding:.6em 1em}.answer{font-size:1.2em;background:#eef4fb;
+padding:.8em 1em;border-left:4px solid #2a6fb0}pre{background:#f5f5f5;padding:.8em;overflow-x:auto;
+font-size:.85em}.wide td{white-space:normal;text-align:left}"""
 
 
 class Page:
@@ -25,30 +30,43 @@ class Page:
     def head(self, text: str) -> None:
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
-    def table(self, head: list[str], rows: list[list], path: Path | None = None) -> None:
-        """Numbers are shown with six digits; `path` also gets them whole, as CSV."""
+    def code(self, text: str) -> None:
+        """Lines to copy."""
+        self._parts.append(f"<pre>{html.escape(text)}</pre>")
+
+    def table(
+        self, head: list[str], rows: list[list], path: Path | None = None, kind: str = ""
+    ) -> None:
+        """Numbers are shown with six digits; `path` also gets them whole, as CSV. Kind "wide" is a
+        table of sentences."""
 
         def line(cells, tag):
             shown = (f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells)
             return "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in shown)
 
         body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-        self._parts.append(f"<table><tr>{line(head, 'th')}</tr>{body}</table>")
+        mark = f' class="{kind}"' if kind else ""
+        self._parts.append(
+            f'<div class="scroll"><table{mark}><tr>{line(head, "th")}</tr>{body}</table></div>'
+        )
         if path:
             with open(path, "w", newline="") as file:
                 csv.writer(file).writerows([head, *rows])
 
     def figures(self, paths: list[Path]) -> None:
-        self._parts += [
-            f'<p><img src="{html.escape(path.name)}" alt="{html.escape(path.stem)}"></p>'
-            for path in paths
-        ]
+        """PNG files, put into the page itself, so that it can be sent as one file."""
+        for path in paths:
+            image = base64.b64encode(path.read_bytes()).decode()
+            self._parts.append(
+                f'<p><img src="data:image/png;base64,{image}" alt="{html.escape(path.stem)}"></p>'
+            )
 
     def write(self, folder: Path) -> Path:
-        """index.html in `folder`, where the figures are already."""
+        """index.html in `folder`."""
         title, path = html.escape(self._title), folder / "index.html"
         text = (
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+            f'<!doctype html><html lang="en"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
             f"<style>{STYLE}</style><h1>{title}</h1>{''.join(self._parts)}</html>\n"
         )
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

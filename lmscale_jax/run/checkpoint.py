@@ -74,7 +74,7 @@ class Checkpoints:
             except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
                 say(f"checkpoint {step} cannot be read ({reason}); trying the one before it")
-                self._set_aside(step)
+                self.set_aside(step)
         if steps:
             raise InputError(
                 f"{self._directory}: none of the checkpoints {steps} can be read; they were moved "
@@ -115,8 +115,9 @@ class Checkpoints:
                 f"{self.steps()} may work"
             ) from error
 
-    def _set_aside(self, step: int) -> None:
-        aside = self._directory.with_name("checkpoints_unreadable")
+    def set_aside(self, step: int, where: str = "checkpoints_unreadable") -> None:
+        """Moves a checkpoint out of the way, to a directory beside."""
+        aside = self._directory.with_name(where)
         aside.mkdir(exist_ok=True)
         target = aside / str(step)
         while target.exists():

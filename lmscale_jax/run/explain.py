@@ -143,7 +143,7 @@ def seconds(config, model: build.Model, mesh) -> tuple[float, str]:
         rate, share = peak, EFFICIENCY
         basis = f"{device.device_kind}'s {dtype} peak, {peak / 1e12:,.0f} TFLOP/s"
     else:
-        rate = _probe(dtype, 1024 if device.platform == "cpu" else 4096)
+        rate = probe(dtype, 1024 if device.platform == "cpu" else 4096)
         share = CPU_EFFICIENCY[dtype] if device.platform == "cpu" else EFFICIENCY
         basis = f"a {dtype} product measured now, {rate / 1e9:,.0f} GFLOP/s"
     # Simulated CPU devices share the machine that the probe measured as a whole.
@@ -157,7 +157,7 @@ def tokens(config) -> int:
     return config.train.steps * tokens_per_step(config)
 
 
-def _probe(dtype: str, width: int) -> float:
+def probe(dtype: str, width: int) -> float:
     """FLOP/s of a square product, measured for a moment."""
     x = jnp.ones((width, width), dtype)
     product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
@@ -183,7 +183,7 @@ def _config(config, origins: dict[str, str]) -> list[str]:
         if unused and origin == "base":  # one that was set has been used, to derive others
             origin = "not used here"
         rows.append((f" {mark} {name}", shown, origin))
-    return _table(rows)
+    return aligned(rows)
 
 
 def _schedule(config) -> list[str]:
@@ -226,11 +226,11 @@ def _parameters(model: build.Model, mesh, decay_mode: str) -> list[str]:
         split = entry["sharding"]
         over = " ".join(part or "-" for part in split) if any(split) else "-"
         rows.append((*given, *factors, over))
-    return _table(rows)
+    return aligned(rows)
 
 
 def _counts(model: build.Model) -> list[str]:
-    return _table([(name, f"{n:,}") for name, n in flops.counts(model.specs).items()])
+    return aligned([(name, f"{n:,}") for name, n in flops.counts(model.specs).items()])
 
 
 def _flops(config, model: build.Model) -> list[str]:
@@ -238,7 +238,7 @@ def _flops(config, model: build.Model) -> list[str]:
     for name, each in flops.flops_per_token(config, model.specs).items():
         rows.append((name, f"{each:.4g}", f"{each * tokens(config):.4g}"))
     return [
-        *_table(rows),
+        *aligned(rows),
         "model is what run.json and MFU use; lmscale_jax/model/flops.py defines all",
     ]
 
@@ -251,7 +251,7 @@ def _memory(config, model: build.Model, mesh) -> list[str]:
     mean = 1 if config.optim.ema_decay else 0
     moments = {path: optim.MOMENTS[row.optimizer] + mean for path, row in model.rows.items()}
     sizes = flops.memory(config, model.specs, dict(mesh.shape), parts, moments)
-    return _table([(name, f"{size / 2**20:,.0f} MiB") for name, size in sizes.items()])
+    return aligned([(name, f"{size / 2**20:,.0f} MiB") for name, size in sizes.items()])
 
 
 def _data(config, model: build.Model, manifest: dict | None) -> list[str]:
@@ -263,14 +263,14 @@ def _data(config, model: build.Model, manifest: dict | None) -> list[str]:
     ]
     if manifest is None:
         rows.append(("epochs", "not known: the data is not prepared yet"))
-        return _table(rows)
+        return aligned(rows)
     sides = manifest["splits"]
     windows = (sides["train"]["tokens"] - 1) // config.data.seq_len
     epochs = config.train.steps * config.train.batch_size / max(1, windows)
     rows.append(("prepared, training", f"{sides['train']['tokens']:,} tokens"))
     rows.append(("prepared, validation", f"{sides['val']['tokens']:,} tokens"))
     rows.append(("epochs", f"{epochs:.3g}"))
-    return _table(rows)
+    return aligned(rows)
 
 
 def _mesh(mesh) -> list[str]:
@@ -281,10 +281,11 @@ def _mesh(mesh) -> list[str]:
 
 def _time(config, model: build.Model, mesh) -> list[str]:
     estimate, basis = seconds(config, model, mesh)
-    return [f"about {_duration(estimate)} for the steps alone, at {basis}"]
+    return [f"about {readable(estimate)} for the steps alone, at {basis}"]
 
 
-def _duration(amount: float) -> str:
+def readable(amount: float) -> str:
+    """Seconds in the unit that reads best."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if amount >= 1.5 * size:
             return f"{amount / size:.3g} {unit}"
@@ -296,7 +297,7 @@ def _number(value) -> str:
     return f"{value:,}" if type(value) is int and abs(value) >= 10_000 else f"{value}"
 
 
-def _table(rows: list[tuple]) -> list[str]:
+def aligned(rows: list[tuple]) -> list[str]:
     """Rows of text with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [

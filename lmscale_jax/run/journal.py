@@ -19,10 +19,19 @@ class Journal:
     """Takes the metrics of one step after the other and writes a line every `log.every` steps.
 
     train_loss is the mean over the steps since the last line; the other metrics are those of the
-    line's own step. `state()` goes into each checkpoint.
+    line's own step. `sync()` goes into each checkpoint. `progress` is by default the terminal's.
     """
 
-    def __init__(self, config, workdir: Path, step: int, state: dict, clock: Clock, run_id: str):
+    def __init__(
+        self,
+        config,
+        workdir: Path,
+        step: int,
+        state: dict,
+        clock: Clock,
+        run_id: str,
+        progress: writers.Progress | writers.Silence | None = None,
+    ):
         self._config, self._clock = config, clock
         self._losses: list[float] = list(state.get("losses", []))
         self._file = writers.MetricsFile(workdir / "metrics.jsonl", step)
@@ -32,7 +41,7 @@ class Journal:
             self._others.append(writers.TensorBoard(workdir, step))
         if config.log.wandb != "off":
             self._others.append(writers.Wandb(workdir, config, run_id))
-        self.progress = writers.Progress(config.train.steps, step)
+        self.progress = progress or writers.Progress(config.train.steps, step)
 
     def take(self, step: int, metrics: dict, extra: dict | None = None) -> None:
         """Waits for the metrics of `step`, the number of steps done; `extra` joins its line.

@@ -96,6 +96,18 @@ class Lock:
         self._file.close()
 
 
+def in_use(workdir: Path) -> bool:
+    """Whether a process holds the directory now."""
+    try:
+        with open(workdir / ".lock") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
 class Record:
     """run.json: read by every plot, fit and table. Each `update` rewrites it atomically."""
 
@@ -105,6 +117,11 @@ class Record:
 
     def __getitem__(self, name: str):
         return self._fields[name]
+
+    @property
+    def id(self) -> str:
+        """Names the run elsewhere, as in Weights & Biases."""
+        return f"{self['config_hash']}-{self['name']}"
 
     def update(self, **fields) -> None:
         self._fields |= fields

@@ -62,22 +62,22 @@ def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable
 
 
 def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
-    """`step(state, batch, lr=config.optim.lr, measure=()) -> (state, metrics)`.
+    """`step(state, batch, measure=()) -> (state, metrics)`.
 
     Metrics also hold what `measure` names (see `measures.due`). Each combination is compiled apart,
-    so that other steps do not pay for it. `lr` may be traced, so that one program can train a
-    population.
+    so that other steps do not pay for it. The numbers of `lab.population.NUMBERS` in the config may
+    be traced.
     """
     gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
     dropout = jax.random.key(config.seed) if config.model.dropout else None
     objective = mur.make(config)
 
-    def step(state: State, batch, lr=config.optim.lr, measure: tuple[str, ...] = ()):
+    def step(state: State, batch, measure: tuple[str, ...] = ()):
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
         asked = objective and objective.ask(state.utility, state.step, measure)
         loss, grads, taken = gradient(state.params, batch, key, asked)
         norm = optax.tree.norm(grads)
-        utility, more = state.utility, {"step": state.step, "lr": lr}
+        utility, more = state.utility, {"step": state.step}
         if asked:
             utility = objective.learn(utility, taken)
             grads, factors = objective.scale(utility, state.step, grads)
@@ -94,7 +94,7 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
         metrics = {
             "train_loss": loss,
             "grad_norm": norm,
-            "lr": lr * factor(state.step),
+            "lr": config.optim.lr * factor(state.step),
             "bad": bad,
             "skipped": skipped,
         }

@@ -81,12 +81,35 @@ class Finished(NamedTuple):
     params: dict
 
 
-def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished | None:
+class Begun(NamedTuple):
+    """A run that may take steps: nobody else may write in its directory."""
+
+    setup: Setup
+    record: record.Record
+    lock: record.Lock
+
+
+def train(
+    config, workdir: Path, say: Callable[[str], None] = print, notes: dict | None = None
+) -> Finished | None:
     """Trains the run of a config in `workdir`, going on from its last checkpoint if it has one.
 
-    Returns None if the run was finished before. Raises InputError on bad input, before anything is
-    written there, and RunFailed where the run diverged or its end could not be saved.
+    `notes` are further fields of run.json. Returns None if the run was finished before. Raises
+    InputError on bad input, before anything is written there, and RunFailed where the run diverged
+    or its end could not be saved.
     """
+    begun = begin(config, workdir, say, notes)
+    if begun is None:
+        return None
+    with held(begun):
+        params = _run(begun.setup, begun.record, say)
+    return Finished(begun.record, begun.setup, params)
+
+
+def begin(
+    config, workdir: Path, say: Callable[[str], None], notes: dict | None = None
+) -> Begun | None:
+    """Checks everything, then opens the run's directory and its record; None if it is finished."""
     resolved = configs.resolve(config, prepared.vocab_size_of(config.data))
     writers.check(resolved)
     before = record.check(workdir, resolved)
@@ -98,7 +121,7 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
     setup = dataclasses.replace(prepare(config, workdir, say), parent=parent)
     _check_data(setup)
     lock = record.Lock(workdir)
-    run = record.Record(workdir, facts(setup))
+    run = record.Record(workdir, facts(setup) | (notes or {}))
     again = {"started": before["started"], "restarts": before["restarts"] + 1} if before else {}
     run.update(status="running", **again)
     record.write_json(
@@ -109,8 +132,15 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
             mesh.split(setup.model.rows, setup.mesh),
         ),
     )
+    return Begun(setup, run, lock)
+
+
+@contextlib.contextmanager
+def held(begun: Begun):
+    """Notes in the record how the work inside ends where it fails; lets the directory go."""
+    run, workdir = begun.record, begun.setup.workdir
     try:
-        params = _run(setup, run, say)
+        yield
     except Diverged as error:
         run.update(status="diverged", error=str(error))
         raise
@@ -121,8 +151,7 @@ def train(config, workdir: Path, say: Callable[[str], None] = print) -> Finished
         _note_failure(run, error)
         raise
     finally:
-        lock.release()
-    return Finished(run, setup, params)
+        begun.lock.release()
 
 
 def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
@@ -215,9 +244,8 @@ def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
     )
     state, host = restore_or_begin(setup, checkpoints, say)
     clock = Clock(host.get("clock"))
-    run_id = f"{run['config_hash']}-{setup.workdir.name}"
     journal = Journal(
-        config, setup.workdir, int(state.step), host.get("journal", {}), clock, run_id
+        config, setup.workdir, int(state.step), host.get("journal", {}), clock, run.id
     )
     stop = Stop()
     try:
@@ -241,12 +269,12 @@ def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
 def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
     """The state to go on from, placed on the mesh, and what the host remembered with it."""
 
-    def begin():
+    def first():
         return step.initial(setup.config, setup.model, setup.transform, setup.config.seed)
 
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(begin),
+        jax.eval_shape(first),
         setup.placed,
     )
     found = checkpoints.restore(abstract, say)
@@ -259,7 +287,7 @@ def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
         state, _ = parent.at(setup.parent["step"], abstract)
         parent.close()
         return state, {}
-    return jax.jit(begin, out_shardings=setup.placed)(), {}
+    return jax.jit(first, out_shardings=setup.placed)(), {}
 
 
 def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop):
@@ -280,8 +308,8 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
         if pending:
             journal.take(*pending)
         pending = (done, metrics)
-        evaluate = done == last or _due(done, config.eval.every)
-        save = done == last or _due(done, config.checkpoint.every) or stop.asked
+        evaluate = done == last or due(done, config.eval.every)
+        save = done == last or due(done, config.checkpoint.every) or stop.asked
         if not (evaluate or save or done in looks):
             continue
         jax.block_until_ready(state)
@@ -301,7 +329,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
     return state, final
 
 
-def _due(done: int, every: int) -> bool:
+def due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 

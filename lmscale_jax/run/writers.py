@@ -146,6 +146,19 @@ class Progress:
             self._bar.close()
 
 
+class Silence:
+    """Progress that is shown elsewhere."""
+
+    def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _hms(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

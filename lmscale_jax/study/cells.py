@@ -1,0 +1,338 @@
+"""From a ladder's config to its cells: every run that is to be trained, exactly counted."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from configs.laddering import FREE, LADDER
+from configs.optimizing import SCHEDULE
+from lmscale_jax import config as configs
+from lmscale_jax.errors import InputError
+from lmscale_jax.lab import family, sizes, sweep
+from lmscale_jax.model import flops
+from lmscale_jax.model.build import build
+
+ANCHOR, HELD_OUT, TRUNK = "anchor", "held_out", "trunk"
+SHAPE = ("n_layers", "d_model", "n_heads", "head_dim", "n_kv_heads", "d_ff")
+# Share of a run's steps before its cooldown, where branches leave a shared trunk.
+STABLE = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a ladder.
+
+    Attributes:
+      id: hash of its resolved config without keys of machine and logging; its directory's name.
+      arm, role, seed: role is ANCHOR, HELD_OUT or TRUNK.
+      size, budget: of the rung, as the ladder's config names them.
+      tune: {key: value} of config.tune.
+      shape: SHAPE of the model, resolved.
+      counts: as in run.json.
+      tokens, flops_per_token: of the whole run, its trunk's part included.
+      needs: id of the trunk it branches off, or "".
+      overrides: {dotted key: value}: all that differs from the ladder's `run`.
+    """
+
+    id: str
+    arm: str
+    role: str
+    seed: int
+    size: float
+    budget: float
+    tune: dict
+    shape: dict
+    counts: dict
+    tokens: int
+    flops_per_token: float
+    needs: str
+    overrides: dict
+
+    @property
+    def flops(self) -> float:
+        """Of the whole run."""
+        return self.tokens * self.flops_per_token
+
+    @property
+    def label(self) -> str:
+        """For people: arm, size, what was tuned, seed."""
+        tuned = "".join(f" {k.rpartition('.')[2]}={v:g}" for k, v in self.tune.items())
+        return f"{self.arm} {short(self.size)} x {short(self.budget)}{tuned} seed {self.seed}"
+
+
+def short(number: float) -> str:
+    """1.2e6 as "1.2M"."""
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if scale <= abs(number) < 1e15:
+            return f"{number / scale:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def check(ladder: ConfigDict) -> None:
+    """Raises InputError where a ladder's config asks for something that cannot be answered."""
+    for name in FREE:
+        if not isinstance(ladder.get(name), ConfigDict):
+            raise InputError(
+                f"config.{name} is missing; start from configs.laddering.get_config(run)"
+            )
+    fixed = {k: v for k, v in ladder.items() if k not in FREE}
+    configs.check_keys(ConfigDict(fixed), LADDER)
+    configs.validate(ladder.run)
+    _check_arms(ladder)
+    _check_rungs(ladder)
+    _check_numbers("tokens.amounts", ladder.tokens.amounts)
+    if ladder.tokens.trunk == "shared" and ladder.run.schedule.name != "wsd":
+        raise InputError(
+            f"config.tokens.trunk='shared' with run.schedule.name={ladder.run.schedule.name!r}: "
+            f"only a rate that has not begun to fall can be branched off; 'wsd' would work"
+        )
+
+
+def _check_arms(ladder) -> None:
+    arms = list(ladder.arms)
+    if not arms or ladder.baseline not in arms:
+        works = arms[0] if arms else "gelu, with config.arms.gelu = {}"
+        raise InputError(
+            f"config.baseline={ladder.baseline!r} is no arm ({', '.join(arms) or 'there is none'}); "
+            f"{works} would work"
+        )
+    switch = tuple(s for s in ladder.switch if s)
+    for arm in arms:
+        for key in flat(ladder.arms[arm]):
+            if not any(key == s or key.startswith(f"{s}.") for s in switch):
+                raise InputError(
+                    f"config.arms.{arm} sets {key}, so the arms differ in more than the switch "
+                    f"{switch}; switch={(*switch, key)} would say so, or put it into config.run "
+                    f"for all"
+                )
+    groups = [("tune", flat(ladder.tune)), ("per_rung", flat(ladder.per_rung))]
+    groups += [(f"arms.{arm}", flat(ladder.arms[arm])) for arm in arms]
+    for where, cell in groups:
+        for key in cell:
+            if key.startswith(("data.", "eval.", "train.")) or key == "seed":
+                raise InputError(
+                    f"config.{where} sets {key}, which must be one for all runs (tokens, held-out "
+                    f"text and seeds are the ladder's own); config.run.{key} would work"
+                )
+
+
+def _check_rungs(ladder) -> None:
+    rungs, anchors = ladder.rungs, ladder.rungs.sizes
+    _check_numbers("rungs.sizes", anchors)
+    if rungs.held_out and rungs.held_out <= max(anchors):
+        raise InputError(
+            f"config.rungs.held_out={rungs.held_out:g} is not beyond the anchors, which reach "
+            f"{max(anchors):g}; a forecast goes beyond what was seen: {4 * max(anchors):g} would "
+            f"work, or 0 for none"
+        )
+    values = len(anchors) + bool(rungs.held_out)
+    for key, several in flat(ladder.per_rung).items():
+        if not isinstance(several, (tuple, list)) or len(several) != values:
+            raise InputError(
+                f"config.per_rung.{key}={several!r} must have a value for each of {values} rungs, "
+                f"the held-out one last"
+            )
+    for key, several in flat(ladder.tune).items():
+        if not isinstance(several, (tuple, list)) or not several:
+            raise InputError(f"config.tune.{key}={several!r} must be several values, as (1e-3, 2e-3)")
+
+
+def _check_numbers(name: str, values: tuple) -> None:
+    numbers = [v for v in values if isinstance(v, (int, float)) and v > 0]
+    if not values or len(numbers) < len(values) or list(values) != sorted(set(values)):
+        raise InputError(
+            f"config.{name}={tuple(values)} must be positive numbers, smallest first; "
+            f"(1e5, 2e5, 4e5) would work"
+        )
+
+
+def flat(group, prefix: str = "") -> dict:
+    """{dotted key: value} of nested groups."""
+    found = {}
+    for name, value in group.items():
+        if isinstance(value, (ConfigDict, dict)):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def make(ladder: ConfigDict, vocab_size: int) -> list[Cell]:
+    """All cells, cheapest first within each role.
+
+    Args:
+      ladder: as configs/laddering.py describes it.
+      vocab_size: the tokenizer's.
+
+    Raises InputError where the config is bad or a size cannot be met.
+    """
+    check(ladder)
+    cells: dict[str, Cell] = {}
+    rungs = [*ladder.rungs.sizes, *([ladder.rungs.held_out] if ladder.rungs.held_out else [])]
+    for index, size in enumerate(rungs):
+        beyond = index == len(ladder.rungs.sizes)
+        for cell in _rung(ladder, index, size, beyond, vocab_size):
+            other = cells.setdefault(cell.id, cell)
+            if other.arm != cell.arm:
+                raise InputError(
+                    f"config.arms.{other.arm} and config.arms.{cell.arm} are the same run; an arm "
+                    f"must change something under config.switch"
+                )
+    _check_beyond(list(cells.values()))
+    order = {TRUNK: 0, ANCHOR: 1, HELD_OUT: 2}
+    return sorted(cells.values(), key=lambda c: (order[c.role], c.flops, c.arm, c.seed))
+
+
+def _check_beyond(cells: list[Cell]) -> None:
+    anchors = [c.flops for c in cells if c.role == ANCHOR]
+    held = [c for c in cells if c.role == HELD_OUT]
+    for cell in held:
+        if cell.flops <= max(anchors):
+            raise InputError(
+                f"config.rungs.held_out={cell.size:g} with {cell.tokens:,} tokens spends "
+                f"{cell.flops:.3g} FLOPs, within the anchors' range, which reaches "
+                f"{max(anchors):.3g}; more tokens.held_out would work"
+            )
+
+
+def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Iterator[Cell]:
+    """The cells of one size."""
+    own = {key: values[index] for key, values in flat(ladder.per_rung).items()}
+    arms = _arms_at(ladder, size, own, vocab_size)
+    grid = sweep.product(*(sweep.axis(k, v) for k, v in flat(ladder.tune).items()))
+    values = ladder.tokens.amounts
+    if beyond:
+        values = (ladder.tokens.held_out or max(values),)
+    for arm, sized in arms.items():
+        reference = sized if ladder.tokens.rule == "flops" else arms[ladder.baseline]
+        tokens = [_tokens(ladder, size, value, reference, vocab_size) for value in values]
+        for tune in grid:
+            for seed in range(ladder.seeds):
+                make_one = functools.partial(
+                    _cell, ladder, sized, arm, size=size, tune=tune, seed=seed, vocab=vocab_size
+                )
+                if ladder.tokens.trunk == "shared" and not beyond:
+                    yield from _branches(ladder, make_one, tokens, values)
+                    continue
+                for value, n_tokens in zip(values, tokens, strict=True):
+                    steps = _steps(ladder, n_tokens)
+                    role = HELD_OUT if beyond else ANCHOR
+                    yield make_one(role=role, budget=value, changes={"train.steps": steps})
+
+
+def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, ConfigDict]:
+    """{arm: unresolved config of the size}; all arms have the baseline's depth, width and heads."""
+    rungs, names = ladder.rungs, [ladder.baseline, *(a for a in ladder.arms if a != ladder.baseline)]
+    at = {name: sweep.apply(ladder.run, flat(ladder.arms[name]) | own) for name in names}
+    base = at[ladder.baseline]
+    if rungs.by in ("width", "depth"):
+        at = {name: family.resized(config, rungs.by, int(size)) for name, config in at.items()}
+    else:
+        shape = _solve(ladder, base, size, vocab_size)
+        at = {name: sizes.resized(config, shape) for name, config in at.items()}
+    if rungs.match != "none":
+        target = _spent(at[ladder.baseline], rungs.match, vocab_size)
+        for name in names[1:]:
+            if _spent(at[name], rungs.match, vocab_size) != target:
+                at[name] = sizes.matched(at[name], target, rungs.match, vocab_size)
+    return at
+
+
+def _solve(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
+    rungs = ladder.rungs
+    how = {"aspect": rungs.aspect, "head_dim": rungs.head_dim, "vocab_size": vocab_size}
+    if rungs.by != "flops":
+        return sizes.solve(config, size, rungs.by, **how)
+    if ladder.tokens.rule != "ratio" or len(ladder.tokens.amounts) > 1:
+        raise InputError(
+            f"config.rungs.by='flops' takes one ratio of tokens to parameters, not tokens.rule="
+            f"{ladder.tokens.rule!r} with {len(ladder.tokens.amounts)} values; 'ratio' with (20.0,) "
+            f"would work"
+        )
+    # C is nearly 6 n d, with d in proportion to n; what else costs FLOPs is found by iteration.
+    n = math.sqrt(size / (6 * ladder.tokens.amounts[0]))
+    for _ in range(4):
+        shape = sizes.solve(config, n, "non_embedding", **how)
+        each = _spent(sizes.resized(config, shape), "flops", vocab_size)
+        n *= math.sqrt(size / (each * ladder.tokens.amounts[0] * shape.n))
+    return shape
+
+
+def _spent(config, measure: str, vocab_size: int) -> float:
+    resolved = configs.resolve(config, vocab_size)
+    specs = build(resolved, platform="cpu").specs
+    if measure == "flops":
+        return flops.flops_per_token(resolved, specs)["model"]
+    return flops.counts(specs)["non_embedding"]
+
+
+def _tokens(ladder, size: float, value: float, config, vocab_size: int) -> float:
+    rule = ladder.tokens.rule
+    if rule == "budgets":
+        return value
+    if rule == "flops" or ladder.rungs.by == "flops":
+        return (value if rule == "flops" else size) / _spent(config, "flops", vocab_size)
+    return value * _spent(config, "parameters", vocab_size)
+
+
+def _steps(ladder, tokens: float) -> int:
+    return max(1, round(tokens / configs.tokens_per_step(ladder.run)))
+
+
+def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[Cell]:
+    """A trunk at constant rate and a branch for each budget, which leave it at multiples of a step
+    of which the trunk keeps every checkpoint."""
+    ends = [_steps(ladder, n) for n in tokens]
+    quantum = max(1, round(STABLE * ends[0] / 4))
+    leaves = [max(1, round(STABLE * end / quantum)) * quantum for end in ends]
+    shortest = ConfigDict(ladder.run.to_dict())
+    shortest.train.steps, shortest.train.tokens = ends[0], 0.0
+    warmup = str(configs.duration(ladder.run.schedule.warmup, shortest))
+    trunk = make_one(
+        role=TRUNK,
+        budget=values[-1],
+        changes={
+            "schedule.name": "constant", "schedule.warmup": warmup,
+            "schedule.cooldown": SCHEDULE["cooldown"].default,
+            "schedule.final": SCHEDULE["final"].default,
+            "train.steps": leaves[-1], "checkpoint.every": quantum, "checkpoint.keep_every": quantum,
+        },
+    )  # fmt: skip
+    yield trunk
+    for value, leave in zip(values, leaves, strict=True):
+        end = round(leave / STABLE)
+        changes = {
+            "schedule.warmup": warmup, "schedule.cooldown": str(end - leave), "train.steps": end,
+            "train.parent": trunk.id, "train.parent_step": leave,
+        }  # fmt: skip
+        yield make_one(role=ANCHOR, budget=value, changes=changes)
+
+
+def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab) -> Cell:
+    run = ladder.run
+    seeds = {"seed": run.seed + seed, "data.seed": run.data.seed + seed, "train.tokens": 0.0}
+    config = sweep.apply(sized, tune | seeds | changes)
+    resolved = configs.resolve(config, vocab)
+    model = build(resolved, platform="cpu")
+    overrides = {
+        path: configs.get(config, path)
+        for path in configs.differences(run.to_dict(), config.to_dict())
+    }
+    return Cell(
+        id=configs.fingerprint(resolved),
+        arm=arm,
+        role=role,
+        seed=seed,
+        size=float(size),
+        budget=float(budget),
+        tune=dict(tune),
+        shape={name: resolved.model[name] for name in SHAPE},
+        counts=flops.counts(model.specs),
+        tokens=resolved.train.steps * configs.tokens_per_step(resolved),
+        flops_per_token=flops.flops_per_token(resolved, model.specs)["model"],
+        needs=changes.get("train.parent", ""),
+        overrides=overrides,
+    )

@@ -1,0 +1,115 @@
+"""The grid as a table, with what it costs, before anything is trained."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lmscale_jax import config as configs
+from lmscale_jax.data import prepared
+from lmscale_jax.errors import InputError
+from lmscale_jax.model import flops
+from lmscale_jax.model.build import build
+from lmscale_jax.run import explain
+from lmscale_jax.study import executors, worker
+from lmscale_jax.study.cells import HELD_OUT, Cell, short
+from lmscale_jax.study.plan import Plan
+
+# By the name that flops.BF16_PEAKS knows.
+ACCELERATORS = ("H100", "A100", "TPU v5e", "L4")
+
+
+def text(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> str:
+    """The whole table, a row for each kind of cell, and the sums below it."""
+    rate, basis = speed(plan, workdir)
+    manifest = prepared.find_manifest(ConfigDict(plan.ladder["run"]["data"]))
+    head = ("arm", "role", "size", "layers x width (heads, d_ff)", "total", "non-emb.", "tokens",
+            "epochs", "FLOPs", "runs", "time each", "memory")  # fmt: skip
+    rows, kinds = [head], {}
+    for cell in cells:
+        kinds.setdefault((cell.arm, cell.role, cell.size, cell.budget), []).append(cell)
+    for several in kinds.values():
+        cell, s = several[0], several[0].shape
+        rows.append(
+            (
+                cell.arm, cell.role, short(cell.size),
+                f"{s['n_layers']} x {s['d_model']} ({s['n_heads']}, {s['d_ff']})",
+                f"{cell.counts['total']:,}", f"{cell.counts['non_embedding']:,}",
+                f"{cell.tokens:,}", _epochs(plan, cell, manifest), f"{cell.flops:.3g}",
+                str(runs_of(several)), explain.readable(cell.flops / rate), memory(plan, cell),
+            )
+        )  # fmt: skip
+    lines = [plan.ladder["question"] or "(no question)", "", *explain.aligned(rows), ""]
+    total = sum(c.flops for c in cells if c.role != HELD_OUT)
+    held = _held_flops(cells)
+    lines.append(
+        f"{sum(c.role != HELD_OUT for c in cells)} runs before the forecast, {total:.3g} FLOPs; "
+        f"{runs_of([c for c in cells if c.role == HELD_OUT])} held out, {held:.3g} FLOPs"
+    )
+    lines.append(
+        f"here: about {explain.readable((total + held) / rate / slots)} in {slots} process(es), at {basis}"
+    )
+    for name in ACCELERATORS:
+        peak = flops.peak(name, "bfloat16") * explain.EFFICIENCY
+        lines.append(
+            f"one {name}: about {explain.readable((total + held) / peak)}, at {explain.EFFICIENCY:.0%} of its "
+            f"bfloat16 peak, which models as small as some of these do not reach"
+        )
+    return "\n".join(lines)
+
+
+def check_cap(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> None:
+    """Raises InputError where what is left would take longer than config.max_hours."""
+    cap = plan.ladder["max_hours"]
+    if not cap:
+        return
+    left = [c for c in cells if worker.status(workdir, c) not in ("finished", "diverged")]
+    anchors = sum(c.flops for c in left if c.role != HELD_OUT)
+    hours = (anchors + _held_flops(left)) / speed(plan, workdir)[0] / slots / 3600
+    if hours > cap:
+        raise InputError(
+            f"config.max_hours={cap:g}: what is left takes about {hours:.3g} hours here; "
+            f"{hours * 1.2:.2g} would do, or smaller config.rungs.sizes"
+        )
+
+
+def runs_of(cells: list[Cell]) -> int:
+    """Runs that cells stand for: of the tuned values one is taken at the held-out rung."""
+    return len({(c.arm, c.seed, c.size, c.budget, c.role, () if c.role == HELD_OUT else c.id)
+                for c in cells})  # fmt: skip
+
+
+def _held_flops(cells: list[Cell]) -> float:
+    return sum({(c.arm, c.seed): c.flops for c in cells if c.role == HELD_OUT}.values())
+
+
+def speed(plan: Plan, workdir: Path) -> tuple[float, str]:
+    """(FLOP/s of one process, what that rests on): finished runs if there are any, else a probe."""
+    rates = []
+    for cell in plan.cells:
+        record = worker.record_of(workdir, cell) or {}
+        if record.get("status") == "finished" and record.get("wall_seconds"):
+            rates.append(cell.flops / record["wall_seconds"])
+    if rates:
+        best = sorted(rates)[-max(1, len(rates) // 2)]
+        return best, f"{best / 1e9:.3g} GFLOP/s, as the finished runs here"
+    dtype, on_cpu = plan.ladder["run"]["model"]["dtype"], executors.on_cpu()
+    rate = explain.probe(dtype, 1024 if on_cpu else 4096)
+    share = explain.CPU_EFFICIENCY[dtype] if on_cpu else explain.EFFICIENCY
+    cores = plan.ladder["executor"]["cpus"] / max(1, executors.cores()) if on_cpu else 1.0
+    return rate * share * cores, f"{share:.0%} of a {dtype} product measured now"
+
+
+def _epochs(plan: Plan, cell: Cell, manifest: dict | None) -> str:
+    if manifest is None:
+        return "?"
+    windows = (manifest["splits"]["train"]["tokens"] - 1) // plan.ladder["run"]["data"]["seq_len"]
+    each = cell.tokens / plan.ladder["run"]["data"]["seq_len"] / max(1, windows)
+    return f"{each:.3g}"
+
+
+def memory(plan: Plan, cell: Cell) -> str:
+    """Of one process with one device, at the worst moment of a step."""
+    config = configs.resolve(plan.config(cell, Path()), plan.vocab_size)
+    specs = build(config, platform="cpu").specs
+    size = flops.memory(config, specs, {"data": 1, "fsdp": 1, "tensor": 1})["total"]
+    return f"{size / 2**20:,.0f} MiB"

@@ -1,0 +1,44 @@
+"""Which cells train together in one program."""
+
+from pathlib import Path
+
+from lmscale_jax import config as configs
+from lmscale_jax.study import executors
+from lmscale_jax.study.cells import Cell
+from lmscale_jax.study.plan import Plan
+
+# On CPU one core is busy with one small model already; see benchmarks/README.md, "Populations".
+CPU_TOKENS_x_WIDTH = 0
+# An accelerator is idle for most of a small model's step.
+ACCELERATOR_PARAMETERS = 3e7
+
+
+def jobs(plan: Plan, cells: list[Cell], workdir: Path) -> list[list[str]]:
+    """Cells as jobs, lists of ids, in the order given; several in a list are packed."""
+    settings = plan.ladder["pack"]
+    if settings["mode"] == "never":
+        return [[cell.id] for cell in cells]
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alone = settings["mode"] == "auto" and not faster(cell)
+        groups.setdefault(cell.id if alone or cell.needs else key(plan, cell), []).append(cell)
+    most = settings["most"]
+    found = []
+    for group in groups.values():
+        found += [[c.id for c in group[i : i + most]] for i in range(0, len(group), most)]
+    return found
+
+
+def key(plan: Plan, cell: Cell) -> str:
+    """Equal for cells that can be members of one population."""
+    from lmscale_jax.lab import pack
+
+    config = plan.config(cell, Path())
+    return f"{cell.role} {pack.signature(configs.resolve(config))}"
+
+
+def faster(cell: Cell) -> bool:
+    """Whether packing was measured to be faster for models of this size on such a machine."""
+    if executors.on_cpu():
+        return False
+    return cell.counts["total"] <= ACCELERATOR_PARAMETERS
