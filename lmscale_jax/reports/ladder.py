@@ -9,6 +9,7 @@ from lmscale_jax.reports.page import Page
 from lmscale_jax.study import results
 from lmscale_jax.study.cells import short
 from lmscale_jax.study.plan import Plan
+from lmscale_jax.study.verdict import NOT_ENOUGH
 
 
 def write(
@@ -111,7 +112,11 @@ def _comparisons(page: Page, verdict: dict, folder: Path) -> None:
 def _next(page: Page, verdict: dict) -> None:
     page.head("What to run next")
     if not verdict["next_runs"]:
-        page.say("Nothing: these runs could have shown the effect that was asked for.")
+        page.say(
+            "More sizes, then more seeds: a difference of usual size is out of reach of what is here."
+            if NOT_ENOUGH in str(verdict["verdict"])
+            else "Nothing: these runs could have shown the effect that was asked for."
+        )
         return
     rows = [
         [one["arm"], one["add"], one["runs"], f"{one['flops']:.3g}", f"{one['detectable']:.3g}"]
@@ -159,7 +164,7 @@ def _differences(page: Page, plan: Plan, verdict: dict) -> None:
         for arm, changed in verdict["differences"].items()
         for key, value in (changed or {"nothing": "as config.run has it"}).items()
     ]
-    page.table(["arm", "key", "value"], rows)
+    page.table(["arm", "key", "value"], rows, kind="wide")
     switch = ", ".join(plan.ladder["switch"])
     page.say(f"The switch is {switch}; everything else is the same for all arms of a size.")
 

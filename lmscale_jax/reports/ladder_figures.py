@@ -11,6 +11,7 @@ from lmscale_jax.run.writers import read_metrics
 COLOURS = ("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown")
 POINTS = 80
 CURVE_POINTS = 300
+WIDEST = 10.0
 
 
 def colours(arms: list[str]) -> dict[str, str]:
@@ -23,7 +24,7 @@ def losses(arms: list[str], rows: list[dict], fits: dict, forecast: dict | None,
     `rows` are finished rows of `study.results`, `fits` the laws of the anchors by arm.
     """
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4.6))
+    figure, axis = plt.subplots(figsize=(5.2, 4.2))
     for arm, colour in colours(arms).items():
         anchors, held = (
             np.array([(r["flops"], r["val_loss"]) for r in rows
@@ -74,7 +75,7 @@ def factors(comparisons: list[dict], path: Path) -> Path | None:
     if not known:
         return None
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4.0))
+    figure, axis = plt.subplots(figsize=(5.2, 3.4))
     for one, colour in zip(known, COLOURS[1:], strict=False):
         gain = sorted(one["gain"], key=lambda row: row["c"])
         c, k, low, high = (np.array([row[x] for row in gain]) for x in ("c", "k", "low", "high"))
@@ -82,6 +83,9 @@ def factors(comparisons: list[dict], path: Path) -> Path | None:
         axis.fill_between(c, low, high, alpha=0.2, color=colour, lw=0)
     axis.axhline(1, color="0.5", lw=0.8)
     axis.set(xscale="log", yscale="log", xlabel="training FLOPs")
+    # A band that says nothing is cut off, so that the middle stays legible.
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(max(bottom, 1 / WIDEST), min(top, WIDEST))
     axis.set_ylabel(f"compute of {known[0]['arms'][0]} / compute of the arm")
     _plain(axis)
     axis.legend(frameon=False, fontsize=8)
@@ -91,7 +95,7 @@ def factors(comparisons: list[dict], path: Path) -> Path | None:
 def curves(arms: list[str], rows: list[dict], workdir: Path, path: Path) -> Path:
     """Training loss over tokens, a line a run; larger sizes are darker."""
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    figure, axis = plt.subplots(figsize=(5.2, 3.6))
     sizes = sorted({row["size"] for row in rows})
     for arm, colour in colours(arms).items():
         for row in (r for r in rows if r["variant"] == arm):
@@ -112,7 +116,7 @@ def residuals(arms: list[str], fits: dict, path: Path) -> Path | None:
     if not fits:
         return None
     plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(6.4, 3.4))
+    figure, axis = plt.subplots(figsize=(5.2, 3.0))
     axis.axhline(0, color="0.5", lw=0.8)
     for arm, colour in colours(arms).items():
         if arm in fits:
@@ -141,9 +145,12 @@ def fits_of(arms: list[str], rows: list[dict], n: str) -> dict:
 
 
 def _plain(axis) -> None:
-    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+    """Few plain numbers on a logarithmic axis of less than a decade or two."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-    axis.yaxis.set_major_locator(MaxNLocator(6))
+    bottom, top = axis.get_ylim()
+    few = MaxNLocator(6) if top < 4 * bottom else LogLocator(10, subs=(1.0, 2.0, 5.0))
+    axis.yaxis.set_major_locator(few)
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
 

@@ -8,6 +8,8 @@ from lmscale_jax.study import cells, drive, results
 from lmscale_jax.study.plan import Plan, now
 
 NOT_ENOUGH, ONE_ARM = "not enough data", "one arm"
+# An interval of a compute factor, high over low, beyond which it says nothing.
+WIDE = 100.0
 # What `science.compare` says, in the words of a ladder.
 WORDS = {"undetermined": NOT_ENOUGH}
 
@@ -97,10 +99,12 @@ def sentence(found: dict) -> str:
         whose = f"{first} needs {factor} times the compute of {second}"
         return f"A constant offset: {whose} for the same loss, at every scale that was tried."
     if found["verdict"] == NOT_ENOUGH:
-        return (
-            f"Not enough data to say how {second} compares with {first} at scale: so far {first} "
-            f"needs {factor} times the compute {at}, and a change of the exponent below "
-            f"{found['detectable']:.0%} would not have shown."
+        said = f"Not enough data to say how {second} compares with {first} at scale: "
+        if last["high"] > WIDE * last["low"] or found["detectable"] > 1:
+            return said + "these runs could not have shown any difference of usual size."
+        return said + (
+            f"so far {first} needs {factor} times the compute {at}, and a change of the exponent "
+            f"below {found['detectable']:.0%} would not have shown."
         )
     return f"No detectable difference between {first} and {second}: compute factor {factor} {at}."
 

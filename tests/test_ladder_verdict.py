@@ -1,0 +1,291 @@
+"""A ladder whose losses follow a known law: plan, forecast, score and verdict without training."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import base, laddering
+from lmscale_jax.errors import InputError, RunFailed
+from lmscale_jax.study import conduct, forecasts, plan, results, verdict
+from lmscale_jax.study.executors import Ended
+
+FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
+
+
+def loss_of(cell, shift=0.0, offset=0.02, rng=None) -> float:
+    """E + k C^-b, for swiglu with b (1 + shift), or with a smaller k."""
+    better = cell.arm == "swiglu"
+    c = cell.flops / 1e13
+    value = FLOOR + SCALE / 1e13**EXPONENT * (1 - offset * better) * c ** -(
+        EXPONENT * (1 + shift * better)
+    )
+    return value * (1 + (NOISE * rng.standard_normal() if rng else 0.0))
+
+
+class Oracle:
+    """An executor whose runs are finished at once, with the losses of a law."""
+
+    slots = 4
+
+    def __init__(self, workdir, law, fails=()):
+        self._workdir, self._law, self._fails, self._ended = workdir, law, fails, []
+        self.started = []
+
+    def submit(self, jobs):
+        made = plan.read(self._workdir)
+        for job in jobs:
+            self.started += job
+            for name in job:
+                if name not in self._fails:
+                    self._write(made.cell(name))
+            status = int(any(name in self._fails for name in job))
+            self._ended.append(Ended(job, status, "no memory" if status else ""))
+        return []
+
+    def _write(self, cell):
+        directory = plan.run_dir(self._workdir, cell.id)
+        directory.mkdir(parents=True)
+        final = {"val_loss": self._law(cell), "val_loss_sem": 0.01, "val_tokens": 1000}
+        record = {
+            "status": "finished", "final": final, "wall_seconds": 1.0, "epochs": 0.1,
+            "data": {"val_fingerprint": "text"}, "versions": {"jax": "0"},
+            "device": {"kind": "law"}, "code": None,
+        }  # fmt: skip
+        if cell.role == "held_out":
+            record["forecast"] = forecasts.fixed(self._workdir)
+        (directory / "run.json").write_text(json.dumps(record))
+        line = json.dumps({"step": 1, "tokens": 100, "train_loss": 3.0}) + "\n"
+        (directory / "metrics.jsonl").write_text(line)
+
+    def poll(self):
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("".join(chr(32 + i * i % 90) for i in range(20_000)))
+    return path
+
+
+@pytest.fixture
+def ladder(corpus, monkeypatch, tmp_path):
+    """Makes the config of a ladder of five anchors, three seeds and a held-out rung."""
+    monkeypatch.setenv("LMSCALE_CACHE", str(tmp_path / "cache"))
+
+    def make(**changes):
+        run = base.get_config()
+        run.data.source, run.data.path, run.data.tokenizer = "text", str(corpus), "bytes"
+        run.data.document, run.data.split = "file", "tail"
+        run.data.seq_len, run.train.batch_size = 64, 16
+        run.model.norm, run.model.positions = "rmsnorm", "rope"
+        c = laddering.get_config(run)
+        c.question, c.baseline, c.switch = "Which?", "gelu", ("model.mlp",)
+        c.arms = {"gelu": {}, "swiglu": {"model": {"mlp": "swiglu"}}}
+        c.rungs.sizes, c.rungs.held_out = (1e5, 3e5, 1e6, 3e6, 1e7), 3e7
+        c.rungs.head_dim, c.rungs.match, c.rungs.aspect = 16, "parameters", 32.0
+        c.seeds, c.fit.effect = 3, 0.08
+        with c.ignore_type():
+            for key, value in changes.items():
+                c.update_from_flattened_dict({key.replace("__", "."): value})
+        return c
+
+    return make
+
+
+def go(config, workdir, law=loss_of, until="verdict", only=(), fails=()):
+    oracle = Oracle(workdir, law, fails)
+    said = []
+    last = conduct.run(config, workdir, list(only), until, ["--config=x"], said.append, oracle)
+    return oracle, said, last
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_from_a_law_to_a_verdict(ladder, tmp_path):
+    """Files of the contract, a forecast that is scored, one HTML page without links."""
+    workdir = tmp_path / "w"
+    oracle, _, last = go(ladder(), workdir)
+    assert "verdict: constant offset" in last
+    made = plan.read(workdir)
+    assert len(oracle.started) == len(set(oracle.started)) == len(made.cells) == 36
+    # The held-out rung came last, after the forecast.
+    held = {cell.id for cell in made.of("held_out")}
+    assert set(oracle.started[-6:]) == held
+    forecast = read(workdir / "forecast.json")
+    for arm in ("gelu", "swiglu"):
+        target = next(c for c in made.of("held_out") if c.arm == arm)
+        score = forecast["scores"][arm]
+        assert score["inside"] and score["loss"] == pytest.approx(loss_of(target))
+    found = read(workdir / "verdict.json")
+    assert found["verdict"] == "constant offset" and found["runs"] == {"finished": 36}
+    assert "d_ff at 100000" in found["differences"]["swiglu"]
+    header, *lines = (workdir / "results.csv").read_text().splitlines()
+    assert len(lines) == 36
+    needed = "run_id variant n_total n_non_embedding tokens flops seed val_loss val_loss_sem status"
+    assert set(needed.split()) <= set(header.split(","))
+    page = (workdir / "report" / "index.html").read_text()
+    assert "http" not in page.split("<body", 1)[-1].replace("http-equiv", "")
+    assert "<script" not in page and page.count("data:image/png;base64") == 4
+
+
+def test_nothing_is_run_or_forecast_twice(ladder, tmp_path):
+    workdir = tmp_path / "w"
+    go(ladder(), workdir, until="forecast")
+    before = (workdir / "forecast.json").read_bytes()
+    oracle, _, _ = go(ladder(), workdir)
+    assert len(oracle.started) == 6
+    again, _, _ = go(ladder(), workdir)
+    assert again.started == []
+    fixed, after = json.loads(before), read(workdir / "forecast.json")
+    assert {k: after[k] for k in forecasts.FIXED} == {k: fixed[k] for k in forecasts.FIXED}
+
+
+def test_a_forecast_cannot_be_written_afterwards(ladder, tmp_path):
+    workdir = tmp_path / "w"
+    go(ladder(), workdir)
+    path = workdir / "forecast.json"
+    text = path.read_text()
+    content = json.loads(text)
+    content["arms"]["gelu"]["high"] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="was changed after it was written"):
+        go(ladder(), workdir)
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be written afterwards"):
+        go(ladder(), workdir)
+    path.write_text(text)
+    # More anchors join; what was forecast stays.
+    oracle, _, _ = go(ladder(rungs__sizes=(1e5, 3e5, 6e5, 1e6, 3e6, 1e7)), workdir)
+    assert len(oracle.started) == 6
+    assert read(path)["arms"] == json.loads(text)["arms"]
+    assert len(list((workdir / "plans").iterdir())) == 1
+
+
+def test_the_held_out_rung_waits_for_the_forecast(ladder, tmp_path):
+    from lmscale_jax.study import worker
+
+    workdir = tmp_path / "w"
+    go(ladder(), workdir, only=["100k"])
+    made = plan.read(workdir)
+    with pytest.raises(InputError, match="is not written yet"):
+        worker.train(made, made.of("held_out")[:1], workdir)
+
+
+def test_what_fails_is_left_out_and_tried_again(ladder, tmp_path):
+    workdir, config = tmp_path / "w", ladder()
+    made = plan.make(config, print)
+    bad = made.of("anchor")[0].id
+    oracle, said, _ = go(config, workdir, fails={bad})
+    assert any("no memory" in line for line in said)
+    found = read(workdir / "verdict.json")
+    assert found["runs"] == {"finished": 35, "planned": 1}
+    assert found["left_out"] == [{"run_id": bad, "status": "planned", "why": "no memory"}]
+    again, _, _ = go(config, workdir)
+    assert again.started == [bad] and read(workdir / "verdict.json")["left_out"] == []
+    with pytest.raises(RunFailed, match="no run finished"):
+        go(ladder(rungs__held_out=0.0), tmp_path / "b", fails={c.id for c in made.cells})
+
+
+def test_each_arm_is_compared_at_its_own_best_rate(ladder, tmp_path):
+    """The tuned value with the least mean loss is taken; at the edge of its grid it is said."""
+    config = ladder(rungs__sizes=(1e5, 1e6, 1e7), rungs__held_out=3e7, seeds=2)
+    config.tune.optim = {"lr": (1e-3, 2e-3, 4e-3)}
+    best = {"gelu": 2e-3, "swiglu": 4e-3}
+
+    def law(cell):
+        return loss_of(cell) + 0.1 * (np.log2(cell.tune["optim.lr"] / best[cell.arm])) ** 2
+
+    oracle, _, _ = go(config, tmp_path / "w", law)
+    held = [plan.read(tmp_path / "w").cell(name) for name in oracle.started[-4:]]
+    assert {(c.arm, c.tune["optim.lr"]) for c in held} == set(best.items())
+    assert all(c.role == "held_out" for c in held) and len(oracle.started) == 36 + 4
+    rows, warnings = results.chosen(
+        results.finished(results.rows(plan.read(tmp_path / "w"), tmp_path / "w"))
+    )
+    assert {(r["variant"], r["tune"]["optim.lr"]) for r in rows} == set(best.items())
+    assert [w["code"] for w in warnings] == ["edge_of_grid"] * 3
+    assert all("swiglu" in w["message"] for w in warnings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shift"), [("exponent shift", 0.08), ("constant offset", 0.0)]
+)
+def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
+    """100 draws of noise: a real shift of 8 % is found in 90; an offset is taken for one in 8."""
+    workdir = tmp_path / "w"
+    go(ladder(), workdir)
+    made = plan.read(workdir)
+    rows = results.rows(made, workdir)
+    said = []
+    for draw in range(100):
+        rng = np.random.default_rng([draw, int(shift * 100)])
+        drawn = [
+            row | {"val_loss": loss_of(cell, shift, rng=rng)}
+            for row, cell in zip(rows, made.cells, strict=True)
+        ]
+        said.append(verdict.judge(made, workdir, drawn, None)["verdict"])
+    counts = {word: said.count(word) for word in sorted(set(said))}
+    if shift:
+        assert counts.get(kind, 0) >= 90, counts
+    else:
+        assert counts.get("exponent shift", 0) <= 8, counts
+        assert counts.get(kind, 0) >= 80, counts
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rungs__held_out": 5e6}, "held_out=5e+06 is not beyond the anchors, which reach 1e+07"),
+        ({"tokens__held_out": 1.0}, "within the anchors' range"),
+        ({"rungs__sizes": (1e5, 2.2e2)}, "must be positive numbers, smallest first"),
+        ({"rungs__sizes": (10.0,)}, "the nearest has"),
+        ({"switch": ("optim.lr",)}, "config.arms.swiglu sets model.mlp, so the arms differ in more"),
+        ({"baseline": "relu"}, "config.baseline='relu' is no arm"),
+        ({"seeds": 0}, "config.seeds=0 must be at least 1"),
+        ({"rungs__bi": 1}, "config.rungs.bi is not a key"),
+        ({"executor__workers": 99}, "more than the"),
+        ({"max_hours": 1e-9}, "config.max_hours=1e-09: what is left takes about"),
+        ({"tokens__trunk": "shared"}, "'wsd' would work"),
+        ({"run__model__d_modle": 1}, "did you mean model.d_model"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(ladder, tmp_path, changes, said):
+    with pytest.raises(InputError) as error:
+        go(ladder(**changes), tmp_path / "w")
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_two_ladders_that_disagree(ladder, tmp_path):
+    workdir = tmp_path / "w"
+    go(ladder(), workdir, only=["100k"])
+    with pytest.raises(InputError, match=r"disagrees: run\.optim\.lr is 0\.001 there"):
+        go(ladder(run__optim__lr=0.5), workdir)
+    other = ladder()
+    other.arms.swiglu.model.mlp = "geglu"
+    with pytest.raises(InputError, match="arm 'swiglu' is"):
+        go(other, workdir)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds files but no plan\.json"):
+        go(ladder(), tmp_path / "x")
+
+
+def test_two_ladders_share_the_cells_they_have_in_common(ladder, tmp_path):
+    """More seeds and another arm: only what is new is run."""
+    workdir = tmp_path / "w"
+    first, _, _ = go(ladder(seeds=1, rungs__held_out=0.0), workdir)
+    assert len(first.started) == 10
+    more = ladder(seeds=2, rungs__held_out=0.0)
+    more.arms.relu2 = {"model": {"mlp": "relu2"}}
+    second, _, last = go(more, workdir)
+    assert len(second.started) == 20 and not set(first.started) & set(second.started)
+    assert "relu2" in last and "swiglu" in last
