@@ -1,10 +1,11 @@
-"""The keys of a ladder: a question, its arms, the sizes they are trained at, and how they are run.
+"""The keys of a ladder: a question, its arms, their sizes, and how they are run.
 
-A ladder's config holds, under `run`, the whole config of its runs; everything else here says in what
-the runs differ from it. Three groups have no fixed keys, because they hold keys of `run`:
+A ladder's config holds, under `run`, the whole config of its runs; all else here says in what the
+runs differ from it. Three groups have no fixed keys, because they hold keys of `run`:
 
-`arms`: {arm: {group: {key: value}}}, what each arm changes; only keys under `switch` may stand there.
-`tune`: {group: {key: values}}, tried at every size of every arm; the best of each is compared.
+`arms`: {arm: {group: {key: value}}}, what each arm changes; only keys under `switch` may be there.
+`tune`: {arm or "all": {group: {key: values}}}, tried at every anchor; the best of each is compared,
+and the held-out rung takes what was best at the largest anchor.
 `per_rung`: {group: {key: values}}, one value for each anchor and, last, one for the held-out rung.
 """
 
@@ -23,8 +24,8 @@ LADDER = {
     "rungs": {
         "by": Key(
             "non_embedding",
-            "what a size is: parameters by a counting convention of run.json, the width, the number "
-            "of blocks, or the FLOPs of a whole run",
+            "what a size is: parameters by a counting convention of run.json, the width, the "
+            "number of blocks, or the FLOPs of a whole run",
             choices=("non_embedding", "total", "width", "depth", "flops"),
         ),
         "sizes": Key((0.0,), "the anchors, smallest first"),
@@ -45,8 +46,10 @@ LADDER = {
             "budgets of FLOPs (an isoFLOP grid)",
             choices=("ratio", "budgets", "flops"),
         ),
-        "amounts": Key((20.0,), "ratios, tokens or FLOPs, by the rule; every size gets each of them"),
-        "held_out": Key(0.0, "the same for the held-out rung; 0: the largest of the amounts", low=0),
+        "amounts": Key((20.0,), "ratios, tokens or FLOPs, by the rule; every size gets each"),
+        "held_out": Key(
+            0.0, "the same for the held-out rung; 0: the largest of the amounts", low=0.0
+        ),
         "trunk": Key(
             "own",
             "own: each budget is a run of its own. shared: a run at constant rate from which one "
@@ -86,7 +89,9 @@ LADDER = {
             when={"executor.name": ("local", "slurm")},
         ),
         "cpus": Key(1, "cores of each process", low=1),
-        "gpus": Key(0, "accelerators of each process", low=0, when={"executor.name": ("ray", "slurm")}),
+        "gpus": Key(
+            0, "accelerators of each process", low=0, when={"executor.name": ("ray", "slurm")}
+        ),
         "partition": Key("", "Slurm partition", when={"executor.name": ("slurm",)}),
         "minutes": Key(
             240, "time limit of one job; it goes on from its checkpoint after", low=1,

@@ -15,7 +15,8 @@ IDS = flags.DEFINE_list("ids", None, "cells of its plan.json; several train as o
 
 
 def main() -> None:
-    from lmscale_jax.study import plan, worker
+    from lmscale_jax.fleet import worker
+    from lmscale_jax.study import plan
 
     workdir = Path(WORKDIR.value)
     found = plan.read(workdir)

@@ -21,7 +21,7 @@ ONLY = flags.DEFINE_list(
 
 
 def main() -> None:
-    from lmscale_jax.study import conduct
+    from lmscale_jax.fleet import conduct
 
     if DRY_RUN.value:
         print(conduct.preview(CONFIG.value, Path(WORKDIR.value or "."), ONLY.value))

@@ -7,8 +7,8 @@ import pytest
 
 from configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
+from lmscale_jax.fleet.executors import Ended
 from lmscale_jax.study import conduct, forecasts, plan, results, verdict
-from lmscale_jax.study.executors import Ended
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
 
@@ -170,7 +170,7 @@ def test_a_forecast_cannot_be_written_afterwards(ladder, tmp_path):
 
 
 def test_the_held_out_rung_waits_for_the_forecast(ladder, tmp_path):
-    from lmscale_jax.study import worker
+    from lmscale_jax.fleet import worker
 
     workdir = tmp_path / "w"
     go(ladder(), workdir, only=["100k"])
@@ -183,7 +183,7 @@ def test_what_fails_is_left_out_and_tried_again(ladder, tmp_path):
     workdir, config = tmp_path / "w", ladder()
     made = plan.make(config, print)
     bad = made.of("anchor")[0].id
-    oracle, said, _ = go(config, workdir, fails={bad})
+    _, said, _ = go(config, workdir, fails={bad})
     assert any("no memory" in line for line in said)
     found = read(workdir / "verdict.json")
     assert found["runs"] == {"finished": 35, "planned": 1}
@@ -197,7 +197,7 @@ def test_what_fails_is_left_out_and_tried_again(ladder, tmp_path):
 def test_each_arm_is_compared_at_its_own_best_rate(ladder, tmp_path):
     """The tuned value with the least mean loss is taken; at the edge of its grid it is said."""
     config = ladder(rungs__sizes=(1e5, 1e6, 1e7), rungs__held_out=3e7, seeds=2)
-    config.tune.optim = {"lr": (1e-3, 2e-3, 4e-3)}
+    config.tune.all = {"optim": {"lr": (1e-3, 2e-3, 4e-3)}}
     best = {"gelu": 2e-3, "swiglu": 4e-3}
 
     def law(cell):
@@ -215,9 +215,7 @@ def test_each_arm_is_compared_at_its_own_best_rate(ladder, tmp_path):
     assert all("swiglu" in w["message"] for w in warnings)
 
 
-@pytest.mark.parametrize(
-    ("kind", "shift"), [("exponent shift", 0.08), ("constant offset", 0.0)]
-)
+@pytest.mark.parametrize(("kind", "shift"), [("exponent shift", 0.08), ("constant offset", 0.0)])
 def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
     """100 draws of noise: a real shift of 8 % is found in 90; an offset is taken for one in 8."""
     workdir = tmp_path / "w"
@@ -247,9 +245,10 @@ def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
         ({"tokens__held_out": 1.0}, "within the anchors' range"),
         ({"rungs__sizes": (1e5, 2.2e2)}, "must be positive numbers, smallest first"),
         ({"rungs__sizes": (10.0,)}, "the nearest has"),
-        ({"switch": ("optim.lr",)}, "config.arms.swiglu sets model.mlp, so the arms differ in more"),
+        ({"switch": ("optim.lr",)}, "config.arms.swiglu sets model.mlp, so the arms differ"),
         ({"baseline": "relu"}, "config.baseline='relu' is no arm"),
         ({"seeds": 0}, "config.seeds=0 must be at least 1"),
+        ({"tune__optim__lr": (1.0, 2.0)}, "config.tune.all.optim would be tried in every arm"),
         ({"rungs__bi": 1}, "config.rungs.bi is not a key"),
         ({"executor__workers": 99}, "more than the"),
         ({"max_hours": 1e-9}, "config.max_hours=1e-09: what is left takes about"),

@@ -10,7 +10,6 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import layerwise
-from lmscale_jax.parametrization import rules
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon", "normuon")
 

@@ -85,7 +85,7 @@ def test_a_pack_that_was_stopped_goes_on(small, tmp_path):
     pack.run(cut, said.append)
     for (_, ours), (_, theirs) in zip(cut, whole, strict=True):
         assert record(ours)["restarts"] == 1
-        assert [x for x in lines_of(ours)] == [x for x in lines_of(theirs)]
+        assert lines_of(ours) == lines_of(theirs)
         assert record(ours)["final"] == record(theirs)["final"]
 
 

@@ -115,7 +115,7 @@ def test_wider_is_better_under_mup(tmp_path):
     from lmscale_jax.lab.family import resized
 
     config = lr_transfer.get_config()
-    config.train.steps, config.optim.lr = 200, 2.0**-6
+    config.train.steps, config.optim.lr = 200, 2.0**-8
     data = prepared.prepare(config.data, log=print)
     losses = []
     for width in (32, 64, 128, 256):

@@ -1,7 +1,7 @@
-"""Runs packed into one population, each with the directory, record and checkpoints of a run alone.
+"""Runs packed into one population, each with directory, record and checkpoints of its own.
 
-What is written is what the runs would write by themselves, so a pack that was stopped may go on as a
-pack, in part, or run by run.
+What is written is what the runs would write by themselves, so a pack that was stopped may go on as
+a pack, in part, or run by run.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from lmscale_jax import config as configs
 from lmscale_jax.errors import InputError
@@ -76,9 +75,7 @@ class Member:
         self.clock = SharedClock(host.get("clock"))
         memory = host.get("journal", {})
         config, workdir = self.setup.config, self.setup.workdir
-        self.journal = Journal(
-            config, workdir, first, memory, self.clock, self.record.id, progress
-        )
+        self.journal = Journal(config, workdir, first, memory, self.clock, self.record.id, progress)
 
     def take(self, first: int, each: dict, last: dict, extra: dict) -> None:
         """The metrics of the steps after `first`."""
@@ -99,9 +96,7 @@ class Pack:
         self.members, self._say = [Member(one) for one in begun], say
         self._config = begun[0].setup.config
         self._population = population.Population([one.setup.config for one in begun])
-        self._read = population.reader(
-            [one.setup.config for one in begun], begun[0].setup.data
-        )
+        self._read = population.reader([one.setup.config for one in begun], begun[0].setup.data)
         self._looks = redundancy.steps(self._config)
         self._progress = writers.Progress(self._config.train.steps, 0)
 

@@ -15,15 +15,18 @@ TOLERANCE = 0.02
 # Of arms that are compared at one size.
 MATCH = 0.005
 MAX_DEPTH = 256
+# ln of how far d_ff may be from its rule.
+STRETCH = math.log(1.3)
 
 
 class Shape(NamedTuple):
-    """A solved size: `n` is its count under the convention that was asked for."""
+    """A solved size: `n` is its count by the convention asked for; d_ff 0: by its rule."""
 
     n_layers: int
     d_model: int
     n_heads: int
     n: int
+    d_ff: int = 0
 
 
 def solve(
@@ -34,10 +37,12 @@ def solve(
     head_dim: int = 64,
     vocab_size: int = 0,
 ) -> Shape:
-    """The shape within 2% of `target` whose d_model / n_layers is nearest to `aspect`.
+    """A shape within 2% of `target` of usual proportions: the least |ln(d_model / n_layers /
+    aspect)| + 2 |ln(d_ff / its rule's)|.
 
-    Widths are whole numbers of heads of `head_dim` channels; d_ff follows by the config's own rule.
-    Nearness is by the logarithm of the ratio; among equals the count nearest to the target wins.
+    Widths are whole numbers of heads of `head_dim` channels. Where d_ff by its rule misses the
+    target, d_ff is solved too, to a multiple of 8 if that is near enough, within 30% of the rule.
+    Among equals the count nearest to the target wins.
 
     Args:
       config: not yet resolved; its own n_layers, d_model and n_heads do not matter.
@@ -51,17 +56,22 @@ def solve(
       InputError: no shape is near enough; names the nearest.
     """
     found = _candidates(config, target, convention, head_dim, vocab_size)
-    near = [s for s in found if abs(s.n / target - 1) <= TOLERANCE]
+    near = [(s, rule) for s, rule in found if abs(s.n / target - 1) <= TOLERANCE]
     if not near:
-        best = min(found, key=lambda s: abs(math.log(s.n / target)))
+        best = min(found, key=lambda one: abs(math.log(one[0].n / target)))[0]
         raise InputError(
             f"rungs: no model of {target:,.0f} {convention} parameters with heads of {head_dim} "
             f"channels; the nearest has {best.n:,} (n_layers={best.n_layers}, "
             f"d_model={best.d_model}), and smaller heads reach more sizes"
         )
-    return min(
-        near, key=lambda s: (abs(math.log(s.d_model / s.n_layers / aspect)), abs(s.n - target))
-    )
+
+    def unusual(one: tuple[Shape, int]) -> tuple[float, float]:
+        shape, rule = one
+        stretched = abs(math.log((shape.d_ff or rule) / rule))
+        off = abs(math.log(shape.d_model / shape.n_layers / aspect))
+        return round(off + 2 * stretched, 6), abs(shape.n - target)
+
+    return min(near, key=unusual)[0]
 
 
 def matched(config: ConfigDict, target: float, measure: str, vocab_size: int = 0) -> ConfigDict:
@@ -93,8 +103,8 @@ def matched(config: ConfigDict, target: float, measure: str, vocab_size: int = 0
     if abs(found / target - 1) > MATCH:
         raise InputError(
             f"config.rungs.match={measure!r}: with model.d_ff={d_ff} an arm has {found:,.0f} where "
-            f"the baseline has {target:,.0f} {measure}, more than {MATCH:.1%} off; a larger size or "
-            f"'none' would work"
+            f"the baseline has {target:,.0f} {measure}, more than {MATCH:.1%} off; a larger size "
+            f"or 'none' would work"
         )
     return config
 
@@ -105,6 +115,8 @@ def resized(config: ConfigDict, shape: Shape) -> ConfigDict:
     model = config.model
     model.n_layers, model.d_model, model.n_heads = shape.n_layers, shape.d_model, shape.n_heads
     model.head_dim = 0
+    if shape.d_ff:
+        model.d_ff = shape.d_ff
     return config
 
 
@@ -114,21 +126,35 @@ def count(config: ConfigDict, vocab_size: int = 0) -> dict[str, int]:
     return flops.counts(build(resolved, platform="cpu").specs)
 
 
-def _candidates(config, target, convention, head_dim, vocab_size) -> list[Shape]:
-    """Every width up to that at which one block is too much, with the depths around the target.
+def _candidates(config, target, convention, head_dim, vocab_size) -> list[tuple[Shape, int]]:
+    """(shape, d_ff by its rule) for every width up to that at which one block is too much.
 
-    At one width the count is linear in the depth, so two models say all.
+    A count is base + n_layers (block + each d_ff), so three models of a width say all.
     """
     found = []
     for heads in itertools.count(1):
         width = heads * head_dim
-        one, two = (
-            count(resized(config, Shape(depth, width, heads, 0)), vocab_size)[convention]
-            for depth in (1, 2)
-        )
-        block = max(1, two - one)
-        exact = 1 + (target - one) / block
-        for depth in {max(1, math.floor(exact)), max(1, math.ceil(exact))}:
-            found.append(Shape(depth, width, heads, one + (depth - 1) * (two - one)))
-        if one > target * (1 + TOLERANCE):
-            return [shape for shape in found if shape.n_layers <= MAX_DEPTH]
+
+        def counted(depth: int, d_ff: int = 0, width=width, heads=heads) -> int:
+            made = resized(config, Shape(depth, width, heads, 0, d_ff))
+            return count(made, vocab_size)[convention]
+
+        probe = resized(config, Shape(1, width, heads, 0))
+        rule = configs.resolve(probe, vocab_size).model.d_ff
+        one, two, wider = counted(1), counted(2), counted(1, rule + 1)
+        block, each = two - one, wider - one
+        for depth in range(1, MAX_DEPTH + 1):
+            n = one + (depth - 1) * block
+            found.append((Shape(depth, width, heads, n), rule))
+            # What d_ff would make it exact; 0 where d_ff is no part of the count.
+            exact = rule + (target - n) / (depth * each) if each else 0
+            for d_ff in (round(exact / 8) * 8, round(exact)):
+                size = n + depth * each * (d_ff - rule)
+                near = abs(size / target - 1) <= TOLERANCE
+                if near and d_ff > 0 and abs(math.log(d_ff / rule)) <= STRETCH:
+                    found.append((Shape(depth, width, heads, size, d_ff), rule))
+                    break
+            if n > 2 * target:
+                break
+        if one > target * (1 + TOLERANCE) and found:
+            return found

@@ -39,8 +39,8 @@ def write(
     _notes(page, verdict)
     page.figures([figures.losses(arms, rows, fits, forecast, folder / "losses.png")])
     page.say(
-        "Points: runs; diamonds: held-out runs; lines: laws fitted to the anchors, with 95 % bands; "
-        "bars: the forecast, written before the held-out rung was trained."
+        "Points: runs; diamonds: held-out runs; lines: laws fitted to the anchors, with 95 % "
+        "bands; bars: the forecast, written before the held-out rung was trained."
     )
     if forecast:
         _forecast(page, forecast)
@@ -82,7 +82,8 @@ def _forecast(page: Page, forecast: dict) -> None:
             said += ["not trained yet", "", ""]
         rows.append(said)
     level = next(iter(forecast["arms"].values()))["level"]
-    head = ["arm", "forecast", f"{level:.0%} interval", "law", "points", "came to", "error", "it is"]
+    interval = f"{level:.0%} interval"
+    head = ["arm", "forecast", interval, "law", "points", "came to", "error", "it is"]
     page.table(head, rows)
     page.say(
         f"Fixed {forecast['made']}, before the held-out rung started; hash of the inputs "
@@ -113,7 +114,7 @@ def _next(page: Page, verdict: dict) -> None:
     page.head("What to run next")
     if not verdict["next_runs"]:
         page.say(
-            "More sizes, then more seeds: a difference of usual size is out of reach of what is here."
+            "More sizes, then more seeds: a difference of usual size is out of reach of these runs."
             if NOT_ENOUGH in str(verdict["verdict"])
             else "Nothing: these runs could have shown the effect that was asked for."
         )
@@ -131,7 +132,8 @@ def _cells(page: Page, found: list[dict], folder: Path) -> None:
             "epochs", "FLOPs", "seed", "tuned", "status", "held-out loss", "± windows"]  # fmt: skip
     rows = [
         [
-            row["variant"], short(row["size"]), row["role"], f"{row['n_layers']} x {row['d_model']}",
+            row["variant"], short(row["size"]), row["role"],
+            f"{row['n_layers']} x {row['d_model']}",
             f"{row['n_total']:,}", f"{row['n_non_embedding']:,}", f"{row['tokens']:,}",
             "" if row["epochs"] is None else f"{row['epochs']:.3g}", f"{row['flops']:.3g}",
             row["seed"], ", ".join(f"{k}={v:g}" for k, v in row["tune"].items()), row["status"],
@@ -180,7 +182,7 @@ def _reproduce(page: Page, plan: Plan, workdir: Path, found: list[dict], argv: l
     code = record.get("code") or {}
     changed = " with changes" if code.get("changed") else ""
     page.say(
-        f"Plan {plan.id}. {versions}. Code {code.get('commit', 'not a git checkout')[:12]}{changed}. "
+        f"Plan {plan.id}. {versions}. Code {code.get('commit', 'no git checkout')[:12]}{changed}. "
         f"Device: {record['device']['kind']}. Held-out tokens: {record['final']['val_tokens']:,}, "
         f"fingerprint {record['data']['val_fingerprint'][:16]}, the same for every run."
     )

@@ -1,4 +1,4 @@
-"""Figures of a ladder: losses with laws and forecasts, compute factors, learning curves, residuals."""
+"""Figures of a ladder: losses with laws and forecasts, compute factors, curves, residuals."""
 
 from pathlib import Path
 
@@ -18,7 +18,9 @@ def colours(arms: list[str]) -> dict[str, str]:
     return {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
 
 
-def losses(arms: list[str], rows: list[dict], fits: dict, forecast: dict | None, path: Path) -> Path:
+def losses(
+    arms: list[str], rows: list[dict], fits: dict, forecast: dict | None, path: Path
+) -> Path:
     """All runs over compute, log-log; laws with bands; what was forecast beside what came.
 
     `rows` are finished rows of `study.results`, `fits` the laws of the anchors by arm.
@@ -26,12 +28,14 @@ def losses(arms: list[str], rows: list[dict], fits: dict, forecast: dict | None,
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(5.2, 4.2))
     for arm, colour in colours(arms).items():
+        own = [r for r in rows if r["variant"] == arm]
         anchors, held = (
-            np.array([(r["flops"], r["val_loss"]) for r in rows
-                      if r["variant"] == arm and (r["role"] == "held_out") is beyond]).reshape(-1, 2)
-            for beyond in (False, True)
-        )  # fmt: skip
-        axis.plot(*anchors.T, "o", ms=4, color=colour, label=arm)
+            np.array(
+                [(r["flops"], r["val_loss"]) for r in own if (r["role"] == "held_out") is late]
+            )
+            for late in (False, True)
+        )
+        axis.plot(*anchors.reshape(-1, 2).T, "o", ms=4, color=colour, label=arm)
         if len(held):
             axis.plot(*held.T, "D", ms=6, color=colour, mfc="none", label=f"{arm}, held out")
         if arm in fits:

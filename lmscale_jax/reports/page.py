@@ -66,8 +66,8 @@ class Page:
         title, path = html.escape(self._title), folder / "index.html"
         text = (
             f'<!doctype html><html lang="en"><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>'
-            f"<style>{STYLE}</style><h1>{title}</h1>{''.join(self._parts)}</html>\n"
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{''.join(self._parts)}</html>\n"
         )
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_text(text)

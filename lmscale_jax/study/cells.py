@@ -17,6 +17,8 @@ from lmscale_jax.model.build import build
 
 ANCHOR, HELD_OUT, TRUNK = "anchor", "held_out", "trunk"
 SHAPE = ("n_layers", "d_model", "n_heads", "head_dim", "n_kv_heads", "d_ff")
+# In config.tune, beside the arms.
+ALL = "all"
 # Share of a run's steps before its cooldown, where branches leave a shared trunk.
 STABLE = 0.8
 
@@ -96,8 +98,8 @@ def _check_arms(ladder) -> None:
     if not arms or ladder.baseline not in arms:
         works = arms[0] if arms else "gelu, with config.arms.gelu = {}"
         raise InputError(
-            f"config.baseline={ladder.baseline!r} is no arm ({', '.join(arms) or 'there is none'}); "
-            f"{works} would work"
+            f"config.baseline={ladder.baseline!r} is no arm ({', '.join(arms) or 'there is none'}"
+            f"); {works} would work"
         )
     switch = tuple(s for s in ladder.switch if s)
     for arm in arms:
@@ -108,7 +110,14 @@ def _check_arms(ladder) -> None:
                     f"{switch}; switch={(*switch, key)} would say so, or put it into config.run "
                     f"for all"
                 )
-    groups = [("tune", flat(ladder.tune)), ("per_rung", flat(ladder.per_rung))]
+    for name in ladder.tune:
+        if name not in (*arms, ALL):
+            raise InputError(
+                f"config.tune.{name} is no arm ({', '.join(arms)}) and not {ALL!r}; "
+                f"config.tune.{ALL}.{name} would be tried in every arm"
+            )
+    groups = [(f"tune.{name}", flat(ladder.tune[name])) for name in ladder.tune]
+    groups += [("per_rung", flat(ladder.per_rung))]
     groups += [(f"arms.{arm}", flat(ladder.arms[arm])) for arm in arms]
     for where, cell in groups:
         for key in cell:
@@ -137,7 +146,9 @@ def _check_rungs(ladder) -> None:
             )
     for key, several in flat(ladder.tune).items():
         if not isinstance(several, (tuple, list)) or not several:
-            raise InputError(f"config.tune.{key}={several!r} must be several values, as (1e-3, 2e-3)")
+            raise InputError(
+                f"config.tune.{key}={several!r} must be several values; (1e-3, 2e-3) would work"
+            )
 
 
 def _check_numbers(name: str, values: tuple) -> None:
@@ -202,14 +213,14 @@ def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Ite
     """The cells of one size."""
     own = {key: values[index] for key, values in flat(ladder.per_rung).items()}
     arms = _arms_at(ladder, size, own, vocab_size)
-    grid = sweep.product(*(sweep.axis(k, v) for k, v in flat(ladder.tune).items()))
     values = ladder.tokens.amounts
     if beyond:
         values = (ladder.tokens.held_out or max(values),)
     for arm, sized in arms.items():
         reference = sized if ladder.tokens.rule == "flops" else arms[ladder.baseline]
         tokens = [_tokens(ladder, size, value, reference, vocab_size) for value in values]
-        for tune in grid:
+        tried = flat(ladder.tune.get(ALL, {})) | flat(ladder.tune.get(arm, {}))
+        for tune in sweep.product(*(sweep.axis(k, v) for k, v in tried.items())):
             for seed in range(ladder.seeds):
                 make_one = functools.partial(
                     _cell, ladder, sized, arm, size=size, tune=tune, seed=seed, vocab=vocab_size
@@ -224,21 +235,32 @@ def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Ite
 
 
 def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, ConfigDict]:
-    """{arm: unresolved config of the size}; all arms have the baseline's depth, width and heads."""
-    rungs, names = ladder.rungs, [ladder.baseline, *(a for a in ladder.arms if a != ladder.baseline)]
+    """{arm: unresolved config of the size}; all have the baseline's depth, width and heads."""
+    rungs = ladder.rungs
+    names = [ladder.baseline, *(a for a in ladder.arms if a != ladder.baseline)]
     at = {name: sweep.apply(ladder.run, flat(ladder.arms[name]) | own) for name in names}
     base = at[ladder.baseline]
     if rungs.by in ("width", "depth"):
         at = {name: family.resized(config, rungs.by, int(size)) for name, config in at.items()}
     else:
         shape = _solve(ladder, base, size, vocab_size)
-        at = {name: sizes.resized(config, shape) for name, config in at.items()}
+        at = {name: _shaped(config, base, shape, vocab_size) for name, config in at.items()}
     if rungs.match != "none":
         target = _spent(at[ladder.baseline], rungs.match, vocab_size)
         for name in names[1:]:
             if _spent(at[name], rungs.match, vocab_size) != target:
                 at[name] = sizes.matched(at[name], target, rungs.match, vocab_size)
     return at
+
+
+def _shaped(config, base, shape: sizes.Shape, vocab_size: int) -> ConfigDict:
+    """An arm at the baseline's shape; its d_ff is stretched as the baseline's is."""
+    by_rule = [
+        configs.resolve(sizes.resized(one, shape._replace(d_ff=0)), vocab_size).model.d_ff
+        for one in (config, base)
+    ]
+    d_ff = round(shape.d_ff * by_rule[0] / by_rule[1])
+    return sizes.resized(config, shape._replace(d_ff=d_ff))
 
 
 def _solve(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
@@ -249,8 +271,8 @@ def _solve(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
     if ladder.tokens.rule != "ratio" or len(ladder.tokens.amounts) > 1:
         raise InputError(
             f"config.rungs.by='flops' takes one ratio of tokens to parameters, not tokens.rule="
-            f"{ladder.tokens.rule!r} with {len(ladder.tokens.amounts)} values; 'ratio' with (20.0,) "
-            f"would work"
+            f"{ladder.tokens.rule!r} with {len(ladder.tokens.amounts)} values; 'ratio' with "
+            f"(20.0,) would work"
         )
     # C is nearly 6 n d, with d in proportion to n; what else costs FLOPs is found by iteration.
     n = math.sqrt(size / (6 * ladder.tokens.amounts[0]))
@@ -298,7 +320,8 @@ def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[
             "schedule.name": "constant", "schedule.warmup": warmup,
             "schedule.cooldown": SCHEDULE["cooldown"].default,
             "schedule.final": SCHEDULE["final"].default,
-            "train.steps": leaves[-1], "checkpoint.every": quantum, "checkpoint.keep_every": quantum,
+            "train.steps": leaves[-1],
+            "checkpoint.every": quantum, "checkpoint.keep_every": quantum,
         },
     )  # fmt: skip
     yield trunk

@@ -1,4 +1,4 @@
-"""forecast.json: what is predicted of the held-out rung, written before it may start, scored after."""
+"""forecast.json: predictions for the held-out rung, written before it may start, scored after."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import numpy as np
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.run import record
-from lmscale_jax.study import results, worker
+from lmscale_jax.study import records, results
 from lmscale_jax.study.cells import ANCHOR, HELD_OUT
 from lmscale_jax.study.plan import Plan, now
 
@@ -41,7 +41,7 @@ FIXED = ("made", "plan", "level", "inputs", "inputs_sha256", "arms")
 
 def begun(plan: Plan, workdir: Path) -> bool:
     """Whether a held-out run has started."""
-    return any(worker.status(workdir, cell) != "planned" for cell in plan.of(HELD_OUT))
+    return any(records.status(workdir, cell) != "planned" for cell in plan.of(HELD_OUT))
 
 
 def make(plan: Plan, workdir: Path, found: list[dict]) -> dict:
@@ -108,16 +108,16 @@ def _of_arm(plan: Plan, rows: list[dict], arm: str) -> dict:
 def _check_held(plan: Plan, workdir: Path, made: dict) -> None:
     """Every held-out run names the forecast it was held to."""
     for cell in plan.of(HELD_OUT):
-        found = worker.record_of(workdir, cell)
+        found = records.record_of(workdir, cell)
         if found and found.get("forecast", made["sha256"]) != made["sha256"]:
             raise InputError(
-                f"runs/{cell.id} was started under another forecast ({found['forecast'][:12]}) than "
-                f"forecast.json ({made['sha256'][:12]}); put that file back"
+                f"runs/{cell.id} was started under another forecast ({found['forecast'][:12]}) "
+                f"than forecast.json ({made['sha256'][:12]}); put that file back"
             )
 
 
 def score(plan: Plan, workdir: Path, made: dict, found: list[dict]) -> dict:
-    """Adds to forecast.json what the finished held-out runs came to, and whether it was foreseen."""
+    """Adds to forecast.json what the held-out runs came to, and whether it was foreseen."""
     rows, _ = results.chosen(results.finished(found, HELD_OUT))
     scores = {}
     for arm, said in made["arms"].items():

@@ -43,7 +43,8 @@ class Plan(NamedTuple):
     @property
     def id(self) -> str:
         """Twelve hex digits of everything that decides what is trained and judged."""
-        chosen = {k: v for k, v in self.ladder.items() if k not in ("executor", "pack", "max_hours")}
+        machine = ("executor", "pack", "max_hours")
+        chosen = {k: v for k, v in self.ladder.items() if k not in machine}
         text = json.dumps([chosen, [cell.id for cell in self.cells]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

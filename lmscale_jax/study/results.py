@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.study import worker
+from lmscale_jax.study import records
 from lmscale_jax.study.cells import ANCHOR, HELD_OUT, TRUNK
 from lmscale_jax.study.plan import Plan
 
+FINAL = ("val_loss", "val_loss_sem", "val_tokens", "bits_per_byte")
 COLUMNS = (
     "run_id", "variant", "role", "size", "budget", "seed", "status", "n_total", "n_non_embedding",
     "n_layers", "d_model", "n_heads", "d_ff", "tokens", "epochs", "flops", "flops_per_token",
-    "val_loss", "val_loss_sem", "val_tokens", "bits_per_byte", "train_seconds", "tokens_per_second",
+    *FINAL, "train_seconds", "tokens_per_second",
     "val_fingerprint",
 )  # fmt: skip
 
@@ -24,7 +25,7 @@ def rows(plan: Plan, workdir: Path) -> list[dict]:
     """A row for each cell; what is not known yet is None. `tune` holds the tuned keys."""
     found = []
     for cell in plan.cells:
-        record = worker.record_of(workdir, cell) or {}
+        record = records.record_of(workdir, cell) or {}
         final, data = record.get("final") or {}, record.get("data") or {}
         found.append(
             {
@@ -42,7 +43,7 @@ def rows(plan: Plan, workdir: Path) -> list[dict]:
                 "epochs": record.get("epochs"),
                 "flops": cell.flops,
                 "flops_per_token": cell.flops_per_token,
-                **{k: final.get(k) for k in COLUMNS if k.startswith(("val_loss", "val_tok", "bits"))},
+                **{k: final.get(k) for k in FINAL},
                 "train_seconds": record.get("wall_seconds"),
                 "tokens_per_second": (record.get("throughput") or {}).get("tokens_per_second"),
                 "val_fingerprint": data.get("val_fingerprint"),
@@ -100,13 +101,12 @@ def chosen(found: list[dict]) -> tuple[list[dict], list[dict]]:
         for key, value in best:
             tried = sorted({dict(tune)[key] for tune in by_tune})
             if len(tried) > 1 and value in (tried[0], tried[-1]):
-                warnings.append(
-                    {
-                        "code": "edge_of_grid",
-                        "message": f"{place[0]} at {place[1]:g}: the best {key} is {value:g}, at the "
-                        f"edge of {', '.join(f'{v:g}' for v in tried)}; widen config.tune.{key}",
-                    }
+                grid = ", ".join(f"{v:g}" for v in tried)
+                message = (
+                    f"{place[0]} at {place[1]:g}: the best {key} is {value:g}, at the edge of "
+                    f"{grid}; widen config.tune.{key}"
                 )
+                warnings.append({"code": "edge_of_grid", "message": message})
     return kept, warnings
 
 

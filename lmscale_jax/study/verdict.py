@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.run import record
-from lmscale_jax.study import cells, drive, results
+from lmscale_jax.study import cells, records, results
 from lmscale_jax.study.plan import Plan, now
 
 NOT_ENOUGH, ONE_ARM = "not enough data", "one arm"
@@ -34,7 +34,7 @@ def judge(plan: Plan, workdir: Path, found: list[dict], forecast: dict | None) -
         f"The ladder has one arm, {ladder['baseline']}: its law is in the report."
     )
     statuses = [row["status"] for row in found]
-    failed = drive.failures(workdir)
+    failed = records.failures(workdir)
     return {
         "question": ladder["question"],
         "answer": answer,
@@ -92,8 +92,9 @@ def sentence(found: dict) -> str:
     if found["verdict"] == "exponent shift":
         way = "grows" if found["shift"]["s"] > 0 else "shrinks"
         return (
-            f"The advantage of {second} over {first} {way} with scale: {at}, {first} needs {factor} "
-            f"times the compute of {second} for the same loss, and the factor changes with compute."
+            f"The advantage of {second} over {first} {way} with scale: {at}, {first} needs "
+            f"{factor} times the compute of {second} for the same loss, and the factor changes "
+            f"with compute."
         )
     if found["verdict"] == "constant offset":
         whose = f"{first} needs {factor} times the compute of {second}"
@@ -110,7 +111,7 @@ def sentence(found: dict) -> str:
 
 
 def differences(plan: Plan) -> dict:
-    """{arm: {key: value}}: what each arm sets, and what of its shape differs from the baseline's."""
+    """{arm: {key: value}}: what each arm sets, and where its shape is not the baseline's."""
     arms = plan.ladder["arms"]
     found = {arm: dict(cells.flat(arms[arm])) for arm in sorted(arms)}
     shapes: dict[tuple, dict[str, dict]] = {}

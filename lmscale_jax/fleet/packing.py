@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lmscale_jax import config as configs
-from lmscale_jax.study import executors
+from lmscale_jax.fleet import executors
 from lmscale_jax.study.cells import Cell
 from lmscale_jax.study.plan import Plan
 

@@ -1,7 +1,6 @@
 """What a process does that trains cells: alone, or packed into one program."""
 
 import ctypes
-import json
 import platform
 import signal
 from pathlib import Path
@@ -44,20 +43,3 @@ def leave_with_parent() -> None:
     """Asks Linux to send SIGTERM when the parent dies, so that no orphan trains on unseen."""
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def status(workdir: Path, cell: Cell) -> str:
-    """The status in a cell's run.json; "planned" where it has not begun."""
-    found = record_of(workdir, cell)
-    return found["status"] if found else "planned"
-
-
-def record_of(workdir: Path, cell: Cell) -> dict | None:
-    """A cell's run.json, or None."""
-    path = run_dir(workdir, cell.id) / "run.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise InputError(f"{path} is no run record ({error})") from None

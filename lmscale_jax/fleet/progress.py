@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lmscale_jax.study import worker
+from lmscale_jax.study import records
 from lmscale_jax.study.cells import Cell
 from lmscale_jax.study.plan import Plan, run_dir
 
@@ -21,11 +21,11 @@ class Progress:
         self, plan: Plan, cells: list[Cell], workdir: Path, slots: int, say: Callable[[str], None]
     ):
         self._cells, self._workdir, self._slots, self._say = cells, workdir, slots, say
-        self._batch = plan.ladder["run"]["train"]["batch_size"] * (
-            plan.ladder["run"]["data"]["seq_len"]
+        self._batch = (
+            plan.ladder["run"]["train"]["batch_size"] * (plan.ladder["run"]["data"]["seq_len"])
         )
         self._begin = time.monotonic()
-        self._known = {cell.id: worker.status(workdir, cell) for cell in cells}
+        self._known = {cell.id: records.status(workdir, cell) for cell in cells}
         self._before = sum(self._share(cell) * cell.flops for cell in cells)
         self._last, self._drawn, self._live = 0.0, 0, sys.stderr.isatty()
 
@@ -36,7 +36,7 @@ class Progress:
         self._last = time.monotonic()
         changed = []
         for cell in self._cells:
-            status = worker.status(self._workdir, cell)
+            status = records.status(self._workdir, cell)
             if status != self._known[cell.id]:
                 self._known[cell.id] = status
                 changed.append(cell)
@@ -74,7 +74,7 @@ class Progress:
         steps = cell.tokens // self._batch
         loss = line.get("train_loss")
         shown = f"  loss {loss:.4f}" if loss and status != "planned" else ""
-        record = worker.record_of(self._workdir, cell) if status == "finished" else None
+        record = records.record_of(self._workdir, cell) if status == "finished" else None
         if record:
             shown = f"  held out {record['final']['val_loss']:.4f}"
         at = f"step {line['step']}/{steps}" if line.get("step") else f"{steps} steps"
@@ -99,7 +99,8 @@ class Progress:
         width, height = shutil.get_terminal_size()
         busy = [c for c in self._cells if self._known[c.id] == "running"]
         rest = [c for c in self._cells if self._known[c.id] not in ("running", "planned")]
-        rows = [self._row(c) for c in [*rest, *busy]][-(height - 4) :] + [self._summary()]
+        shown = [*rest, *busy][-(height - 4) :]
+        rows = [*(self._row(cell) for cell in shown), self._summary()]
         if self._drawn:
             sys.stderr.write(f"\x1b[{self._drawn}F\x1b[J")
         sys.stderr.write("".join(row[: width - 1] + "\n" for row in rows))

@@ -1,9 +1,9 @@
 """Where cells train: processes on this machine, Ray tasks, Slurm jobs.
 
-Each starts the same command, `lmscale_jax.cell`, as a process with devices of its own, and each has
-the same four verbs: `submit` takes as many jobs as there is room for and returns the rest, `poll`
-returns those that have ended, `stop` asks all that run to save and leave, `slots` is how many run at
-a time. A job is a list of cell ids.
+Each starts the same command, `lmscale_jax.cell`, as a process with devices of its own, and each
+has the same verbs: `submit` takes as many jobs as there is room for and returns the rest, `poll`
+returns those that have ended, `stop` asks all that run to save and leave, `slots` is how many run
+at a time. A job is a list of cell ids.
 """
 
 import contextlib
@@ -37,8 +37,12 @@ def make(settings, workdir: Path):
 
 
 def slots(settings) -> int:
-    """Processes at a time, as far as can be said without starting anything."""
+    """Processes at a time, as far as can be said without starting anything.
+
+    Raises InputError where the executor cannot be had here.
+    """
     if settings["name"] != "local":
+        _need({"ray": "ray", "slurm": "submitit"}[settings["name"]], settings["name"])
         return settings["workers"] or 1
     each, available = settings["cpus"], cores()
     wanted = settings["workers"] or (max(1, available // each) if on_cpu() else 1)
@@ -152,22 +156,21 @@ def _run_job(arguments: list[str], log: str) -> int:
     """The body of a remote task: the command, its exit status."""
     Path(log).parent.mkdir(exist_ok=True)
     with open(log, "a") as file:
-        return subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=file, stderr=file).returncode
+        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    return done.returncode
 
 
 class Ray:
     """Tasks of a Ray cluster (the one RAY_ADDRESS names, else one on this machine)."""
 
     def __init__(self, settings, workdir: Path):
-        _need("ray", "ray")
         import ray
 
         self._ray, self._workdir, self._running = ray, workdir, {}
         if not ray.is_initialized():
             ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
-        self._task = ray.remote(num_cpus=settings["cpus"], num_gpus=settings["gpus"], max_retries=0)(
-            _run_job
-        )
+        needs = {"num_cpus": settings["cpus"], "num_gpus": settings["gpus"]}
+        self._task = ray.remote(max_retries=0, **needs)(_run_job)
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1) // settings["cpus"]))
 
     def submit(self, jobs: list[Job]) -> list[Job]:
@@ -200,7 +203,6 @@ class Slurm:
     """A job array by submitit. Its logs are under slurm/ of the ladder's directory."""
 
     def __init__(self, settings, workdir: Path, cluster: str = "slurm"):
-        _need("submitit", "slurm")
         import submitit
 
         self._workdir, self._running = workdir, []

@@ -6,15 +6,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lmscale_jax.errors import InputError
+from lmscale_jax.fleet import packing
+from lmscale_jax.fleet.progress import Progress
 from lmscale_jax.run import record
-from lmscale_jax.study import packing, worker
+from lmscale_jax.study import records
 from lmscale_jax.study.cells import TRUNK, Cell
-from lmscale_jax.study.plan import Plan, now, run_dir
-from lmscale_jax.study.progress import Progress
+from lmscale_jax.study.plan import Plan, run_dir
 
 DONE = ("finished", "diverged")
-ATTEMPTS = "attempts.jsonl"
 
 
 class Stopped(Exception):
@@ -39,7 +38,7 @@ def run(
     tried again the next time. Raises Stopped.
     """
     for stage in ([c for c in cells if c.role == TRUNK], [c for c in cells if c.role != TRUNK]):
-        stage = [c for c in stage if worker.status(workdir, c) not in DONE]
+        stage = [c for c in stage if records.status(workdir, c) not in DONE]
         stage = [c for c in stage if _ready(plan, c, workdir, say)]
         if stage:
             _Stage(plan, stage, workdir, executor, say).finish(every)
@@ -47,9 +46,9 @@ def run(
 
 def _ready(plan: Plan, cell: Cell, workdir: Path, say) -> bool:
     """A branch needs its trunk."""
-    if not cell.needs or worker.status(workdir, plan.cell(cell.needs)) == "finished":
+    if not cell.needs or records.status(workdir, plan.cell(cell.needs)) == "finished":
         return True
-    _note(workdir, [cell.id], 1, f"its trunk {cell.needs} is not finished")
+    records.note(workdir, [cell.id], 1, f"its trunk {cell.needs} is not finished")
     say(f"{cell.label}: left out, its trunk {cell.needs} is not finished")
     return False
 
@@ -103,7 +102,7 @@ class _Stage:
         left = [n for n in ended.job if self._status(n) not in DONE]
         if not left:
             return
-        _note(self._workdir, left, ended.status, ended.said)
+        records.note(self._workdir, left, ended.status, ended.said)
         for name in left:
             _close_record(run_dir(self._workdir, name), ended)
         if len(ended.job) > 1:
@@ -113,31 +112,7 @@ class _Stage:
         self._say(f"{self._cells[left[0]].label}: failed: {ended.said}")
 
     def _status(self, name: str) -> str:
-        return worker.status(self._workdir, self._cells[name])
-
-
-def _note(workdir: Path, names: list[str], status: int, said: str) -> None:
-    """A line in attempts.jsonl for each run that did not end well."""
-    with open(workdir / ATTEMPTS, "a") as file:
-        for name in names:
-            line = {"id": name, "ended": now(), "exit_status": status, "said": said}
-            file.write(json.dumps(line) + "\n")
-
-
-def failures(workdir: Path) -> dict[str, str]:
-    """{id: what its last failed attempt said}."""
-    try:
-        lines = (workdir / ATTEMPTS).read_text().splitlines()
-    except FileNotFoundError:
-        return {}
-    found = {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            found[entry["id"]] = entry["said"]
-        except (ValueError, KeyError):
-            raise InputError(f"{workdir / ATTEMPTS} holds a line that is no attempt") from None
-    return found
+        return records.status(self._workdir, self._cells[name])
 
 
 def _close_record(directory: Path, ended) -> None:

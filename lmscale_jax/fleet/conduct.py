@@ -1,13 +1,14 @@
-"""A ladder from its config to its verdict: plan, anchors, forecast, held-out rung, score, report."""
+"""A ladder from its config to its verdict: plan, anchors, forecast, held-out rung, report."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from lmscale_jax.errors import InputError, RunFailed
+from lmscale_jax.fleet import drive, estimate, executors
+from lmscale_jax.fleet.drive import Stopped
 from lmscale_jax.run import record
-from lmscale_jax.study import drive, estimate, executors, forecasts, plan, results, verdict
+from lmscale_jax.study import forecasts, plan, results, verdict
 from lmscale_jax.study.cells import HELD_OUT, Cell
-from lmscale_jax.study.drive import Stopped
 
 __all__ = ["Stopped", "preview", "run"]
 
@@ -32,8 +33,8 @@ def run(
 ) -> str:
     """Goes as far as the forecast or the verdict; returns what to say at the end.
 
-    Everything that is done already is left as it is. Raises InputError on bad input, RunFailed where
-    no arm has enough finished runs, and Stopped.
+    Everything that is done already is left as it is. Raises InputError on bad input, RunFailed
+    where no arm has enough finished runs, and Stopped.
     """
     made = plan.make(config, say)
     before = plan.check(made, workdir)
@@ -68,8 +69,8 @@ def _keep_held_out(made: plan.Plan, before: plan.Plan) -> None:
     if lost:
         raise InputError(
             f"config.tokens.held_out, config.tune or config.seeds would drop {len(lost)} held-out "
-            f"run(s) that the forecast was made for ({sorted(lost)[0]}); leave them as they are, or "
-            f"name a new --workdir"
+            f"run(s) that the forecast was made for ({sorted(lost)[0]}); leave them as they are, "
+            f"or name a new --workdir"
         )
 
 
@@ -109,4 +110,5 @@ def _close(made: plan.Plan, workdir: Path, forecast: dict | None, argv: list[str
         f"({'inside' if one['inside'] else 'OUTSIDE'} the interval)"
         for arm, one in (judged["forecast"] or {}).items()
     ]
-    return "\n".join([*scores, f"verdict: {judged['verdict']}", judged["answer"], f"report: {path}"])
+    said = [*scores, f"verdict: {judged['verdict']}", judged["answer"], f"report: {path}"]
+    return "\n".join(said)

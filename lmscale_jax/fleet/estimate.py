@@ -7,10 +7,11 @@ from ml_collections import ConfigDict
 from lmscale_jax import config as configs
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
+from lmscale_jax.fleet import executors
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import build
 from lmscale_jax.run import explain
-from lmscale_jax.study import executors, worker
+from lmscale_jax.study import records
 from lmscale_jax.study.cells import HELD_OUT, Cell, short
 from lmscale_jax.study.plan import Plan
 
@@ -45,14 +46,13 @@ def text(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> str:
         f"{sum(c.role != HELD_OUT for c in cells)} runs before the forecast, {total:.3g} FLOPs; "
         f"{runs_of([c for c in cells if c.role == HELD_OUT])} held out, {held:.3g} FLOPs"
     )
-    lines.append(
-        f"here: about {explain.readable((total + held) / rate / slots)} in {slots} process(es), at {basis}"
-    )
+    here = explain.readable((total + held) / rate / slots)
+    lines.append(f"here: about {here} in {slots} process(es), at {basis}")
     for name in ACCELERATORS:
         peak = flops.peak(name, "bfloat16") * explain.EFFICIENCY
         lines.append(
-            f"one {name}: about {explain.readable((total + held) / peak)}, at {explain.EFFICIENCY:.0%} of its "
-            f"bfloat16 peak, which models as small as some of these do not reach"
+            f"one {name}: about {explain.readable((total + held) / peak)}, at "
+            f"{explain.EFFICIENCY:.0%} of its bfloat16 peak, which small models do not reach"
         )
     return "\n".join(lines)
 
@@ -62,7 +62,7 @@ def check_cap(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> None:
     cap = plan.ladder["max_hours"]
     if not cap:
         return
-    left = [c for c in cells if worker.status(workdir, c) not in ("finished", "diverged")]
+    left = [c for c in cells if records.status(workdir, c) not in ("finished", "diverged")]
     anchors = sum(c.flops for c in left if c.role != HELD_OUT)
     hours = (anchors + _held_flops(left)) / speed(plan, workdir)[0] / slots / 3600
     if hours > cap:
@@ -86,7 +86,7 @@ def speed(plan: Plan, workdir: Path) -> tuple[float, str]:
     """(FLOP/s of one process, what that rests on): finished runs if there are any, else a probe."""
     rates = []
     for cell in plan.cells:
-        record = worker.record_of(workdir, cell) or {}
+        record = records.record_of(workdir, cell) or {}
         if record.get("status") == "finished" and record.get("wall_seconds"):
             rates.append(cell.flops / record["wall_seconds"])
     if rates:

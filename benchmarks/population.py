@@ -1,0 +1,110 @@
+"""K runs in one program against one run at a time: tokens a second, all together, on one core.
+
+    python -m benchmarks.population
+
+For each width, a turn of each K after the other, many rounds; the ratio is the median over rounds of
+what K members train in a second over what one run by itself does in the same round.
+"""
+
+import os
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from benchmarks import machine
+from configs import base
+from lmscale_jax.lab import population
+from lmscale_jax.run import mesh, step, train
+
+WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128", "256"], "model.d_model")
+COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8", "16"], "members")
+ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each", lower_bound=1)
+TURN = flags.DEFINE_float("turn_ms", 400.0, "milliseconds of one turn at the least")
+BATCH = flags.DEFINE_integer("batch", 8, "sequences a step of each member, 128 tokens each")
+
+
+def config_of(width: int) -> ConfigDict:
+    c = base.get_config()
+    c.model.n_layers, c.model.d_model, c.model.n_heads = 2, width, max(1, width // 16)
+    c.model.norm, c.model.mlp, c.model.positions = "rmsnorm", "swiglu", "rope"
+    c.data.vocab_size, c.data.seq_len = 1024, 128
+    c.train.steps, c.train.batch_size = 10_000, BATCH.value
+    c.log.every, c.mesh.cpu_devices = 10, 1
+    return c
+
+
+class Alone:
+    """The step of an ordinary run, again and again."""
+
+    def __init__(self, setup):
+        self._setup = setup
+        self._state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
+        self._take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+        self._batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
+
+    def turn(self) -> None:
+        for _ in range(10):
+            self._state, metrics = self._take(self._state, self._batch)
+            float(metrics["train_loss"])
+
+
+class Together:
+    """A population of K, ten steps at a time."""
+
+    def __init__(self, setup, count: int):
+        members = [ConfigDict(setup.config.to_dict() | {"seed": seed}) for seed in range(count)]
+        self._population = population.Population(members)
+        self._state = self._population.begin()
+        self._batches = population.reader(members, setup.data)(0, 10)
+
+    def turn(self) -> None:
+        self._state, metrics = self._population.advance(self._state, self._batches)
+        jax.block_until_ready(metrics)
+
+
+def rate(turn, runs: int, tokens: int) -> float:
+    """Tokens a second of all runs together over at least `turn_ms`."""
+    start, done = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < TURN.value / 1000:
+        turn()
+        done += 10
+    return done * runs * tokens / spent
+
+
+def measure(width: int) -> dict:
+    setup = train.prepare(config_of(width), None, print)
+    tokens = BATCH.value * 128
+    kinds = {"alone": (Alone(setup), 1)}
+    for count in map(int, COUNTS.value):
+        kinds[f"{count}"] = (Together(setup, count), count)
+    for one, _ in kinds.values():
+        one.turn()
+    rounds = [
+        {name: rate(one.turn, runs, tokens) for name, (one, runs) in kinds.items()}
+        for _ in range(ROUNDS.value)
+    ]
+    counts = {"parameters": sum(x.size for x in jax.tree.leaves(kinds["alone"][0]._state.params))}
+    ratios = {name: statistics.median(r[name] / r["alone"] for r in rounds) for name in kinds}
+    alone = statistics.median(r["alone"] for r in rounds)
+    print(f"width {width}: alone {alone:,.0f} tokens/s; " + ", ".join(
+        f"K = {name}: {ratio:.2f}" for name, ratio in ratios.items() if name != "alone"
+    ), flush=True)  # fmt: skip
+    return counts | {"width": width, "alone": alone, "ratios": ratios}
+
+
+def main(_) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    mesh.start(config_of(16))
+    np.random.seed(0)
+    found = {"widths": [measure(int(width)) for width in WIDTHS.value]}
+    asked = machine.asked("widths", "counts", "rounds", "turn_ms", "batch")
+    machine.save("population", machine.facts(None, asked) | found)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,32 @@
+"""Muon against AdamW, each at its own best rate, on the embedded corpus.
+
+    python -m lmscale_jax.ladder --config=configs/ladders/muon_vs_adamw.py --workdir=runs/muon
+
+Every anchor tries three rates in each arm: AdamW's own, and the one that Muon gives the matrices.
+"""
+
+from configs import base, laddering
+
+
+def get_config():
+    run = base.get_config()
+    run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
+    run.data.vocab_size, run.data.seq_len = 1024, 128
+    run.optim.lr, run.train.batch_size = 4e-3, 16
+    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
+    run.log.tensorboard = False
+
+    c = laddering.get_config(run)
+    c.question = "Does Muon need less compute than AdamW, and does the gain last?"
+    c.switch = ("optim.name",)
+    c.arms = {"adamw": {}, "muon": {"optim": {"name": "muon"}}}
+    c.baseline = "adamw"
+    c.rungs.sizes, c.rungs.held_out = (1e5, 2e5, 4e5, 8e5), 2e6
+    c.rungs.head_dim, c.rungs.aspect = 16, 32.0
+    c.tokens.amounts = (10.0,)
+    c.tune = {
+        "adamw": {"optim": {"lr": (2e-3, 4e-3, 8e-3)}},
+        "muon": {"optim": {"muon_lr": (0.01, 0.02, 0.04)}},
+    }
+    c.seeds = 2
+    return c

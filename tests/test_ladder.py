@@ -1,0 +1,176 @@
+"""Ladders with real processes: from nothing to a page, killed and started again, every executor."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, run, start
+
+from lmscale_jax.errors import InputError
+from lmscale_jax.fleet import conduct, executors
+from lmscale_jax.study import plan
+
+CONFIG = """
+from configs import base, laddering
+
+def get_config():
+    run = base.get_config()
+    run.model.norm, run.model.positions = "rmsnorm", "rope"
+    run.data.source, run.data.path, run.data.tokenizer = "text", {corpus!r}, "bytes"
+    run.data.cache, run.data.seq_len, run.data.val_fraction = {cache!r}, 32, 0.2
+    run.train.batch_size, run.optim.lr, run.checkpoint.every = 4, 4e-3, 10
+    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 2000, 0, False
+    run.log.tensorboard, run.log.per_layer = False, False
+    run.model.n_layers, run.model.d_model, run.model.n_heads = 1, 16, 2
+    c = laddering.get_config(run)
+    c.question, c.baseline, c.switch = "Which?", "gelu", ("model.mlp",)
+    c.arms = {{"gelu": {{}}, "relu2": {{"model": {{"mlp": "relu2"}}}}}}
+    c.rungs.by, c.rungs.sizes, c.rungs.held_out = "width", (8.0, 16.0), 32.0
+    c.tokens.rule, c.tokens.amounts = "budgets", (2560.0,)
+    c.tokens.held_out, c.seeds = 5120.0, 1
+    return c
+"""
+
+
+@pytest.fixture
+def config(tmp_path, corpus):
+    path = tmp_path / "ladder.py"
+    path.write_text(CONFIG.format(corpus=str(corpus), cache=str(tmp_path / "cache")))
+    return path
+
+
+def load(path):
+    space: dict = {}
+    exec(path.read_text(), space)
+    return space["get_config"]()
+
+
+def losses(workdir) -> dict:
+    return {
+        path.parent.name: json.loads(path.read_text())["final"]["val_loss"]
+        for path in workdir.glob("runs/*/run.json")
+    }
+
+
+def begun(workdir) -> dict:
+    return {
+        path.parent.name: json.loads(path.read_text())["restarts"]
+        for path in workdir.glob("runs/*/run.json")
+    }
+
+
+def test_the_dry_run_says_what_it_costs(config, tmp_path):
+    status, out, err = run("ladder", f"--config={config}", "--dry_run")
+    assert status == 0, err
+    assert "relu2" in out and "held_out" in out and "one H100" in out and "epochs" in out
+    assert not (tmp_path / "w").exists()
+    status, _, err = run("ladder", f"--config={config}", "--config.max_hours=1e-9",
+                         f"--workdir={tmp_path / 'w'}")  # fmt: skip
+    assert status == 2 and "config.max_hours" in err and err.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(config, tmp_path):
+    """SIGKILL, then SIGTERM, then to the end: the same verdict, and no finished cell again."""
+    arguments = [f"--config={config}"]
+    status, _, err = run("ladder", *arguments, f"--workdir={tmp_path / 'whole'}")
+    assert status == 0, err
+    workdir = tmp_path / "cut"
+    for number, wait in ((signal.SIGKILL, 1), (signal.SIGTERM, 3)):
+        process = start("ladder", *arguments, f"--workdir={workdir}")
+        until = time.monotonic() + 120
+        while len(begun(workdir)) < wait and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(1.5)
+        process.send_signal(number)
+        process.communicate(timeout=150)
+        assert process.returncode in (-9, 143)
+    done = {
+        path.parent.name: path.stat().st_mtime_ns
+        for path in workdir.glob("runs/*/run.json")
+        if json.loads(path.read_text())["status"] == "finished"
+    }
+    status, out, err = run("ladder", *arguments, f"--workdir={workdir}")
+    assert status == 0, err
+    assert losses(workdir) == losses(tmp_path / "whole") and len(losses(workdir)) == 6
+    for name, when in done.items():
+        assert (workdir / "runs" / name / "run.json").stat().st_mtime_ns == when
+    one, two = (json.loads((w / "verdict.json").read_text()) for w in (workdir, tmp_path / "whole"))
+    for key in ("verdict", "answer", "comparisons", "forecast"):
+        assert one[key] == two[key]
+    assert (workdir / "report" / "index.html").stat().st_size > 50_000 and "verdict:" in out
+
+
+@pytest.mark.slow
+def test_packs_and_single_runs_end_alike(config, tmp_path):
+    results = {}
+    for mode in ("always", "never"):
+        changes = ["--config.seeds=3", f"--config.pack.mode={mode}", "--anchors_only"]
+        status, _, err = run(
+            "ladder", f"--config={config}", f"--workdir={tmp_path / mode}", *changes
+        )
+        assert status == 0, err
+        results[mode] = losses(tmp_path / mode)
+    assert results["always"].keys() == results["never"].keys() and len(results["never"]) == 12
+    for name, loss in results["always"].items():
+        assert loss == pytest.approx(results["never"][name], rel=2e-5)
+    packed = json.loads(next(tmp_path.glob("always/runs/*/run.json")).read_text())["packed"]
+    assert packed == 3
+    made = json.loads((tmp_path / "always" / "forecast.json").read_text())
+    assert made["arms"].keys() == {"gelu", "relu2"} and made["scores"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["slurm", "ray"])
+def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
+    """submitit's own local jobs stand in for Slurm's; Ray starts a cluster of this machine."""
+    pytest.importorskip({"slurm": "submitit", "ray": "ray"}[name])
+    ladder, workdir = load(config), tmp_path / "w"
+    ladder.executor.name = name
+    settings = ladder.executor.to_dict() | {"minutes": 5}
+    workdir.mkdir()
+    os.environ["PYTHONPATH"] = str(ROOT)
+    one = (
+        executors.Slurm(settings, workdir, cluster="local")
+        if name == "slurm"
+        else executors.Ray(settings, workdir)
+    )
+    if name == "slurm":
+        # The directory is the ladder's; submitit's folder is made with the first job.
+        assert sorted(p.name for p in workdir.iterdir()) == []
+    said = conduct.run(ladder, workdir, [], "verdict", [], executor=one)
+    assert "report:" in said and len(losses(workdir)) == 6
+
+
+def test_an_executor_that_is_not_there(config, tmp_path):
+    ladder = load(config)
+    ladder.executor.name = "slurm"
+    if executors.importlib.util.find_spec("submitit"):
+        pytest.skip("submitit is installed")
+    with pytest.raises(InputError, match=r"pip install 'lmscale_jax\[slurm\]'"):
+        conduct.run(ladder, tmp_path / "w", [], "verdict", [])
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_full_disk_is_one_line(config, tmp_path):
+    """RLIMIT_FSIZE stands in for a disk without space: the plan does not fit."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "sys.argv[0] = 'ladder';"
+        "from lmscale_jax import command, ladder; command.run(ladder.main)"
+    )
+    prepared = load(config)
+    plan.make(prepared, print)
+    workdir = tmp_path / "w"
+    done = subprocess.run(
+        [sys.executable, "-c", code, f"--config={config}", f"--workdir={workdir}"],
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large" in done.stderr and not (workdir / "plan.json").exists()
