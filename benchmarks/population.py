@@ -2,8 +2,8 @@
 
     python -m benchmarks.population
 
-For each width, a turn of each K after the other, many rounds; the ratio is the median over rounds of
-what K members train in a second over what one run by itself does in the same round.
+For each width, a turn of each K after the other, many rounds; the ratio is the median over rounds
+of what K members train in a second over what one run by itself does in the same round.
 """
 
 import os

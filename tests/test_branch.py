@@ -131,9 +131,12 @@ KINDS = {
 }
 
 
-# Others have all that sgd has, and more.
+# Together these have what the others have.
+FAST = ("lion with a mean", "muon unfrozen step by step")
+
+
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "sgd" else k for k in KINDS]
+    "kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
 )
 def test_a_stopped_run_ends_with_the_same_bits(make, tmp_path, monkeypatch, kind):
     config = make(**KINDS[kind], train__steps=12, eval__every=4)

@@ -37,8 +37,8 @@ def lines(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-# "all three" has what fsdp and tensor have.
-SLOW = ("fsdp", "tensor")
+# "all three" has what fsdp and tensor have, and fast tests see micro-batches on one device.
+SLOW = ("fsdp", "tensor", "data, in two micro-batches")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 
 from configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
+from lmscale_jax.fleet import conduct
 from lmscale_jax.fleet.executors import Ended
-from lmscale_jax.study import conduct, forecasts, plan, results, verdict
+from lmscale_jax.study import forecasts, plan, results, verdict
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
 
@@ -92,7 +93,12 @@ def ladder(corpus, monkeypatch, tmp_path):
         c.seeds, c.fit.effect = 3, 0.08
         with c.ignore_type():
             for key, value in changes.items():
-                c.update_from_flattened_dict({key.replace("__", "."): value})
+                *groups, name = key.split("__")
+                group = c
+                for one in groups:
+                    group[one] = group.get(one, {})
+                    group = group[one]
+                group[name] = value
         return c
 
     return make
@@ -215,6 +221,7 @@ def test_each_arm_is_compared_at_its_own_best_rate(ladder, tmp_path):
     assert all("swiglu" in w["message"] for w in warnings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "shift"), [("exponent shift", 0.08), ("constant offset", 0.0)])
 def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
     """100 draws of noise: a real shift of 8 % is found in 90; an offset is taken for one in 8."""

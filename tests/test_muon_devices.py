@@ -33,8 +33,8 @@ def trained(settings, workdir, **changes):
     ("name", "grid"),
     [
         ("muon", "all three"),
-        ("normuon", "fsdp"),
         # The iteration's part of these is in test_no_collective_inside_newton_schulz.
+        pytest.param("normuon", "fsdp", marks=pytest.mark.slow),
         pytest.param("muon", "data", marks=pytest.mark.slow),
         pytest.param("muon", "fsdp", marks=pytest.mark.slow),
     ],

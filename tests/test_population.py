@@ -14,8 +14,9 @@ from lmscale_jax.lab import population, transfer
 
 @pytest.mark.parametrize(
     ("parametrization", "optimizer"),
-    [("mup", "adamw"), pytest.param("mup", "muon", marks=pytest.mark.slow)],
+    [("mup", "adamw"), ("mup", "muon")],
 )
+@pytest.mark.slow
 def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     """Losses of a population against run/step.py on each member's own config."""
     from lmscale_jax.run import mesh, step, train

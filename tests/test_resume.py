@@ -97,7 +97,10 @@ def test_sigterm_saves_and_leaves(train, whole, tmp_path):
     same(workdir, whole)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", *(pytest.param(d, marks=pytest.mark.slow) for d in ("flipped", "emptied"))],
+)
 def test_falls_back_from_a_damaged_checkpoint(train, whole, tmp_path, damage):
     workdir = tmp_path / "damaged"
     process = train(workdir, **STEPS, checkpoint__keep=3)

@@ -128,6 +128,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_temporaries_are_not_faulted_in_at_every_step():
     """64 MiB of temporaries are 16,384 pages; kept memory faults in next to none of them."""

@@ -55,9 +55,14 @@ def solve(
     Raises:
       InputError: no shape is near enough; names the nearest.
     """
-    found = _candidates(config, target, convention, head_dim, vocab_size)
-    near = [(s, rule) for s, rule in found if abs(s.n / target - 1) <= TOLERANCE]
-    if not near:
+    # A block has some 12 d_model^2 parameters; further off a shape is not usual.
+    usual = (target * aspect / 12) ** (1 / 3)
+    for low, high in ((usual / 3, usual * 2), (0.0, math.inf)):
+        found = _candidates(config, target, convention, head_dim, vocab_size, low, high)
+        near = [(s, rule) for s, rule in found if abs(s.n / target - 1) <= TOLERANCE]
+        if near:
+            break
+    else:
         best = min(found, key=lambda one: abs(math.log(one[0].n / target)))[0]
         raise InputError(
             f"rungs: no model of {target:,.0f} {convention} parameters with heads of {head_dim} "
@@ -89,11 +94,8 @@ def matched(config: ConfigDict, target: float, measure: str, vocab_size: int = 0
 
     def spent(d_ff: int) -> float:
         config.model.d_ff = d_ff
-        resolved = configs.resolve(config, vocab_size)
-        specs = build(resolved, platform="cpu").specs
-        if measure == "flops":
-            return flops.flops_per_token(resolved, specs)["model"]
-        return flops.counts(specs)["non_embedding"]
+        counts, per_token = described(configs.resolve(config, vocab_size))
+        return per_token if measure == "flops" else counts["non_embedding"]
 
     config = ConfigDict(config.to_dict())
     # Both measures are linear in d_ff.
@@ -122,17 +124,33 @@ def resized(config: ConfigDict, shape: Shape) -> ConfigDict:
 
 def count(config: ConfigDict, vocab_size: int = 0) -> dict[str, int]:
     """{"total", "non_embedding", "embedding"} of an unresolved config, without allocating it."""
-    resolved = configs.resolve(config, vocab_size)
-    return flops.counts(build(resolved, platform="cpu").specs)
+    return described(configs.resolve(config, vocab_size))[0]
 
 
-def _candidates(config, target, convention, head_dim, vocab_size) -> list[tuple[Shape, int]]:
-    """(shape, d_ff by its rule) for every width up to that at which one block is too much.
+_known: dict[str, tuple[dict, float]] = {}
+
+
+def described(resolved) -> tuple[dict, float]:
+    """(counts, "model" FLOPs per token) of a resolved config; each shape is built once."""
+    groups = (resolved.model.to_dict(), resolved.parametrization.to_dict(), resolved.data.seq_len)
+    key = repr(groups)
+    if key not in _known:
+        specs = build(resolved, platform="cpu").specs
+        per_token = flops.flops_per_token(resolved, specs)["model"]
+        _known[key] = flops.counts(specs), per_token
+    counts, per_token = _known[key]
+    return dict(counts), per_token
+
+
+def _candidates(
+    config, target, convention, head_dim, vocab_size, low: float, high: float
+) -> list[tuple[Shape, int]]:
+    """(shape, d_ff by its rule) for widths low to high, up to that at which one block is too much.
 
     A count is base + n_layers (block + each d_ff), so three models of a width say all.
     """
     found = []
-    for heads in itertools.count(1):
+    for heads in itertools.count(max(1, math.floor(low / head_dim))):
         width = heads * head_dim
 
         def counted(depth: int, d_ff: int = 0, width=width, heads=heads) -> int:
@@ -156,5 +174,5 @@ def _candidates(config, target, convention, head_dim, vocab_size) -> list[tuple[
                     break
             if n > 2 * target:
                 break
-        if one > target * (1 + TOLERANCE) and found:
+        if (one > target * (1 + TOLERANCE) or width > high) and found:
             return found

@@ -12,8 +12,6 @@ from configs.optimizing import SCHEDULE
 from lmscale_jax import config as configs
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab import family, sizes, sweep
-from lmscale_jax.model import flops
-from lmscale_jax.model.build import build
 
 ANCHOR, HELD_OUT, TRUNK = "anchor", "held_out", "trunk"
 SHAPE = ("n_layers", "d_model", "n_heads", "head_dim", "n_kv_heads", "d_ff")
@@ -284,11 +282,8 @@ def _solve(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
 
 
 def _spent(config, measure: str, vocab_size: int) -> float:
-    resolved = configs.resolve(config, vocab_size)
-    specs = build(resolved, platform="cpu").specs
-    if measure == "flops":
-        return flops.flops_per_token(resolved, specs)["model"]
-    return flops.counts(specs)["non_embedding"]
+    counts, flops_per_token = sizes.described(configs.resolve(config, vocab_size))
+    return flops_per_token if measure == "flops" else counts["non_embedding"]
 
 
 def _tokens(ladder, size: float, value: float, config, vocab_size: int) -> float:
@@ -339,7 +334,7 @@ def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab)
     seeds = {"seed": run.seed + seed, "data.seed": run.data.seed + seed, "train.tokens": 0.0}
     config = sweep.apply(sized, tune | seeds | changes)
     resolved = configs.resolve(config, vocab)
-    model = build(resolved, platform="cpu")
+    counts, flops_per_token = sizes.described(resolved)
     overrides = {
         path: configs.get(config, path)
         for path in configs.differences(run.to_dict(), config.to_dict())
@@ -353,9 +348,9 @@ def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab)
         budget=float(budget),
         tune=dict(tune),
         shape={name: resolved.model[name] for name in SHAPE},
-        counts=flops.counts(model.specs),
+        counts=counts,
         tokens=resolved.train.steps * configs.tokens_per_step(resolved),
-        flops_per_token=flops.flops_per_token(resolved, model.specs)["model"],
+        flops_per_token=flops_per_token,
         needs=changes.get("train.parent", ""),
         overrides=overrides,
     )
