@@ -1,5 +1,6 @@
 """Ladders with real processes: from nothing to a page, killed and started again, every executor."""
 
+import functools
 import json
 import os
 import signal
@@ -131,19 +132,10 @@ def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
     """submitit's own local jobs stand in for Slurm's; Ray starts a cluster of this machine."""
     pytest.importorskip({"slurm": "submitit", "ray": "ray"}[name])
     ladder, workdir = load(config), tmp_path / "w"
-    ladder.executor.name = name
-    settings = ladder.executor.to_dict() | {"minutes": 5}
-    workdir.mkdir()
+    ladder.executor.name, ladder.executor.minutes = name, 5 if name == "slurm" else 240
     os.environ["PYTHONPATH"] = str(ROOT)
-    one = (
-        executors.Slurm(settings, workdir, cluster="local")
-        if name == "slurm"
-        else executors.Ray(settings, workdir)
-    )
-    if name == "slurm":
-        # The directory is the ladder's; submitit's folder is made with the first job.
-        assert sorted(p.name for p in workdir.iterdir()) == []
-    said = conduct.run(ladder, workdir, [], "verdict", [], executor=one)
+    kinds = {"slurm": functools.partial(executors.Slurm, cluster="local"), "ray": executors.Ray}
+    said = conduct.run(ladder, workdir, [], "verdict", [], make_executor=kinds[name])
     assert "report:" in said and len(losses(workdir)) == 6
 
 

@@ -29,7 +29,7 @@ def run(
     until: str,
     argv: list[str],
     say: Callable[[str], None] = print,
-    executor=None,
+    make_executor: Callable = executors.make,
 ) -> str:
     """Goes as far as the forecast or the verdict; returns what to say at the end.
 
@@ -46,7 +46,7 @@ def run(
         if before and forecasts.begun(before, workdir):
             _keep_held_out(made, before)
         plan.write(made, before, workdir)
-        executor = executor or executors.make(made.ladder["executor"], workdir)
+        executor = make_executor(made.ladder["executor"], workdir)
         anchors = [cell for cell in chosen if cell.role != HELD_OUT]
         drive.run(made, anchors, workdir, executor, say)
         if only and anchors == chosen:
