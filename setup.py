@@ -31,8 +31,8 @@ EXTRAS = {
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     # An exact version of the formatter: another one may format differently.
-    # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in for
-    # Slurm's.
+    # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in
+    # for Slurm's.
     "test": ["pytest>=8", "ruff==0.17.6", "tensorboard", "submitit>=1.5"],
     # tensorflow-datasets needs importlib_resources to build a data set and does not declare it.
     "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
