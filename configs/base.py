@@ -13,6 +13,8 @@ from configs.key import Key
 from configs.optimizing import FREEZE, OPTIM, SCHEDULE
 from configs.regularizing import MUR
 
+_GATED = {"model.attn_gate": ("headwise", "elementwise", "const")}
+_READING = {"model.attn_gate": ("headwise", "elementwise")}
 _SIZED = {"parametrization.name": ("mup", "completep")}
 
 SPEC = {
@@ -62,6 +64,34 @@ SPEC = {
             0.0, "c in c tanh(logits / c), the bound of the logits (Gemma 2); 0: none", low=0.0
         ),
         "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's", low=0),
+        "attn_gate": Key(
+            "none",
+            "gates attention by act(x W) of the block's normalised input, for each head or each "
+            "channel (Qiu et al. 2025), or by a free parameter for each channel",
+            choices=("none", "headwise", "elementwise", "const"),
+        ),
+        "gate_place": Key(
+            "sdpa",
+            "what is gated: the heads' results, queries, keys, values, or the projected output",
+            choices=("sdpa", "query", "key", "value", "output"),
+            when=_GATED,
+        ),
+        "gate_activation": Key(
+            "sigmoid",
+            "ns_sigmoid: 0.5 + 0.5 sigmoid, which shuts nothing off",
+            choices=("sigmoid", "ns_sigmoid"),
+            when=_GATED,
+        ),
+        "gate_bias": Key(False, "a bias under the activation, 0 at first", when=_READING),
+        "gate_bias_init": Key(
+            0.0, "added to what the activation gets: 2.2 opens gates to 0.9", when=_GATED
+        ),
+        "gate_input": Key(
+            "own",
+            "earlier: a control whose gates read another, earlier position's input",
+            choices=("own", "earlier"),
+            when=_READING,
+        ),
         "dropout": Key(0.0, "embedding, attention and residual dropout rate", low=0.0, high=0.9),
         "mask": Key(
             "causal",

@@ -113,8 +113,8 @@ def _check_used(config, path: str, key: Key) -> None:
             )
 
 
-def _check_together(config) -> None:
-    model, train, data = config.model, config.train, config.data
+def _check_model(config) -> None:
+    model, data = config.model, config.data
     if not model.head_dim and model.d_model % model.n_heads:
         good = max(h for h in range(1, model.n_heads) if model.d_model % h == 0)
         raise InputError(
@@ -133,11 +133,21 @@ def _check_together(config) -> None:
             f"config.model.head_dim={head_dim} is odd, and RoPE rotates pairs; "
             f"{head_dim + 1} would work"
         )
+    if model.gate_place == "output" and model.attn_gate == "headwise":
+        raise InputError(
+            "config.model.attn_gate='headwise' with model.gate_place='output': the projected "
+            "output has no heads; 'elementwise' would work, or gate_place='sdpa'"
+        )
     if model.positions == "learned" and 0 < model.max_seq_len < data.seq_len:
         raise InputError(
             f"config.data.seq_len={data.seq_len} is longer than model.max_seq_len="
             f"{model.max_seq_len}; {model.max_seq_len} would work"
         )
+
+
+def _check_together(config) -> None:
+    _check_model(config)
+    model, train, data = config.model, config.train, config.data
     if train.batch_size % train.accum:
         good = max(a for a in range(1, train.accum) if train.batch_size % a == 0)
         raise InputError(

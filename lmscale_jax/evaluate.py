@@ -12,7 +12,7 @@ from lmscale_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run", required=True)
 SUITES = flags.DEFINE_list(
-    "suites", ["perplexity", "redundancy", "mur"], "what is evaluated: any of these"
+    "suites", ["perplexity", "redundancy", "mur"], "what is evaluated: any of these, and attention"
 )
 STEP = flags.DEFINE_integer("step", 0, "checkpoint; 0: the newest", lower_bound=0)
 TOKENS = flags.DEFINE_integer(
@@ -21,7 +21,7 @@ TOKENS = flags.DEFINE_integer(
 
 
 def main() -> None:
-    workdir, known = Path(WORKDIR.value), ("perplexity", "redundancy", "mur")
+    workdir, known = Path(WORKDIR.value), ("perplexity", "redundancy", "mur", "attention")
     wrong = [name for name in SUITES.value if name not in known]
     if wrong or not SUITES.value:
         raise InputError(

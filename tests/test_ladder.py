@@ -127,6 +127,25 @@ def test_packs_and_single_runs_end_alike(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_branches_off_a_shared_trunk(config, tmp_path):
+    workdir = tmp_path / "w"
+    changes = [
+        "--config.tokens.trunk=shared", "--config.tokens.amounts=(2560.0, 5120.0)",
+        "--config.run.schedule.name=wsd", "--anchors_only", "--only=16",
+        "--config.tokens.held_out=20480.0",
+    ]  # fmt: skip
+    status, out, err = run("ladder", f"--config={config}", f"--workdir={workdir}", *changes)
+    assert status == 0, err
+    made, found = plan.read(workdir), losses(workdir)
+    branches = [cell for cell in made.of("anchor") if cell.id in found]
+    assert len(branches) == 4 and len(found) == 6 and "trained 6 cell(s)" in out
+    for cell in branches:
+        record = json.loads((workdir / "runs" / cell.id / "run.json").read_text())
+        assert record["parent"]["config_hash"] == cell.needs
+        assert record["tokens"] == cell.tokens == record["tokens_own"] + record["tokens_shared"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["slurm", "ray"])
 def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
     """submitit's own local jobs stand in for Slurm's; Ray starts a cluster of this machine."""

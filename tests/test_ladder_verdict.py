@@ -297,3 +297,69 @@ def test_two_ladders_share_the_cells_they_have_in_common(ladder, tmp_path):
     second, _, last = go(more, workdir)
     assert len(second.started) == 20 and not set(first.started) & set(second.started)
     assert "relu2" in last and "swiglu" in last
+
+
+def test_a_run_that_diverges_is_recorded_and_the_rest_go_on(ladder, tmp_path):
+    class Diverging(Oracle):
+        def _write(self, cell):
+            super()._write(cell)
+            if cell.id == bad:
+                path = plan.run_dir(self._workdir, cell.id) / "run.json"
+                fields = json.loads(path.read_text()) | {"status": "diverged", "final": {}}
+                path.write_text(json.dumps(fields))
+
+    config, workdir = ladder(seeds=2), tmp_path / "w"
+    bad = plan.make(config, print).of("anchor")[0].id
+    oracle = Diverging(workdir, loss_of)
+    conduct.run(config, workdir, [], "verdict", [], lambda line: None, lambda *_: oracle)
+    found = read(workdir / "verdict.json")
+    assert found["runs"] == {"diverged": 1, "finished": 23}
+    assert [run["run_id"] for run in found["left_out"]] == [bad]
+    assert "it diverged" in (workdir / "report" / "index.html").read_text()
+    # It would diverge again.
+    again, _, _ = go(config, workdir)
+    assert again.started == []
+
+
+def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
+    """Trunks go first; a branch has its own cooldown and its trunk's seed, rate and warm-up."""
+    config = ladder(
+        tokens__trunk="shared", tokens__rule="budgets", tokens__amounts=(2e6, 4e6, 8e6),
+        run__schedule__name="wsd", rungs__sizes=(1e5, 3e5), rungs__held_out=1e6, seeds=1,
+    )  # fmt: skip
+    oracle, _, _ = go(config, tmp_path / "w")
+    made = plan.read(tmp_path / "w")
+    trunks, branches = made.of("trunk"), [c for c in made.of("anchor") if c.needs]
+    assert len(trunks) == 4 and len(branches) == 12 == len(made.of("anchor"))
+    assert set(oracle.started[:4]) == {cell.id for cell in trunks}
+    for cell in branches:
+        trunk, settings = made.cell(cell.needs), made.config(cell, tmp_path / "w")
+        shared = made.config(trunk, tmp_path / "w")
+        assert (cell.arm, cell.size, cell.seed) == (trunk.arm, trunk.size, trunk.seed)
+        assert settings.train.parent_step % shared.checkpoint.keep_every == 0
+        assert settings.train.parent_step <= shared.train.steps
+        assert settings.schedule.warmup == shared.schedule.warmup
+        cooldown = int(settings.schedule.cooldown)
+        assert settings.train.parent_step + cooldown == settings.train.steps
+        assert 0.15 < cooldown / settings.train.steps < 0.25
+        assert abs(cell.tokens / cell.budget - 1) < 0.15
+    held = made.of("held_out")
+    assert {cell.needs for cell in held} == {""} and {cell.budget for cell in held} == {8e6}
+
+
+def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkeypatch):
+    import sys
+
+    from lmscale_jax.fleet.progress import Progress
+
+    go(ladder(), tmp_path / "w", until="forecast")
+    made = plan.read(tmp_path / "w")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "150")
+    shown = Progress(made, made.of("anchor"), tmp_path / "w", 2, print)
+    shown.show()
+    shown.close()
+    # Once more, in its own place.
+    out = capsys.readouterr().err
+    assert "\x1b[" in out and "30 of 30" in out and "held out" in out
+    assert all(len(line) < 170 for line in out.splitlines())

@@ -56,7 +56,7 @@ def test_every_class_gets_its_row(m, m_L):
         assert row.multiplier == pytest.approx(multiplier), path
         assert (row.lr_factor, row.eps_factor) == pytest.approx((lr, eps)), path
     scales = rules.scales(config)
-    assert scales == pytest.approx((1, 1 / m, 1 / m_L, 32**-0.5))
+    assert scales == pytest.approx((1, 1 / m, 1 / m_L, 32**-0.5, 1 / m))
     for entry in rules.as_json(model.rows):
         decays = entry["role"] != "vector"
         assert entry["wd_factor"] * entry["lr_factor"] == pytest.approx(1.0 if decays else 0.0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.evals import agreement, mur_stats, redundancy
+from lmscale_jax.evals import agreement, attention_stats, mur_stats, redundancy
 from lmscale_jax.run import record
 from lmscale_jax.run.load import Loaded, load
 
@@ -80,6 +80,15 @@ def run(names: list[str], loaded: Loaded, n_tokens: int, say: Callable[[str], No
         n_windows = int(found_mur.window.max()) + 1
         measures["utility"] = lambda weight_W: found_mur.utility("block", weight_W)
         say(f"{fields['mur']['metric']} utility          {_line(fields['mur']['mean'])}")
+    if "attention" in names:
+        setup = loaded.setup
+        result["attention"] = attention_stats.evaluate(
+            attention_stats.make(setup.model, setup.mesh),
+            loaded.params,
+            setup.held_out(n_tokens),
+            setup.mesh,
+        )
+        say(f"attention sink       {_line(result['attention']['sink'])}")
     if len(measures) > 1:
         result["rank_correlation"] = agreement.rank_correlations(measures, n_windows)
         for pair, found in result["rank_correlation"].items():

@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from lmscale_jax.model import ops
+from lmscale_jax.model.gates import Gate
 from lmscale_jax.model.layers import Call, Dense
 
 
@@ -23,12 +24,18 @@ class Attention(nnx.Module):
         self.out = Dense(
             {"heads": model.n_heads, "head_dim": size}, width, model.bias, residual=True
         )
+        self.gated = model.gate_place if model.attn_gate != "none" else ""
+        if self.gated:
+            self.gate = Gate(model)
 
     def __call__(self, x_NxD: jax.Array, call: Call) -> jax.Array:
         B, T = call.batch, call.length
         q_BxTxHxd = self.query(x_NxD, call).reshape(B, T, self.heads, self.size)
         k_BxTxKxd = self.key(x_NxD, call).reshape(B, T, self.kv_heads, self.size)
         v_BxTxKxd = self.value(x_NxD, call).reshape(B, T, self.kv_heads, self.size)
+        q_BxTxHxd = self.pass_gate("query", q_BxTxHxd, x_NxD, call)
+        k_BxTxKxd = self.pass_gate("key", k_BxTxKxd, x_NxD, call)
+        v_BxTxKxd = self.pass_gate("value", v_BxTxKxd, x_NxD, call)
         if call.rope is not None:
             q_BxTxHxd, k_BxTxKxd = rotate(q_BxTxHxd, call.rope), rotate(k_BxTxKxd, call.rope)
         call.note("query", lambda: q_BxTxHxd)
@@ -36,7 +43,12 @@ class Attention(nnx.Module):
         call.note("value", lambda: v_BxTxKxd)
         call.note("scores", lambda: visible_scores(q_BxTxHxd, k_BxTxKxd, call.attention_scale))
         o_BxTxHxd = self.kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, call)
-        return self.out(o_BxTxHxd.reshape(B * T, -1), call)
+        o_BxTxHxd = self.pass_gate("sdpa", o_BxTxHxd, x_NxD, call)
+        return self.pass_gate("output", self.out(o_BxTxHxd.reshape(B * T, -1), call), x_NxD, call)
+
+    def pass_gate(self, place: str, y: jax.Array, x_NxD: jax.Array, call: Call) -> jax.Array:
+        """y, gated if this is the place of the gate; x is what the block's attention reads."""
+        return self.gate(y, x_NxD, call) if self.gated == place else y
 
 
 def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lmscale_jax.model import attention, ops, param
+from lmscale_jax.model import attention, gates, ops, param
 from lmscale_jax.model.layers import Call
 from lmscale_jax.model.loss import chunk_length, next_token_losses
 from lmscale_jax.model.transformer import Block, Embed, Readout
@@ -115,6 +115,7 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
         return kept | {"logits": keep("logits", read(params, x_NxD))}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
+    choices |= gates.described(model, specs)
     init = functools.partial(_init, specs, rows)
     return Model(specs, rows, init, logits, losses, taps, choices)
 
@@ -161,6 +162,7 @@ def _shared_call(config, platform: str) -> Call:
         attention_scale=scales.attention,
         branch_scale=scales.branch,
         embed_scale=scales.embed,
+        gate_scale=scales.gate,
         dropout=config.model.dropout,
         key=None,
     )

@@ -35,7 +35,7 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
     activations are not counted; they grow with the width only, not with its square.
     """
     model = config.model
-    hidden = [spec for spec in named(specs).values() if spec.role == "hidden"]
+    hidden = [spec for spec in named(specs["blocks"]).values() if spec.n_in]
     return {
         "dense": 2.0 * sum(spec.size for spec in hidden),
         "readout": 2.0 * model.d_model * model.vocab_size,

@@ -23,6 +23,7 @@ class Call(NamedTuple):
       attention_scale: factor of q·k.
       branch_scale: factor of what each branch adds to the residual stream.
       embed_scale: factor of the embedding.
+      gate_scale: factor of the product that makes a gate for each head.
       dropout: rate.
       key: random key of this layer; None turns dropout off.
       keep: what a tap stores of an activation, (name, array) -> array; None measures nothing.
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     attention_scale: float
     branch_scale: float
     embed_scale: float
+    gate_scale: float
     dropout: float
     key: jax.Array | None
     keep: Callable | None = None

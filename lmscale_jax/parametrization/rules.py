@@ -37,12 +37,13 @@ ORTHOGONAL = ("muon", "normuon")
 
 
 class Scales(NamedTuple):
-    """Forward multipliers: of the embedding, the logits, each branch, and q·k."""
+    """Forward multipliers: of embedding, logits, each branch, q·k, and readouts in blocks."""
 
     embed: float
     logits: float
     branch: float
     attention: float
+    gate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def scales(config) -> Scales:
     size = model.head_dim
     if base.name == "sp":
         logits = model.d_model**-0.5 if model.logit_scale == "inverse_sqrt_width" else 1.0
-        return Scales(embed=1.0, logits=logits, branch=1.0, attention=size**-0.5)
+        return Scales(embed=1.0, logits=logits, branch=1.0, attention=size**-0.5, gate=1.0)
     m_L, a = depth(config)
     inverse_m = base.base_width / model.d_model
     return Scales(
@@ -115,6 +116,7 @@ def scales(config) -> Scales:
         branch=m_L**-a,
         # At the base head size exactly what sp uses.
         attention=base.attention_scale * size**-0.5 * math.sqrt(base.base_head_dim / size),
+        gate=inverse_m,
     )
 
 
@@ -144,7 +146,8 @@ def _row(path: str, spec: Spec, base: Spec, config) -> Row:
     if config.parametrization.control == "no_lr_scaling":
         lr = 1.0
     scale = scales(config)
-    multiplier = {"input": scale.embed, "output": scale.logits}.get(spec.role, 1.0)
+    readout = scale.gate if inside else scale.logits
+    multiplier = {"input": scale.embed, "output": readout}.get(spec.role, 1.0)
     if spec.residual:
         multiplier = scale.branch
     decaying = {

@@ -111,6 +111,7 @@ def curves(arms: list[str], rows: list[dict], workdir: Path, path: Path) -> Path
                 axis.plot(*np.array(points).T, color=colour, alpha=strength, lw=0.8)
         axis.plot([], [], color=colour, label=arm)
     axis.set(xscale="log", xlabel="tokens", ylabel="training loss, nats per token")
+    _few_decades(axis)
     axis.legend(frameon=False, fontsize=8)
     return save(figure, path)
 
@@ -127,6 +128,7 @@ def residuals(arms: list[str], fits: dict, path: Path) -> Path | None:
             axis.plot(fits[arm].table.c, 100 * fits[arm].residuals(), "o", ms=4, color=colour,
                       label=arm)  # fmt: skip
     axis.set(xscale="log", xlabel="training FLOPs", ylabel="residual, % of the loss")
+    _few_decades(axis)
     axis.legend(frameon=False, fontsize=8)
     return save(figure, path)
 
@@ -157,6 +159,16 @@ def _plain(axis) -> None:
     axis.yaxis.set_major_locator(few)
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(NullFormatter())
+    _few_decades(axis)
+
+
+def _few_decades(axis) -> None:
+    """Numbers at 1, 2 and 5 of each decade of x, and nowhere else."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e")))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _pyplot():

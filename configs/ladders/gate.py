@@ -1,0 +1,34 @@
+"""A gate on attention's output, for each head or channel, against none at equal parameters.
+
+    python -m lmscale_jax.ladder --config=configs/ladders/gate.py --workdir=runs/gate
+
+What the gates cost is taken from d_ff (`rungs.match`), or with "flops" from the FLOPs. The control
+has the elementwise gate's weights and reads another position.
+"""
+
+from configs import base, laddering
+
+
+def get_config(match: str = "parameters"):
+    run = base.get_config()
+    run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
+    run.data.vocab_size, run.data.seq_len = 1024, 128
+    run.optim.lr, run.train.batch_size, run.parametrization.init_std = 6e-3, 16, 0.08
+    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
+    run.log.tensorboard = False
+
+    c = laddering.get_config(run)
+    c.question = "Does a gate on attention's output help at equal cost, and does it at scale?"
+    c.switch = ("model.attn_gate", "model.gate_input")
+    c.arms = {
+        "none": {},
+        "headwise": {"model": {"attn_gate": "headwise"}},
+        "elementwise": {"model": {"attn_gate": "elementwise"}},
+        "control": {"model": {"attn_gate": "elementwise", "gate_input": "earlier"}},
+    }
+    c.baseline = "none"
+    c.rungs.sizes, c.rungs.held_out, c.rungs.match = (1e5, 2e5, 4e5), 8e5, match
+    c.rungs.head_dim, c.rungs.aspect = 16, 32.0
+    c.tokens.amounts = (8.0,)
+    c.seeds = 3
+    return c
