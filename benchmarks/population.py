@@ -101,9 +101,11 @@ def main(_) -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     mesh.start(config_of(16))
     np.random.seed(0)
-    found = {"widths": [measure(int(width)) for width in WIDTHS.value]}
     asked = machine.asked("widths", "counts", "rounds", "turn_ms", "batch")
-    machine.save("population", machine.facts(None, asked) | found)
+    found = machine.facts(None, asked) | {"sizes": []}
+    for width in WIDTHS.value:
+        found["sizes"].append(measure(int(width)))
+        machine.save("population", found)
 
 
 if __name__ == "__main__":

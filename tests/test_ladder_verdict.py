@@ -363,3 +363,29 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
     out = capsys.readouterr().err
     assert "\x1b[" in out and "30 of 30" in out and "held out" in out
     assert all(len(line) < 170 for line in out.splitlines())
+
+
+def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
+    """On CPU up to four of the narrowest; never fewer jobs than processes; equal shapes only."""
+    from lmscale_jax.fleet import executors, packing
+
+    monkeypatch.setattr(executors, "on_cpu", lambda: True)
+    config = ladder(
+        rungs__by="width", rungs__sizes=(16.0, 32.0, 64.0), rungs__held_out=0.0,
+        rungs__match="none", rungs__aspect=64.0, rungs__head_dim=64, seeds=8,
+    )  # fmt: skip
+    config.run.model.d_model, config.run.model.n_heads, config.run.model.n_layers = 16, 2, 1
+    made = plan.make(config, print)
+
+    def lengths(slots, mode="auto"):
+        made.ladder["pack"]["mode"] = mode
+        jobs = packing.jobs(made, made.cells, slots)
+        assert sorted(name for job in jobs for name in job) == sorted(c.id for c in made.cells)
+        for job in jobs:
+            assert len({(c.arm, c.size) for c in map(made.cell, job)}) == 1
+        return {s: max(len(j) for j in jobs if made.cell(j[0]).size == s) for s in (16, 32, 64)}
+
+    assert lengths(2) == {16: 4, 32: 4, 64: 1}
+    assert lengths(2, "always") == {16: 8, 32: 8, 64: 8}
+    assert lengths(24) == {16: 2, 32: 2, 64: 1}
+    assert lengths(2, "never") == {16: 1, 32: 1, 64: 1}

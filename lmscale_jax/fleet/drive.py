@@ -59,7 +59,7 @@ class _Stage:
     def __init__(self, plan: Plan, cells: list[Cell], workdir: Path, executor, say):
         self._plan, self._workdir, self._executor, self._say = plan, workdir, executor, say
         self._cells = {cell.id: cell for cell in cells}
-        self._waiting = packing.jobs(plan, cells, workdir)
+        self._waiting = packing.jobs(plan, cells, executor.slots)
         self._running = 0
         self._progress = Progress(plan, cells, workdir, executor.slots, say)
 

@@ -7,14 +7,18 @@ from lmscale_jax.fleet import executors
 from lmscale_jax.study.cells import Cell
 from lmscale_jax.study.plan import Plan
 
-# On CPU one core is busy with one small model already; see benchmarks/README.md, "Populations".
-CPU_TOKENS_x_WIDTH = 0
-# An accelerator is idle for most of a small model's step.
+# On CPU where it was measured to pay: benchmarks/README.md, "Populations". A core is busy with one
+# model already, but for the smallest.
+CPU_WIDTH, CPU_MOST = 32, 4
+# Not measured: an accelerator is idle for most of the step of a model this small.
 ACCELERATOR_PARAMETERS = 3e7
 
 
-def jobs(plan: Plan, cells: list[Cell], workdir: Path) -> list[list[str]]:
-    """Cells as jobs, lists of ids, in the order given; several in a list are packed."""
+def jobs(plan: Plan, cells: list[Cell], slots: int) -> list[list[str]]:
+    """Cells as jobs, lists of ids, in the order given; several in a list are packed.
+
+    Never so many that one of `slots` processes would have nothing to do.
+    """
     settings = plan.ladder["pack"]
     if settings["mode"] == "never":
         return [[cell.id] for cell in cells]
@@ -23,6 +27,9 @@ def jobs(plan: Plan, cells: list[Cell], workdir: Path) -> list[list[str]]:
         alone = settings["mode"] == "auto" and not faster(cell)
         groups.setdefault(cell.id if alone or cell.needs else key(plan, cell), []).append(cell)
     most = settings["most"]
+    if settings["mode"] == "auto" and executors.on_cpu():
+        most = min(most, CPU_MOST)
+    most = max(1, min(most, len(cells) // slots))
     found = []
     for group in groups.values():
         found += [[c.id for c in group[i : i + most]] for i in range(0, len(group), most)]
@@ -40,5 +47,5 @@ def key(plan: Plan, cell: Cell) -> str:
 def faster(cell: Cell) -> bool:
     """Whether packing was measured to be faster for models of this size on such a machine."""
     if executors.on_cpu():
-        return False
+        return cell.shape["d_model"] <= CPU_WIDTH
     return cell.counts["total"] <= ACCELERATOR_PARAMETERS
