@@ -13,7 +13,7 @@ def get_config():
     run.model.norm, run.model.positions = "rmsnorm", "rope"
     run.data.vocab_size, run.data.seq_len = 1024, 128
     run.optim.lr = 6e-3
-    # About 1 / sqrt(width): with GPT-2's 0.02, meant for 768 channels, the arms lose 0.2 to 0.7 nats
+    # About 1 / sqrt(width): with GPT-2's 0.02, meant for 768 channels, arms lose 0.2 to 0.7 nats
     # at 100k parameters, not the same amount, and not the same at every rate.
     run.parametrization.init_std = 0.08
     run.train.batch_size = 16
