@@ -311,7 +311,8 @@ SPEC = {
         "tensor": Key(1, "devices that split heads, MLP and vocabulary", low=1, identity=False),
         "cpu_devices": Key(
             0,
-            "CPU devices; 0: what the sizes above need, else one a core that divides the batch",
+            "CPU devices; 0: what the sizes above need, else one a core that divides the batch, or "
+            "one for steps below 1e10 FLOPs",
             low=0,
             identity=False,
         ),

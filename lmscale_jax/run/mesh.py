@@ -29,6 +29,10 @@ RULES = {
     "kv_heads": "tensor",
 }
 
+# Floating-point operations of a micro-batch up to which one CPU device is faster than one a core:
+# between the two shapes that were measured, 3.6e9 and 5.8e10.
+SMALL_STEP = 1e10
+
 # Packages that bring another backend than CPU.
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 
@@ -39,8 +43,8 @@ def start(config) -> None:
     Where devices are in use already, as in a notebook, they stay as they are; asking for another
     number of CPU devices is then an InputError.
 
-    On CPU each core is a device by default and the batch is split over them: faster in bfloat16 and
-    for larger models, not always in float32 for the smallest (benchmarks/README.md).
+    On CPU each core is a device by default and the batch is split over them, but for the smallest
+    steps, which one device takes faster (benchmarks/README.md).
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -94,12 +98,17 @@ def _compile_cache(config) -> Path:
 
 
 def _cpu_devices(config) -> int:
-    """What a mesh of fixed size needs; else as many as the cores and the micro-batch allow."""
+    """What a mesh of fixed size needs; else as many as the cores and the micro-batch allow, or one
+    where a step is small."""
     sizes = config.mesh
     split, data = sizes.fsdp * sizes.tensor, sizes.data
+    model, rows = config.model, config.train.batch_size // config.train.accum
+    # A block has about 12 d_model^2 parameters, each 6 operations a token.
+    small = 72 * model.n_layers * model.d_model**2 * rows * config.data.seq_len < SMALL_STEP
+    if data == -1 and small and split == 1:
+        return 1
     if data == -1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        rows = config.train.batch_size // config.train.accum
         fit = [d for d in range(1, cores // split + 1) if rows % (d * sizes.fsdp) == 0]
         data = max(fit, default=1)
     return split * data
