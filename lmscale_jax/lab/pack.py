@@ -5,6 +5,7 @@ a pack, in part, or run by run.
 """
 
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,6 +99,7 @@ class Pack:
         self._population = population.Population([one.setup.config for one in begun])
         self._read = population.reader([one.setup.config for one in begun], begun[0].setup.data)
         self._looks = redundancy.steps(self._config)
+        self._compiled: set[tuple] = set()
         self._progress = writers.Progress(self._config.train.steps, 0)
 
     def finish(self) -> None:
@@ -116,7 +118,7 @@ class Pack:
                 member.record.update(interrupted=f"{stop.asked} in a pack")
                 member.checkpoints.close()
             self._say(f"stopped by {stop.asked}: the same command goes on from there")
-            raise SystemExit(128 + int(train.signal.Signals[stop.asked]))
+            raise SystemExit(128 + signal.Signals[stop.asked])
         for k, member in enumerate(self.members):
             if not member.diverged:
                 own = _member(state, k)
@@ -148,11 +150,12 @@ class Pack:
         config = self._config
         for begin, end in _chunks(config, self._looks, first):
             started = time.perf_counter()
+            program = end - begin, measures.due(config, end)
             state, metrics = self._population.advance(
-                state, self._read(begin, end), measure=measures.due(config, end)
+                state, self._read(begin, end), measure=program[1]
             )
             metrics = jax.device_get(metrics)
-            self._pace((time.perf_counter() - started) / (end - begin), end - begin)
+            self._pace((time.perf_counter() - started) / (end - begin), program)
             evaluate = end == config.train.steps or train.due(end, config.eval.every)
             save = end == config.train.steps or train.due(end, config.checkpoint.every)
             for k, member in enumerate(self.members):
@@ -164,12 +167,11 @@ class Pack:
                 break
         return state
 
-    def _pace(self, seconds: float, length: int) -> None:
-        """The first chunk of each length is compiled in its time, which is not counted."""
-        known = getattr(self, "_lengths", set())
+    def _pace(self, seconds: float, program: tuple) -> None:
+        """The first chunk of each kind is compiled in its time, which is not counted."""
         for member in self.members:
-            member.clock.seconds_per_step = seconds if length in known else None
-        self._lengths = known | {length}
+            member.clock.seconds_per_step = seconds if program in self._compiled else None
+        self._compiled.add(program)
 
     def _take(self, k: int, begin: int, end: int, metrics, state, evaluate: bool) -> None:
         member, config = self.members[k], self._config
