@@ -1,0 +1,43 @@
+"""Hugging Face weights in and out, GPT-2 and Llama:
+
+python -m lmscale_jax.convert --from_hf=DIR --workdir=W --config=C    then: evaluate --workdir=W
+python -m lmscale_jax.convert --workdir=W --to_hf=DIR
+
+The config says on which data the imported model is evaluated; its `model` group is replaced.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from lmscale_jax import command
+from lmscale_jax.errors import InputError
+
+CONFIG = command.config_flag(required=False, default="configs/base.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run, or of the one to be made")
+FROM = flags.DEFINE_string("from_hf", None, "directory with config.json and safetensors")
+TO = flags.DEFINE_string("to_hf", None, "new directory for transformers to load")
+
+
+def main() -> None:
+    if not WORKDIR.value or bool(FROM.value) == bool(TO.value):
+        raise InputError(
+            "--workdir with either --from_hf or --to_hf says what is converted; "
+            "--workdir=runs/first --to_hf=exported would work"
+        )
+    if TO.value:
+        from lmscale_jax.model import hf
+        from lmscale_jax.run import load
+
+        run = load.load(Path(WORKDIR.value))
+        hf.write(Path(TO.value), run.setup.config, run.params)
+        print(f"written {TO.value}, from the checkpoint after step {run.step}")
+        return
+    from lmscale_jax.run import imported
+
+    record = imported.make(CONFIG.value, Path(FROM.value), Path(WORKDIR.value), print)
+    print(f"written {WORKDIR.value}: held-out loss {record['final']['val_loss']:.4f} nats/token")
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,314 @@
+"""GPT-2 and Llama as Hugging Face writes them, in and out of our stacked layout.
+
+Weights are safetensors, in one file or several; nothing is unpickled and no code is fetched. What a
+checkpoint has and we do not is refused by name.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lmscale_jax.errors import InputError
+from lmscale_jax.model.param import named
+from lmscale_jax.parametrization import rules
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# Buffers that older versions saved beside the weights.
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+class Place(NamedTuple):
+    """Where one of our parameters is: a name, {} standing for the layer; which of `parts` equal
+    columns; and whether it is stored [out, in]."""
+
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+def _gpt2(model) -> dict[str, Place]:
+    layer = "transformer.h.{}."
+    found = {
+        "embed/tokens": Place("transformer.wte.weight"),
+        "embed/positions": Place("transformer.wpe.weight"),
+    }
+    for kind, theirs in (("weight", "weight"), ("bias", "bias")):
+        for number, ours in enumerate(("query", "key", "value")):
+            place = Place(f"{layer}attn.c_attn.{theirs}", part=number, parts=3)
+            found[f"blocks/attention/{ours}/{kind}"] = place
+        found[f"blocks/attention/out/{kind}"] = Place(f"{layer}attn.c_proj.{theirs}")
+        found[f"blocks/mlp/up/{kind}"] = Place(f"{layer}mlp.c_fc.{theirs}")
+        found[f"blocks/mlp/down/{kind}"] = Place(f"{layer}mlp.c_proj.{theirs}")
+    for kind, theirs in (("scale", "weight"), ("bias", "bias")):
+        found[f"blocks/attention_norm/{kind}"] = Place(f"{layer}ln_1.{theirs}")
+        found[f"blocks/mlp_norm/{kind}"] = Place(f"{layer}ln_2.{theirs}")
+        found[f"readout/norm/{kind}"] = Place(f"transformer.ln_f.{theirs}")
+    return found
+
+
+def _llama(model) -> dict[str, Place]:
+    layer = "model.layers.{}."
+    found = {
+        "embed/tokens": Place("model.embed_tokens.weight"),
+        "blocks/attention_norm/scale": Place(f"{layer}input_layernorm.weight"),
+        "blocks/mlp_norm/scale": Place(f"{layer}post_attention_layernorm.weight"),
+        "readout/norm/scale": Place("model.norm.weight"),
+    }
+    for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+        place = Place(f"{layer}self_attn.{theirs}_proj.weight", transposed=True)
+        found[f"blocks/attention/{ours}/weight"] = place
+    for name in ("gate", "up", "down"):
+        found[f"blocks/mlp/{name}/weight"] = Place(f"{layer}mlp.{name}_proj.weight", True)
+    if model.head == "untied":
+        found["readout/weight"] = Place("lm_head.weight", True)
+    return found
+
+
+FAMILIES = {"gpt2": _gpt2, "llama": _llama}
+
+
+def read_config(directory: Path) -> dict:
+    """Our `model` keys for the config.json of a directory. Raises InputError."""
+    path = directory / CONFIG
+    try:
+        theirs = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(
+            f"--from_hf={directory} holds no config.json; a directory that save_pretrained wrote "
+            f"would work"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error})") from None
+    kind = theirs.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(f"{path}: model_type={kind!r} is not known here; gpt2 and llama are")
+    return {"gpt2": _from_gpt2, "llama": _from_llama}[kind](theirs, path)
+
+
+def _from_gpt2(theirs: dict, path: Path) -> dict:
+    gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
+    _demand(theirs, path, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+            add_cross_attention=False, tie_word_embeddings=True)  # fmt: skip
+    activation = theirs.get("activation_function", "gelu_new")
+    if activation not in gelu:
+        raise InputError(f"{path}: activation_function={activation!r}; {', '.join(gelu)} are known")
+    return {
+        "n_layers": theirs["n_layer"], "d_model": theirs["n_embd"], "n_heads": theirs["n_head"],
+        "d_ff": theirs.get("n_inner") or 4 * theirs["n_embd"], "mlp": "gelu",
+        "gelu": gelu[activation], "norm": "layernorm", "bias": True, "positions": "learned",
+        "max_seq_len": theirs["n_positions"], "head": "tied", "vocab_size": theirs["vocab_size"],
+        "norm_eps": theirs.get("layer_norm_epsilon", 1e-5),
+    }  # fmt: skip
+
+
+def _from_llama(theirs: dict, path: Path) -> dict:
+    _demand(theirs, path, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    rope = theirs.get("rope_parameters") or {}
+    scaling = theirs.get("rope_scaling") or {}
+    kind = rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
+    if kind != "default":
+        raise InputError(f"{path}: rope scaling {kind!r} is not supported; 'default' is")
+    heads = theirs["num_attention_heads"]
+    return {
+        "n_layers": theirs["num_hidden_layers"], "d_model": theirs["hidden_size"],
+        "n_heads": heads, "n_kv_heads": theirs.get("num_key_value_heads") or heads,
+        "head_dim": theirs.get("head_dim") or theirs["hidden_size"] // heads,
+        "d_ff": theirs["intermediate_size"], "mlp": "swiglu", "norm": "rmsnorm", "bias": False,
+        "positions": "rope", "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 1e4)),
+        "head": "tied" if theirs.get("tie_word_embeddings") else "untied",
+        "vocab_size": theirs["vocab_size"], "norm_eps": theirs.get("rms_norm_eps", 1e-6),
+    }  # fmt: skip
+
+
+def _demand(theirs: dict, path: Path, **wanted) -> None:
+    for name, value in wanted.items():
+        if theirs.get(name, value) != value:
+            raise InputError(f"{path}: {name}={theirs[name]!r} is not supported; {value!r} is")
+
+
+def read_params(directory: Path, model, specs: dict) -> dict:
+    """Our parameters, float32, from the safetensors of a directory.
+
+    Args:
+      directory: with model.safetensors, or its index and parts.
+      model: the resolved `model` group, of `read_config`.
+      specs: annotations of that model.
+
+    Raises:
+      InputError: no safetensors there, a tensor missing, left over or of another shape.
+    """
+    tensors = _load(directory)
+    kind = "gpt2" if model.positions == "learned" else "llama"
+    used, params = set(), {}
+    for path, place in FAMILIES[kind](model).items():
+        shape = named(specs)[path].shape
+        inside = path.startswith("blocks/")
+        names = [place.name.format(i) for i in range(model.n_layers)] if inside else [place.name]
+        parts = [_take(tensors, name, place, directory) for name in names]
+        used.update(names)
+        whole = np.stack(parts) if inside else parts[0]
+        if whole.size != np.prod(shape):
+            raise InputError(
+                f"{directory}: {names[0]} has {parts[0].shape}, which does not make {path} of "
+                f"{tuple(shape)}; its config.json belongs to another checkpoint"
+            )
+        _put(params, path, np.ascontiguousarray(whole.reshape(shape), np.float32))
+    tied = {"lm_head.weight"} if model.head == "tied" else set()
+    left = sorted(set(tensors) - used - tied)
+    if left:
+        raise InputError(f"{directory}: {left[0]} and {len(left) - 1} more have no place here")
+    return params
+
+
+def _load(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a directory by its full name."""
+    from safetensors import SafetensorError, safe_open
+
+    files = [directory / WEIGHTS]
+    if (directory / INDEX).exists():
+        index = json.loads((directory / INDEX).read_text())
+        files = sorted({directory / name for name in index["weight_map"].values()})
+    elif not files[0].exists():
+        pickled = (directory / "pytorch_model.bin").exists()
+        raise InputError(
+            f"{directory} holds no {WEIGHTS}"
+            + ("; pytorch_model.bin is a pickle and is not opened" if pickled else "")
+            + "; save_pretrained writes one"
+        )
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, "np") as tensors:
+                for name in tensors.keys():
+                    found[_full(name)] = tensors.get_tensor(name)
+        except (OSError, SafetensorError, TypeError) as error:
+            raise InputError(f"{file} cannot be read ({error})") from None
+    return {k: v for k, v in found.items() if not k.endswith(BUFFERS)}
+
+
+def _full(name: str) -> str:
+    """Bare models leave out the prefix that models with a head have."""
+    if name.startswith(("wte.", "wpe.", "h.", "ln_f.")):
+        return f"transformer.{name}"
+    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+
+def _take(tensors: dict, name: str, place: Place, directory: Path) -> np.ndarray:
+    if name not in tensors:
+        raise InputError(f"{directory}: tensor {name} is missing")
+    x = np.asarray(tensors[name], np.float32)
+    x = x.T if place.transposed else x
+    return np.split(x, place.parts, axis=-1)[place.part]
+
+
+def _put(tree: dict, path: str, value) -> None:
+    *groups, name = path.split("/")
+    for group in groups:
+        tree = tree.setdefault(group, {})
+    tree[name] = value
+
+
+def write(directory: Path, config, params: dict) -> None:
+    """A directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+
+    Args:
+      directory: new or empty.
+      config: resolved.
+      params: nested dict of arrays.
+
+    Raises:
+      InputError: the model is no GPT-2 and no Llama, or the directory is not empty.
+    """
+    from safetensors.numpy import save_file
+
+    kind = family(config)
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"--to_hf={directory} is not empty; name a new directory")
+    flat, tensors, parts = named(params), {}, {}
+    for path, place in FAMILIES[kind](config.model).items():
+        value = np.asarray(flat[path], np.float32)
+        layers = list(value) if path.startswith("blocks/") else [value]
+        for i, one in enumerate(layers):
+            flat_one = _matrix(path, one)
+            matrix = flat_one.T if place.transposed else flat_one
+            parts.setdefault(place.name.format(i), {})[place.part] = matrix
+    for name, several in parts.items():
+        whole = np.concatenate([several[k] for k in sorted(several)], axis=-1)
+        tensors[name] = np.ascontiguousarray(whole)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    settings = {"gpt2": _to_gpt2, "llama": _to_llama}[kind](config)
+    (directory / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _matrix(path: str, value: np.ndarray) -> np.ndarray:
+    """Named axes joined to [in, out]; vectors, and biases of heads, to one axis."""
+    if path.endswith(("bias", "scale")):
+        return value.reshape(-1)
+    return value.reshape(-1, value.shape[-1]) if "/out/" in path else value.reshape(len(value), -1)
+
+
+def family(config) -> str:
+    """ "gpt2" or "llama". Raises InputError that names what neither has."""
+    model = config.model
+    gpt2 = {
+        "norm": "layernorm",
+        "mlp": "gelu",
+        "positions": "learned",
+        "bias": True,
+        "head": "tied",
+    }
+    llama = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "bias": False}
+    common = {"attn_gate": "none", "logit_softcap": 0.0, "mask": "causal"}
+    kind = "llama" if model.positions == "rope" else "gpt2"
+    for key, value in ({"gpt2": gpt2, "llama": llama}[kind] | common).items():
+        if model[key] != value:
+            raise InputError(
+                f"config.model.{key}={model[key]!r} has no place in a Hugging Face {kind}; "
+                f"{value!r} has"
+            )
+    if kind == "gpt2" and (model.n_kv_heads, model.n_heads * model.head_dim) != (
+        model.n_heads, model.d_model,
+    ):  # fmt: skip
+        raise InputError(
+            f"config.model.n_kv_heads={model.n_kv_heads} and head_dim={model.head_dim}: GPT-2 has "
+            f"as many key heads as query heads, and d_model / n_heads channels in each"
+        )
+    plain = rules.Scales(1.0, 1.0, 1.0, model.head_dim**-0.5, 1.0)
+    found = rules.scales(config)
+    if found._replace(gate=1.0) != plain:
+        raise InputError(
+            f"config.parametrization.name={config.parametrization.name!r} multiplies activations "
+            f"by {found}, for which a Hugging Face model has no place; 'sp' would work"
+        )
+    return kind
+
+
+def _to_gpt2(config) -> dict:
+    model = config.model
+    return {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_layer": model.n_layers,
+        "n_embd": model.d_model, "n_head": model.n_heads, "n_inner": model.d_ff,
+        "n_positions": model.max_seq_len, "n_ctx": model.max_seq_len,
+        "vocab_size": model.vocab_size, "layer_norm_epsilon": model.norm_eps,
+        "activation_function": {"tanh": "gelu_new", "erf": "gelu"}[model.gelu],
+        "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+
+
+def _to_llama(config) -> dict:
+    model = config.model
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "num_hidden_layers": model.n_layers, "hidden_size": model.d_model,
+        "num_attention_heads": model.n_heads, "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim, "intermediate_size": model.d_ff, "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta,
+        "max_position_embeddings": config.data.seq_len, "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.head == "tied", "attention_bias": False, "mlp_bias": False,
+        "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
