@@ -213,9 +213,15 @@ SPEC = {
         ),
         "tokenizer": Key(
             "bpe",
-            "bytes, char (one id a character), or bpe trained on the source",
-            choices=("bytes", "char", "bpe"),
+            "bytes, char (one id a character), bpe trained on the source, or hf: a published "
+            "byte-level BPE, as GPT-2's",
+            choices=("bytes", "char", "bpe", "hf"),
             when={"data.source": ("stdlib", "text", "jsonl")},
+        ),
+        "tokenizer_path": Key(
+            "",
+            "directory with tokenizer.json, or with vocab.json and merges.txt",
+            when={"data.tokenizer": ("hf",)},
         ),
         "vocab_size": Key(
             4096,

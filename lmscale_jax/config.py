@@ -158,6 +158,11 @@ def _check_together(config) -> None:
         raise InputError("config.train.steps=0 needs train.tokens; train.tokens=1e8 would work")
     if data.source != "stdlib" and not data.path:
         raise InputError(f"config.data.path='' must name the {data.source} data, such as corpus/*")
+    if data.tokenizer == "hf" and not data.tokenizer_path:
+        raise InputError(
+            "config.data.tokenizer_path='' must name the directory of data.tokenizer='hf', such as "
+            "tokenizers/gpt2"
+        )
     if model.attention in ("saved", "xla") and model.dropout:
         raise InputError(
             f"config.model.attention={model.attention!r} has no attention dropout "

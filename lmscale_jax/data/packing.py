@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data import sources, tokenizers
+from lmscale_jax.data import pretrained, sources, tokenizers
 from lmscale_jax.data.shards import ShardWriter
 from lmscale_jax.errors import InputError
 
@@ -147,6 +147,8 @@ def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
             train = (text for side, text in split if side == "train")
             texts = (piece for text in train for piece in tokenizers.pieces(text))
             return tokenizers.BytePairs.train(texts, data_cfg.vocab_size)
+        case "hf":
+            return pretrained.load(Path(data_cfg.tokenizer_path).expanduser())
 
 
 def _encode(
@@ -156,8 +158,9 @@ def _encode(
     writers = {side: ShardWriter(directory, side, tokenizer.vocab_size) for side in SIDES}
     totals = {side: Counter(documents=0, bytes=0) for side in SIDES}
     mark = [] if tokenizer.boundary is None else [tokenizer.boundary]
+    documents = split_documents(data_cfg, n_characters)
     done, next_line = 0, time.monotonic() + _SECONDS_BETWEEN_LINES
-    for side, texts, opens_document in _batches(split_documents(data_cfg, n_characters)):
+    for side, texts, opens_document in _batches(documents, tokenizer.cuttable):
         parts = []
         for ids, opens in zip(tokenizer.encode_batch(texts), opens_document, strict=True):
             parts += [mark, ids] if opens else [ids]
@@ -181,7 +184,7 @@ def _encode(
 
 
 def _batches(
-    split: Iterator[tuple[str, str]],
+    split: Iterator[tuple[str, str]], cuttable: bool
 ) -> Iterator[tuple[str, list[str], list[bool]]]:
     """Cuts each side's documents, in order, into batches big enough to encode in parallel.
 
@@ -191,7 +194,8 @@ def _batches(
     waiting = {side: ([], []) for side in SIDES}
     size = Counter()
     for side, document in split:
-        for index, text in enumerate(tokenizers.pieces(document)):
+        parts = tokenizers.pieces(document) if cuttable else [document]
+        for index, text in enumerate(parts):
             texts, opens_document = waiting[side]
             texts.append(text)
             opens_document.append(index == 0)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data import packing, sources, tokenizers
+from lmscale_jax.data import packing, pretrained, sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
 
@@ -172,6 +172,8 @@ def vocab_size_of(data_cfg) -> int:
             return data_cfg.vocab_size
         case "char":
             return packing.char_tokenizer(data_cfg).vocab_size
+        case "hf":
+            return pretrained.load(Path(data_cfg.tokenizer_path).expanduser()).vocab_size
 
 
 def cache_root(data_cfg) -> Path:
@@ -198,7 +200,15 @@ def _settings(data_cfg) -> dict:
         "python": platform.python_version() if data_cfg.source == "stdlib" else None,
         "files": len(paths),
         "files_state": _key([_state(path, os.path.relpath(path, base)) for path in paths]),
-    }
+    } | _tokenizer_files(data_cfg)
+
+
+def _tokenizer_files(data_cfg) -> dict:
+    """What changes when a published tokenizer does."""
+    if data_cfg.tokenizer != "hf":
+        return {}
+    files = sorted(Path(data_cfg.tokenizer_path).expanduser().glob("*.*"))
+    return {"tokenizer_files": [_state(path, path.name) for path in files if path.is_file()]}
 
 
 def _state(path: Path, name: str) -> list:

@@ -1,4 +1,4 @@
-"""Three tokenizers behind one interface: UTF-8 bytes, characters, and byte-level BPE.
+"""Tokenizers behind one interface: UTF-8 bytes, characters, and byte-level BPE.
 
 A tokenizer is its `definition`, a small JSON object: that is what is saved, and its hash is the
 `fingerprint` that ties shards to the tokenizer that wrote them. The document mark, where there is
@@ -27,16 +27,18 @@ class Tokenizer:
     """What every tokenizer offers.
 
     Attributes:
-        name: "bytes", "char" or "bpe".
+        name: "bytes", "char", "bpe" or "hf".
         vocab_size: number of ids, the document mark included.
         boundary: id of the mark that is put before every document, or None.
         token_bytes: int32 [vocab_size], UTF-8 bytes that each id stands for; 0 for the mark.
+        cuttable: the ids of `pieces` of a text joined are the ids of the text.
     """
 
     name: str
     vocab_size: int
     boundary: int | None
     token_bytes: np.ndarray
+    cuttable: bool = True
 
     def definition(self) -> dict:
         """All that is needed to build this tokenizer again, as JSON."""
@@ -136,7 +138,7 @@ class BytePairs(Tokenizer):
         self.vocab, self.merges = vocab, merges
         self.boundary = len(vocab)
         self.vocab_size = len(vocab) + 1
-        byte_of = _byte_of_letter()
+        byte_of = byte_of_letter()
         self._bytes_of = [bytes(byte_of[letter] for letter in entry) for entry in vocab] + [b""]
         self.token_bytes = np.array([len(b) for b in self._bytes_of], np.int32)
 
@@ -204,9 +206,13 @@ def load(directory: Path) -> Tokenizer:
                 return Chars(**definition)
             case "bpe":
                 return BytePairs(**definition)
+            case "hf":
+                from lmscale_jax.data.pretrained import Pretrained
+
+                return Pretrained(**definition)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a readable tokenizer ({error}); prepare again") from None
-    raise InputError(f"{path}: neither bytes, char nor bpe; prepare again")
+    raise InputError(f"{path}: neither bytes, char, bpe nor hf; prepare again")
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -225,7 +231,7 @@ def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def _byte_of_letter() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """The byte behind each of the 256 letters in which byte-level BPE spells its vocabulary.
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, got the letters

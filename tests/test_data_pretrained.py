@@ -1,0 +1,129 @@
+"""Published tokenizers from local directories: lossless, the same ids as the library's own."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_data_tokenizers import CORPUS, random_texts
+
+from configs import base
+from lmscale_jax import config as configs
+from lmscale_jax.data import prepared, pretrained, tokenizers
+from lmscale_jax.errors import InputError
+
+GPT2 = Path(
+    os.environ.get("LMSCALE_GPT2", Path(__file__).parents[2] / "shared/data/gpt2_tokenizer")
+)
+
+
+@pytest.fixture(scope="module")
+def library():
+    """A byte-level BPE of the tokenizers library, with special and other added tokens."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(CORPUS, trainer)
+    made.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    made.add_tokens([AddedToken("    ", normalized=False)])
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(library, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    library.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    return path
+
+
+def test_ids_are_the_library_s_own_and_lose_nothing(library, folder):
+    ours = pretrained.load(folder)
+    assert ours.vocab_size == library.get_vocab_size()
+    assert ours.boundary == library.token_to_id("<|endoftext|>")
+    for text in [*CORPUS, *random_texts(), "if x:\n        return 1"]:
+        ids = ours.encode_batch([text])[0]
+        assert ours.decode(ids) == text
+        assert ours.token_bytes[ids].sum() == len(text.encode())
+        # A document cannot forge its own end.
+        assert ours.boundary not in ids
+        if "<|endoftext|>" not in text:
+            assert ids.tolist() == library.encode(text, add_special_tokens=False).ids
+    assert ours.token_bytes[ours.boundary] == 0
+
+
+def test_saved_and_read_again_it_is_the_same(folder, tmp_path):
+    ours = pretrained.load(folder)
+    ours.save(tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert again.fingerprint == ours.fingerprint and again.boundary == ours.boundary
+    assert again.encode_batch(CORPUS)[0].tolist() == ours.encode_batch(CORPUS)[0].tolist()
+
+
+def test_the_older_two_files_are_read_too(library, folder, tmp_path):
+    model = json.loads(library.to_str())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    ours, theirs = pretrained.load(tmp_path), pretrained.load(folder)
+    assert ours.boundary == len(model["vocab"])
+    for text in ("def add(a, b):\n", "naïve café"):
+        assert ours.encode_batch([text])[0].tolist() == theirs.encode_batch([text])[0].tolist()
+
+
+def test_data_is_prepared_with_it_and_again_when_it_changes(folder, corpus, tmp_path):
+    config = base.get_config()
+    config.data.source, config.data.path, config.data.tokenizer = "text", str(corpus), "hf"
+    config.data.tokenizer_path, config.data.cache = str(folder), str(tmp_path)
+    config.data.val_fraction = 0.2
+    data = prepared.prepare(config.data, log=lambda line: None)
+    ours = pretrained.load(folder)
+    assert data.vocab_size == ours.vocab_size == prepared.vocab_size_of(config.data)
+    resolved = configs.resolve(config, data.vocab_size)
+    assert resolved.model.vocab_size == ours.vocab_size
+    tokens = np.array(data.val.read(0, 2000))
+    text = data.tokenizer.decode(tokens)
+    assert (tokens == ours.boundary).any() and len(text) > 2000
+    assert prepared.find_manifest(config.data) is not None
+    (folder / "special_tokens_map.json").write_text("{}")
+    assert prepared.find_manifest(config.data) is None
+
+
+@pytest.mark.skipif(not GPT2.is_dir(), reason=f"GPT-2's vocabulary is not at {GPT2}")
+def test_gpt2_s_own_vocabulary():
+    ours = pretrained.load(GPT2)
+    assert ours.vocab_size == 50_257 and ours.boundary == 50_256
+    assert ours.encode_batch(["Hello world"])[0].tolist() == [15496, 995]
+    for text in [*CORPUS, *random_texts()]:
+        assert ours.decode(ours.encode_batch([text])[0]) == text
+
+
+def test_other_kinds_are_refused_by_name(folder, tmp_path):
+    with pytest.raises(InputError, match="is no directory"):
+        pretrained.load(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json, nor vocab\.json"):
+        pretrained.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="holds no readable tokenizer"):
+        pretrained.load(tmp_path)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    for change, said in (
+        ({"pre_tokenizer": {"type": "Whitespace"}}, r"BPE tokenizer \(Whitespace\)"),
+        ({"normalizer": {"type": "NFC"}}, "changes the text before"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
+        with pytest.raises(InputError, match=said):
+            pretrained.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    with pytest.raises(InputError, match="no entry '<s>'"):
+        pretrained.load(tmp_path)
+    config = base.get_config()
+    config.data.tokenizer = "hf"
+    with pytest.raises(InputError, match=r"config\.data\.tokenizer_path=''"):
+        configs.validate(config)
