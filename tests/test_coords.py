@@ -176,8 +176,8 @@ def test_a_small_check_writes_what_it_measured(tmp_path, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("control", ["none", "sp", "logits_sqrt", "no_lr_scaling"])
 def test_mup_passes_and_every_mistake_shows(control, tmp_path):
-    # Over three octaves; from 64 on it takes four for slopes this exact (docs/mup.md).
-    widths = [128, 256, 512, 1024] if control == "none" else [64, 128, 256, 512]
+    # It takes four octaves for slopes as exact as the bounds (docs/mup.md).
+    widths = [64, 128, 256, 512, 1024] if control == "none" else [64, 128, 256, 512]
     plan = coordinates.plan(family.get_config(), "width", widths, control)
     result = coordinates.check(plan, 3, tmp_path, print)
     if control == "none":
