@@ -30,8 +30,9 @@ class Checkpoints:
         if self._manager is None:
             import orbax.checkpoint as ocp
 
-            # What it reports as an error it also raises.
-            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            # What it reports as an error it also raises, at times from several tasks at once.
+            for name in ("absl", "asyncio"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             options = ocp.CheckpointManagerOptions(**self._options, create=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         return self._manager
