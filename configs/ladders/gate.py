@@ -6,16 +6,12 @@ What the gates cost is taken from d_ff (`rungs.match`), or with "flops" from the
 has the elementwise gate's weights and reads another position.
 """
 
-from configs import base, laddering
+from configs import laddering
+from configs.ladders.corpora import embedded
 
 
 def get_config(match: str = "parameters"):
-    run = base.get_config()
-    run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
-    run.data.vocab_size, run.data.seq_len = 1024, 128
-    run.optim.lr, run.train.batch_size, run.parametrization.init_std = 6e-3, 16, 0.08
-    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
-    run.log.tensorboard = False
+    run = embedded()
 
     c = laddering.get_config(run)
     c.question = "Does a gate on attention's output help at equal cost, and does it at scale?"

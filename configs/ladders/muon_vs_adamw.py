@@ -5,16 +5,12 @@
 Every anchor tries three rates in each arm: AdamW's own, and the one that Muon gives the matrices.
 """
 
-from configs import base, laddering
+from configs import laddering
+from configs.ladders.corpora import embedded
 
 
 def get_config():
-    run = base.get_config()
-    run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
-    run.data.vocab_size, run.data.seq_len = 1024, 128
-    run.optim.lr, run.train.batch_size = 4e-3, 16
-    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
-    run.log.tensorboard = False
+    run = embedded()
 
     c = laddering.get_config(run)
     c.question = "Does Muon need less compute than AdamW, and does the gain last?"

@@ -6,20 +6,16 @@ Every anchor tries every rate. The held-out width takes the rate that the larges
 so the arm whose rate moves with width pays for it there.
 """
 
-from configs import base, laddering
+from configs import laddering
+from configs.ladders.corpora import embedded
 
 
 def get_config():
-    run = base.get_config()
-    run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
+    run = embedded()
     run.model.head, run.model.n_layers = "untied", 2
     run.model.d_model, run.model.n_heads = 64, 4
     run.parametrization.residual_init = "plain"
-    run.data.vocab_size, run.data.seq_len = 1024, 128
-    run.train.batch_size = 16
     run.schedule.name, run.schedule.warmup, run.schedule.final = "linear", "10%", 0.0
-    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
-    run.log.tensorboard = False
 
     c = laddering.get_config(run)
     c.question = "Does a rate tuned on small widths serve a wide model better under mup than sp?"

@@ -5,18 +5,15 @@
 The arms differ in `mur.*` alone; warm-up, sequence length and everything else are the same.
 """
 
-from configs import base, laddering
+from configs import laddering
+from configs.ladders.corpora import embedded
 
 _ACTING = {"tau": 0.1, "warmup": "5%", "ramp": "10%"}
 
 
 def get_config():
-    run = base.get_config()
-    run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
-    run.data.vocab_size, run.data.seq_len = 1024, 128
-    run.optim.lr, run.train.batch_size = 4e-3, 16
-    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
-    run.log.tensorboard = False
+    run = embedded()
+    run.model.d_model, run.model.n_heads = 64, 4
 
     c = laddering.get_config(run)
     c.question = "Does waking redundant layers lower the loss, and does it at scale?"
@@ -29,7 +26,6 @@ def get_config():
     c.baseline = "baseline"
     c.rungs.by = "depth"
     c.rungs.sizes, c.rungs.held_out = (4.0, 6.0, 8.0), 16.0
-    c.run.model.d_model, c.run.model.n_heads = 64, 4
     c.tokens.amounts = (10.0,)
     c.seeds = 3
     return c
