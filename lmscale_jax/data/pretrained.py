@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data.tokenizers import Tokenizer, byte_of_letter
+from lmscale_jax.data.tokenizers import ByteLevel, byte_of_letter
 from lmscale_jax.errors import InputError
 
 FAST, VOCAB, MERGES, SETTINGS = (
@@ -18,7 +18,7 @@ FAST, VOCAB, MERGES, SETTINGS = (
 )  # fmt: skip
 
 
-class Pretrained(Tokenizer):
+class Pretrained(ByteLevel):
     """The tokenizer of a directory. Its document mark is the `bos_token`, else the `eos_token`.
 
     Text that spells a special token is encoded as text, so no document can forge a boundary.
@@ -43,18 +43,11 @@ class Pretrained(Tokenizer):
     def definition(self):
         return {"name": self.name} | self._definition
 
-    def encode_batch(self, texts):
-        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-    def decode(self, ids):
-        return b"".join(self._bytes_of[i] for i in np.asarray(ids)).decode(errors="replace")
-
     @functools.cached_property
     def _bytes_of(self) -> list[bytes]:
         """What each id stands for; nothing for special tokens and for ids without an entry."""
         found, letters = [b""] * self.vocab_size, byte_of_letter()
-        added = {i: token for i, token in self._library.get_added_tokens_decoder().items()}
+        added = self._library.get_added_tokens_decoder()
         for entry, i in self._library.get_vocab(with_added_tokens=True).items():
             if i in added:
                 found[i] = b"" if added[i].special else entry.encode()

@@ -125,7 +125,19 @@ class Chars(Tokenizer):
         return ids.astype(np.int32)
 
 
-class BytePairs(Tokenizer):
+class ByteLevel(Tokenizer):
+    """What byte-level BPE has in common: `_library` of the tokenizers package, and `_bytes_of`, the
+    bytes that each id stands for."""
+
+    def encode_batch(self, texts):
+        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def decode(self, ids):
+        return b"".join(self._bytes_of[i] for i in np.asarray(ids)).decode(errors="replace")
+
+
+class BytePairs(ByteLevel):
     """Byte-level BPE: 256 single bytes, then merges, then the document mark.
 
     There is no normalizer and every byte has an id, so decoding gives back any text exactly. Words
@@ -171,13 +183,6 @@ class BytePairs(Tokenizer):
 
     def definition(self):
         return {"name": self.name, "vocab": self.vocab, "merges": self.merges}
-
-    def encode_batch(self, texts):
-        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-    def decode(self, ids):
-        return b"".join(self._bytes_of[i] for i in np.asarray(ids)).decode(errors="replace")
 
     @functools.cached_property
     def _library(self):
