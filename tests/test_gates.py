@@ -151,14 +151,16 @@ def test_counts_and_flops_hold_the_gate():
     assert found[1] - found[0] == 2 * more
 
 
-def test_statistics_of_attention():
+@pytest.mark.parametrize("kind", ["headwise", "elementwise", "const"])
+def test_statistics_of_attention(kind):
     """Against the taps themselves; padding does not count."""
     from lmscale_jax.data.pipeline import Batch
     from lmscale_jax.run import mesh as meshes
 
-    config, model, params = make(attn_gate="headwise")
-    ids = np.asarray(tokens(3, seed=1), np.int32)
-    targets = np.where(np.arange(3)[:, None] < 2, ids, -1).astype(np.int32)
+    config, model, params = make(attn_gate=kind)
+    # As many windows as heads: a free gate has no axis of windows, whatever its shape.
+    ids = np.asarray(tokens(4, seed=1), np.int32)
+    targets = np.where(np.arange(4)[:, None] < 2, ids, -1).astype(np.int32)
     with config.unlocked():
         config.train.batch_size, config.mesh.cpu_devices = 1, 1
     mesh = meshes.make(config, jax.devices()[:1])
@@ -167,6 +169,9 @@ def test_statistics_of_attention():
     )
     taps = model.taps(params, ids[:2], lambda _, x: x)["blocks"]
     gate = np.asarray(taps["gate"]).reshape(3, -1)
+    if kind == "const":
+        # Free parameters differ by channel, so all of them are in every window.
+        assert gate.shape[1] == 32
     np.testing.assert_allclose(found["gate"]["mean"], gate.mean(axis=1), atol=0.004)
     np.testing.assert_allclose(found["gate"]["p50"], np.median(gate, axis=1), atol=0.03)
     np.testing.assert_allclose(found["gate"]["frac_below_0.1"], (gate < 0.1).mean(axis=1))

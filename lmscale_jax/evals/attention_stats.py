@@ -22,12 +22,18 @@ def make(model: Model, mesh) -> Callable:
     the mean over heads and later positions. The rest: largest absolute value.
     """
 
+    free = "free" in model.specs["blocks"]["attention"].get("gate", {})
+
     def measure(params, batch):
         B, T = batch.tokens_BxT.shape
 
         def keep(name, x):
             if name == "gate":
-                return _counts(x, B)
+                # A gate without an input is the same in every window.
+                x_BxG = (
+                    jnp.broadcast_to(x.reshape(1, -1), (B, x.size)) if free else x.reshape(B, -1)
+                )
+                return _counts(x_BxG)
             if name == "scores":
                 return _sink(x, T)
             if name in LARGEST:
@@ -41,12 +47,10 @@ def make(model: Model, mesh) -> Callable:
     return jax.jit(measure, out_shardings=replicated)
 
 
-def _counts(gate, B: int) -> jax.Array:
-    """[B, BINS]; a gate without an input is the same in every window."""
-    free = gate.ndim == 2 and gate.shape[0] % B
-    x_BxG = jnp.broadcast_to(gate.reshape(1, -1), (B, gate.size)) if free else gate.reshape(B, -1)
-    bins = jnp.clip((x_BxG * BINS).astype(jnp.int32), 0, BINS - 1)
-    return jax.vmap(lambda row: jnp.bincount(row, length=BINS))(bins)
+def _counts(gate_BxG) -> jax.Array:
+    """[B, BINS]."""
+    bins_BxG = jnp.clip((gate_BxG * BINS).astype(jnp.int32), 0, BINS - 1)
+    return jax.vmap(lambda row: jnp.bincount(row, length=BINS))(bins_BxG)
 
 
 def _sink(scores_BxHxP: jax.Array, T: int) -> jax.Array:
