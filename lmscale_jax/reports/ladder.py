@@ -33,7 +33,7 @@ def write(
     arms = [plan.ladder["baseline"]]
     arms += [arm for arm in sorted(plan.ladder["arms"]) if arm not in arms]
     rows, _ = results.chosen(results.finished(found))
-    fits = figures.fits_of(arms, rows, plan.ladder["fit"]["n"])
+    fits, without = figures.fits_of(arms, rows, plan.ladder["fit"]["n"])
     page = Page(verdict["question"] or "A ladder")
     page.say(verdict["answer"], "answer")
     _notes(page, verdict)
@@ -49,7 +49,7 @@ def write(
     _cells(page, found, folder)
     page.head("Learning curves")
     page.figures([figures.curves(arms, rows, workdir, folder / "curves.png")])
-    _diagnostics(page, arms, fits, folder)
+    _diagnostics(page, arms, fits, without, folder)
     _differences(page, plan, verdict)
     _reproduce(page, plan, workdir, found, argv)
     return page.write(folder)
@@ -145,13 +145,12 @@ def _cells(page: Page, found: list[dict], folder: Path) -> None:
     page.table(head, rows, folder / "runs.csv")
 
 
-def _diagnostics(page: Page, arms: list[str], fits: dict, folder: Path) -> None:
+def _diagnostics(page: Page, arms: list[str], fits: dict, without: dict, folder: Path) -> None:
     page.head("The laws")
+    for arm, why in without.items():
+        page.say(f"{arm} has no law: {why}", "warn")
     path = figures.residuals(arms, fits, folder / "residuals.png")
-    if path is None:
-        page.say("No arm has enough finished anchors for a law.", "warn")
-        return
-    page.figures([path])
+    page.figures([path] if path else [])
     for arm, result in fits.items():
         said = ", ".join(f"{k} = {v:.4g}" for k, v in result.params.items())
         page.say(f"{arm}: {result.law.name}, {said}; {len(result.table)} runs.")

@@ -133,21 +133,21 @@ def residuals(arms: list[str], fits: dict, path: Path) -> Path | None:
     return save(figure, path)
 
 
-def fits_of(arms: list[str], rows: list[dict], n: str) -> dict:
-    """{arm: the law of its finished anchors}; arms with too few are left out."""
+def fits_of(arms: list[str], rows: list[dict], n: str) -> tuple[dict, dict[str, str]]:
+    """({arm: the law of its finished anchors}, {arm: why it has none})."""
     from lmscale_jax import science
     from lmscale_jax.science.forecast import suited
     from lmscale_jax.study import results
 
-    found = {}
+    found, without = {}, {}
     for arm in arms:
         own = [r for r in rows if r["variant"] == arm and r["role"] != "held_out"]
         try:
             table = science.as_table(results.table(own, n), name=arm)
             found[arm] = science.fit(table, law=suited(table), bootstrap=500)
-        except InputError:
-            continue
-    return found
+        except InputError as error:
+            without[arm] = str(error)
+    return found, without
 
 
 def _plain(axis) -> None:
