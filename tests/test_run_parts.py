@@ -112,26 +112,30 @@ def test_a_writer_that_is_not_installed_is_said_at_once(monkeypatch, small):
 
 
 PROGRAM = """
-import resource, sys
+import resource, statistics, sys
 from configs import base
 from lmscale_jax.run import mesh
 if sys.argv[1] == "start":
     mesh.start(base.get_config())
 import jax, jax.numpy as jnp
-f = jax.jit(lambda x: (jnp.sort(x @ x.T, axis=0) @ x).sum())
+f = jax.jit(lambda x: (jnp.tanh(x @ x.T) @ x).sum())
 x = jnp.ones((4096, 64))
-for _ in range(3):
+faults = []
+for _ in range(40):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     f(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-f(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(int(statistics.median(faults[20:])))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_temporaries_are_not_faulted_in_at_every_step():
-    """64 MiB of temporaries are 16,384 pages; kept memory faults in next to none of them."""
+    """64 MiB of temporaries are 16,384 pages; kept memory faults in next to none of them.
+
+    The heap grows over the first calls, by up to six such chunks on a busy machine.
+    """
     faults = {}
     for how in ("start", "plain"):
         done = subprocess.run(
