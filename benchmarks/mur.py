@@ -81,6 +81,7 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     from benchmarks import mur_forms
     from configs import nanogpt_char
     from lmscale_jax import config as configs
+    from lmscale_jax import derived
     from lmscale_jax.model.build import build
     from lmscale_jax.mur import utility
     from lmscale_jax.optim import build as optim
@@ -102,7 +103,7 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     if form:
         weigh = functools.partial(utility.weights, "mean", key=None, k=1, share=1.0)
         how = utility.Measure(config.mur.metric, config.mur.eps)
-        layers, lam = configs.mur_layers(config), config.mur.lambda_max
+        layers, lam = derived.mur_layers(config), config.mur.lambda_max
         value = getattr(mur_forms, form)(config, model, how, lam, layers, weigh)
 
         def gradient(params, batch, key, asked=None):

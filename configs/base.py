@@ -10,124 +10,15 @@ Durations are strings: "200" (steps), "5%" (of the run) or "50M tokens".
 import ml_collections
 
 from configs.key import Key
+from configs.modelling import MODEL
 from configs.optimizing import FREEZE, OPTIM, SCHEDULE
 from configs.regularizing import MUR
 
-_GATED = {"model.attn_gate": ("headwise", "elementwise", "const")}
-_READING = {"model.attn_gate": ("headwise", "elementwise")}
 _SIZED = {"parametrization.name": ("mup", "completep")}
 
 SPEC = {
     "seed": Key(0, "seed of initialisation and dropout; the data order has its own", low=0),
-    "model": {
-        "n_layers": Key(4, "decoder blocks", low=1),
-        "d_model": Key(256, "width of the residual stream", low=1),
-        "n_heads": Key(4, "query heads", low=1),
-        "n_kv_heads": Key(0, "key and value heads; 0: as many as query heads (MHA)", low=0),
-        "head_dim": Key(0, "channels per head; 0: d_model / n_heads", low=0),
-        "d_ff": Key(
-            0,
-            "hidden width of the MLP; 0: 4 d_model, or for gated MLPs 8/3 d_model rounded to a "
-            "multiple of 64, which spends the same parameters",
-            low=0,
-        ),
-        "mlp": Key("gelu", "activation", choices=("gelu", "relu2", "swiglu", "geglu")),
-        "gelu": Key(
-            "tanh",
-            "form of GELU; tanh is GPT-2's and the faster one on CPU",
-            choices=("tanh", "erf"),
-            when={"model.mlp": ("gelu", "geglu")},
-        ),
-        "norm": Key("layernorm", "pre-norm of each branch", choices=("layernorm", "rmsnorm")),
-        "norm_eps": Key(1e-5, "added to the variance", above=0.0),
-        "bias": Key(False, "biases on dense products and on LayerNorm"),
-        "positions": Key("learned", "position encoding", choices=("learned", "rope", "none")),
-        "rope_theta": Key(
-            1e4, "longest RoPE wavelength / 2 pi", above=1.0, when={"model.positions": ("rope",)}
-        ),
-        "max_seq_len": Key(
-            0,
-            "rows of the learned position table; 0: data.seq_len",
-            low=0,
-            when={"model.positions": ("learned",)},
-        ),
-        "head": Key(
-            "tied", "readout: the embedding transposed, or its own", choices=("tied", "untied")
-        ),
-        "logit_scale": Key(
-            "one",
-            "what the readout's product is multiplied by before the softcap; inverse_sqrt_width, "
-            "of the speedrun models, belongs to sp: mup has a scale of its own",
-            choices=("one", "inverse_sqrt_width"),
-        ),
-        "logit_softcap": Key(
-            0.0, "c in c tanh(logits / c), the bound of the logits (Gemma 2); 0: none", low=0.0
-        ),
-        "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's", low=0),
-        "attn_gate": Key(
-            "none",
-            "gates attention by act(x W) of the block's normalised input, for each head or each "
-            "channel (Qiu et al. 2025), or by a free parameter for each channel",
-            choices=("none", "headwise", "elementwise", "const"),
-        ),
-        "gate_place": Key(
-            "sdpa",
-            "what is gated: the heads' results, queries, keys, values, or the projected output",
-            choices=("sdpa", "query", "key", "value", "output"),
-            when=_GATED,
-        ),
-        "gate_activation": Key(
-            "sigmoid",
-            "ns_sigmoid: 0.5 + 0.5 sigmoid, which shuts nothing off",
-            choices=("sigmoid", "ns_sigmoid"),
-            when=_GATED,
-        ),
-        "gate_bias": Key(False, "a bias under the activation, 0 at first", when=_READING),
-        "gate_bias_init": Key(
-            0.0, "added to what the activation gets: 2.2 opens gates to 0.9", when=_GATED
-        ),
-        "gate_input": Key(
-            "own",
-            "earlier: a control whose gates read another, earlier position's input",
-            choices=("own", "earlier"),
-            when=_READING,
-        ),
-        "dropout": Key(0.0, "embedding, attention and residual dropout rate", low=0.0, high=0.9),
-        "mask": Key(
-            "causal",
-            "document: attention does not cross document boundaries",
-            choices=("causal", "document"),
-        ),
-        "dtype": Key(
-            "float32",
-            "compute type of products; parameters, norms, softmax and loss stay float32",
-            choices=("float32", "bfloat16"),
-        ),
-        "attention": Key(
-            "auto",
-            "auto: saved on CPU, xla elsewhere. plain: the definition. saved: keeps the "
-            "probabilities for a hand-written backward. xla: jax.nn.dot_product_attention",
-            choices=("auto", "plain", "saved", "xla"),
-        ),
-        "stack": Key(
-            "auto",
-            "how the blocks run; auto: unrolled on CPU, scan on accelerators (compile time)",
-            choices=("auto", "scan", "unroll"),
-            identity=False,
-        ),
-        "remat": Key(
-            "none",
-            "what the backward pass recomputes: nothing, whole blocks, all but dense products",
-            choices=("none", "block", "dots"),
-            identity=False,
-        ),
-        "loss_chunk": Key(
-            0,
-            "tokens per chunk of the loss; 0: chunks only where the logits would exceed 256 MiB",
-            low=0,
-            identity=False,
-        ),
-    },
+    "model": MODEL,
     "parametrization": {
         "name": Key(
             "sp",
@@ -164,7 +55,7 @@ SPEC = {
         "embed_scale": Key(
             1.0, "multiplier of the embedding, tuned at the base", above=0.0, when=_SIZED
         ),
-        "attention_scale": Key(1.0, "multiplier of q·k, tuned at the base", above=0.0, when=_SIZED),
+        "attention_scale": Key(1.0, "multiplier of q·k / sqrt(head_dim)", above=0.0),
         "output_scale": Key(
             1.0, "multiplier of the logits, tuned at the base", above=0.0, when=_SIZED
         ),
@@ -185,8 +76,16 @@ SPEC = {
         "init_std": Key(0.02, "standard deviation of initial matrices (GPT-2)", above=0.0),
         "residual_init": Key(
             "depth_scaled",
-            "projections into the residual stream: std / sqrt(2 n_layers) (GPT-2), or as the rest",
-            choices=("depth_scaled", "plain"),
+            "projections into the residual stream: std / sqrt(2 n_layers) (GPT-2), as the rest, or "
+            "zeros, so that every block begins as the identity",
+            choices=("depth_scaled", "plain", "zeros"),
+        ),
+        "embed_std": Key(0.0, "of initial embeddings; 0: init_std", low=0.0),
+        "head_init": Key(
+            "normal",
+            "zeros: all tokens are equally likely at first, a loss of ln(vocab_size)",
+            choices=("normal", "zeros"),
+            when={"model.head": ("untied",)},
         ),
     },
     "optim": OPTIM,

@@ -13,6 +13,9 @@ OPTIM = {
         choices=("adamw", "sgd", "lion", "muon", "normuon"),
     ),
     "lr": Key(1e-3, "peak learning rate; of what adamw takes where muon takes the rest", above=0.0),
+    "embed_lr_factor": Key(1.0, "of lr, for embeddings", above=0.0),
+    "head_lr_factor": Key(1.0, "of lr, for an untied readout", above=0.0),
+    "vector_lr_factor": Key(1.0, "of lr, for gains, biases and scalars", above=0.0),
     "beta1": Key(0.9, "decay of the first moment", low=0.0, high=0.9999, when=_MOMENTS),
     "beta2": Key(
         0.95,

@@ -4,15 +4,14 @@ import difflib
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
 from configs.base import SPEC, Key
+from lmscale_jax import clashes
+from lmscale_jax.derived import DURATION, total_steps
 from lmscale_jax.errors import InputError
-
-SCALES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 def keys(spec: dict = SPEC, prefix: str = "") -> Iterator[tuple[str, Key]]:
@@ -34,7 +33,7 @@ def get(config, path: str):
 def validate(config: ConfigDict) -> None:
     """Raises InputError at the first unknown, mistyped, out-of-range, unused or clashing key."""
     check_keys(config, SPEC)
-    _check_together(config)
+    clashes.check(config)
 
 
 def check_keys(config, spec: dict) -> None:
@@ -99,7 +98,7 @@ def _check_value(path: str, value, key: Key) -> None:
         refuse(f"must be at most {key.high}")
     if key.above is not None and value <= key.above:
         refuse(f"must be above {key.above}")
-    if key.duration and not _DURATION.fullmatch(value.strip().lower()):
+    if key.duration and not DURATION.fullmatch(value.strip().lower()):
         refuse('is no duration like "200" (steps), "5%" or "50M tokens"')
 
 
@@ -111,229 +110,6 @@ def _check_used(config, path: str, key: Key) -> None:
                 f"{get(config, other)!r}; it needs {other}={' or '.join(map(repr, allowed))}, or "
                 f"leave it at {key.default!r}"
             )
-
-
-def _check_model(config) -> None:
-    model, data = config.model, config.data
-    if not model.head_dim and model.d_model % model.n_heads:
-        good = max(h for h in range(1, model.n_heads) if model.d_model % h == 0)
-        raise InputError(
-            f"config.model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}; "
-            f"{good} would, or set model.head_dim"
-        )
-    if model.n_kv_heads and model.n_heads % model.n_kv_heads:
-        good = max(h for h in range(1, model.n_kv_heads) if model.n_heads % h == 0)
-        raise InputError(
-            f"config.model.n_kv_heads={model.n_kv_heads} does not divide "
-            f"model.n_heads={model.n_heads}; {good} would"
-        )
-    head_dim = model.head_dim or model.d_model // model.n_heads
-    if model.positions == "rope" and head_dim % 2:
-        raise InputError(
-            f"config.model.head_dim={head_dim} is odd, and RoPE rotates pairs; "
-            f"{head_dim + 1} would work"
-        )
-    if model.gate_place == "output" and model.attn_gate == "headwise":
-        raise InputError(
-            "config.model.attn_gate='headwise' with model.gate_place='output': the projected "
-            "output has no heads; 'elementwise' would work, or gate_place='sdpa'"
-        )
-    if model.positions == "learned" and 0 < model.max_seq_len < data.seq_len:
-        raise InputError(
-            f"config.data.seq_len={data.seq_len} is longer than model.max_seq_len="
-            f"{model.max_seq_len}; {model.max_seq_len} would work"
-        )
-
-
-def _check_together(config) -> None:
-    _check_model(config)
-    model, train, data = config.model, config.train, config.data
-    if train.batch_size % train.accum:
-        good = max(a for a in range(1, train.accum) if train.batch_size % a == 0)
-        raise InputError(
-            f"config.train.accum={train.accum} does not divide train.batch_size="
-            f"{train.batch_size}; {good} would"
-        )
-    if not train.steps and not train.tokens:
-        raise InputError("config.train.steps=0 needs train.tokens; train.tokens=1e8 would work")
-    if data.source != "stdlib" and not data.path:
-        raise InputError(f"config.data.path='' must name the {data.source} data, such as corpus/*")
-    if data.tokenizer == "hf" and not data.tokenizer_path:
-        raise InputError(
-            "config.data.tokenizer_path='' must name the directory of data.tokenizer='hf', such as "
-            "tokenizers/gpt2"
-        )
-    if model.attention in ("saved", "xla") and model.dropout:
-        raise InputError(
-            f"config.model.attention={model.attention!r} has no attention dropout "
-            f"(model.dropout={model.dropout}); 'plain' or 'auto' would work"
-        )
-    for name in ("activations_every", "spectral_every"):
-        if config.log[name] % config.log.every:
-            raise InputError(
-                f"config.log.{name}={config.log[name]} is no multiple of log.every="
-                f"{config.log.every}, whose lines carry it; {config.log.every} would work"
-            )
-    _check_base(config)
-    _check_schedule(config)
-    _check_freeze(config)
-    _check_mur(config)
-    if bool(train.parent) != bool(train.parent_step):
-        raise InputError(
-            f"config.train.parent={train.parent!r} and train.parent_step={train.parent_step} go "
-            f"together; parent='runs/stable' with parent_step=1000 would work, or '' with 0"
-        )
-
-
-def _check_base(config) -> None:
-    base, model = config.parametrization, config.model
-    if base.name == "sp":
-        return
-    if model.logit_scale != "one":
-        raise InputError(
-            f"config.model.logit_scale={model.logit_scale!r} would scale the logits by width twice "
-            f"with parametrization.name={base.name!r}; 'one' would work"
-        )
-    if not base.base_width:
-        raise InputError(
-            f"config.parametrization.base_width=0 must be given for {base.name}; the width at "
-            f"which the learning rate was tuned, such as 256"
-        )
-    if base.name == "completep" and not base.base_depth:
-        raise InputError(
-            "config.parametrization.base_depth=0 must be given for completep; the depth at which "
-            "the learning rate was tuned, such as 4"
-        )
-    size = model.head_dim or model.d_model // model.n_heads
-    base_size = base.base_head_dim or size
-    for path, width, unit in (
-        ("model.d_model", model.d_model, size),
-        ("parametrization.base_width", base.base_width, base_size),
-    ):
-        if width % unit:
-            raise InputError(
-                f"config.{path}={width} is no multiple of the head size {unit}, so the number of "
-                f"heads cannot follow it; {max(1, round(width / unit)) * unit} would work"
-            )
-    heads, ratio = (
-        base.base_width // base_size,
-        model.n_heads // (model.n_kv_heads or model.n_heads),
-    )
-    if heads % ratio:
-        raise InputError(
-            f"config.parametrization.base_width={base.base_width} makes {heads} heads, which "
-            f"{ratio} query heads to a key head do not divide; {ratio * base_size} would work"
-        )
-
-
-def _check_schedule(config) -> None:
-    steps = total_steps(config)
-    spent = duration(config.schedule.warmup, config)
-    if config.schedule.name == "wsd":
-        spent += duration(config.schedule.cooldown, config)
-    if spent > steps:
-        raise InputError(
-            f"config.schedule.warmup={config.schedule.warmup!r} and cooldown take {spent} steps of "
-            f"{steps}; '5%' would work"
-        )
-
-
-def _check_freeze(config) -> None:
-    freeze, n = config.freeze, config.model.n_layers
-    if freeze.mode == "fixed":
-        try:
-            numbers = block_numbers(freeze.blocks)
-        except ValueError:
-            numbers = []
-        if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= b < n for b in numbers):
-            raise InputError(
-                f"config.freeze.blocks={freeze.blocks!r} must name different blocks from 0 to "
-                f"{n - 1}; '0' would work"
-            )
-    near = max(1, round(n * freeze.near_input)) if freeze.mode == "random_near_input" else n
-    if freeze.mode in ("random", "random_near_input") and freeze.count > near:
-        raise InputError(
-            f"config.freeze.count={freeze.count} is more than the {near} block(s) to draw from; "
-            f"{near} would work"
-        )
-    if freeze.mode == "unfreeze":
-        last = (n - 1) * duration(freeze.every, config)
-        if last >= total_steps(config):
-            raise InputError(
-                f"config.freeze.every={freeze.every!r} lets the last of {n} blocks begin at step "
-                f"{last} of {total_steps(config)}; '{(total_steps(config) - 1) // n}' would work"
-            )
-
-
-def _check_mur(config) -> None:
-    mur, n, steps = config.mur, config.model.n_layers, total_steps(config)
-    if mur.mode not in ("loss", "update"):
-        return
-    for name in ("first_block", "last_block"):
-        if mur[name] >= n:
-            raise InputError(f"config.mur.{name}={mur[name]} is no block of {n}; {n - 1} would be")
-    if 0 <= mur.last_block < mur_layers(config).start:
-        first = mur_layers(config).start
-        raise InputError(
-            f"config.mur.last_block={mur.last_block} comes before the first block acted on, "
-            f"{first}; {first} would work"
-        )
-    if mur.first_block < 0 and mur.last_block < 0 and mur.start >= mur.end:
-        raise InputError(
-            f"config.mur.start={mur.start} is not below mur.end={mur.end}; 0.0 with 1.0 takes all "
-            f"blocks"
-        )
-    if mur.tau_kind == "quantile" and not 0 < mur.tau < 1:
-        raise InputError(
-            f"config.mur.tau={mur.tau} is no quantile strictly between 0 and 1 "
-            f"(mur.tau_kind='quantile'); 0.5 would work"
-        )
-    if mur.mode == "update" and mur.granularity == "branch":
-        raise InputError(
-            "config.mur.granularity='branch' has no factor for half a block's update "
-            "(mur.mode='update'); 'block' would work"
-        )
-    if duration(mur.warmup, config) >= steps:
-        raise InputError(
-            f"config.mur.warmup={mur.warmup!r} is {duration(mur.warmup, config)} steps of {steps}, "
-            f"so nothing would ever happen; '5%' would work"
-        )
-
-
-def mur_layers(config) -> range:
-    """The blocks that mur.* acts on. A fraction v of L blocks is round(v L), half to even."""
-    mur, n = config.mur, config.model.n_layers
-    first = mur.first_block if mur.first_block >= 0 else min(n - 1, round(n * mur.start))
-    stop = mur.last_block + 1 if mur.last_block >= 0 else round(n * mur.end)
-    return range(first, min(n, max(first + 1, stop)))
-
-
-def block_numbers(text: str) -> list[int]:
-    """ "0,3" as [0, 3]. Raises ValueError."""
-    return [int(part) for part in text.split(",")]
-
-
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|(?:([kmbt]?)\s*(steps?|tokens?))?)")
-
-
-def duration(text: str, config) -> int:
-    """A duration ("200", "5%", "50M tokens") in whole optimizer steps, rounded up."""
-    number, percent, scale, unit = _DURATION.fullmatch(text.strip().lower()).groups()
-    if percent:
-        amount = float(number) / 100 * total_steps(config)
-    else:
-        amount = float(number) * SCALES[scale or ""]
-        if unit and unit.startswith("token"):
-            amount /= tokens_per_step(config)
-    return int(-(-amount // 1))
-
-
-def tokens_per_step(config) -> int:
-    return config.train.batch_size * config.data.seq_len
-
-
-def total_steps(config) -> int:
-    return config.train.steps or int(-(-config.train.tokens // tokens_per_step(config)))
 
 
 def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:

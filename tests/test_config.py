@@ -7,7 +7,8 @@ from conftest import run
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from lmscale_jax.config import duration, fingerprint, resolve, total_steps, validate
+from lmscale_jax.config import fingerprint, resolve, validate
+from lmscale_jax.derived import duration, total_steps
 from lmscale_jax.errors import InputError
 
 

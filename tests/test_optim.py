@@ -7,6 +7,7 @@ import pytest
 
 from configs import base
 from lmscale_jax import config as configs
+from lmscale_jax import derived
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
@@ -47,7 +48,7 @@ def test_durations():
     config = resolved(train__steps=500, train__batch_size=10, data__seq_len=100)
     for text, steps in (("20", 20), ("10%", 50), ("20 steps", 20), ("5k tokens", 5),
                         ("0.1M tokens", 100), ("1.5k tokens", 2), ("0", 0)):  # fmt: skip
-        assert configs.duration(text, config) == steps, text
+        assert derived.duration(text, config) == steps, text
 
 
 @pytest.mark.parametrize("mode", ["independent", "coupled"])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale_jax.config import duration
+from lmscale_jax.derived import duration
 from lmscale_jax.model.build import Model
 from lmscale_jax.mur.utility import mean, norms
 from lmscale_jax.run import mesh as meshes

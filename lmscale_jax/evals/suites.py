@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lmscale_jax import clashes
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import agreement, attention_stats, mur_stats, redundancy
 from lmscale_jax.run import record
@@ -62,6 +63,8 @@ def run(names: list[str], loaded: Loaded, n_tokens: int, say: Callable[[str], No
     With "redundancy" and "mur" both, also how alike they rank the blocks.
     """
     result, measures, n_windows = {}, {}, 0
+    for name in {"redundancy", "mur"}.intersection(names):
+        clashes.check_chain(loaded.setup.config.model, f"--suites={name}", clashes.READ_ONLY)
     if "perplexity" in names:
         result |= loaded.setup.validate(loaded.params)
         say(f"perplexity           {result['perplexity']:.4f}, loss {result['val_loss']:.4f}")

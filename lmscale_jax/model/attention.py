@@ -1,13 +1,14 @@
-"""Causal self-attention: projections, rotary positions, and the kernels that can serve it."""
+"""Causal self-attention: projections, rotary positions, windows."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmscale_jax.model import ops
+from lmscale_jax.model import param
 from lmscale_jax.model.gates import Gate
-from lmscale_jax.model.layers import Call, Dense
+from lmscale_jax.model.kernels import KERNELS
+from lmscale_jax.model.layers import Call, Dense, unit_rms
 
 
 class Attention(nnx.Module):
@@ -27,12 +28,19 @@ class Attention(nnx.Module):
         self.gated = model.gate_place if model.attn_gate != "none" else ""
         if self.gated:
             self.gate = Gate(model)
+        self.unit_eps = model.norm_eps if model.qk_norm == "rmsnorm" else None
+        if model.value_embeddings:
+            self.value_share, self.row_share = param.scalar(0.5), param.scalar(0.5)
 
     def __call__(self, x_NxD: jax.Array, call: Call) -> jax.Array:
         B, T = call.batch, call.length
         q_BxTxHxd = self.query(x_NxD, call).reshape(B, T, self.heads, self.size)
         k_BxTxKxd = self.key(x_NxD, call).reshape(B, T, self.kv_heads, self.size)
         v_BxTxKxd = self.value(x_NxD, call).reshape(B, T, self.kv_heads, self.size)
+        v_BxTxKxd = self.mixed(v_BxTxKxd, call)
+        if self.unit_eps is not None:
+            q_BxTxHxd = unit_rms(q_BxTxHxd, self.unit_eps)
+            k_BxTxKxd = unit_rms(k_BxTxKxd, self.unit_eps)
         q_BxTxHxd = self.pass_gate("query", q_BxTxHxd, x_NxD, call)
         k_BxTxKxd = self.pass_gate("key", k_BxTxKxd, x_NxD, call)
         v_BxTxKxd = self.pass_gate("value", v_BxTxKxd, x_NxD, call)
@@ -45,6 +53,15 @@ class Attention(nnx.Module):
         o_BxTxHxd = self.kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, call)
         o_BxTxHxd = self.pass_gate("sdpa", o_BxTxHxd, x_NxD, call)
         return self.pass_gate("output", self.out(o_BxTxHxd.reshape(B * T, -1), call), x_NxD, call)
+
+    def mixed(self, v_BxTxKxd: jax.Array, call: Call) -> jax.Array:
+        """The values, with rows of a table where this block has one (modded-nanogpt's)."""
+        if not hasattr(self, "value_share"):
+            return v_BxTxKxd
+        v = self.value_share[...].astype(v_BxTxKxd.dtype) * v_BxTxKxd
+        if call.values_BxTxKxd is None:
+            return v
+        return v + (self.row_share[...] * call.values_BxTxKxd).astype(v.dtype)
 
     def pass_gate(self, place: str, y: jax.Array, x_NxD: jax.Array, call: Call) -> jax.Array:
         """y, gated if this is the place of the gate; x is what the block's attention reads."""
@@ -60,9 +77,19 @@ def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:
     return scores_BxHxTxT[:, :, *np.tril_indices(T)]
 
 
-def rope_tables(length: int, size: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines, each [length, size / 2] float32 (Su et al. 2021, arXiv 2104.09864)."""
-    frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+def rope_tables(
+    length: int, size: int, theta: float, channels: str = "all"
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, each [length, size / 2] float32 (Su et al. 2021, arXiv 2104.09864).
+
+    channels="half" turns half of the channels, from 1 to 1 / theta radians a token, both included,
+    and leaves the others alone (modded-nanogpt).
+    """
+    if channels == "half":
+        turned = theta ** -jnp.linspace(0, 1, size // 4, dtype=jnp.float32)
+        frequency = jnp.concatenate([turned, jnp.zeros(size // 2 - size // 4)])
+    else:
+        frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
@@ -73,61 +100,3 @@ def rotate(x_BxTxHxd: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array
     a, b = jnp.split(x_BxTxHxd.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
     return turned.astype(x_BxTxHxd.dtype)
-
-
-def _head_major(kernel):
-    """Adapts a kernel on [B*H, T, d] with as many key and value heads as query heads."""
-
-    def run(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, call: Call):
-        B, T, H, d = q_BxTxHxd.shape
-
-        def flat(x):
-            x = jnp.repeat(x, H // x.shape[2], axis=2) if x.shape[2] != H else x
-            return x.transpose(0, 2, 1, 3).reshape(B * H, T, d)
-
-        o = kernel(call, flat(q_BxTxHxd), flat(k_BxTxKxd), flat(v_BxTxKxd))
-        return o.reshape(B, H, T, d).transpose(0, 2, 1, 3)
-
-    return run
-
-
-def _plain(call: Call, q_BHxTxd, k_BHxTxd, v_BHxTxd):
-    rate = call.dropout if call.key is not None else 0.0
-    key = jax.random.fold_in(call.key, 3) if rate else None
-    return ops.plain.attention(
-        q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=call.attention_scale,
-        segments_BxT=call.segments_BxT, dropout=rate, key=key,
-    )  # fmt: skip
-
-
-def _saved(call: Call, q_BHxTxd, k_BHxTxd, v_BHxTxd):
-    return ops.cpu.attention(
-        q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=call.attention_scale, segments_BxT=call.segments_BxT
-    )
-
-
-def _xla(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, call: Call):
-    mask = None
-    if call.segments_BxT is not None:
-        s = call.segments_BxT
-        mask = (s[:, :, None] == s[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(
-        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask=mask, scale=call.attention_scale, is_causal=True
-    )
-
-
-KERNELS = {"plain": _head_major(_plain), "saved": _head_major(_saved), "xla": _xla}
-
-
-def choose(model, platform: str) -> tuple[str, str]:
-    """The kernel that model.attention names, or for "auto" the best here, and why.
-
-    Raises InputError (in config.validate) where a named kernel cannot serve.
-    """
-    if model.attention != "auto":
-        return model.attention, "asked for"
-    if model.dropout:
-        return "plain", "only it drops attention probabilities"
-    if platform == "cpu":
-        return "saved", "its own backward rule is faster on CPU (docs/performance.md)"
-    return "xla", f"jax.nn.dot_product_attention on {platform}"

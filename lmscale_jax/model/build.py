@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lmscale_jax.model import attention, gates, ops, param
+from lmscale_jax.model import fp8, gates, kernels, ops, param, wiring
 from lmscale_jax.model.layers import Call
 from lmscale_jax.model.loss import chunk_length, next_token_losses
 from lmscale_jax.model.transformer import Block, Embed, Readout
@@ -56,8 +56,9 @@ class Model(NamedTuple):
     rows: {path: rules.Row}, what each parameter gets.
     init: key -> params, float32.
     logits: (params, tokens_BxT, key=None) -> logits_BxTxV; a key turns dropout on.
-    losses: (params, tokens_BxT, targets_BxT, key=None, around=None) -> nll_BxT float32 in nats, 0
-      where the target is -1; with an `Around` what its `close` makes of them.
+    losses: (params, tokens_BxT, targets_BxT, key=None, around=None, step=None) -> nll_BxT float32
+      in nats, 0 where the target is -1; with an `Around` what its `close` makes of them. Windows
+      that grow are those of that optimizer step; None: whole.
     taps: (params, tokens_BxT, keep) -> what `keep(name, activation)` makes of each activation, as
       {"embed", "blocks": {name: [L, ...]}, "final" (what the last norm reads), "logits"}.
     choices: what was chosen here, and why, by name.
@@ -79,16 +80,16 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
     parts of the mesh split the batch, which decides the size of the loss chunks.
     """
     model = config.model
-    kernel, why = attention.choose(model, platform)
+    kernel, why = kernels.choose(config, platform, shards)
     stack = model.stack
     if stack == "auto":
         stack = "unroll" if platform == "cpu" else "scan"
     parts, specs = _declare(model, kernel)
     rows = rules.table(specs, _declare(rules.base_model(config), kernel)[1], config)
     defs = {name: nnx.split(part)[0] for name, part in parts.items()}
-    call = _shared_call(config, platform)
+    call = shared_call(config, platform)
     body = functools.partial(
-        _hidden, defs=defs, call=call, model=model, stack=stack, boundary=boundary
+        _hidden, defs=defs, call=call, config=config, stack=stack, boundary=boundary
     )
 
     def read(params, x_NxD):
@@ -96,14 +97,18 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
         z_NxV = readout.logits(x_NxD, params["embed"]["tokens"], call)
         scale, cap = rules.scales(config).logits, model.logit_softcap
         z_NxV = z_NxV if scale == 1.0 else z_NxV * scale
-        return cap * jnp.tanh(z_NxV / cap) if cap else z_NxV
+        if not cap:
+            return z_NxV
+        if model.softcap_form == "algebraic":
+            return z_NxV * jax.lax.rsqrt(1 + jnp.square(z_NxV / cap))
+        return cap * jnp.tanh(z_NxV / cap)
 
     def logits(params, tokens_BxT, key=None):
         x_NxD, *_ = body(params, tokens_BxT, key)
         return read(params, x_NxD).reshape(*tokens_BxT.shape, -1)
 
-    def losses(params, tokens_BxT, targets_BxT, key=None, around=None):
-        x_NxD, _, rest = body(params, tokens_BxT, key, around=around)
+    def losses(params, tokens_BxT, targets_BxT, key=None, around=None, step=None):
+        x_NxD, _, rest = body(params, tokens_BxT, key, around=around, step=step)
         length = chunk_length(model, tokens_BxT.shape, shards)
         nll_BxT = next_token_losses(
             functools.partial(read, params), x_NxD, targets_BxT, length, call.ops.cross_entropy
@@ -115,7 +120,9 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
         return kept | {"logits": keep("logits", read(params, x_NxD))}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
-    choices |= gates.described(model, specs)
+    if model.matmul == "fp8":
+        choices["matmul"] = fp8.choose(model, platform)
+    choices |= gates.described(model, specs) | wiring.described(config)
     init = functools.partial(_init, specs, rows)
     return Model(specs, rows, init, logits, losses, taps, choices)
 
@@ -136,7 +143,8 @@ def _init(specs: dict, rows: dict[str, rules.Row], key: jax.Array) -> dict:
 
     def draw(path: str, spec: param.Spec):
         if spec.init != "normal":
-            return (jnp.ones if spec.init == "ones" else jnp.zeros)(spec.shape, jnp.float32)
+            value = {"ones": 1.0, "zeros": 0.0}.get(spec.init, spec.init)
+            return jnp.full(spec.shape, value, jnp.float32)
         stream = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
         if spec.axes[0] == "layers":
             streams = jax.vmap(functools.partial(jax.random.fold_in, stream))(
@@ -150,10 +158,13 @@ def _init(specs: dict, rows: dict[str, rules.Row], key: jax.Array) -> dict:
     return param.map_named(draw, specs)
 
 
-def _shared_call(config, platform: str) -> Call:
-    scales = rules.scales(config)
+def shared_call(config, platform: str) -> Call:
+    """What all forward passes of a model have in common; without tokens, key and positions."""
+    scales, own = rules.scales(config), ops.SETS["cpu" if platform == "cpu" else "plain"]
+    in_fp8 = fp8.choose(config.model, platform).startswith("fp8")
     return Call(
-        ops=ops.SETS["cpu" if platform == "cpu" else "plain"],
+        ops=own,
+        product=fp8.dense if in_fp8 else own.dense,
         dtype=jnp.dtype(config.model.dtype),
         batch=0,
         length=0,
@@ -163,59 +174,93 @@ def _shared_call(config, platform: str) -> Call:
         branch_scale=scales.branch,
         embed_scale=scales.embed,
         gate_scale=scales.gate,
+        window=None,
+        window_block=config.model.window_block,
+        origin_NxD=None,
+        skip_NxD=None,
+        values_BxTxKxd=None,
         dropout=config.model.dropout,
         key=None,
     )
 
 
 def _hidden(
-    params, tokens_BxT, key, *, defs, call: Call, model, stack, boundary, keep=None, around=None
-):
+    params, tokens_BxT, key, *, defs, call: Call, config, stack, boundary, keep=None, around=None,
+    step=None,
+):  # fmt: skip
     """(x, taps, rest): the normalised residual stream after the last block, [B*T, D] in the compute
     type; what `keep` made of each activation (see `Model.taps`); what `around` has left over.
 
     Taps are of a forward pass without `around`; each of the two is None without its cause.
     """
-    B, T = tokens_BxT.shape
+    model, (B, T) = config.model, tokens_BxT.shape
     call = call._replace(batch=B, length=T, key=key)
-    rope = segments_BxT = None
-    if model.positions == "rope":
-        rope = attention.rope_tables(T, model.head_dim, model.rope_theta)
+    segments_BxT = None
     if model.mask == "document" and boundary is not None:
         segments_BxT = jnp.cumsum(tokens_BxT == boundary, axis=1)
     embed = nnx.merge(defs["embed"], params["embed"])
     h_NxD = call.drop(embed(tokens_BxT, call.embed_scale), 0)
-    shared = (key, rope, segments_BxT)
+    shared = wiring.begin(config, embed, h_NxD, tokens_BxT, call, segments_BxT, step)
 
     def part(run, shared, h_NxD, layer, keep=None, taps=None):
-        (params_layer, index), (key, rope, segments_BxT) = layer, shared
-        layer_key = None if key is None else jax.random.fold_in(key, index + 1)
-        given = {"key": layer_key, "rope": rope, "segments_BxT": segments_BxT}
-        one = nnx.merge(defs["blocks"], params_layer)
-        return run(one, h_NxD, call._replace(keep=keep, taps=taps, **given))
-
-    def block(h_NxD, layer):
-        taps = {}
-        return part(Block.__call__, shared, h_NxD, layer, keep, taps), taps
+        params_layer, index = layer
+        given = wiring.of_layer(model, shared, index) | {"keep": keep, "taps": taps}
+        return run(nnx.merge(defs["blocks"], params_layer), h_NxD, call._replace(**given))
 
     taps = None if keep is None else {"embed": keep("embed", h_NxD)}
-    block, rest, n = REMAT[model.remat](block), None, model.n_layers
     if around is None:
-        h_NxD, of_blocks = stacked(params["blocks"], stack, [n])[0](block, h_NxD)
+        h_NxD, of_blocks = _blocks(part, shared, h_NxD, params["blocks"], model, stack, keep)
+        rest = None
     else:
-        sizes = [around.first, around.stop - around.first, n - around.stop]
-        below, chosen, above = stacked(params["blocks"], stack, sizes)
-        wrapped = [
-            around.wrap(functools.partial(part, run), number, model.remat)
-            for number, run in enumerate(PARTS[around.granularity])
-        ]
-        h_NxD, _ = below(block, h_NxD)
-        carry, _ = chosen(functools.partial(_in_turn, wrapped, shared), around.begin(h_NxD))
-        h_NxD, rest = around.end(carry)
-        h_NxD, _ = above(block, h_NxD)
+        h_NxD, rest = _around(around, part, shared, h_NxD, params["blocks"], model, stack)
     if keep is not None:
         taps |= {"blocks": of_blocks, "final": keep("final", h_NxD)}
     return nnx.merge(defs["readout"], params["readout"]).norm(h_NxD, call), taps, rest
+
+
+def _blocks(part, shared: wiring.Shared, h_NxD, params_blocks, model, stack: str, keep):
+    """(h_NxD, taps of the blocks by name): all of them in turn, with skips from half to half."""
+
+    def block_of(shared, saving: bool):
+        def block(h_NxD, layer):
+            taps = {}
+            h_NxD = part(Block.__call__, shared, h_NxD, layer, keep, taps)
+            return h_NxD, (taps, h_NxD if saving else None)
+
+        return REMAT[model.remat](block)
+
+    n = model.n_layers
+    if model.skips == "none":
+        run = stacked(params_blocks, stack, [n])[0]
+        h_NxD, (taps, _) = run(block_of(shared, saving=False), h_NxD)
+        return h_NxD, taps
+    half = n // 2
+    down, middle, up = stacked(params_blocks, stack, [half, n - 2 * half, half])
+    h_NxD, (below, saved_SxNxD) = down(block_of(shared, saving=True), h_NxD)
+    h_NxD, between = middle(block_of(shared, saving=False), h_NxD)
+    entering = shared._replace(skips_SxNxD=saved_SxNxD)
+    h_NxD, (above, _) = up(block_of(entering, saving=False), h_NxD)
+    parts = [below, *([between[0]] if between else []), above]
+    return h_NxD, jax.tree.map(lambda *layers: jnp.concatenate(layers), *parts)
+
+
+def _around(around: Around, part, shared: wiring.Shared, h_NxD, params_blocks, model, stack: str):
+    """(h_NxD, rest): the blocks, those from first to stop - 1 with something around them."""
+
+    def block(h_NxD, layer):
+        return part(Block.__call__, shared, h_NxD, layer), None
+
+    block = REMAT[model.remat](block)
+    sizes = [around.first, around.stop - around.first, model.n_layers - around.stop]
+    below, chosen, above = stacked(params_blocks, stack, sizes)
+    wrapped = [
+        around.wrap(functools.partial(part, run), number, model.remat)
+        for number, run in enumerate(PARTS[around.granularity])
+    ]
+    h_NxD, _ = below(block, h_NxD)
+    carry, _ = chosen(functools.partial(_in_turn, wrapped, shared), around.begin(h_NxD))
+    h_NxD, rest = around.end(carry)
+    return above(block, h_NxD)[0], rest
 
 
 PARTS = {"block": (Block.__call__,), "branch": (Block.attend, Block.feed)}

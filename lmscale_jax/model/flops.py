@@ -2,6 +2,7 @@
 
 import re
 
+from lmscale_jax.model import wiring
 from lmscale_jax.model.loss import chunk_length
 from lmscale_jax.model.param import Spec, named
 
@@ -31,7 +32,8 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
     """FLOPs of one forward pass over one token, by part; a multiplication and addition are two.
 
     "dense": the products inside the blocks. "readout": the product with the vocabulary.
-    "attention": q·k and the weighted sum of values, the causal half of them. Lookups, norms and
+    "attention": q·k and the weighted sum of values, of the
+    keys that the mask and the window leave. Lookups, norms and
     activations are not counted; they grow with the width only, not with its square.
     """
     model = config.model
@@ -39,13 +41,12 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
     return {
         "dense": 2.0 * sum(spec.size for spec in hidden),
         "readout": 2.0 * model.d_model * model.vocab_size,
-        # Two products of 2 T H d each; a token sees T / 2 others on average.
+        # Two products of 2 H d for each key that is seen.
         "attention": model.n_layers
         * 4.0
-        * config.data.seq_len
+        * wiring.mean_visible(config, config.data.seq_len)
         * model.n_heads
-        * model.head_dim
-        / 2,
+        * model.head_dim,
     }
 
 

@@ -262,7 +262,11 @@ def family(config) -> str:
         "head": "tied",
     }
     llama = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "bias": False}
-    common = {"attn_gate": "none", "logit_softcap": 0.0, "mask": "causal"}
+    common = {
+        "attn_gate": "none", "logit_softcap": 0.0, "mask": "causal", "window_layers": "none",
+        "qk_norm": "none", "norm_gain": "learned", "embed_norm": "none", "skips": "none",
+        "x0_mix": "none", "value_embeddings": 0, "rope_channels": "all",
+    }  # fmt: skip
     kind = "llama" if model.positions == "rope" else "gpt2"
     for key, value in ({"gpt2": gpt2, "llama": llama}[kind] | common).items():
         if model[key] != value:

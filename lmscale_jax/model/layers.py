@@ -16,6 +16,7 @@ class Call(NamedTuple):
 
     Attributes:
       ops: the primitives of this platform.
+      product: x w of activations and the weights of blocks.
       dtype: type that products are computed in.
       batch, length: B and T of the N = B*T flat tokens, sequence-major.
       segments_BxT: document numbers within each window, or None for a plain causal mask.
@@ -24,6 +25,12 @@ class Call(NamedTuple):
       branch_scale: factor of what each branch adds to the residual stream.
       embed_scale: factor of the embedding.
       gate_scale: factor of the product that makes a gate for each head.
+      window: blocks of `window_block` tokens that a query sees, its own and those before it; None:
+        everything.
+      window_block: in tokens.
+      origin_NxD: the embedding, for blocks that mix it in; else None.
+      skip_NxD: the stream of an earlier block that enters this one, or None.
+      values_BxTxKxd: what is added to this block's values, or None.
       dropout: rate.
       key: random key of this layer; None turns dropout off.
       keep: what a tap stores of an activation, (name, array) -> array; None measures nothing.
@@ -31,6 +38,7 @@ class Call(NamedTuple):
     """
 
     ops: Ops
+    product: Callable
     dtype: jnp.dtype
     batch: int
     length: int
@@ -40,6 +48,11 @@ class Call(NamedTuple):
     branch_scale: float
     embed_scale: float
     gate_scale: float
+    window: jax.Array | int | None
+    window_block: int
+    origin_NxD: jax.Array | None
+    skip_NxD: jax.Array | None
+    values_BxTxKxd: jax.Array | None
     dropout: float
     key: jax.Array | None
     keep: Callable | None = None
@@ -65,17 +78,27 @@ class Norm(nnx.Module):
 
     def __init__(self, model):
         self.kind, self.eps = model.norm, model.norm_eps
-        self.scale = param.vector("ones", embed=model.d_model)
+        self.gained = model.norm_gain == "learned"
+        if self.gained:
+            self.scale = param.vector("ones", embed=model.d_model)
         if model.norm == "layernorm" and model.bias:
             self.bias = param.vector("zeros", embed=model.d_model)
 
     def __call__(self, h_NxD: jax.Array, call: Call) -> jax.Array:
+        scale_D = self.scale[...] if self.gained else jnp.ones(h_NxD.shape[-1], jnp.float32)
         if self.kind == "rmsnorm":
-            x_NxD = call.ops.rms_norm(h_NxD, self.scale[...], self.eps)
+            x_NxD = call.ops.rms_norm(h_NxD, scale_D, self.eps)
         else:
             bias_D = self.bias[...] if hasattr(self, "bias") else None
-            x_NxD = call.ops.layer_norm(h_NxD, self.scale[...], bias_D, self.eps)
+            x_NxD = call.ops.layer_norm(h_NxD, scale_D, bias_D, self.eps)
         return x_NxD.astype(call.dtype)
+
+
+def unit_rms(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) over the last axis, computed in float32, of x's type."""
+    x_float = x.astype(jnp.float32)
+    mean = jnp.square(x_float).mean(axis=-1, keepdims=True)
+    return (x_float * jax.lax.rsqrt(mean + eps)).astype(x.dtype)
 
 
 class Dense(nnx.Module):
@@ -88,7 +111,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x_NxI: jax.Array, call: Call) -> jax.Array:
         w_IxO = self.weight[...].reshape(x_NxI.shape[-1], -1)
-        y_NxO = call.ops.dense(x_NxI, w_IxO)
+        y_NxO = call.product(x_NxI, w_IxO)
         if hasattr(self, "bias"):
             y_NxO = y_NxO + self.bias[...].reshape(-1).astype(y_NxO.dtype)
         return y_NxO

@@ -67,6 +67,8 @@ def attention(
     *,
     scale: float,
     segments_BxT: jax.Array | None = None,
+    window: jax.Array | int | None = None,
+    window_block: int = 1,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -78,11 +80,13 @@ def attention(
       q_BHxTxd, k_BHxTxd, v_BHxTxd: as many key and value heads as query heads; B is major.
       scale: factor of the scores.
       segments_BxT: int32 document numbers; a query sees only keys of its own document.
+      window: blocks of `window_block` tokens that a query sees, its own and those before it.
       dropout: rate at which probabilities are dropped, the others scaled up to the same mean.
       key: random key, needed if `dropout` is not 0.
     """
     q, k, v = (x.astype(FLOAT) for x in (q_BHxTxd, k_BHxTxd, v_BHxTxd))
-    scores_BHxTxT = _hide(scale * jnp.einsum("btd,bsd->bts", q, k), segments_BxT)
+    scores_BHxTxT = scale * jnp.einsum("btd,bsd->bts", q, k)
+    scores_BHxTxT = _hide(scores_BHxTxT, segments_BxT, window, window_block)
     p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1)
     if dropout:
         keep = jax.random.bernoulli(key, 1 - dropout, p_BHxTxT.shape)
@@ -109,20 +113,32 @@ def _normalize(x_NxD, eps: float, centre: bool):
     return x_NxD * rstd_Nx1, rstd_Nx1
 
 
-def _hide(scores_BHxTxT, segments_BxT):
-    """Scores with -inf where a key is later than its query or in another document.
+def same_document(segments_BxT: jax.Array) -> jax.Array:
+    """Whether query and key are of one document, [B, 1, T, T]."""
+    return (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
+
+
+def near(length: int, window: jax.Array | int, window_block: int) -> jax.Array:
+    """Whether a key's block is less than `window` blocks before that of its query, [T, T]."""
+    shape = (length, length)
+    return _iota(shape, 0) // window_block - _iota(shape, 1) // window_block < window
+
+
+def _hide(scores_BHxTxT, segments_BxT, window=None, window_block: int = 1):
+    """Scores with -inf where a key is later than its query, in another document, or too far back.
 
     Every query sees itself, so that no row is empty and the softmax has no 0 / 0.
     """
     T = scores_BHxTxT.shape[-1]
     # Iotas, not an array of T^2 numbers, which would be a constant of the program in every layer.
     visible_TxT = _iota((T, T), 0) >= _iota((T, T), 1)
+    if window is not None:
+        visible_TxT &= near(T, window, window_block)
     if segments_BxT is None:
         return jnp.where(visible_TxT, scores_BHxTxT, -jnp.inf)
-    same_Bx1xTxT = (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
     scores_BxHxTxT = scores_BHxTxT.reshape(segments_BxT.shape[0], -1, T, T)
-    hidden_BxHxTxT = jnp.where(visible_TxT & same_Bx1xTxT, scores_BxHxTxT, -jnp.inf)
-    return hidden_BxHxTxT.reshape(scores_BHxTxT.shape)
+    visible_Bx1xTxT = visible_TxT & same_document(segments_BxT)
+    return jnp.where(visible_Bx1xTxT, scores_BxHxTxT, -jnp.inf).reshape(scores_BHxTxT.shape)
 
 
 def _iota(shape: tuple[int, ...], axis: int):
@@ -233,8 +249,9 @@ def _norm_backward(x_NxD, scale_D, dy_NxD, eps, centre: bool):
 
 
 def _cpu_attention(
-    q_BHxTxd, k_BHxTxd, v_BHxTxd, *, scale, segments_BxT=None, dropout=0.0, key=None
-):
+    q_BHxTxd, k_BHxTxd, v_BHxTxd, *, scale, segments_BxT=None, window=None, window_block=1,
+    dropout=0.0, key=None,
+):  # fmt: skip
     """As `attention`, keeping the probabilities for the backward pass.
 
     With bfloat16 operands scores, softmax and sums are float32, while the probabilities, the
@@ -244,27 +261,30 @@ def _cpu_attention(
     if dropout:
         return attention(
             q_BHxTxd, k_BHxTxd, v_BHxTxd,
-            scale=scale, segments_BxT=segments_BxT, dropout=dropout, key=key,
+            scale=scale, segments_BxT=segments_BxT, window=window, window_block=window_block,
+            dropout=dropout, key=key,
         )  # fmt: skip
-    return _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, segments_BxT, float(scale))
+    hidden = (segments_BxT, window)
+    return _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, float(scale), window_block)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, segments_BxT, scale):
-    return _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, segments_BxT, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, scale, window_block):
+    return _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, scale, window_block)[0]
 
 
 _HEADS = ((0,), (0,))
 
 
-def _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, segments_BxT, scale):
+def _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, scale, window_block):
     scores_BHxTxT = scale * _product(q_BHxTxd, k_BHxTxd, ((2,), (2,)), _HEADS)
-    p_BHxTxT = jax.nn.softmax(_hide(scores_BHxTxT, segments_BxT), axis=-1).astype(q_BHxTxd.dtype)
+    scores_BHxTxT = _hide(scores_BHxTxT, *hidden, window_block)
+    p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1).astype(q_BHxTxd.dtype)
     o_BHxTxd = _product(p_BHxTxT, v_BHxTxd, ((2,), (1,)), _HEADS).astype(q_BHxTxd.dtype)
     return o_BHxTxd, (q_BHxTxd, k_BHxTxd, v_BHxTxd, p_BHxTxT, o_BHxTxd)
 
 
-def _attend_backward(scale, saved, do_BHxTxd):
+def _attend_backward(scale, window_block, saved, do_BHxTxd):
     """FlashAttention's backward formulas (Dao et al. 2022, arXiv 2205.14135, B.2), p in memory."""
     q_BHxTxd, k_BHxTxd, v_BHxTxd, p_BHxTxT, o_BHxTxd = saved
     dtype = q_BHxTxd.dtype

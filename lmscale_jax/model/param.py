@@ -27,7 +27,7 @@ class Spec:
       n_in: how many of the axes after "layers" are fan-in; the rest are fan-out.
       role: input (finite to width), hidden (width to width), output (width to finite), vector
         (gains and biases) or scalar.
-      init: "normal", "zeros" or "ones".
+      init: "normal", "zeros", "ones", or a number that all values begin with.
       residual: the product is added to the residual stream.
     """
 
@@ -35,7 +35,7 @@ class Spec:
     shape: tuple[int, ...]
     n_in: int
     role: str
-    init: str = "normal"
+    init: str | float = "normal"
     residual: bool = False
 
     def stacked(self, n_layers: int) -> "Spec":
@@ -76,6 +76,11 @@ def weight(fan_in: dict[str, int], fan_out: dict[str, int], role: str, **more) -
 def vector(init: str, **axes: int) -> nnx.Param:
     """Declares a gain or a bias over the named axes; `init` is "ones" or "zeros"."""
     return _param(Spec(tuple(axes), tuple(axes.values()), 0, "vector", init))
+
+
+def scalar(init: float) -> nnx.Param:
+    """Declares a number, one for each block where it belongs to one."""
+    return _param(Spec((), (), 0, "scalar", init))
 
 
 def _param(spec: Spec) -> nnx.Param:

@@ -6,24 +6,34 @@ from flax import nnx
 
 from lmscale_jax.model import param
 from lmscale_jax.model.attention import Attention
-from lmscale_jax.model.layers import MLP, Call, Norm
+from lmscale_jax.model.layers import MLP, Call, Norm, unit_rms
 
 
 class Embed(nnx.Module):
-    """Token embedding and, if learned, positions."""
+    """Token embedding, learned positions, and rows for the values of some blocks, where asked."""
 
     def __init__(self, model):
-        self.tokens = param.weight({"vocab": model.vocab_size}, {"embed": model.d_model}, "input")
+        vocab = {"vocab": model.vocab_size}
+        self.tokens = param.weight(vocab, {"embed": model.d_model}, "input")
         if model.positions == "learned":
             self.positions = param.weight(
                 {"position": model.max_seq_len}, {"embed": model.d_model}, "input"
             )
+        if model.value_embeddings:
+            heads = {"kv_heads": model.n_kv_heads, "head_dim": model.head_dim}
+            self.values = param.weight({"tables": model.value_embeddings} | vocab, heads, "input")
+        self.eps = model.norm_eps if model.embed_norm == "rmsnorm" else None
 
     def __call__(self, tokens_BxT: jax.Array, scale: float) -> jax.Array:
         h_BxTxD = jnp.take(self.tokens[...], tokens_BxT, axis=0)
         if hasattr(self, "positions"):
             h_BxTxD = h_BxTxD + self.positions[...][: tokens_BxT.shape[1]]
-        return (h_BxTxD * scale).reshape(tokens_BxT.size, -1)
+        h_BxTxD = h_BxTxD * scale if self.eps is None else unit_rms(h_BxTxD, self.eps) * scale
+        return h_BxTxD.reshape(tokens_BxT.size, -1)
+
+    def value_rows(self, tokens_BxT: jax.Array, scale: float) -> jax.Array:
+        """[tables, B, T, kv_heads, head_dim]."""
+        return jnp.take(self.values[...], tokens_BxT, axis=1) * scale
 
 
 class Block(nnx.Module):
@@ -32,6 +42,10 @@ class Block(nnx.Module):
     def __init__(self, model, kernel: str):
         self.attention_norm, self.attention = Norm(model), Attention(model, kernel)
         self.mlp_norm, self.mlp = Norm(model), MLP(model)
+        if model.skips == "unet":
+            self.skip = param.scalar(1.0)
+        if model.x0_mix == "learned":
+            self.stream_share, self.origin_share = param.scalar(1.0), param.scalar(0.0)
 
     def __call__(self, h_NxD: jax.Array, call: Call) -> jax.Array:
         h_NxD = self.feed(self.attend(h_NxD, call), call)
@@ -39,7 +53,11 @@ class Block(nnx.Module):
         return h_NxD
 
     def attend(self, h_NxD: jax.Array, call: Call) -> jax.Array:
-        """The residual stream with what attention adds to it."""
+        """The residual stream with what enters from elsewhere and what attention adds to it."""
+        if call.skip_NxD is not None:
+            h_NxD = h_NxD + self.skip[...] * call.skip_NxD
+        if call.origin_NxD is not None:
+            h_NxD = self.stream_share[...] * h_NxD + self.origin_share[...] * call.origin_NxD
         a_NxD = self.attention(self.attention_norm(h_NxD, call), call)
         call.note("attention", lambda: a_NxD)
         return h_NxD + call.branch_scale * call.drop(a_NxD, 1).astype(h_NxD.dtype)

@@ -10,7 +10,7 @@ mean. λ(t) and s(t) are 0 during mur.warmup and then rise in a line over mur.ra
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.config import duration, mur_layers
+from lmscale_jax.derived import duration, mur_layers
 from lmscale_jax.mur import streams
 from lmscale_jax.mur.utility import Measure
 

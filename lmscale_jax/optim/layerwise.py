@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmscale_jax.config import block_numbers, duration
+from lmscale_jax.derived import block_numbers, duration
 
 NEVER = np.iinfo(np.int32).max
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale_jax.config import duration
+from lmscale_jax.derived import duration
 
 
 def make(config, xp=jnp) -> Callable:

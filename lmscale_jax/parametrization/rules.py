@@ -106,7 +106,8 @@ def scales(config) -> Scales:
     size = model.head_dim
     if base.name == "sp":
         logits = model.d_model**-0.5 if model.logit_scale == "inverse_sqrt_width" else 1.0
-        return Scales(embed=1.0, logits=logits, branch=1.0, attention=size**-0.5, gate=1.0)
+        attention = base.attention_scale * size**-0.5
+        return Scales(embed=1.0, logits=logits, branch=1.0, attention=attention, gate=1.0)
     m_L, a = depth(config)
     inverse_m = base.base_width / model.d_model
     return Scales(
@@ -145,6 +146,7 @@ def _row(path: str, spec: Spec, base: Spec, config) -> Row:
         lr *= m_out**config.parametrization.embed_lr_exponent
     if config.parametrization.control == "no_lr_scaling":
         lr = 1.0
+    lr *= _own_factor(config.optim, spec)
     scale = scales(config)
     readout = scale.gate if inside else scale.logits
     multiplier = {"input": scale.embed, "output": readout}.get(spec.role, 1.0)
@@ -158,6 +160,21 @@ def _row(path: str, spec: Spec, base: Spec, config) -> Row:
     decay = float(spec.role in decaying)
     std = _std(spec, m_in, config)
     return Row(spec, base, std, multiplier, lr, eps, decay, optimizer, scaled)
+
+
+def _own_factor(optim, spec: Spec) -> float:
+    """The factor that the config gives parameters of that kind, at every size."""
+    return {
+        "input": optim.embed_lr_factor,
+        "output": optim.head_lr_factor if _is_head(spec) else 1.0,
+        "vector": optim.vector_lr_factor,
+        "scalar": optim.vector_lr_factor,
+    }.get(spec.role, 1.0)
+
+
+def _is_head(spec: Spec) -> bool:
+    """The readout to the vocabulary; gates in blocks are readouts too."""
+    return spec.role == "output" and spec.axes[0] != "layers"
 
 
 def update_scale(name: str, spec: Spec) -> float:
@@ -185,9 +202,10 @@ def _excess(optim, spec: Spec) -> float:
 
 def _std(spec: Spec, m_in: float, config) -> float:
     rules = config.parametrization
-    if spec.init != "normal":
+    zeros = spec.residual and rules.residual_init == "zeros"
+    if spec.init != "normal" or zeros or (_is_head(spec) and rules.head_init == "zeros"):
         return 0.0
-    std = rules.init_std
+    std = (spec.role == "input" and rules.embed_std) or rules.init_std
     if spec.residual and rules.residual_init == "depth_scaled":
         # CompleteP scales the branch instead; GPT-2's factor stays that of the base depth.
         layers = rules.base_depth if rules.name == "completep" else config.model.n_layers

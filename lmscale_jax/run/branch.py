@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmscale_jax.config import differences, duration, get, keys, tokens_per_step
+from lmscale_jax.config import differences, get, keys
+from lmscale_jax.derived import duration, tokens_per_step
 from lmscale_jax.errors import InputError
 from lmscale_jax.optim import schedules
 from lmscale_jax.run.checkpoint import Checkpoints

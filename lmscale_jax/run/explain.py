@@ -14,8 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.base import get_config as base_config
-from lmscale_jax.config import duration, get, keys, resolve, tokens_per_step
+from lmscale_jax.config import get, keys, resolve
 from lmscale_jax.data import prepared
+from lmscale_jax.derived import duration, tokens_per_step
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, flops
 from lmscale_jax.mur import objective as mur

@@ -75,7 +75,7 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
     def step(state: State, batch, measure: tuple[str, ...] = ()):
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
         asked = objective and objective.ask(state.utility, state.step, measure)
-        loss, grads, taken = gradient(state.params, batch, key, asked)
+        loss, grads, taken = gradient(state.params, batch, key, asked, state.step)
         norm = optax.tree.norm(grads)
         utility, more = state.utility, {"step": state.step}
         if asked:
@@ -110,7 +110,7 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
 
 
 def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
-    """(params, batch, key, asked=None) -> (mean loss over the batch's targets, gradient, taken).
+    """(params, batch, key, asked=None, step=None) -> (mean loss over targets, gradient, taken).
 
     Micro-batches are added up by a scan; each is divided by the targets of the whole batch, so
     cutting the batch changes no number. `taken` is what a `mur.objective.Asked` takes out of the
@@ -123,13 +123,14 @@ def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
         micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])
         return jax.lax.with_sharding_constraint(micro, rows)
 
-    def gradient(params, batch, key, asked=None):
+    def gradient(params, batch, key, asked=None, step=None):
         slots = asked.slots if asked else ()
         n_targets = jnp.maximum(1, (batch.targets_BxT >= 0).sum())
 
         def mean_loss(params, slots, tokens_BxT, targets_BxT, key, index=0):
             around = asked and asked.around(slots, targets_BxT, n_targets, index)
-            return model.losses(params, tokens_BxT, targets_BxT, key, around).sum() / n_targets
+            nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key, around, step)
+            return nll_BxT.sum() / n_targets
 
         function = jax.value_and_grad(mean_loss, argnums=(0, 1))
 

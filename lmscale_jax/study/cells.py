@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from configs.laddering import FREE, LADDER
 from configs.optimizing import SCHEDULE
 from lmscale_jax import config as configs
+from lmscale_jax import derived
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab import family, sizes, sweep
 
@@ -296,7 +297,7 @@ def _tokens(ladder, size: float, value: float, config, vocab_size: int) -> float
 
 
 def _steps(ladder, tokens: float) -> int:
-    return max(1, round(tokens / configs.tokens_per_step(ladder.run)))
+    return max(1, round(tokens / derived.tokens_per_step(ladder.run)))
 
 
 def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[Cell]:
@@ -307,7 +308,7 @@ def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[
     leaves = [max(1, round(STABLE * end / quantum)) * quantum for end in ends]
     shortest = ConfigDict(ladder.run.to_dict())
     shortest.train.steps, shortest.train.tokens = ends[0], 0.0
-    warmup = str(configs.duration(ladder.run.schedule.warmup, shortest))
+    warmup = str(derived.duration(ladder.run.schedule.warmup, shortest))
     trunk = make_one(
         role=TRUNK,
         budget=values[-1],
@@ -349,7 +350,7 @@ def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab)
         tune=dict(tune),
         shape={name: resolved.model[name] for name in SHAPE},
         counts=counts,
-        tokens=resolved.train.steps * configs.tokens_per_step(resolved),
+        tokens=resolved.train.steps * derived.tokens_per_step(resolved),
         flops_per_token=flops_per_token,
         needs=changes.get("train.parent", ""),
         overrides=overrides,

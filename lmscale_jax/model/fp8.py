@@ -1,0 +1,70 @@
+"""Dense products in float8, each tensor scaled by its own largest entry (current scaling).
+
+Values and weights are rounded to e4m3 and gradients to e5m2 (Micikevicius et al. 2022, arXiv
+2209.05433), by Flax's quantisation; sums are float32. Nothing is remembered from step to step,
+unlike delayed scaling: one more pass over a tensor, and no state.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax.linen import fp8_ops
+from jax import lax
+
+FLOAT = jnp.float32
+VALUE, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
+# Compute capability of Ada and Hopper, the first with float8 products.
+LEAST_CAPABILITY = 8.9
+
+
+def choose(model, platform: str) -> str:
+    """What model.matmul comes to here, for people to read; it begins with "fp8" where that is."""
+    if model.matmul == "dtype":
+        return model.dtype
+    if platform not in ("gpu", "cuda"):
+        return f"{model.dtype}, not fp8: no float8 products on {platform}"
+    found = str(getattr(jax.devices()[0], "compute_capability", "0"))
+    if float(found) < LEAST_CAPABILITY:
+        return f"{model.dtype}, not fp8: compute capability {found} is below {LEAST_CAPABILITY}"
+    return "fp8, current scaling"
+
+
+def _quantized(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+    """(x / scale in dtype, scale): the largest entry becomes the largest number of the type."""
+    x = x.astype(FLOAT)
+    largest = jnp.max(jnp.abs(x))
+    scale = fp8_ops.compute_scale(largest, jnp.ones((), FLOAT), fp8_ops.get_fp8_max(dtype, FLOAT))
+    return fp8_ops.quantize(x, dtype, scale, FLOAT), scale
+
+
+def _product(a, b, contract: tuple, wide: bool):
+    """A product with float32 sums; `wide` widens the operands first, where no kernel takes them."""
+    (a, scale_a), (b, scale_b) = a, b
+    if wide:
+        a, b = a.astype(FLOAT), b.astype(FLOAT)
+    y = lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=FLOAT)
+    return y * (scale_a * scale_b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def dense(x_NxI: jax.Array, w_IxO: jax.Array, wide: bool = False) -> jax.Array:
+    """x w, [N, O] of x's type, from float8 operands. `wide` is for processors without float8."""
+    return _forward(x_NxI, w_IxO, wide)[0]
+
+
+def _forward(x_NxI, w_IxO, wide):
+    x, w = _quantized(x_NxI, VALUE), _quantized(w_IxO, VALUE)
+    y_NxO = _product(x, w, ((1,), (0,)), wide).astype(x_NxI.dtype)
+    # Types travel as empty arrays: only arrays may be saved.
+    return y_NxO, (x, w, jnp.zeros((0,), x_NxI.dtype), jnp.zeros((0,), w_IxO.dtype))
+
+
+def _backward(wide, saved, dy_NxO):
+    x, w, like_x, like_w = saved
+    dy = _quantized(dy_NxO, GRADIENT)
+    dx_NxI = _product(dy, w, ((1,), (1,)), wide).astype(like_x.dtype)
+    return dx_NxI, _product(x, dy, ((0,), (0,)), wide).astype(like_w.dtype)
+
+
+dense.defvjp(_forward, _backward)
