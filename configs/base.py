@@ -14,6 +14,8 @@ from configs.modelling import MODEL
 from configs.optimizing import FREEZE, OPTIM, SCHEDULE
 from configs.regularizing import MUR
 
+_CORPORA = ("tinystories", "fineweb_edu", "openwebtext", "c4")
+_TEXTS = ("stdlib", "text", "jsonl", "parquet", "hf", "tfds", *_CORPORA)
 _SIZED = {"parametrization.name": ("mup", "completep")}
 
 SPEC = {
@@ -96,14 +98,39 @@ SPEC = {
         "source": Key(
             "stdlib",
             "stdlib: the Python standard library's own source text, which every user has",
-            choices=("stdlib", "text", "jsonl", "bin"),
+            choices=(*_TEXTS, "bin", "fineweb10B_gpt2"),
         ),
         "path": Key(
             "",
-            "file, directory or glob (** too); several joined by commas",
-            when={"data.source": ("text", "jsonl", "bin")},
+            "file, directory or glob (** too), several joined by commas; hf: a directory or a name "
+            "on the hub; tfds: its name; named corpora: a directory with a copy",
+            when={"data.source": (*_TEXTS[1:], "bin", "fineweb10B_gpt2")},
         ),
-        "field": Key("text", "field that holds the text", when={"data.source": ("jsonl",)}),
+        "field": Key(
+            "text",
+            "field that holds the text",
+            when={"data.source": ("jsonl", "parquet", "hf", "tfds")},
+        ),
+        "rows": Key(
+            "train",
+            "split that is read; ours in training and validation is made of it",
+            when={"data.source": ("hf", "tfds", *_CORPORA)},
+        ),
+        "subset": Key("", "configuration of a dataset on the hub", when={"data.source": ("hf",)}),
+        "revision": Key("", "commit or tag of the hub's", when={"data.source": ("hf", *_CORPORA)}),
+        "directory": Key("", "where TFDS keeps its datasets", when={"data.source": ("tfds",)}),
+        "limit": Key(
+            0,
+            "documents that are read; 0: all",
+            low=0,
+            when={"data.source": ("jsonl", "parquet", "hf", "tfds", *_CORPORA)},
+        ),
+        "shards": Key(
+            1,
+            "training shards of 100M tokens that are fetched",
+            low=1,
+            when={"data.source": ("fineweb10B_gpt2",)},
+        ),
         "document": Key(
             "file",
             "what one document of a text file is: all of it, a paragraph or a line",
@@ -115,7 +142,7 @@ SPEC = {
             "bytes, char (one id a character), bpe trained on the source, or hf: a published "
             "byte-level BPE, as GPT-2's",
             choices=("bytes", "char", "bpe", "hf"),
-            when={"data.source": ("stdlib", "text", "jsonl")},
+            when={"data.source": _TEXTS},
         ),
         "tokenizer_path": Key(
             "",
@@ -132,19 +159,25 @@ SPEC = {
             "hash",
             "validation by a hash of each document's content, or the tail of the text",
             choices=("hash", "tail"),
-            when={"data.source": ("stdlib", "text", "jsonl")},
+            when={"data.source": _TEXTS},
         ),
         "val_fraction": Key(
             0.05,
             "share of documents (hash) or of characters (tail) held out",
             above=0.0,
             high=0.5,
-            when={"data.source": ("stdlib", "text", "jsonl")},
+            when={"data.source": _TEXTS},
         ),
         "val_path": Key(
             "",
             "shards held out; empty: those of data.path with 'val' in their name",
             when={"data.source": ("bin",)},
+        ),
+        "shard_tokens": Key(
+            100_000_000,
+            "tokens of a shard that is written",
+            low=1,
+            when={"data.source": _TEXTS},
         ),
         "seq_len": Key(256, "tokens per training window", low=1),
         "seed": Key(0, "seed of the data order", low=0),

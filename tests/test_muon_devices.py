@@ -32,8 +32,8 @@ def trained(settings, workdir, **changes):
 @pytest.mark.parametrize(
     ("name", "grid"),
     [
-        ("muon", "all three"),
         # The iteration's part of these is in test_no_collective_inside_newton_schulz.
+        pytest.param("muon", "all three", marks=pytest.mark.slow),
         pytest.param("normuon", "fsdp", marks=pytest.mark.slow),
         pytest.param("muon", "data", marks=pytest.mark.slow),
         pytest.param("muon", "fsdp", marks=pytest.mark.slow),

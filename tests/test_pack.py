@@ -92,6 +92,7 @@ def test_a_pack_that_was_stopped_goes_on(small, tmp_path):
         assert record(ours)["final"] == record(theirs)["final"]
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_leaves_the_others_alone(small, tmp_path):
     changes = {"optim__max_bad_steps": 2, "optim__clip": 0.0}
     configs = members(small, tmp_path, **changes)

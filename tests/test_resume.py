@@ -125,6 +125,7 @@ def test_falls_back_from_a_damaged_checkpoint(train, whole, tmp_path, damage):
     same(workdir, whole)
 
 
+@pytest.mark.slow
 def test_continues_on_another_number_of_devices(train, whole, tmp_path):
     workdir = tmp_path / "moved"
     process = train(workdir, **STEPS)

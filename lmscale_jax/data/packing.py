@@ -5,6 +5,8 @@ file. Each pass sees the same documents in the same order.
 """
 
 import hashlib
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,14 +19,17 @@ from lmscale_jax.data.shards import ShardWriter
 from lmscale_jax.errors import InputError
 
 SIDES = ("train", "val")
-_BATCH_CHARACTERS = 2_000_000
+_BLOCK_CHARACTERS = 2_000_000
 _SECONDS_BETWEEN_LINES = 5.0
 
 Log = Callable[[str], object]
 
 
 def pack(directory: Path, data_cfg, log: Log) -> dict:
-    """Writes shards and tokenizer of the source into an empty directory.
+    """Writes shards and tokenizer of the source into a directory.
+
+    The directory is empty, or holds what a process left that was killed here; then the work goes on
+    from what it had written, and ends with the same bytes.
 
     Returns:
         What the manifest says of them: `source`, `tokenizer`, and for each side in `splits` its
@@ -33,31 +38,24 @@ def pack(directory: Path, data_cfg, log: Log) -> dict:
     Raises:
         InputError: bad source, or one side of the split would be empty.
     """
-    started = time.monotonic()
-    skipped = []
-    counts = Counter(characters=0, documents=0)
-    for text in _unique_documents(data_cfg, counts, skipped.append):
-        counts["characters"] += len(text)
-        counts["documents"] += 1
-    if not counts["characters"]:
-        raise InputError(f"data.path={data_cfg.path}: no text there; name files that hold some")
-    log(
-        f"data: {data_cfg.source} has {counts['documents']:,} documents, "
-        f"{counts['characters']:,} characters; {counts['duplicates']:,} duplicates dropped, "
-        f"{len(skipped)} files skipped"
-    )
-    _check_split(data_cfg, counts)
-    tokenizer = _make_tokenizer(data_cfg, counts["characters"])
-    log(f"data: {tokenizer.name} tokenizer ready, {time.monotonic() - started:.1f} s")
-    tokenizer.save(directory)
-    splits = _encode(directory, data_cfg, tokenizer, counts["characters"], log)
+    journal = Journal(directory)
+    counts = journal.get("source") or journal.put("source", _count(data_cfg, log))
+    if journal.get("tokenizer") is None:
+        started = time.monotonic()
+        tokenizer = _make_tokenizer(data_cfg, counts["characters"])
+        tokenizer.save(directory)
+        journal.put("tokenizer", tokenizer.name)
+        log(f"data: {tokenizer.name} tokenizer ready, {time.monotonic() - started:.1f} s")
+    tokenizer = tokenizers.load(directory)
+    splits = _encode(directory, data_cfg, tokenizer, counts["characters"], journal, log)
+    journal.remove()
     return {
         "source": {
             "name": data_cfg.source,
             "path": data_cfg.path,
             "documents": counts["documents"],
             "duplicates_dropped": counts["duplicates"],
-            "files_skipped": [path.name for path in skipped],
+            "files_skipped": counts["skipped"],
         },
         "tokenizer": {
             "name": tokenizer.name,
@@ -67,6 +65,75 @@ def pack(directory: Path, data_cfg, log: Log) -> dict:
         },
         "splits": splits,
     }
+
+
+class Journal:
+    """What is done of the work in a directory, so that it can go on after a kill."""
+
+    def __init__(self, directory: Path):
+        self._path = directory / "journal.json"
+        try:
+            self._done = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self._done = {}
+
+    def get(self, name: str):
+        return self._done.get(name)
+
+    def put(self, name: str, value):
+        """Notes a value and returns it. Atomic."""
+        self._done[name] = value
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._done), encoding="utf-8")
+        os.replace(temporary, self._path)
+        return value
+
+    def remove(self) -> None:
+        self._path.unlink()
+
+
+def _count(data_cfg, log: Log) -> dict:
+    """{"characters", "documents", "duplicates", "skipped"} of the source. Raises InputError."""
+    skipped, counts = [], Counter(characters=0, documents=0, duplicates=0)
+    sides, rate = set(), Rate(log)
+    for text in _unique_documents(data_cfg, counts, skipped.append):
+        counts["characters"] += len(text)
+        counts["documents"] += 1
+        if data_cfg.split == "hash":
+            sides.add(_side(text, data_cfg))
+        rate.say(f"read {counts['documents']:,} documents", counts["characters"])
+    if not counts["characters"]:
+        raise InputError(f"data.path={data_cfg.path}: no text there; name files that hold some")
+    log(
+        f"data: {data_cfg.source} has {counts['documents']:,} documents, "
+        f"{counts['characters']:,} characters; {counts['duplicates']:,} duplicates dropped, "
+        f"{len(skipped)} files skipped"
+    )
+    if data_cfg.split == "tail":
+        sides = {side for side, _ in split_documents(data_cfg, counts["characters"])}
+    if set(SIDES) - sides:
+        _refuse_split(data_cfg, counts, min(set(SIDES) - sides))
+    return dict(counts) | {"skipped": [path.name for path in skipped]}
+
+
+class Rate:
+    """Progress as a line every few seconds: characters a second, and the time left."""
+
+    def __init__(self, log: Log, total: int = 0, done: int = 0):
+        self._log, self._total, self._first = log, total, done
+        self._begin = time.monotonic()
+        self._next = self._begin + _SECONDS_BETWEEN_LINES
+
+    def say(self, what: str, done: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + _SECONDS_BETWEEN_LINES
+        rate = (done - self._first) / (now - self._begin)
+        line = f"data: {what}, {rate / 1e6:.1f} million characters a second"
+        if self._total and rate:
+            line += f", {(self._total - done) / rate:.0f} s left"
+        self._log(line)
 
 
 def char_tokenizer(data_cfg) -> tokenizers.Chars:
@@ -91,14 +158,18 @@ def split_documents(data_cfg, n_characters: int) -> Iterator[tuple[str, str]]:
     before_tail = int(n_characters * (1 - data_cfg.val_fraction))
     for text in _unique_documents(data_cfg):
         if data_cfg.split == "hash":
-            place = int.from_bytes(_digest(text)[:8], "big") / 2**64
-            yield ("val" if place < data_cfg.val_fraction else "train"), text
+            yield _side(text, data_cfg), text
             continue
         if head := text[: max(0, before_tail)]:
             yield "train", head
         if tail := text[len(head) :]:
             yield "val", tail
         before_tail -= len(text)
+
+
+def _side(text: str, data_cfg) -> str:
+    place = int.from_bytes(_digest(text)[:8], "big") / 2**64
+    return "val" if place < data_cfg.val_fraction else "train"
 
 
 def _unique_documents(
@@ -119,19 +190,14 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _check_split(data_cfg, counts: Counter) -> None:
-    empty = set(SIDES)
-    for side, _ in split_documents(data_cfg, counts["characters"]):
-        empty.discard(side)
-        if not empty:
-            return
+def _refuse_split(data_cfg, counts: Counter, empty: str) -> None:
     remedy = "set data.split=tail"
     if data_cfg.split == "tail":
         remedy = "give more text or set data.val_fraction=0.1"
     elif data_cfg.source == "text" and data_cfg.document == "file":
         remedy += " or data.document=paragraph"
     raise InputError(
-        f"data.split={data_cfg.split}: nothing falls on the {min(empty)} side (documents: "
+        f"data.split={data_cfg.split}: nothing falls on the {empty} side (documents: "
         f"{counts['documents']}, characters: {counts['characters']}); {remedy}"
     )
 
@@ -152,26 +218,35 @@ def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
 
 
 def _encode(
-    directory: Path, data_cfg, tokenizer: tokenizers.Tokenizer, n_characters: int, log: Log
+    directory: Path, data_cfg, tokenizer, n_characters: int, journal: Journal, log: Log
 ) -> dict:
-    """Writes the shards of both sides; returns the manifest's `splits`."""
-    writers = {side: ShardWriter(directory, side, tokenizer.vocab_size) for side in SIDES}
-    totals = {side: Counter(documents=0, bytes=0) for side in SIDES}
+    """Writes the shards of both sides; returns the manifest's `splits`.
+
+    After each block of documents the journal notes how far the shards go. What was written beyond
+    that by a process that was killed is cut off, and the blocks it had finished are skipped.
+    """
+    before = journal.get("blocks") or {"number": 0, "characters": 0, "sides": {}}
+    writers, totals = {}, {}
+    for side in SIDES:
+        noted = before["sides"].get(side, {"tokens": 0, "documents": 0, "bytes": 0})
+        writers[side] = ShardWriter(directory, side, tokenizer.vocab_size, data_cfg.shard_tokens)
+        writers[side].go_on(noted["tokens"])
+        totals[side] = Counter(documents=noted["documents"], bytes=noted["bytes"])
     mark = [] if tokenizer.boundary is None else [tokenizer.boundary]
-    documents = split_documents(data_cfg, n_characters)
-    done, next_line = 0, time.monotonic() + _SECONDS_BETWEEN_LINES
-    for side, texts, opens_document in _batches(documents, tokenizer.cuttable):
-        parts = []
-        for ids, opens in zip(tokenizer.encode_batch(texts), opens_document, strict=True):
-            parts += [mark, ids] if opens else [ids]
-        tokens = np.concatenate(parts).astype(np.int64)
-        writers[side].add(tokens)
-        totals[side]["documents"] += sum(opens_document)
-        totals[side]["bytes"] += int(tokenizer.token_bytes[tokens].sum(dtype=np.int64))
-        done += sum(map(len, texts))
-        if time.monotonic() > next_line:
-            next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            log(f"data: encoded {done / n_characters:.0%}")
+    done = before["characters"]
+    if done:
+        log(f"data: going on after {done:,} characters that are encoded already")
+    rate = Rate(log, n_characters, done)
+    for number, block in enumerate(_blocks(split_documents(data_cfg, n_characters))):
+        if number < before["number"]:
+            continue
+        _write_block(block, tokenizer, mark, writers, totals)
+        done += sum(len(text) for _, text in block)
+        sides = {side: {"tokens": writers[side].n_tokens} | totals[side] for side in SIDES}
+        for writer in writers.values():
+            writer.flush()
+        journal.put("blocks", {"number": number + 1, "characters": done, "sides": sides})
+        rate.say(f"encoded {done / n_characters:.0%}", done)
     splits = {}
     for side, writer in writers.items():
         writer.close()
@@ -183,24 +258,34 @@ def _encode(
     return splits
 
 
-def _batches(
-    split: Iterator[tuple[str, str]], cuttable: bool
-) -> Iterator[tuple[str, list[str], list[bool]]]:
-    """Cuts each side's documents, in order, into batches big enough to encode in parallel.
-
-    Yields:
-        (side, texts, opens_document): pieces of documents, and which of them begin one.
-    """
-    waiting = {side: ([], []) for side in SIDES}
-    size = Counter()
-    for side, document in split:
-        parts = tokenizers.pieces(document) if cuttable else [document]
-        for index, text in enumerate(parts):
-            texts, opens_document = waiting[side]
+def _write_block(block, tokenizer, mark: list[int], writers: dict, totals: dict) -> None:
+    """Encodes the documents of a block, many at once, and adds them to the shards of their side."""
+    texts, opens = [], []
+    for side, document in block:
+        for index, text in enumerate(
+            tokenizers.pieces(document) if tokenizer.cuttable else [document]
+        ):
             texts.append(text)
-            opens_document.append(index == 0)
-            size[side] += len(text)
-            if size[side] >= _BATCH_CHARACTERS:
-                yield side, texts, opens_document
-                waiting[side], size[side] = ([], []), 0
-    yield from ((side, *batch) for side, batch in waiting.items() if batch[0])
+            opens.append((side, index == 0))
+    parts = {side: [] for side in SIDES}
+    for ids, (side, first) in zip(tokenizer.encode_batch(texts), opens, strict=True):
+        parts[side] += [mark, ids] if first else [ids]
+        totals[side]["documents"] += first
+    for side, several in parts.items():
+        if several:
+            tokens = np.concatenate(several).astype(np.int64)
+            writers[side].add(tokens)
+            totals[side]["bytes"] += int(tokenizer.token_bytes[tokens].sum(dtype=np.int64))
+
+
+def _blocks(split: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """The documents in order, in blocks big enough to encode in parallel."""
+    block, size = [], 0
+    for side, document in split:
+        block.append((side, document))
+        size += len(document)
+        if size >= _BLOCK_CHARACTERS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block

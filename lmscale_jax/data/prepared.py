@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data import packing, pretrained, sources, tokenizers
+from lmscale_jax.data import packing, presets, pretrained, sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
 
@@ -77,6 +77,9 @@ def prepare(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
     Raises:
         InputError: missing, empty, binary or damaged input; one side of the split would be empty.
     """
+    presets.fetch(data_cfg, cache_root(data_cfg), log)
+    vocab_size = vocab_size or presets.vocab_size(data_cfg)
+    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
     if data_cfg.source == "bin":
         prepared = _open_bin(data_cfg, vocab_size, log)
     else:
@@ -96,6 +99,7 @@ def find_manifest(data_cfg) -> dict | None:
     Raises:
         InputError: nothing is found under data.path.
     """
+    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
     if data_cfg.source == "bin":
         directory = Path(data_cfg.path).expanduser()
     else:
@@ -109,6 +113,7 @@ def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
     Raises:
         InputError: also if `out_dir` holds anything but exactly this data.
     """
+    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
     if data_cfg.source == "bin":
         raise InputError("data.source=bin: shards are prepared already; name stdlib, text or jsonl")
     out_dir, settings = Path(out_dir).absolute(), _settings(data_cfg)
@@ -160,6 +165,9 @@ def vocab_size_of(data_cfg) -> int:
     Raises:
         InputError: the source that must be read for this (char, prepared shards) is bad.
     """
+    if known := presets.vocab_size(data_cfg):
+        return known
+    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
     if data_cfg.source == "bin":
         directory = Path(data_cfg.path).expanduser()
         if (directory / "manifest.json").is_file():
@@ -187,10 +195,21 @@ def _place(data_cfg, settings: dict) -> Path:
     return cache_root(data_cfg) / f"{data_cfg.source}-{data_cfg.tokenizer}-{_key(settings)}"
 
 
+# What else decides which documents a source has.
+_OWN_KEYS = {
+    "stdlib": [],
+    "text": ["document"],
+    "jsonl": ["field", "limit"],
+    "parquet": ["field", "limit"],
+    "hf": ["path", "subset", "rows", "revision", "field", "limit"],
+    "tfds": ["path", "rows", "field", "limit"],
+}
+
+
 def _settings(data_cfg) -> dict:
     """Everything that decides the content of the shards."""
-    keys = ["source", "tokenizer", "split", "val_fraction"]
-    keys += {"stdlib": [], "text": ["document"], "jsonl": ["field"]}[data_cfg.source]
+    keys = ["source", "tokenizer", "split", "val_fraction", "shard_tokens"]
+    keys += _OWN_KEYS[data_cfg.source]
     keys += ["vocab_size"] if data_cfg.tokenizer == "bpe" else []
     paths = sources.files(data_cfg)
     base = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
@@ -271,19 +290,27 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
 
 
 def _build(directory: Path, data_cfg, settings: dict, log: Log) -> None:
-    """Writes the shards beside `directory`, then gives them its name."""
+    """Writes the shards beside `directory`, then gives them its name.
+
+    What a process leaves that is killed meanwhile is gone on from; after an error nothing is left.
+    """
+    key = _key(settings)
     temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
-    temporary.mkdir()
+    if not (temporary / key).exists():  # nothing, or the beginning of something else
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        (temporary / key).touch()
     try:
-        manifest = {"format": FORMAT, "key": _key(settings), "settings": settings}
+        manifest = {"format": FORMAT, "key": key, "settings": settings}
         manifest |= packing.pack(temporary, data_cfg, log)
         _write_json(temporary / "manifest.json", manifest)
+        (temporary / key).unlink()
         if directory.exists():
             shutil.rmtree(directory)  # empty, or damaged since it was made
         temporary.rename(directory)
-    finally:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
     log(f"data: prepared in {directory}")
 
 

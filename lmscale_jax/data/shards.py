@@ -45,6 +45,33 @@ class ShardWriter:
         self._file = None
         self._room = 0
 
+    def go_on(self, n_tokens: int) -> None:
+        """Takes up a stream of which so many tokens are in the directory; the rest is cut off."""
+        while self.n_tokens < n_tokens:
+            count = min(self.shard_tokens, n_tokens - self.n_tokens)
+            path = self.directory / f"{self.prefix}_{len(self.shards):06d}.bin"
+            temporary = path.with_suffix(".tmp")
+            if path.exists():  # finished after the last note
+                os.replace(path, temporary)
+            item = TOKEN_TYPES[self.version].itemsize
+            self._path, self._file = path, open(temporary, "r+b")
+            self._file.truncate(_HEADER_BYTES + count * item)
+            self._file.seek(_HEADER_BYTES)
+            while chunk := self._file.read(_SCAN_TOKENS):
+                self._content.update(chunk)
+            self._room = self.shard_tokens - count
+            self.n_tokens += count
+            if self._room == 0:
+                self._finish_shard()
+        for path in self.directory.glob(f"{self.prefix}_*"):
+            if int(path.stem.rpartition("_")[2]) > len(self.shards) - (self._file is None):
+                path.unlink()
+
+    def flush(self) -> None:
+        """Hands everything to the operating system, so that a kill loses none of it."""
+        if self._file is not None:
+            self._file.flush()
+
     def add(self, tokens: np.ndarray) -> None:
         """Appends integer tokens [any length], each below vocab_size."""
         tokens = np.asarray(tokens).astype(TOKEN_TYPES[self.version])

@@ -5,6 +5,7 @@ Documents keep every character, so those of one file joined together are the fil
 
 import glob
 import gzip
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lmscale_jax.data import tables
 from lmscale_jax.errors import InputError
 
 _DOCUMENT_PATTERNS = {
@@ -30,13 +32,25 @@ def documents(data_cfg, on_skip: Callable[[Path], object] = lambda path: None) -
     """Yields every document of the source that is not empty, in a fixed order.
 
     Args:
-        data_cfg: the config group `data`, its source being stdlib, text or jsonl.
+        data_cfg: the config group `data` of a source that is text and no corpus's name.
         on_skip: called with each file of the standard library that cannot be decoded (it has test
             files that are broken on purpose). Other sources raise instead.
 
     Raises:
         InputError: a path is missing, a file is binary or damaged, a JSON line lacks the field.
     """
+    found = _documents(data_cfg, on_skip)
+    yield from itertools.islice(found, data_cfg.limit) if data_cfg.limit else found
+
+
+def _documents(data_cfg, on_skip) -> Iterator[str]:
+    if data_cfg.source in ROWS:
+        place = f"data.path={data_cfg.path}: field {data_cfg.field!r}"
+        for value in ROWS[data_cfg.source](data_cfg):
+            # Tables of web pages have rows without text.
+            if value and (text := _checked_text(value, place)):
+                yield text
+        return
     for path in files(data_cfg):
         match data_cfg.source:
             case "stdlib":
@@ -47,8 +61,18 @@ def documents(data_cfg, on_skip: Callable[[Path], object] = lambda path: None) -
                 yield from _json_documents(path, data_cfg.field)
 
 
+def _parquet_values(data_cfg) -> Iterator:
+    for path in files(data_cfg):
+        yield from tables.parquet_values(path, data_cfg.field)
+
+
+ROWS = {
+    "parquet": _parquet_values, "hf": tables.dataset_values, "tfds": tables.tfds_values,
+}  # fmt: skip
+
+
 def files(data_cfg) -> list[Path]:
-    """The files behind `documents`, in the order in which they are read.
+    """The files behind `documents`, in the order in which they are read; [] for those of the hub.
 
     Raises:
         InputError: nothing is found under data.path.
@@ -56,7 +80,16 @@ def files(data_cfg) -> list[Path]:
     if data_cfg.source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         return sorted(_library_files(root), key=lambda path: path.relative_to(root).as_posix())
-    return find(data_cfg.path, "data.path", _JSONL_ENDINGS if data_cfg.source == "jsonl" else ())
+    match data_cfg.source:
+        case "hf":
+            local = tables.local_dataset(data_cfg)
+            return find(str(local), "data.path", ()) if local else []
+        case "tfds":
+            folder = Path(data_cfg.directory or "~/tensorflow_datasets").expanduser()
+            named = folder / data_cfg.path.split(":")[0]
+            return find(str(named), "data.path", ()) if named.is_dir() else []
+    endings = {"jsonl": _JSONL_ENDINGS, "parquet": (".parquet",)}.get(data_cfg.source, ())
+    return find(data_cfg.path, "data.path", endings)
 
 
 def find(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:

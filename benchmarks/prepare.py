@@ -1,0 +1,137 @@
+"""How fast text becomes shards, beside the plain way, and how fast shards become batches:
+
+    python -m benchmarks.prepare
+
+The text is the standard library's, as one Parquet file; the tokenizer a BPE of it. The plain way is
+`datasets.map` over the same tokenizer with a process a core, its result joined to one array. Ours
+also drops duplicates, splits, counts bytes and hashes. Reading is the pipeline's, in one thread.
+"""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from absl import flags
+
+from benchmarks import machine
+from lmscale_jax import command
+
+COPIES = flags.DEFINE_integer("copies", 1, "of the text, each a little different", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "turns", lower_bound=1)
+VOCABULARY = flags.DEFINE_integer("vocabulary", 4096, "entries of the BPE", lower_bound=300)
+
+
+def write_parquet(path: Path) -> int:
+    """Writes the documents; returns their characters."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from configs import base
+    from lmscale_jax.data import sources
+
+    library = list(sources.documents(base.get_config().data))
+    texts = [f"{text}\n# copy {i}" for i in range(COPIES.value) for text in library]
+    parquet.write_table(pyarrow.table({"text": texts}), path)
+    return sum(map(len, texts))
+
+
+def config_of(path: Path, cache: Path):
+    from configs import base
+
+    data = base.get_config().data
+    data.source, data.path, data.cache = "parquet", str(path), str(cache)
+    data.vocab_size = VOCABULARY.value
+    return data
+
+
+def ours(path: Path, folder: Path):
+    """(seconds, the prepared data)."""
+    from lmscale_jax.data import prepared
+
+    start = time.perf_counter()
+    found = prepared.prepare(config_of(path, folder), log=lambda line: None)
+    return time.perf_counter() - start, found
+
+
+def plain(path: Path, tokenizer, folder: Path) -> tuple[float, int]:
+    """(seconds, tokens) of datasets.map and one array of all tokens."""
+    import datasets
+    import numpy as np
+
+    datasets.disable_progress_bars()
+    start = time.perf_counter()
+    rows = datasets.load_dataset(
+        "parquet", data_files=str(path), split="train", cache_dir=str(folder)
+    )
+    encoded = rows.map(
+        lambda batch: {"ids": tokenizer.encode_batch(batch["text"])},
+        batched=True, num_proc=os.cpu_count(), remove_columns=["text"],
+    )  # fmt: skip
+    ids = np.concatenate(encoded.with_format("numpy")["ids"][:]).astype(np.uint16)
+    ids.tofile(folder / "plain.bin")
+    return time.perf_counter() - start, len(ids)
+
+
+def reading(found) -> float:
+    """Tokens a second of the batches of a run, by one thread."""
+    from lmscale_jax.data import pipeline
+
+    batches = pipeline.TrainBatches(found, 256, 32, 0)
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < 1.0:
+        batches.at(done)
+        done += 1
+    return done * 32 * 256 / (time.perf_counter() - start)
+
+
+def consumed() -> float:
+    """Tokens a second that the fastest training step of benchmarks.train_step takes here."""
+    found = json.loads((Path(__file__).parent / "results/train_step.json").read_text())
+    return max(
+        1e3 * one["shape"]["B"] * one["shape"]["T"] / row["ms"]["median"]
+        for one in found["shapes"].values()
+        for row in one["rows"].values()
+    )
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "text.parquet"
+        characters = write_parquet(path)
+        for number in range(ROUNDS.value):
+            folder = Path(temporary) / f"round{number}"
+            folder.mkdir()
+            seconds, found = ours(path, folder)
+            tokens = found.train.n_tokens + found.val.n_tokens
+            theirs, count = plain(path, found.tokenizer, folder)
+            rows.append({"ours_s": seconds, "plain_s": theirs, "tokens": tokens,
+                         "plain_tokens": count, "read": reading(found)})  # fmt: skip
+            print(f"round {number}: ours {seconds:.1f} s, plain {theirs:.1f} s", flush=True)
+
+    def middle(name):
+        return statistics.median(row[name] for row in rows)
+
+    found = machine.facts(None, machine.asked("copies", "rounds", "vocabulary"))
+    machine.save("prepare", found | {"characters": characters, "rounds": rows})
+    tokens = rows[0]["tokens"]
+    table = [
+        ["ours: train the BPE, split, encode, write, hash", f"{middle('ours_s'):.1f}",
+         f"{tokens / middle('ours_s'):,.0f}"],
+        ["datasets.map with the tokenizer given, one array", f"{middle('plain_s'):.1f}",
+         f"{rows[0]['plain_tokens'] / middle('plain_s'):,.0f}"],
+    ]  # fmt: skip
+    print(f"\n{characters:,} characters\n")
+    print(machine.table(["", "seconds", "tokens a second"], table))
+    ratio = middle("read") / consumed()
+    print(
+        f"\nreading: {middle('read'):,.0f} tokens a second in one thread, {ratio:,.0f} times what "
+        f"the fastest step of results/train_step.json takes"
+    )
+
+
+if __name__ == "__main__":
+    command.run(main)

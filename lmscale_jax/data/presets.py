@@ -1,0 +1,117 @@
+"""Corpora by name: where they lie, which field holds the text, and how large they are."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lmscale_jax.errors import InputError
+
+
+class Corpus(NamedTuple):
+    """Attributes:
+    path, subset, field: of the dataset on the Hugging Face hub.
+    about: documents, size and licence as its page gives them, for people to read.
+    """
+
+    path: str
+    subset: str
+    field: str
+    about: str
+
+
+CORPORA = {
+    "tinystories": Corpus(
+        "roneneldan/TinyStories", "", "text", "2.1M stories, 1.9 GB; CDLA-Sharing-1.0"
+    ),
+    "fineweb_edu": Corpus(
+        "HuggingFaceFW/fineweb-edu", "sample-10BT", "text", "9.7M pages, 10B tokens; ODC-By"
+    ),
+    "openwebtext": Corpus("Skylion007/openwebtext", "", "text", "8.0M pages, 38 GB; CC0"),
+    "c4": Corpus("allenai/c4", "en", "text", "365M pages, 305 GB; ODC-By"),
+}
+# FineWeb in GPT-2's tokens, in shards of 100M, as the nanoGPT speedruns use it.
+SHARDS, SHARDS_AT = "fineweb10B_gpt2", "kjj0/fineweb10B-gpt2"
+SHARDS_VOCAB, SHARDS_TRAIN = 50_257, 103
+
+
+def plain(data_cfg, cache: Path):
+    """The same data by a source that is no name of a corpus; the config itself if it has one.
+
+    `data.path` names a local copy, a directory; without it the hub's, or for the shards what is
+    fetched into `cache`. Raises InputError.
+    """
+    if data_cfg.source == SHARDS:
+        if data_cfg.shards > SHARDS_TRAIN:
+            raise InputError(
+                f"config.data.shards={data_cfg.shards}: there are {SHARDS_TRAIN}; "
+                f"{SHARDS_TRAIN} would work"
+            )
+        folder = _shard_folder(data_cfg, cache)
+        names = ",".join(str(folder / name) for name in _shard_names(data_cfg))
+        return _changed(data_cfg, source="bin", path=names, val_path="")
+    if data_cfg.source not in CORPORA:
+        return data_cfg
+    known = CORPORA[data_cfg.source]
+    return _changed(
+        data_cfg, source="hf", path=data_cfg.path or known.path,
+        subset="" if data_cfg.path else known.subset, field=known.field,
+    )  # fmt: skip
+
+
+def vocab_size(data_cfg) -> int:
+    """Ids of a corpus that comes in tokens; 0 for any other."""
+    return SHARDS_VOCAB if data_cfg.source == SHARDS else 0
+
+
+def fetch(data_cfg, cache: Path, log) -> None:
+    """Fetches the shards that are not there, one after the other; what is there whole stays.
+
+    huggingface_hub resumes a file that was begun and checks its hash. Raises InputError where the
+    hub cannot be reached.
+    """
+    if data_cfg.source != SHARDS:
+        return
+    folder = _shard_folder(data_cfg, cache)
+    absent = [name for name in _shard_names(data_cfg) if not (folder / name).exists()]
+    if not absent:
+        return
+    if data_cfg.path:
+        raise InputError(
+            f"config.data.path={data_cfg.path} has no {absent[0]}; without data.path the shards "
+            f"are fetched"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise InputError(
+            f"data.source={SHARDS!r} needs the package huggingface_hub; pip install "
+            f"'lmscale_jax[hf]', or name the directory that holds the shards as data.path"
+        ) from None
+    for name in absent:
+        log(f"data: fetching {name} of {SHARDS_AT}, 200 MB")
+        try:
+            hf_hub_download(SHARDS_AT, name, repo_type="dataset", local_dir=folder)
+        except Exception as error:  # of several libraries
+            said = str(error).splitlines()[0] if str(error) else ""
+            raise InputError(
+                f"data.source={SHARDS!r}: the hub cannot be reached ({type(error).__name__}: "
+                f"{said}); name a directory that holds {name} as data.path, or "
+                f"data.source='stdlib' needs no network"
+            ) from None
+
+
+def _shard_folder(data_cfg, cache: Path) -> Path:
+    return Path(data_cfg.path).expanduser() if data_cfg.path else cache / SHARDS
+
+
+def _shard_names(data_cfg) -> list[str]:
+    train = [f"fineweb_train_{i:06d}.bin" for i in range(1, data_cfg.shards + 1)]
+    return ["fineweb_val_000000.bin", *train]
+
+
+def _changed(data_cfg, **values):
+    data = ConfigDict(data_cfg.to_dict())
+    for name, value in values.items():
+        data[name] = value
+    return data

@@ -1,0 +1,255 @@
+"""Parquet, Hugging Face datasets and TFDS: real ones, written here, read and trained from."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, finish
+
+from configs import base
+from lmscale_jax.data import prepared, presets, sources
+from lmscale_jax.errors import InputError
+
+pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+
+
+def texts(count=300) -> list[str]:
+    chance = np.random.default_rng(0)
+    words = ["oak", "river", "stone", "lantern", "über", "seven", "the", "of", "walked", "\n"]
+    return [" ".join(chance.choice(words, 40)) + f" {i}" for i in range(count)]
+
+
+def write_parquet(path, values, field="text"):
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table({field: values, "id": list(range(len(values)))}), path)
+
+
+def tfds_folder(path):
+    """A TFDS dataset prepared as ArrayRecord, by a process of its own."""
+    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+    path.mkdir()
+    (path / "stories.jsonl").write_text("\n".join(map(json.dumps, texts())))
+    program = (
+        "from tests.little_stories import LittleStories\n"
+        f"LittleStories(data_dir={str(path / 'tfds')!r}).download_and_prepare("
+        "file_format='array_record')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"LITTLE_STORIES": str(path / "stories.jsonl")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return path / "tfds"
+
+
+@functools.cache
+def made(folder, kind: str) -> dict:
+    """The overrides that name a dataset of that kind, written under the folder."""
+    path, values = folder / kind.replace(" ", "_"), texts()
+    match kind:
+        case "parquet":
+            write_parquet(path / "a.parquet", values[:100])
+            write_parquet(path / "b.parquet", values[100:])
+            return {"data.source": "parquet", "data.path": str(path)}
+        case "saved":
+            datasets.Dataset.from_dict({"body": values}).save_to_disk(str(path))
+            return {"data.source": "hf", "data.path": str(path), "data.field": "body"}
+        case "saved splits":
+            whole = datasets.Dataset.from_dict({"text": values})
+            other = datasets.Dataset.from_dict({"text": ["another"]})
+            datasets.DatasetDict({"part": whole, "rest": other}).save_to_disk(str(path))
+            return {"data.source": "hf", "data.path": str(path), "data.rows": "part"}
+        case "directory":
+            write_parquet(path / "train-0.parquet", values)
+            return {"data.source": "hf", "data.path": str(path)}
+        case "a copy of a corpus":
+            write_parquet(path / "train-0.parquet", values)
+            return {"data.source": "tinystories", "data.path": str(path)}
+        case "tfds":
+            directory = tfds_folder(path)
+            return {"data.source": "tfds", "data.path": "little_stories", "data.field": "story",
+                    "data.directory": str(directory)}  # fmt: skip
+
+
+KINDS = ["parquet", "saved", "saved splits", "directory", "a copy of a corpus", "tfds"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tables")
+
+
+def data_of(overrides: dict, cache="unused"):
+    config = base.get_config()
+    config.update_from_flattened_dict(
+        {"data.cache": str(cache), "data.tokenizer": "bytes"} | overrides
+    )
+    return config.data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_documents_are_those_that_were_written(kind, folder, tmp_path):
+    data = data_of(made(folder, kind), tmp_path)
+    plain = presets.plain(data, tmp_path)
+    found = list(sources.documents(plain))
+    # TFDS shuffles what it writes.
+    assert (sorted(found) if kind == "tfds" else found) == (
+        sorted(texts()) if kind == "tfds" else texts()
+    )
+    if kind != "a copy of a corpus":
+        data.limit = 7
+        assert list(sources.documents(data)) == found[:7]
+    tokens = prepared.prepare(data_of(made(folder, kind), tmp_path), log=lambda line: None)
+    again = prepared.prepare(data_of(made(folder, kind), tmp_path), log=pytest.fail)
+    assert again.fingerprint == tokens.fingerprint
+    assert tokens.train.n_tokens + tokens.val.n_tokens == 300 + sum(
+        len(t.encode()) for t in texts()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_trains_from_it(kind, folder, train, tmp_path):
+    named = {k.replace(".", "__"): v for k, v in made(folder, kind).items()}
+    status, _, err = finish(train(tmp_path / "run", **named, train__steps=4, eval__every=0))
+    assert status == 0, err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "finished" and record["throughput"]["data_wait"] < 0.5
+
+
+def refused(data, said):
+    with pytest.raises(InputError, match=said) as caught:
+        prepared.prepare(data, log=lambda line: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_tables_are_refused_in_one_line(folder, tmp_path):
+    whole = made(folder, "parquet")
+    refused(data_of(whole | {"data.field": "body"}, tmp_path), "no field 'body'.*text, id")
+    refused(data_of(made(folder, "saved") | {"data.field": "x"}, tmp_path), "no field 'x'.*body")
+    refused(
+        data_of(made(folder, "saved splits") | {"data.rows": "train"}, tmp_path),
+        "rows='train'.*part, rest",
+    )
+    refused(data_of(made(folder, "directory") | {"data.rows": "no"}, tmp_path), "no")
+    broken = tmp_path / "broken" / "a.parquet"
+    broken.parent.mkdir()
+    source = (folder / "parquet" / "a.parquet").read_bytes()
+    for damaged in (source[: len(source) // 2], b"PAR1" + bytes(100) + b"PAR1", b""):
+        broken.write_bytes(damaged)
+        refused(
+            data_of(whole | {"data.path": str(broken)}, tmp_path), "not a readable Parquet file"
+        )
+    empty = tmp_path / "empty" / "a.parquet"
+    write_parquet(empty, ["", None, ""])
+    refused(data_of(whole | {"data.path": str(empty)}, tmp_path), "no text there")
+    numbers = tmp_path / "numbers" / "a.parquet"
+    write_parquet(numbers, [1, 2])
+    refused(data_of(whole | {"data.path": str(numbers)}, tmp_path), "holds int, not text")
+
+
+def test_no_hub_and_no_tfds(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = r"(the hub cannot be reached|log in).*directory that holds a copy"
+    refused(data_of({"data.source": "fineweb_edu"}, tmp_path), said)
+    refused(data_of({"data.source": "hf", "data.path": "nobody/nothing"}, tmp_path), said)
+    pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+    bad = {"data.source": "tfds", "data.path": "no_such_set", "data.directory": str(tmp_path)}
+    refused(data_of(bad, tmp_path), "no TFDS dataset to read.*download_and_prepare")
+
+
+def test_shards_in_tokens(tmp_path, monkeypatch):
+    """fineweb10B_gpt2: what is there is used, what is not is fetched, a failure is one line."""
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    asked = []
+
+    def write(path, n=3000):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, n
+        body = np.random.default_rng(n).integers(0, 50_257, n).astype("<u2")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(header.tobytes() + body.tobytes())
+
+    def download(repo, name, repo_type, local_dir):
+        assert (repo, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        asked.append(name)
+        write(local_dir / name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    data = data_of({"data.source": "fineweb10B_gpt2", "data.shards": 2}, tmp_path)
+    found = prepared.prepare(data, log=lambda line: None)
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert asked == names and found.vocab_size == 50_257
+    assert (found.train.n_tokens, found.val.n_tokens) == (6000, 3000)
+    prepared.prepare(data, log=lambda line: None)
+    assert asked == names
+    refused(data_of({"data.source": "fineweb10B_gpt2", "data.path": str(tmp_path)}, tmp_path),
+            "has no fineweb_val_000000.bin")  # fmt: skip
+
+    def unreachable(*arguments, **named):
+        raise OSError("no route")
+
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    data.shards = 3
+    refused(data, "hub cannot be reached.*fineweb_train_000003.bin.*stdlib")
+
+
+PREPARE = """
+import sys, time
+from configs import base
+from lmscale_jax.data import packing, prepared
+packing._BLOCK_CHARACTERS = 3000
+data = base.get_config().data
+data.source, data.path, data.tokenizer, data.vocab_size = "parquet", sys.argv[1], "bpe", 300
+data.shard_tokens = 700
+slow = packing._write_block
+def write(*arguments):
+    time.sleep(float(sys.argv[3]))
+    slow(*arguments)
+packing._write_block = write
+from pathlib import Path
+prepared.prepare_to(data, Path(sys.argv[2]), log=lambda line: print(line, flush=True))
+"""
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bytes(folder, tmp_path):
+    source = made(folder, "parquet")["data.path"]
+
+    def begin(out, pause, **environment):
+        return subprocess.Popen(
+            [sys.executable, "-c", PREPARE, source, str(out), str(pause)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment,
+        )  # fmt: skip
+
+    def content(directory):
+        return {p.name: p.read_bytes() for p in sorted(directory.iterdir())}
+
+    status, _, err = finish(begin(tmp_path / "whole", 0, RAYON_NUM_THREADS="1"))
+    assert status == 0, err
+    journal = tmp_path / ".killed.tmp" / "journal.json"
+    for blocks in (1, 4, 9):
+        process = begin(tmp_path / "killed", 0.1, RAYON_NUM_THREADS="2")
+        limit = time.monotonic() + 60
+        while time.monotonic() < limit and process.poll() is None:
+            if journal.exists():
+                noted = json.loads(journal.read_text()).get("blocks", {"number": 0})
+                if noted["number"] >= blocks:
+                    break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert journal.exists() and not (tmp_path / "killed").exists()
+    status, out, err = finish(begin(tmp_path / "killed", 0, RAYON_NUM_THREADS="2"))
+    assert status == 0, err
+    assert "going on after" in out
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+    assert len(content(tmp_path / "whole")) > 10 and not journal.exists()
