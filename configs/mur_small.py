@@ -23,6 +23,8 @@ def get_config(arm: str = "update"):
     c = base.get_config()
     c.model.n_layers, c.model.d_model, c.model.n_heads = 6, 64, 4
     c.model.norm, c.model.mlp, c.model.positions = "rmsnorm", "swiglu", "rope"
+    # About 1 / sqrt(width); GPT-2's 0.02 is meant for 768 channels.
+    c.parametrization.init_std = 0.08
     c.data.vocab_size, c.data.seq_len = 1024, 128
     c.optim.lr = 4e-3
     c.train.steps, c.train.batch_size = 300, 8
