@@ -32,8 +32,17 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     # An exact version of the formatter: another one may format differently.
     # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in
-    # for Slurm's.
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.6", "tensorboard", "submitit>=1.5"],
+    # for Slurm's; datasets and tensorflow-datasets make the tables that tests read.
+    "test": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.6",
+        "tensorboard",
+        "submitit>=1.5",
+        "datasets>=4",
+        "tensorflow-datasets>=4.9.9",
+        "importlib_resources",
+    ],
     # tensorflow-datasets needs importlib_resources to build a data set and does not declare it.
     "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
     "hf": ["transformers>=5", "datasets>=4", "safetensors>=0.5", "huggingface_hub>=1"],
