@@ -330,7 +330,7 @@ def test_long_documents_are_cut_without_a_trace(tmp_path, tokenizer, monkeypatch
     cfg = config(tmp_path, path=f"{tmp_path}/*.txt", tokenizer=tokenizer, vocab_size=300)
     whole = prepare_to(cfg, tmp_path / "whole", log=quiet)
     monkeypatch.setattr(tokenizers, "_PIECE_CHARACTERS", 10)
-    monkeypatch.setattr(packing, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(packing, "_BLOCK_CHARACTERS", 100)
     cut = prepare_to(cfg, tmp_path / "cut", log=quiet)
     assert cut.manifest == whole.manifest
     assert documents_of(cut, "train") + documents_of(cut, "val") == sorted(

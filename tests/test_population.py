@@ -119,8 +119,7 @@ def test_wider_is_better_under_mup(tmp_path):
     config.train.steps, config.optim.lr = 200, 2.0**-8
     data = prepared.prepare(config.data, log=print)
     losses = []
-    # At 256 it is not (docs/mup.md).
-    for width in (32, 64, 128):
+    for width in (32, 64, 128, 256):
         one = configs.resolve(resized(config, "width", width), data.vocab_size)
         members = [ConfigDict(one.to_dict() | {"seed": seed}) for seed in range(3)]
         found = population.train(members, data)
