@@ -209,6 +209,8 @@ def test_difference_over_pairs():
     assert found["p"] == pytest.approx(wanted.pvalue)
     assert (found["low"], found["high"]) == pytest.approx((low, high))
     assert "no detectable difference" in compared.sentence(found)
+    same = {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "n": 5}
+    assert compared.sentence(same).endswith("p = 1: no detectable difference")
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ CHECKS = {
     "gpt2 none": (lambda: family.get_config("gpt2"), "width", WIDTHS["gpt2"], "none"),
     **{f"llama {c}": (family.get_config, "width", NARROW, c) for c in CONTROLS},
     **{f"gpt2 {c}": (lambda: family.get_config("gpt2"), "width", NARROW, c) for c in CONTROLS},
-    "llama head_dim": (heads, "head_dim", [16, 32, 64, 128], "none"),
+    "llama head_dim": (heads, "head_dim", [32, 64, 128, 256], "none"),
     "llama depth 1": (lambda: completep(1.0), "depth", [2, 4, 8, 16], "none"),
     "llama depth 0.5": (lambda: completep(0.5), "depth", [2, 4, 8, 16], "none"),
     "llama depth 0": (lambda: completep(0.0), "depth", [2, 4, 8, 16], "none"),

@@ -77,11 +77,13 @@ def check(plan: Plan, n_seeds: int, workdir: Path, say: Callable[[str], None]) -
         batch = pipeline.TrainBatches(
             data, config.data.seq_len, config.train.batch_size, config.data.seed
         ).at(0)
-        for name, values in measure(config, batch, list(range(n_seeds))).items():
+        found = measure(config, batch, list(range(n_seeds)))
+        if plan.sweep == "depth":
+            found = _ends(found, config.model.n_layers)
+        for name, values in found.items():
             tensors.setdefault(name, []).append(values)
         say(f"{plan.sweep} {size}: {time.perf_counter() - begin:.1f} s")
-    # In a sweep of depth only what every depth has can be compared: the ends of the stack.
-    shared = {name: np.stack(v) for name, v in tensors.items() if len(v) == len(plan.sizes)}
+    shared = {name: np.stack(v) for name, v in tensors.items()}
     losses = shared.pop("loss")
     slopes = coords.table(plan.sizes, shared)
     failed = coords.failures(slopes, plan.sweep)
@@ -101,6 +103,20 @@ def check(plan: Plan, n_seeds: int, workdir: Path, say: Callable[[str], None]) -
     figure.draw(result, workdir / "coord_check.png")
     say(summary(result))
     return result
+
+
+def _ends(tensors: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
+    """What every depth has: the ends of the stack, the last block's own as "blocks/last/name".
+
+    A block in the middle, or the first, is another share of the way through at every depth.
+    """
+    last, found = f"blocks/{n_layers - 1}/", {}
+    for name, values in tensors.items():
+        if "blocks/" not in name:
+            found[name] = values
+        elif last in name:
+            found[name.replace(last, "blocks/last/")] = values
+    return found
 
 
 def _refuse_another(workdir: Path, asked: dict) -> None:

@@ -16,6 +16,7 @@ THRESHOLDS = {
     "first_step_of_logits": 5,
     "first_step_of_change": 5,
     "logits_at_step_1": [-0.6, -0.35],
+    "scores_over_head_dim": [-0.6, 0.15],
 }
 CHANGE = "change/"
 
@@ -64,9 +65,14 @@ def bound(tensor: str, step: int, sweep: str) -> tuple[float, float] | None:
     """The interval in which a slope must lie; None where theory promises nothing.
 
     At step 1 the logits of a readout that is not zero fall as width^-1/2 and are judged by that;
-    until what was learned outgrows them, for some steps, they lie between the two.
+    until what was learned outgrows them, for some steps, they lie between the two. So do attention
+    scores where heads grow, for as long as queries and keys are little aligned; a scale of
+    1 / sqrt(head_dim) in place of 1 / head_dim shows above.
     """
     kind = tensor.removeprefix(CHANGE)
+    if sweep == "head_dim" and kind.endswith("scores"):
+        late = kind == tensor or step >= THRESHOLDS["first_step_of_change"]
+        return tuple(THRESHOLDS["scores_over_head_dim"]) if late else None
     if tensor.startswith(CHANGE):
         ok, first = THRESHOLDS["change"], THRESHOLDS["first_step_of_change"]
     else:

@@ -54,7 +54,8 @@ def sentence(found: dict) -> str:
     said = f"variant minus baseline {found['mean']:+.4f} nats a token over {found['n']} pair(s)"
     if found["low"] is None:
         return f"{said}; one pair has no interval"
-    verdict = "no detectable difference" if found["low"] < 0 < found["high"] else "a difference"
+    within = found["low"] <= 0 <= found["high"]
+    verdict = "no detectable difference" if within else "a difference"
     return (
         f"{said}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}, "
         f"p = {found['p']:.2g}: {verdict}"
