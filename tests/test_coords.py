@@ -95,6 +95,27 @@ def test_bounds_are_those_of_the_protocol():
     ]
 
 
+def test_scores_may_fall_until_heads_align():
+    """Where heads grow: as head_dim^-1/2 at first; a rise, as of the wrong scale, is a failure."""
+    falling = {"blocks/0/scores": steps_of(-0.5, -0.3, -0.2)}
+    assert coords.failures(falling, sweep="head_dim") == []
+    assert len(coords.failures(falling)) == 2
+    for wrong in (0.5, -0.9):
+        found = coords.failures({"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim")
+        assert [f["step"] for f in found] == [2]
+
+
+def test_depths_are_compared_at_the_ends():
+    def tensors(n_layers):
+        names = [f"blocks/{i}/mlp" for i in range(n_layers)] + ["change/blocks/1/mlp", "final"]
+        return {name: name for name in names}
+
+    two, four = (coordinates._ends(tensors(n), n) for n in (2, 4))
+    assert two == {"blocks/last/mlp": "blocks/1/mlp", "final": "final",
+                   "change/blocks/last/mlp": "change/blocks/1/mlp"}  # fmt: skip
+    assert four == {"blocks/last/mlp": "blocks/3/mlp", "final": "final"}
+
+
 def test_predictions_look_at_the_steepest_step():
     slopes = {
         "blocks/0/attention": steps_of(0, 0.9, 0.1), "change/blocks/0/mlp": steps_of(0, 9),
