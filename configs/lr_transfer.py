@@ -11,7 +11,7 @@ def get_config(family: str = "llama"):
     c.data.seq_len, c.parametrization.embed_scale = 64, 1.0
     c.model.n_layers, c.model.d_model, c.model.n_heads = 2, 64, 4
     c.parametrization.base_width = 64
-    # About 1 / sqrt(width). From GPT-2's 0.02, meant for 768 channels, two hundred steps are spent on
+    # About 1 / sqrt(width). From GPT-2's 0.02, meant for 768 channels, two hundred steps go into
     # growing, and width 256 comes out behind 128.
     c.parametrization.init_std = 0.1
     c.schedule.name, c.schedule.warmup, c.schedule.final = "linear", "10%", 0.0
