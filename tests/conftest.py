@@ -120,6 +120,12 @@ def record(workdir) -> dict:
     return json.loads((Path(workdir) / "run.json").read_text())
 
 
+def train_losses(workdir) -> list[float]:
+    """Every training loss of metrics.jsonl, in its order."""
+    lines = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
+    return [line["train_loss"] for line in lines if "train_loss" in line]
+
+
 def wait_until(condition, process: subprocess.Popen | None = None, seconds: float = 120) -> None:
     """Polls; fails when the time is over or the process ended first."""
     limit = time.monotonic() + seconds

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import finish
+from conftest import finish, train_losses
 from test_model import Oracle, make, tokens
 
 from configs import base
@@ -207,8 +207,6 @@ def test_eight_devices_train_alike(train, tmp_path, kind):
         changes = {"model__attn_gate": kind, "model__n_heads": 4, "log__tensorboard": False}
         status, _, err = finish(train(tmp_path / name, **changes, **grid))
         assert status == 0, err
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses.append([line.split('"train_loss": ')[1].split(",")[0].rstrip("}") for line in lines
-                       if "train_loss" in line])  # fmt: skip
-    one, eight = (np.array(values, float) for values in losses)
+        losses.append(train_losses(tmp_path / name))
+    one, eight = losses
     np.testing.assert_allclose(eight, one, rtol=3e-5)
