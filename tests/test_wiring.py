@@ -210,6 +210,15 @@ def test_growing_windows_are_those_of_the_step():
         np.testing.assert_allclose(found, model.losses(params, ids, ids), rtol=1e-6)
 
 
+def test_one_window_for_all_blocks_stays_a_number():
+    """Under a scan too, where blocks are counted by a traced number: cudnn and splash want it."""
+    config = make(window_layers="all", window=5)[0]
+    shared = wiring.Shared(None, None, None, None, None, wiring.windows(config))
+    seen = []
+    jax.jit(lambda i: seen.append(wiring.of_layer(config.model, shared, i)["window"]))(0)
+    assert seen == [5]
+
+
 def test_windows_count_in_flops():
     """Against a count of what the mask leaves."""
     config, model, _ = make(window_layers="ends", window=5, n_layers=6)

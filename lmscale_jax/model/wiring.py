@@ -57,7 +57,9 @@ def of_layer(model, shared: Shared, index) -> dict:
     if shared.windows is not None:
         whole, half = shared.windows
         is_whole_L = np.isin(np.arange(L), whole_windows(model))
-        if isinstance(index, int):
+        if is_whole_L.all():
+            given["window"] = whole  # a number, which some kernels want
+        elif isinstance(index, int):
             given["window"] = whole if is_whole_L[index] else half
         else:
             given["window"] = jnp.where(jnp.asarray(is_whole_L)[index], whole, half)
