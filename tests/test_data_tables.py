@@ -158,7 +158,9 @@ def test_bad_tables_are_refused_in_one_line(folder, tmp_path):
 
 
 def test_no_hub_and_no_tfds(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     said = r"(the hub cannot be reached|log in).*directory that holds a copy"
     refused(data_of({"data.source": "fineweb_edu"}, tmp_path), said)
     refused(data_of({"data.source": "hf", "data.path": "nobody/nothing"}, tmp_path), said)

@@ -14,6 +14,8 @@ from lmscale_jax.evals import attention_stats
 from lmscale_jax.model import build, flops, param
 from lmscale_jax.model.gates import earlier
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CASES = {
     "headwise": {"attn_gate": "headwise"},
     "elementwise, GQA": {"attn_gate": "elementwise", "n_kv_heads": 2},

@@ -12,6 +12,8 @@ from lmscale_jax import config as configs
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import attention, build, flops, param, wiring
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 PLAIN = {"norm": "rmsnorm", "mlp": "relu2", "positions": "rope"}
 ALL = PLAIN | {
     "n_layers": 5, "norm_gain": "none", "qk_norm": "rmsnorm", "rope_channels": "half",

@@ -3,6 +3,7 @@
 Nothing is held but a batch of rows. No code that a dataset brings is run.
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def dataset_values(data_cfg) -> Iterator:
     except ImportError:
         raise missing("datasets", "hf", "hf") from None
     datasets.disable_progress_bars()
+    # Its warnings at each of five attempts say what our one line says.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     where = f"data.path={data_cfg.path}"
     rows = _open_dataset(datasets, data_cfg, where)
     names = rows.column_names
