@@ -173,6 +173,13 @@ SPEC = {
             "shards held out; empty: those of data.path with 'val' in their name",
             when={"data.source": ("bin",)},
         ),
+        "overlap": Key(
+            0,
+            "tokens of a run; preparing then reports which share of the validation side's runs the "
+            "training side has too (13 is usual); 0: not looked for",
+            low=0,
+            when={"data.source": _TEXTS},
+        ),
         "shard_tokens": Key(
             100_000_000,
             "tokens of a shard that is written",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data import pretrained, sources, tokenizers
-from lmscale_jax.data.shards import ShardWriter
+from lmscale_jax.data import overlap, pretrained, sources, tokenizers
+from lmscale_jax.data.shards import Shards, ShardWriter
 from lmscale_jax.errors import InputError
 
 SIDES = ("train", "val")
@@ -48,8 +48,9 @@ def pack(directory: Path, data_cfg, log: Log) -> dict:
         log(f"data: {tokenizer.name} tokenizer ready, {time.monotonic() - started:.1f} s")
     tokenizer = tokenizers.load(directory)
     splits = _encode(directory, data_cfg, tokenizer, counts["characters"], journal, log)
+    shared = _overlap(directory, data_cfg, tokenizer, splits, log)
     journal.remove()
-    return {
+    return shared | {
         "source": {
             "name": data_cfg.source,
             "path": data_cfg.path,
@@ -65,6 +66,23 @@ def pack(directory: Path, data_cfg, log: Log) -> dict:
         },
         "splits": splits,
     }
+
+
+def _overlap(directory: Path, data_cfg, tokenizer, splits: dict, log: Log) -> dict:
+    """{"overlap": what `overlap.measure` found}, or {} where it is not asked for."""
+    if not data_cfg.overlap:
+        return {}
+    train, val = (
+        Shards([directory / s["name"] for s in splits[side]["shards"]], tokenizer.vocab_size)
+        for side in SIDES
+    )
+    found = overlap.measure(train, val, data_cfg.overlap, tokenizer.boundary)
+    log(
+        f"data: of the validation side's {found['runs']:,} runs of {found['length']} tokens "
+        f"{found['shared']:.2%} stand in the training side too; they cover {found['tokens']:.2%} "
+        f"of its tokens"
+    )
+    return {"overlap": found}
 
 
 class Journal:

@@ -208,7 +208,7 @@ _OWN_KEYS = {
 
 def _settings(data_cfg) -> dict:
     """Everything that decides the content of the shards."""
-    keys = ["source", "tokenizer", "split", "val_fraction", "shard_tokens"]
+    keys = ["source", "tokenizer", "split", "val_fraction", "shard_tokens", "overlap"]
     keys += _OWN_KEYS[data_cfg.source]
     keys += ["vocab_size"] if data_cfg.tokenizer == "bpe" else []
     paths = sources.files(data_cfg)
