@@ -64,6 +64,13 @@ MODEL = {
         choices=("tanh", "algebraic"),
     ),
     "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's", low=0),
+    "vocab_multiple": Key(
+        1,
+        "rows are padded to a multiple of it, which some products want; no probability goes to "
+        "those that are no token's",
+        low=1,
+    ),
+    "ids": Key(0, "rows that are tokens; 0: vocab_size before it was padded", low=0),
     "qk_norm": Key(
         "none",
         "rmsnorm: queries and keys have a root mean square of 1 in each head (before rotation)",

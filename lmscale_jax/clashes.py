@@ -82,6 +82,11 @@ def _check_model(config) -> None:
 
 
 def _check_wiring(model, head_dim: int) -> None:
+    if model.vocab_size and model.ids > model.vocab_size:
+        raise InputError(
+            f"config.model.ids={model.ids} is more than the rows, model.vocab_size="
+            f"{model.vocab_size}; 0 would work"
+        )
     if 2 * model.value_embeddings > model.n_layers:
         raise InputError(
             f"config.model.value_embeddings={model.value_embeddings} takes as many blocks at "

@@ -133,6 +133,8 @@ def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
             f"0 or {-(-vocab_size // 64) * 64} would work"
         )
     model.vocab_size = model.vocab_size or vocab_size
+    model.ids = model.ids or model.vocab_size
+    model.vocab_size = -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
     config.train.steps, config.train.tokens = total_steps(config), 0.0
     return config.lock()
 

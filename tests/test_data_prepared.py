@@ -129,7 +129,11 @@ def test_the_cache_is_reused_until_source_or_settings_change(tmp_path):
     lines.clear()
     prepare(lines_config(tmp_path, [*DOCUMENTS, "new\n"]), log=lines.append)
     assert lines
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(shown(tmp_path / "cache")) == 3
+
+
+def shown(directory):
+    return [path for path in directory.iterdir() if not path.name.startswith(".")]
 
 
 def test_the_same_documents_give_the_same_shards_bit_for_bit(tmp_path):
@@ -188,7 +192,7 @@ def test_killed_and_concurrent_prepares_leave_nothing_half_written(tmp_path):
     assert [process.returncode for process in pair] == [0, 0]
     assert outputs[0][-1] == outputs[1][-1]
     assert sum("prepared in" in line for output in outputs for line in output) <= 1
-    (directory,) = cache.iterdir()
+    (directory,) = shown(cache)
     names = {"manifest.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"}
     assert {path.name for path in directory.iterdir()} == names
 
@@ -198,7 +202,7 @@ def test_prepare_to_fills_only_an_empty_directory(tmp_path):
     out.mkdir()
     first = prepare_to(cfg, out, log=quiet)
     assert prepare_to(cfg, out, log=pytest.fail).manifest == first.manifest
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.txt"]
+    assert sorted(p.name for p in shown(tmp_path)) == ["out", "text.txt"]
     cfg.val_fraction = 0.3
     before = (out / "manifest.json").read_text()
     with pytest.raises(InputError, match="holds something else"):
@@ -276,6 +280,15 @@ def test_a_directory_that_was_tampered_with_is_refused(tmp_path):
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="train shards are not the manifest's"):
         prepare(cfg, log=quiet)
+    manifest["splits"]["train"]["tokens"] -= 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    prepare(cfg, log=quiet)
+    shard = out / "val_000000.bin"
+    body = bytearray(shard.read_bytes())
+    body[-2] ^= 1
+    shard.write_bytes(body)
+    with pytest.raises(InputError, match=r"val_000000\.bin: changed since its manifest"):
+        prepare(cfg, log=quiet)
     (out / "tokenizer.json").write_text('{"name": "char", "characters": "ab"}')
     with pytest.raises(InputError, match=r"tokenizer\.json is not the manifest's"):
         prepare(cfg, log=quiet)
@@ -316,7 +329,7 @@ def test_a_cache_that_cannot_be_written_names_itself(tmp_path):
 def test_cache_directory_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LMSCALE_CACHE", str(tmp_path / "elsewhere"))
     prepare(lines_config(tmp_path, cache=""), log=quiet)
-    (directory,) = (tmp_path / "elsewhere").iterdir()
+    (directory,) = shown(tmp_path / "elsewhere")
     assert directory.name.startswith("text-bytes-")
 
 

@@ -189,6 +189,26 @@ def test_half_of_the_rotation():
         np.testing.assert_allclose(np.diag(scores, -lag), scores[lag, 0], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_rows_that_fill_up_the_vocabulary_get_no_probability(head):
+    """Losses are those of the model without them, and they get no gradient as a readout."""
+    config, model, params = make(vocab_multiple=64, head=head)
+    assert (config.model.vocab_size, config.model.ids) == (64, 50)
+    plain = make(head=head)[1]
+    without = jax.tree.map(lambda x: x, params)
+    without["embed"] = params["embed"] | {"tokens": params["embed"]["tokens"][:50]}
+    if head == "untied":
+        without["readout"] = params["readout"] | {"weight": params["readout"]["weight"][:, :50]}
+    ids = tokens(2)
+    np.testing.assert_allclose(
+        model.losses(params, ids, ids), plain.losses(without, ids, ids), rtol=1e-5
+    )
+    assert np.all(np.asarray(model.logits(params, ids))[..., 50:] == -np.inf)
+    grads = jax.grad(lambda p: model.losses(p, ids, ids).sum())(params)
+    rows = grads["embed"]["tokens"] if head == "tied" else grads["readout"]["weight"].T
+    assert np.all(np.asarray(rows)[50:] == 0) and np.all(np.isfinite(rows))
+
+
 def test_windows_grow_and_are_whole_at_the_end():
     config = speedrun_record26.get_config()
     config.data.path = ""
@@ -293,6 +313,7 @@ def test_what_makes_no_sense_is_refused():
     for changes, said in (
         ({"value_embeddings": 2}, "value_embeddings=2 takes as many blocks.*; 1 would work"),
         ({"softcap_form": "algebraic"}, "would be unused with model.logit_softcap=0"),
+        ({"ids": 60}, "model.ids=60 is more than the rows"),
         ({"window": 5}, "would be unused with model.window_layers"),
         ({"positions": "rope", "rope_channels": "half", "head_dim": 4}, "no quarter"),
     ):

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.data import overlap, pretrained, sources, tokenizers
+from lmscale_jax.data.manifest import SIDES
 from lmscale_jax.data.shards import Shards, ShardWriter
 from lmscale_jax.errors import InputError
 
-SIDES = ("train", "val")
 _BLOCK_CHARACTERS = 2_000_000
 _SECONDS_BETWEEN_LINES = 5.0
 

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lmscale_jax.data import manifest as manifests
 from lmscale_jax.data import packing, presets, pretrained, sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
-
-FORMAT = 1
 
 Log = Callable[[str], object]
 
@@ -61,7 +60,7 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        parts = [self.manifest["splits"][side]["fingerprint"] for side in packing.SIDES]
+        parts = [self.manifest["splits"][side]["fingerprint"] for side in manifests.SIDES]
         parts.append(self.tokenizer.fingerprint if self.tokenizer else "")
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -104,7 +103,7 @@ def find_manifest(data_cfg) -> dict | None:
         directory = Path(data_cfg.path).expanduser()
     else:
         directory = _place(data_cfg, _settings(data_cfg))
-    return read_manifest(directory) if (directory / "manifest.json").is_file() else None
+    return manifests.read(directory) if (directory / "manifest.json").is_file() else None
 
 
 def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
@@ -118,45 +117,33 @@ def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
         raise InputError("data.source=bin: shards are prepared already; name stdlib, text or jsonl")
     out_dir, settings = Path(out_dir).absolute(), _settings(data_cfg)
     occupied = out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()))
-    if occupied and not _find(out_dir, _key(settings)):
+    if occupied and not _find(out_dir, manifests.key(settings), cache_root(data_cfg)):
         raise InputError(f"--out={out_dir}: holds something else; name a new or empty directory")
     return _find_or_build(out_dir, data_cfg, settings, log)
 
 
-def open_directory(directory: Path) -> Prepared:
+def open_directory(directory: Path, notes: Path) -> Prepared:
     """A directory that `prepare` or `prepare_to` completed.
+
+    Args:
+        directory: it.
+        notes: the cache, where it is noted that the shards were compared with their hashes.
 
     Raises:
         InputError: the manifest is unreadable, or tokenizer or shards are not those it lists.
     """
-    manifest = read_manifest(directory)
+    manifest = manifests.read(directory)
     tokenizer = tokenizers.load(directory)
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise InputError(f"{directory}: tokenizer.json is not the manifest's; prepare again")
     sides = {}
-    for side in packing.SIDES:
+    for side in manifests.SIDES:
         listed = manifest["splits"][side]["shards"]
         sides[side] = Shards([directory / shard["name"] for shard in listed], tokenizer.vocab_size)
         if sides[side].n_tokens != manifest["splits"][side]["tokens"]:
             raise InputError(f"{directory}: {side} shards are not the manifest's; prepare again")
+    manifests.verify(directory, manifest, notes)
     return Prepared(sides["train"], sides["val"], manifest, tokenizer, tokenizer.vocab_size)
-
-
-def read_manifest(directory: Path) -> dict:
-    """The manifest of a prepared directory.
-
-    Raises:
-        InputError: it is missing, not JSON, or of another format version.
-    """
-    path = directory / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a manifest ({error}); prepare the data again") from None
-    if version != FORMAT:
-        raise InputError(f"{path}: format {version}, not {FORMAT}; prepare the data again")
-    return manifest
 
 
 def vocab_size_of(data_cfg) -> int:
@@ -171,7 +158,7 @@ def vocab_size_of(data_cfg) -> int:
     if data_cfg.source == "bin":
         directory = Path(data_cfg.path).expanduser()
         if (directory / "manifest.json").is_file():
-            return read_manifest(directory)["tokenizer"]["vocab_size"]
+            return manifests.read(directory)["tokenizer"]["vocab_size"]
         return 0
     match data_cfg.tokenizer:
         case "bytes":
@@ -192,7 +179,9 @@ def cache_root(data_cfg) -> Path:
 
 def _place(data_cfg, settings: dict) -> Path:
     """Where in the cache the data of these settings belongs."""
-    return cache_root(data_cfg) / f"{data_cfg.source}-{data_cfg.tokenizer}-{_key(settings)}"
+    return (
+        cache_root(data_cfg) / f"{data_cfg.source}-{data_cfg.tokenizer}-{manifests.key(settings)}"
+    )
 
 
 # What else decides which documents a source has.
@@ -214,11 +203,13 @@ def _settings(data_cfg) -> dict:
     paths = sources.files(data_cfg)
     base = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
     return {
-        "format": FORMAT,
+        "format": manifests.FORMAT,
         "data": {key: data_cfg[key] for key in keys},
         "python": platform.python_version() if data_cfg.source == "stdlib" else None,
         "files": len(paths),
-        "files_state": _key([_state(path, os.path.relpath(path, base)) for path in paths]),
+        "files_state": manifests.key(
+            [manifests.state(path, os.path.relpath(path, base)) for path in paths]
+        ),
     } | _tokenizer_files(data_cfg)
 
 
@@ -227,35 +218,27 @@ def _tokenizer_files(data_cfg) -> dict:
     if data_cfg.tokenizer != "hf":
         return {}
     files = sorted(Path(data_cfg.tokenizer_path).expanduser().glob("*.*"))
-    return {"tokenizer_files": [_state(path, path.name) for path in files if path.is_file()]}
+    return {
+        "tokenizer_files": [manifests.state(path, path.name) for path in files if path.is_file()]
+    }
 
 
-def _state(path: Path, name: str) -> list:
-    """What changes when a file does, without reading it."""
-    stat = path.stat()
-    return [name, stat.st_size, stat.st_mtime_ns]
-
-
-def _key(content: dict | list) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _find(directory: Path, key: str) -> Prepared | None:
+def _find(directory: Path, key: str, notes: Path) -> Prepared | None:
     """The data of that key in `directory`, if it is there and whole."""
     try:
-        return open_directory(directory) if read_manifest(directory)["key"] == key else None
+        return open_directory(directory, notes) if manifests.read(directory)["key"] == key else None
     except (InputError, KeyError):
         return None
 
 
 def _find_or_build(directory: Path, data_cfg, settings: dict, log: Log) -> Prepared:
-    key = _key(settings)
-    if found := _find(directory, key):
+    key, notes = manifests.key(settings), cache_root(data_cfg)
+    if found := _find(directory, key, notes):
         return found
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_name(f".{directory.name}.lock"), log):
-            if found := _find(directory, key):  # another process was faster
+            if found := _find(directory, key, notes):  # another process was faster
                 return found
             _build(directory, data_cfg, settings, log)
     except OSError as error:
@@ -263,7 +246,7 @@ def _find_or_build(directory: Path, data_cfg, settings: dict, log: Log) -> Prepa
             f"{directory}: cannot be written ({error.strerror or error}); set data.cache (or "
             f"--out) to a place that is writable and has room"
         ) from None
-    return open_directory(directory)
+    return open_directory(directory, notes)
 
 
 @contextlib.contextmanager
@@ -294,16 +277,16 @@ def _build(directory: Path, data_cfg, settings: dict, log: Log) -> None:
 
     What a process leaves that is killed meanwhile is gone on from; after an error nothing is left.
     """
-    key = _key(settings)
+    key = manifests.key(settings)
     temporary = directory.with_name(f".{directory.name}.tmp")
     if not (temporary / key).exists():  # nothing, or the beginning of something else
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         (temporary / key).touch()
     try:
-        manifest = {"format": FORMAT, "key": key, "settings": settings}
+        manifest = {"format": manifests.FORMAT, "key": key, "settings": settings}
         manifest |= packing.pack(temporary, data_cfg, log)
-        _write_json(temporary / "manifest.json", manifest)
+        manifests.write_json(temporary / "manifest.json", manifest)
         (temporary / key).unlink()
         if directory.exists():
             shutil.rmtree(directory)  # empty, or damaged since it was made
@@ -323,7 +306,7 @@ def _open_bin(data_cfg, vocab_size: int, log: Log) -> Prepared:
                 f"data.val_path={data_cfg.val_path}: the prepared data.path={data_cfg.path} has "
                 f"its own validation shards; leave data.val_path empty"
             )
-        return open_directory(directory)
+        return open_directory(directory, cache_root(data_cfg))
     if vocab_size <= 0:
         raise InputError(
             f"model.vocab_size={vocab_size}: bare shards (data.path={data_cfg.path}) do not say "
@@ -334,7 +317,12 @@ def _open_bin(data_cfg, vocab_size: int, log: Log) -> Prepared:
         side: {"tokens": shards.n_tokens, "fingerprint": _scanned(shards, data_cfg, log)}
         for side, shards in sides.items()
     }
-    manifest = {"format": FORMAT, "source": data_cfg.path, "tokenizer": None, "splits": splits}
+    manifest = {
+        "format": manifests.FORMAT,
+        "source": data_cfg.path,
+        "tokenizer": None,
+        "splits": splits,
+    }
     return Prepared(sides["train"], sides["val"], manifest, None, vocab_size)
 
 
@@ -361,23 +349,16 @@ def _bin_paths(data_cfg) -> dict[str, list[Path]]:
 
 def _scanned(shards: Shards, data_cfg, log: Log) -> str:
     """`shards.scan()`, remembered in the cache for as long as the files stay as they are."""
-    files = [_state(path, str(path.absolute())) for path in shards.paths]
-    note = cache_root(data_cfg) / f"bin-{_key([FORMAT, shards.vocab_size, files])}.json"
+    files = [manifests.state(path, str(path.absolute())) for path in shards.paths]
+    note = (
+        cache_root(data_cfg)
+        / f"bin-{manifests.key([manifests.FORMAT, shards.vocab_size, files])}.json"
+    )
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
     log(f"data: checking {shards.n_tokens:,} tokens in {len(shards.paths)} shards, once")
     fingerprint = shards.scan()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         note.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(note, {"fingerprint": fingerprint, "files": files})
+        manifests.write_json(note, {"fingerprint": fingerprint, "files": files})
     return fingerprint
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Atomic: a file of that name is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

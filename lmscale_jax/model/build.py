@@ -103,15 +103,23 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
             return z_NxV * jax.lax.rsqrt(1 + jnp.square(z_NxV / cap))
         return cap * jnp.tanh(z_NxV / cap)
 
+    def of_tokens(params, x_NxD):
+        """The logits, those of rows that only fill up the vocabulary being -inf."""
+        z_NxV = read(params, x_NxD)
+        if model.ids >= model.vocab_size:
+            return z_NxV
+        filling_V = jnp.arange(model.vocab_size) >= model.ids
+        return jnp.where(filling_V, -jnp.inf, z_NxV)
+
     def logits(params, tokens_BxT, key=None):
         x_NxD, *_ = body(params, tokens_BxT, key)
-        return read(params, x_NxD).reshape(*tokens_BxT.shape, -1)
+        return of_tokens(params, x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None, around=None, step=None):
         x_NxD, _, rest = body(params, tokens_BxT, key, around=around, step=step)
         length = chunk_length(model, tokens_BxT.shape, shards)
         nll_BxT = next_token_losses(
-            functools.partial(read, params), x_NxD, targets_BxT, length, call.ops.cross_entropy
+            functools.partial(of_tokens, params), x_NxD, targets_BxT, length, call.ops.cross_entropy
         )
         return nll_BxT if around is None else around.close(nll_BxT, rest)
 
