@@ -98,13 +98,14 @@ SPEC = {
         "source": Key(
             "stdlib",
             "stdlib: the Python standard library's own source text, which every user has",
-            choices=(*_TEXTS, "bin", "fineweb10B_gpt2"),
+            choices=(*_TEXTS, "bin", "mixture", "fineweb10B_gpt2"),
         ),
         "path": Key(
             "",
             "file, directory or glob (** too), several joined by commas; hf: a directory or a name "
-            "on the hub; tfds: its name; named corpora: a directory with a copy",
-            when={"data.source": (*_TEXTS[1:], "bin", "fineweb10B_gpt2")},
+            "on the hub; tfds: its name; named corpora: a directory with a copy; mixture: prepared "
+            "directories with weights, as web=3,code=1",
+            when={"data.source": (*_TEXTS[1:], "bin", "mixture", "fineweb10B_gpt2")},
         ),
         "field": Key(
             "text",

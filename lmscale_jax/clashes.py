@@ -16,7 +16,10 @@ def check(config) -> None:
         )
     if not train.steps and not train.tokens:
         raise InputError("config.train.steps=0 needs train.tokens; train.tokens=1e8 would work")
-    if data.source in ("text", "jsonl", "parquet", "hf", "tfds", "bin") and not data.path:
+    if (
+        data.source in ("text", "jsonl", "parquet", "hf", "tfds", "bin", "mixture")
+        and not data.path
+    ):
         raise InputError(f"config.data.path='' must name the {data.source} data, such as corpus/*")
     if data.tokenizer == "hf" and not data.tokenizer_path:
         raise InputError(

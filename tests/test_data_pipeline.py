@@ -22,7 +22,7 @@ def data(tmp_path):
         writer.close()
         return Shards(sorted(tmp_path.glob(f"{prefix}*")), 2000)
 
-    return SimpleNamespace(train=shards("train", 1003), val=shards("val", 101))
+    return SimpleNamespace(train=shards("train", 1003), val=shards("val", 101), mixture=())
 
 
 @pytest.mark.parametrize("seq_len, batch_size", [(1, 3), (8, 5), (100, 2), (1002, 1)])

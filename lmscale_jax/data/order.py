@@ -40,7 +40,11 @@ class Order:
 
         Batches follow each other without gap, so a batch may end one epoch and begin the next.
         """
-        position_B = np.uint64(step * batch_size) + np.arange(batch_size, dtype=np.uint64)
+        return self.windows(step * batch_size + np.arange(batch_size, dtype=np.int64))
+
+    def windows(self, position_B: np.ndarray) -> np.ndarray:
+        """The windows at these positions of the stream: int64 [B]."""
+        position_B = position_B.astype(np.uint64)
         epoch_B, place_B = np.divmod(position_B, np.uint64(self.n_windows))
         epoch_key_B = _mix(_mix(self.seed[None]) ^ epoch_B)
         keys_RxB = _mix(epoch_key_B + np.arange(_ROUNDS, dtype=np.uint64)[:, None])
@@ -57,6 +61,41 @@ class Order:
             row_B = (row_B + _mix(row_key_B ^ column_B) % n_rows) % n_rows
             column_B = (column_B + _mix(column_key_B ^ row_B) % n_columns) % n_columns
         return row_B * n_columns + column_B
+
+
+class Mixture:
+    """Which row of the run's endless stream of windows comes from which of several parts.
+
+    Rows repeat one pattern of 1,000, in which each part has its share, in an order drawn from the
+    seed; so every 1,000 rows hold the shares exactly, and a row's number among those of its part
+    follows without counting.
+
+    Args:
+        weights: of the parts, positive; only their ratios matter.
+        seed: of the pattern.
+    """
+
+    PERIOD = 1000
+
+    def __init__(self, weights: list[float], seed: int):
+        shares = np.array(weights, float) / sum(weights) * self.PERIOD
+        counts = np.floor(shares).astype(np.int64)
+        # The largest remainders get what is left.
+        left = self.PERIOD - int(counts.sum())
+        counts[np.argsort(counts - shares, kind="stable")[:left]] += 1
+        self.counts = counts
+        pattern = np.repeat(np.arange(len(counts)), counts)
+        self._part_P = np.random.default_rng(seed & _MASK_64).permutation(pattern)
+        self._rank_P = np.zeros(self.PERIOD, np.int64)
+        for part, count in enumerate(counts):
+            self._rank_P[self._part_P == part] = np.arange(count)
+
+    def rows(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """(part, number of the row within its part) of the batch of `step`, each [batch_size]."""
+        position_B = step * batch_size + np.arange(batch_size, dtype=np.int64)
+        turn_B, place_B = np.divmod(position_B, self.PERIOD)
+        part_B = self._part_P[place_B]
+        return part_B, turn_B * self.counts[part_B] + self._rank_P[place_B]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmscale_jax.data.order import Order
+from lmscale_jax.data.order import Mixture, Order
 from lmscale_jax.data.prepared import Prepared
 from lmscale_jax.errors import InputError
 
@@ -50,26 +50,38 @@ class TrainBatches:
         seed: int,
         rows: slice = slice(None),
     ):
-        available = prepared.train.n_tokens
-        if available < seq_len + 1:
-            raise InputError(
-                f"data.seq_len={seq_len}: a window needs {seq_len + 1} tokens and the training "
-                f"split has {available}; set data.seq_len={max(1, available - 1)} or give more text"
-            )
-        self.n_windows = (available - 1) // seq_len
+        parts = prepared.mixture or ((prepared.train, 1.0),)
+        for shards, _ in parts:
+            if shards.n_tokens < seq_len + 1:
+                raise InputError(
+                    f"data.seq_len={seq_len}: a window needs {seq_len + 1} tokens and the training "
+                    f"split has {shards.n_tokens}; set data.seq_len={max(1, shards.n_tokens - 1)} "
+                    f"or give more text"
+                )
         self.seq_len, self.batch_size, self.rows = seq_len, batch_size, rows
-        self._shards = prepared.train
-        self._order = Order(self.n_windows, seed)
+        self._shards = [shards for shards, _ in parts]
+        self._sizes = [(shards.n_tokens - 1) // seq_len for shards in self._shards]
+        self.n_windows = sum(self._sizes)
+        # Each part has an order of its own; alone it is that of the seed.
+        self._orders = [Order(n, seed + 7919 * i) for i, n in enumerate(self._sizes)]
+        self._mixture = Mixture([weight for _, weight in parts], seed)
 
     def at(self, step: int) -> Batch:
         """This host's rows of the batch of `step` (0, 1, ...)."""
-        window_B = self._order.indices(step, self.batch_size)[self.rows]
-        tokens_BxT1 = self._shards.gather(window_B * self.seq_len, self.seq_len + 1)
+        part_B, row_B = self._mixture.rows(step, self.batch_size)
+        part_B, row_B = part_B[self.rows], row_B[self.rows]
+        tokens_BxT1 = np.empty((len(part_B), self.seq_len + 1), np.int32)
+        for part in np.unique(part_B):
+            here = part_B == part
+            start_B = self._orders[part].windows(row_B[here]) * self.seq_len
+            tokens_BxT1[here] = self._shards[part].gather(start_B, self.seq_len + 1)
         return _shifted(tokens_BxT1)
 
     def epochs(self, step: int) -> float:
-        """How often the training split has been seen after `step` steps."""
-        return step * self.batch_size / self.n_windows
+        """How often the training split has been seen after `step` steps; of a mixture, the part
+        that was seen most often."""
+        rows = step * self.batch_size * self._mixture.counts / self._mixture.PERIOD
+        return float(np.max(rows / np.array(self._sizes)))
 
 
 def val_batches(

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.data import manifest as manifests
-from lmscale_jax.data import packing, presets, pretrained, sources, tokenizers
+from lmscale_jax.data import mixtures, packing, presets, pretrained, sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
 
@@ -37,7 +37,8 @@ class Prepared:
     `tokenizer`, `token_bytes` (int32 [vocab_size], UTF-8 bytes of each id) and `boundary` (id of
     the document mark) are None where they are not known: for bare shards, and `boundary` for
     characters. The fingerprints are SHA-256 (hex): `val_fingerprint` of the validation tokens,
-    `fingerprint` of the training tokens, the validation tokens and the tokenizer.
+    `fingerprint` of the training tokens, the validation tokens and the tokenizer. `mixture` holds
+    the training shards of each part with its weight, where there are several.
     """
 
     train: Shards
@@ -45,6 +46,7 @@ class Prepared:
     manifest: dict
     tokenizer: tokenizers.Tokenizer | None
     vocab_size: int
+    mixture: tuple[tuple[Shards, float], ...] = ()
 
     @property
     def token_bytes(self) -> np.ndarray | None:
@@ -79,7 +81,9 @@ def prepare(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
     presets.fetch(data_cfg, cache_root(data_cfg), log)
     vocab_size = vocab_size or presets.vocab_size(data_cfg)
     data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
-    if data_cfg.source == "bin":
+    if data_cfg.source == "mixture":
+        prepared = _open_mixture(data_cfg)
+    elif data_cfg.source == "bin":
         prepared = _open_bin(data_cfg, vocab_size, log)
     else:
         settings = _settings(data_cfg)
@@ -99,6 +103,8 @@ def find_manifest(data_cfg) -> dict | None:
         InputError: nothing is found under data.path.
     """
     data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
+    if data_cfg.source == "mixture":
+        return _open_mixture(data_cfg).manifest
     if data_cfg.source == "bin":
         directory = Path(data_cfg.path).expanduser()
     else:
@@ -113,8 +119,11 @@ def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
         InputError: also if `out_dir` holds anything but exactly this data.
     """
     data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
-    if data_cfg.source == "bin":
-        raise InputError("data.source=bin: shards are prepared already; name stdlib, text or jsonl")
+    if data_cfg.source in ("bin", "mixture"):
+        raise InputError(
+            f"data.source={data_cfg.source}: shards are prepared already; name stdlib, text or "
+            f"jsonl"
+        )
     out_dir, settings = Path(out_dir).absolute(), _settings(data_cfg)
     occupied = out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()))
     if occupied and not _find(out_dir, manifests.key(settings), cache_root(data_cfg)):
@@ -155,6 +164,8 @@ def vocab_size_of(data_cfg) -> int:
     if known := presets.vocab_size(data_cfg):
         return known
     data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
+    if data_cfg.source == "mixture":
+        return _open_mixture(data_cfg).vocab_size
     if data_cfg.source == "bin":
         directory = Path(data_cfg.path).expanduser()
         if (directory / "manifest.json").is_file():
@@ -295,6 +306,11 @@ def _build(directory: Path, data_cfg, settings: dict, log: Log) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     log(f"data: prepared in {directory}")
+
+
+def _open_mixture(data_cfg) -> Prepared:
+    notes = cache_root(data_cfg)
+    return mixtures.open_mixture(data_cfg.path, lambda path: open_directory(path, notes))
 
 
 def _open_bin(data_cfg, vocab_size: int, log: Log) -> Prepared:
