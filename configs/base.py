@@ -141,7 +141,7 @@ SPEC = {
         "tokenizer": Key(
             "bpe",
             "bytes, char (one id a character), bpe trained on the source, or hf: a published "
-            "byte-level BPE, as GPT-2's",
+            "BPE, as GPT-2's or Llama's",
             choices=("bytes", "char", "bpe", "hf"),
             when={"data.source": _TEXTS},
         ),

@@ -94,6 +94,47 @@ def test_data_is_prepared_with_it_and_again_when_it_changes(folder, corpus, tmp_
     assert prepared.find_manifest(config.data) is None
 
 
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory):
+    """SentencePiece's kind, as Llama 2's is saved."""
+    from tokenizers import Tokenizer, models, trainers
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=pieces, show_progress=False)
+    texts = [word for text in CORPUS for word in text.replace(" ", " \u2581").split(" ")]
+    made.train_from_iterator(texts, trainer)
+    library = json.loads(made.to_str())
+    library["added_tokens"] = [t for t in library["added_tokens"] if t["id"] < 3]
+    library["normalizer"] = {"type": "Sequence", "normalizers": pretrained._NORMALIZED}
+    path = tmp_path_factory.mktemp("spaced")
+    (path / "tokenizer.json").write_text(json.dumps(library))
+    (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
+    return path
+
+
+def test_sentencepiece_loses_nothing_either(spaced):
+    from tokenizers import Tokenizer
+
+    ours, library = pretrained.load(spaced), Tokenizer.from_file(str(spaced / "tokenizer.json"))
+    texts = [*CORPUS, *random_texts(), " two  spaces first", "über 東京 \x00 \n\n end "]
+    texts = [text for text in texts if text and "\u2581" not in text]
+    stream, size = [], 0
+    for text in texts:
+        ids = ours.encode_batch([text])[0]
+        if not any(mark in text for mark in ("<s>", "</s>", "<unk>")):
+            assert ids.tolist() == library.encode(text, add_special_tokens=False).ids
+        document = [ours.boundary, *ids]
+        assert ours.boundary == 1 and 1 not in ids
+        assert ours.decode(document) == text
+        assert ours.token_bytes[document].sum() == len(text.encode())
+        stream, size = stream + document, size + len(text.encode())
+    assert ours.decode(stream) == "".join(texts) and ours.token_bytes[stream].sum() == size
+    # The middle of a document keeps its spaces.
+    middle = ours.encode_batch(["a b"])[0]
+    assert ours.decode(middle) == " a b"
+
+
 @pytest.mark.skipif(not GPT2.is_dir(), reason=f"GPT-2's vocabulary is not at {GPT2}")
 def test_gpt2_s_own_vocabulary():
     ours = pretrained.load(GPT2)
@@ -119,6 +160,10 @@ def test_other_kinds_are_refused_by_name(folder, tmp_path):
         (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
         with pytest.raises(InputError, match=said):
             pretrained.load(tmp_path)
+    other = whole | {"model": whole["model"] | {"byte_fallback": True}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="in a way that loses something"):
+        pretrained.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     with pytest.raises(InputError, match="no entry '<s>'"):

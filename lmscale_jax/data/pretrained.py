@@ -1,11 +1,13 @@
-"""Published tokenizers: byte-level BPE as Hugging Face saves it, read from a local directory.
+"""Published tokenizers as Hugging Face saves them, read from a local directory.
 
-GPT-2, Llama 3, Qwen and others are of that kind. Nothing is fetched and no code of the directory is
-run; other kinds (SentencePiece with a prefix space, WordPiece) are refused by name.
+Byte-level BPE (GPT-2, Llama 3, Qwen and others) and SentencePiece's BPE with bytes to fall back on
+(Llama 2, Mistral). Nothing is fetched and no code of the directory is run; other kinds are refused
+by name.
 """
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +20,23 @@ FAST, VOCAB, MERGES, SETTINGS = (
 )  # fmt: skip
 
 
+SPACE = "\u2581"
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
+# One space before every text, and U+2581 for each.
+_NORMALIZED = [
+    {"type": "Prepend", "prepend": SPACE},
+    {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+]
+
+
 class Pretrained(ByteLevel):
     """The tokenizer of a directory. Its document mark is the `bos_token`, else the `eos_token`.
 
     Text that spells a special token is encoded as text, so no document can forge a boundary.
+
+    SentencePiece writes spaces as U+2581 and puts one before every document. `decode` takes that
+    one away again, and so does the mark, which counts for -1 byte: the bytes of a document are
+    those of its text. A U+2581 of the text itself comes back as a space.
     """
 
     name = "hf"
@@ -32,6 +47,7 @@ class Pretrained(ByteLevel):
         from tokenizers import Tokenizer as Library
 
         self._definition = {"library": library, "boundary": boundary}
+        self._spaced = is_spaced(library)
         self._library = Library.from_str(json.dumps(library))
         self._library.encode_special_tokens = True
         self._library.no_padding()
@@ -39,6 +55,8 @@ class Pretrained(ByteLevel):
         self.vocab_size = self._library.get_vocab_size(with_added_tokens=True)
         self.boundary = self._library.token_to_id(boundary)
         self.token_bytes = np.array([len(b) for b in self._bytes_of], np.int32)
+        if self._spaced and self.boundary is not None:
+            self.token_bytes[self.boundary] = -1
 
     def definition(self):
         return {"name": self.name} | self._definition
@@ -46,14 +64,32 @@ class Pretrained(ByteLevel):
     @functools.cached_property
     def _bytes_of(self) -> list[bytes]:
         """What each id stands for; nothing for special tokens and for ids without an entry."""
-        found, letters = [b""] * self.vocab_size, byte_of_letter()
+        found, letters = [b""] * self.vocab_size, {} if self._spaced else byte_of_letter()
         added = self._library.get_added_tokens_decoder()
         for entry, i in self._library.get_vocab(with_added_tokens=True).items():
             if i in added:
                 found[i] = b"" if added[i].special else entry.encode()
-            else:
+            elif not self._spaced:
                 found[i] = bytes(letters[letter] for letter in entry)
+            elif named := _BYTE.fullmatch(entry):
+                found[i] = bytes([int(named[1], 16)])
+            else:
+                found[i] = entry.replace(SPACE, " ").encode()
         return found
+
+    def decode(self, ids):
+        if not self._spaced:
+            return super().decode(ids)
+        ids = np.asarray(ids)
+        marks = np.flatnonzero(ids == self.boundary)
+        texts = [super(Pretrained, self).decode(part) for part in np.split(ids, marks)]
+        # What comes before the first mark is the middle of a document.
+        return texts[0] + "".join(text.removeprefix(" ") for text in texts[1:])
+
+
+def is_spaced(library: dict) -> bool:
+    """Whether a definition is SentencePiece's BPE."""
+    return library["model"]["type"] == "BPE" and bool(library["model"].get("byte_fallback"))
 
 
 def load(directory: Path) -> Pretrained:
@@ -103,18 +139,33 @@ def _library(directory: Path) -> dict:
 
 def _check_kind(library: dict, directory: Path) -> None:
     """Only what loses no byte of a text and adds none."""
+    if is_spaced(library):
+        return _check_spaced(library, directory)
     kind, before = library["model"]["type"], library.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", [before])
     levels = [part for part in parts if part.get("type") == "ByteLevel"]
     if kind != "BPE" or len(levels) != 1:
         raise InputError(
             f"{directory} is a {kind} tokenizer "
-            f"({', '.join(str(p.get('type')) for p in parts)}); byte-level BPE would work"
+            f"({', '.join(str(p.get('type')) for p in parts)}); byte-level BPE would work, or "
+            f"SentencePiece's BPE with byte_fallback"
         )
     if levels[0].get("add_prefix_space") or library.get("normalizer"):
         raise InputError(
             f"{directory} changes the text before it cuts it (add_prefix_space or a normalizer); "
             f"byte-level BPE without would work"
+        )
+
+
+def _check_spaced(library: dict, directory: Path) -> None:
+    """Only the form that puts a space before every text, one that begins with a space too; the
+    later one (Metaspace) leaves that out, so such a text cannot be told from one without."""
+    normalizer, before = library.get("normalizer") or {}, library.get("pre_tokenizer") or {}
+    if normalizer.get("normalizers") != _NORMALIZED or before:
+        raise InputError(
+            f"{directory} changes the text in a way that loses something (normalizer "
+            f"{normalizer.get('type')}, pre_tokenizer {before.get('type')}); the normalizers "
+            f"Prepend and Replace of {SPACE!r} alone would work"
         )
 
 
