@@ -12,6 +12,11 @@ import math
 from ml_collections import ConfigDict
 
 from configs.base import get_config as base
+from lmscale_jax.errors import InputError
+
+# Where the tokens come from: FineWeb-Edu off the hub, or the standard library's source, 30 MB of
+# text on every machine, of which these budgets are many epochs, as `--explain` counts.
+WEB, EMBEDDED = "fineweb_edu", "embedded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +24,7 @@ class Size:
     """Shape and recipe of one size.
 
     The budget is about 20 tokens per parameter, where more parameters and more tokens buy about
-    the same (Hoffmann et al. 2022, arXiv 2203.15556). The embedded corpus is far smaller: there it
-    means many epochs, which `--explain` counts; name a larger data.source for results.
+    the same (Hoffmann et al. 2022, arXiv 2203.15556).
 
     Batch and peak learning rate follow GPT-3's smallest models (Brown et al. 2020, arXiv
     2005.14165, table 2.1: 0.5M tokens, with 6e-4 at 125M and 3e-4 at 350M parameters); below 300M
@@ -50,21 +54,21 @@ SIZES = {
 }
 
 
-def gpt2(size: str) -> ConfigDict:
+def gpt2(size: str, corpus: str = WEB) -> ConfigDict:
     """GPT-2 (Radford et al. 2019): LayerNorm, GELU, biases, learned positions, tied readout.
 
     Its dropout of 0.1 is left at 0: it served many passes over little data, costs loss in a single
     pass over much, and would rule out the fused attention kernels.
     """
-    config = _recipe(SIZES[size])
+    config = _recipe(SIZES[size], corpus)
     config.model.bias = True
     config.model.max_seq_len = 1024
     return config
 
 
-def llama(size: str) -> ConfigDict:
+def llama(size: str, corpus: str = WEB) -> ConfigDict:
     """Llama (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, SwiGLU, RoPE, no biases, untied."""
-    config = _recipe(SIZES[size])
+    config = _recipe(SIZES[size], corpus)
     model = config.model
     model.norm, model.mlp, model.positions, model.head = "rmsnorm", "swiglu", "rope", "untied"
     model.d_ff = SIZES[size].d_ff_llama
@@ -72,13 +76,13 @@ def llama(size: str) -> ConfigDict:
     return config
 
 
-def transformer_pp(size: str) -> ConfigDict:
+def transformer_pp(size: str, corpus: str = WEB) -> ConfigDict:
     """Transformer++ of the Marginal Utility Regularization study.
 
     RMSNorm and a SwiGLU of the full 4 d_model, but with biases, learned positions and a tied
     readout. Its dropout of 0.1 is left at 0, as in `gpt2`.
     """
-    config = _recipe(SIZES[size])
+    config = _recipe(SIZES[size], corpus)
     model = config.model
     model.norm, model.mlp, model.bias = "rmsnorm", "swiglu", True
     model.d_ff = 4 * model.d_model
@@ -87,7 +91,7 @@ def transformer_pp(size: str) -> ConfigDict:
     return config
 
 
-def _recipe(size: Size) -> ConfigDict:
+def _recipe(size: Size, corpus: str) -> ConfigDict:
     """What the three families share at one size."""
     config = base()
     model = config.model
@@ -102,4 +106,9 @@ def _recipe(size: Size) -> ConfigDict:
     config.train.batch_size, config.train.accum = size.batch_size, size.accum
     config.data.vocab_size = 32_000
     config.data.seq_len = size.seq_len
+    if corpus == WEB:
+        # A page has about 1,000 tokens; a sixth more than one pass needs.
+        config.data.source, config.data.limit = WEB, round(7 / 6 * size.tokens / 1000)
+    elif corpus != EMBEDDED:
+        raise InputError(f"--config=...:{corpus}: {WEB!r} or {EMBEDDED!r} would work")
     return config

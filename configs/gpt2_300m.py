@@ -1,7 +1,7 @@
-"""GPT-2, 300M size. Shape and recipe: configs/families.py."""
+"""GPT-2, 300M size. Shape and recipe: configs/families.py; `:embedded` needs no network."""
 
 from configs import families
 
 
-def get_config():
-    return families.gpt2("300m")
+def get_config(corpus: str = families.WEB):
+    return families.gpt2("300m", corpus)

@@ -1,7 +1,7 @@
-"""Llama, 100M size. Shape and recipe: configs/families.py."""
+"""Llama, 100M size. Shape and recipe: configs/families.py; `:embedded` needs no network."""
 
 from configs import families
 
 
-def get_config():
-    return families.llama("100m")
+def get_config(corpus: str = families.WEB):
+    return families.llama("100m", corpus)

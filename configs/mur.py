@@ -29,7 +29,7 @@ MODES = {
 def get_config(which: str = "gpt2_50m,baseline"):
     name, _, mode = which.partition(",")
     family, _, size = name.rpartition("_")
-    c = FAMILIES[family](size)
+    c = FAMILIES[family](size, families.EMBEDDED)
     c.data.source, c.data.path = "bin", "fineweb_edu/*.bin"
     # GPT-2's 50,257 ids, up to a multiple of 64.
     c.model.vocab_size, c.data.vocab_size = 50_304, 4096

@@ -1,7 +1,7 @@
-"""Transformer++, 100M size. Shape and recipe: configs/families.py."""
+"""Transformer++, 100M size. Shape and recipe: configs/families.py; `:embedded` needs no network."""
 
 from configs import families
 
 
-def get_config():
-    return families.transformer_pp("100m")
+def get_config(corpus: str = families.WEB):
+    return families.transformer_pp("100m", corpus)

@@ -12,7 +12,7 @@ from configs.ladders.corpora import shards
 
 
 def get_config(path: str = "fineweb_edu/*.bin"):
-    run = shards(families.gpt2("50m"), path)
+    run = shards(families.gpt2("50m", families.EMBEDDED), path)
     run.parametrization.residual_init = "plain"
     run.model.max_seq_len = 0
     run.data.seq_len = 512

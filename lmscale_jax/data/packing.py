@@ -20,6 +20,8 @@ from lmscale_jax.data.shards import Shards, ShardWriter
 from lmscale_jax.errors import InputError
 
 _BLOCK_CHARACTERS = 2_000_000
+# Characters that a BPE is trained on: more change few merges, and the trainer holds their words.
+_TRAINED_ON = 300_000_000
 _SECONDS_BETWEEN_LINES = 5.0
 
 Log = Callable[[str], object]
@@ -229,10 +231,19 @@ def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
         case "bpe":
             split = split_documents(data_cfg, n_characters)
             train = (text for side, text in split if side == "train")
-            texts = (piece for text in train for piece in tokenizers.pieces(text))
+            texts = _first((p for text in train for p in tokenizers.pieces(text)), _TRAINED_ON)
             return tokenizers.BytePairs.train(texts, data_cfg.vocab_size)
         case "hf":
             return pretrained.load(Path(data_cfg.tokenizer_path).expanduser())
+
+
+def _first(texts: Iterator[str], n_characters: int) -> Iterator[str]:
+    """Texts up to so many characters, the last one whole."""
+    for text in texts:
+        if n_characters <= 0:
+            return
+        n_characters -= len(text)
+        yield text
 
 
 def _encode(

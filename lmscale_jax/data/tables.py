@@ -106,7 +106,8 @@ def _open_dataset(datasets, data_cfg, where: str):
             raise InputError(f"{where}: no readable dataset there ({said})") from None
         raise InputError(
             f"{where}: the hub cannot be reached ({said}); name a directory that holds a copy, or "
-            f"data.source='stdlib' needs no network"
+            f"data.source='stdlib' (of the named configs, configs/llama_100m.py:embedded) needs no "
+            f"network"
         ) from None
 
 

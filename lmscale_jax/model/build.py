@@ -95,13 +95,8 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
     def read(params, x_NxD):
         readout = nnx.merge(defs["readout"], params["readout"])
         z_NxV = readout.logits(x_NxD, params["embed"]["tokens"], call)
-        scale, cap = rules.scales(config).logits, model.logit_softcap
-        z_NxV = z_NxV if scale == 1.0 else z_NxV * scale
-        if not cap:
-            return z_NxV
-        if model.softcap_form == "algebraic":
-            return z_NxV * jax.lax.rsqrt(1 + jnp.square(z_NxV / cap))
-        return cap * jnp.tanh(z_NxV / cap)
+        scale = rules.scales(config).logits
+        return _bounded(z_NxV if scale == 1.0 else z_NxV * scale, model)
 
     def of_tokens(params, x_NxD):
         """The logits, those of rows that only fill up the vocabulary being -inf."""
@@ -133,6 +128,16 @@ def build(config, *, platform: str, boundary: int | None = None, shards: int = 1
     choices |= gates.described(model, specs) | wiring.described(config)
     init = functools.partial(_init, specs, rows)
     return Model(specs, rows, init, logits, losses, taps, choices)
+
+
+def _bounded(z_NxV: jax.Array, model) -> jax.Array:
+    """Logits within +-model.logit_softcap, where there is one."""
+    cap = model.logit_softcap
+    if not cap:
+        return z_NxV
+    if model.softcap_form == "algebraic":
+        return z_NxV * jax.lax.rsqrt(1 + jnp.square(z_NxV / cap))
+    return cap * jnp.tanh(z_NxV / cap)
 
 
 def _declare(model, kernel: str) -> tuple[dict, dict]:
