@@ -31,6 +31,19 @@ def described(config) -> build.Model:
     return build.build(config, platform="cpu")
 
 
+def test_named_models_train_on_the_web_or_on_this_machine():
+    from configs import llama_100m
+    from lmscale_jax.errors import InputError
+
+    web, embedded = llama_100m.get_config(), llama_100m.get_config("embedded")
+    # About 1,000 tokens a page: enough for one pass, and not twice as many.
+    assert web.data.source == "fineweb_edu" and 2e6 < web.data.limit < 3e6
+    assert (embedded.data.source, embedded.data.limit) == ("stdlib", 0)
+    assert embedded.model == web.model and embedded.train == web.train
+    with pytest.raises(InputError, match="embeded: 'fineweb_edu' or 'embedded' would work"):
+        llama_100m.get_config("embeded")
+
+
 @pytest.mark.parametrize(
     ("name", "total"),
     [

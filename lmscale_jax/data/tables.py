@@ -14,7 +14,8 @@ _ROWS = 1024
 
 def missing(package: str, extra: str, source: str) -> InputError:
     return InputError(
-        f"data.source={source!r} needs the package {package}; pip install 'lmscale_jax[{extra}]'"
+        f"data.source={source!r} needs the package {package}; pip install 'lmscale_jax[{extra}]', "
+        f"or data.source='stdlib' (configs/llama_100m.py:embedded) needs none"
     )
 
 
