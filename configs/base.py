@@ -147,7 +147,8 @@ SPEC = {
         ),
         "tokenizer_path": Key(
             "",
-            "directory with tokenizer.json, or with vocab.json and merges.txt",
+            "directory with tokenizer.json, or with vocab.json and merges.txt; or gpt2, llama2, "
+            "llama3 or another name on the hub",
             when={"data.tokenizer": ("hf",)},
         ),
         "vocab_size": Key(

@@ -24,7 +24,7 @@ def check(config) -> None:
     if data.tokenizer == "hf" and not data.tokenizer_path:
         raise InputError(
             "config.data.tokenizer_path='' must name the directory of data.tokenizer='hf', such as "
-            "tokenizers/gpt2"
+            "tokenizers/gpt2, or a name on the hub, such as gpt2"
         )
     if model.attention not in ("auto", "plain") and model.dropout:
         raise InputError(

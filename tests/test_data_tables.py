@@ -1,6 +1,7 @@
 """Parquet, Hugging Face datasets and TFDS: real ones, written here, read and trained from."""
 
 import functools
+import gzip
 import json
 import os
 import signal
@@ -60,6 +61,20 @@ def made(folder, kind: str) -> dict:
             write_parquet(path / "a.parquet", values[:100])
             write_parquet(path / "b.parquet", values[100:])
             return {"data.source": "parquet", "data.path": str(path)}
+        case "jsonl":
+            path.mkdir()
+            with gzip.open(path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+                file.writelines(json.dumps({"text": text}) + "\n" for text in values)
+            return {"data.source": "jsonl", "data.path": str(path)}
+        case "bin":
+            path.mkdir()
+            for side, count in (("train", 5000), ("val", 2000)):
+                header = np.zeros(256, "<i4")
+                header[:3] = 20240520, 1, count
+                body = np.random.default_rng(count).integers(0, 90, count).astype("<u2")
+                (path / f"part_{side}_0.bin").write_bytes(header.tobytes() + body.tobytes())
+            return {"data.source": "bin", "data.path": str(path), "model.vocab_size": 90,
+                    "data.tokenizer": "bpe", "data.val_fraction": 0.05}  # fmt: skip
         case "saved":
             datasets.Dataset.from_dict({"body": values}).save_to_disk(str(path))
             return {"data.source": "hf", "data.path": str(path), "data.field": "body"}
@@ -80,7 +95,7 @@ def made(folder, kind: str) -> dict:
                     "data.directory": str(directory)}  # fmt: skip
 
 
-KINDS = ["parquet", "saved", "saved splits", "directory", "a copy of a corpus", "tfds"]
+KINDS = ["jsonl", "parquet", "saved", "saved splits", "directory", "a copy of a corpus", "tfds"]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +132,7 @@ def test_documents_are_those_that_were_written(kind, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "bin"])
 def test_a_run_trains_from_it(kind, folder, train, tmp_path):
     named = {k.replace(".", "__"): v for k, v in made(folder, kind).items()}
     status, _, err = finish(train(tmp_path / "run", **named, train__steps=4, eval__every=0))
@@ -202,7 +217,48 @@ def test_shards_in_tokens(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)
     data.shards = 3
-    refused(data, "hub cannot be reached.*fineweb_train_000003.bin.*stdlib")
+    refused(data, "fineweb_train_000003.bin of .* cannot be fetched.*no route.*stdlib")
+
+
+def test_a_published_tokenizer_by_name(folder, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    library.train_from_iterator(texts(), trainer)
+    library.add_special_tokens(["<|endoftext|>"])
+    asked = []
+
+    def download(repo, name, local_dir):
+        asked.append((repo, name))
+        local_dir.mkdir(parents=True, exist_ok=True)
+        said = library.to_str() if name == "tokenizer.json" else '{"eos_token": "<|endoftext|>"}'
+        (local_dir / name).write_text(said)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    named = {"data.tokenizer": "hf", "data.tokenizer_path": "gpt2"}
+    data = data_of(made(folder, "parquet") | named, tmp_path)
+    assert prepared.vocab_size_of(data) == 281
+    found = prepared.prepare(data, log=lambda line: None)
+    assert found.vocab_size == 281 and found.tokenizer.boundary == 280
+    at = "openai-community/gpt2"
+    assert asked == [(at, "tokenizer_config.json"), (at, "tokenizer.json")]
+    assert prepared.find_manifest(data) is not None
+
+    def gated(*arguments, **named):
+        raise hub.errors.GatedRepoError(
+            "403", response=type("R", (), {"headers": {}, "request": None})
+        )
+
+    monkeypatch.setattr(hub, "hf_hub_download", gated)
+    data.tokenizer_path = "llama2"
+    refused(data, "Llama-2-7b-hf is gated; log in with .* accept its licence, or name a directory")
+    data.tokenizer_path = "./nowhere"
+    refused(data, "nowhere is no directory")
 
 
 PREPARE = """

@@ -79,6 +79,7 @@ def prepare(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
         InputError: missing, empty, binary or damaged input; one side of the split would be empty.
     """
     presets.fetch(data_cfg, cache_root(data_cfg), log)
+    presets.fetch_tokenizer(data_cfg, cache_root(data_cfg), log)
     vocab_size = vocab_size or presets.vocab_size(data_cfg)
     data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
     if data_cfg.source == "mixture":
@@ -118,6 +119,7 @@ def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
     Raises:
         InputError: also if `out_dir` holds anything but exactly this data.
     """
+    presets.fetch_tokenizer(data_cfg, cache_root(data_cfg), log)
     data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
     if data_cfg.source in ("bin", "mixture"):
         raise InputError(
@@ -163,6 +165,7 @@ def vocab_size_of(data_cfg) -> int:
     """
     if known := presets.vocab_size(data_cfg):
         return known
+    presets.fetch_tokenizer(data_cfg, cache_root(data_cfg), lambda line: None)
     data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
     if data_cfg.source == "mixture":
         return _open_mixture(data_cfg).vocab_size

@@ -1,5 +1,6 @@
 """Corpora by name: where they lie, which field holds the text, and how large they are."""
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,17 +31,27 @@ CORPORA = {
     "openwebtext": Corpus("Skylion007/openwebtext", "", "text", "8.0M pages, 38 GB; CC0"),
     "c4": Corpus("allenai/c4", "en", "text", "365M pages, 305 GB; ODC-By"),
 }
+# Published tokenizers by short names.
+TOKENIZERS = {
+    "gpt2": "openai-community/gpt2",
+    "llama2": "meta-llama/Llama-2-7b-hf",
+    "llama3": "meta-llama/Meta-Llama-3-8B",
+}
 # FineWeb in GPT-2's tokens, in shards of 100M, as the nanoGPT speedruns use it.
 SHARDS, SHARDS_AT = "fineweb10B_gpt2", "kjj0/fineweb10B-gpt2"
 SHARDS_VOCAB, SHARDS_TRAIN = 50_257, 103
 
 
 def plain(data_cfg, cache: Path):
-    """The same data by a source that is no name of a corpus; the config itself if it has one.
+    """The same data by a source that is no name of a corpus, and a tokenizer that is a directory;
+    the config itself if it has both.
 
     `data.path` names a local copy, a directory; without it the hub's, or for the shards what is
-    fetched into `cache`. Raises InputError.
+    fetched into `cache`, as published tokenizers are. Raises InputError.
     """
+    if data_cfg.tokenizer == "hf" and not _is_local(data_cfg.tokenizer_path):
+        folder = str(_tokenizer_folder(data_cfg, cache))
+        data_cfg = _changed(data_cfg, tokenizer_path=folder)
     if data_cfg.source == SHARDS:
         if data_cfg.shards > SHARDS_TRAIN:
             raise InputError(
@@ -74,31 +85,64 @@ def fetch(data_cfg, cache: Path, log) -> None:
         return
     folder = _shard_folder(data_cfg, cache)
     absent = [name for name in _shard_names(data_cfg) if not (folder / name).exists()]
-    if not absent:
-        return
-    if data_cfg.path:
+    if absent and data_cfg.path:
         raise InputError(
             f"config.data.path={data_cfg.path} has no {absent[0]}; without data.path the shards "
             f"are fetched"
         )
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise InputError(
-            f"data.source={SHARDS!r} needs the package huggingface_hub; pip install "
-            f"'lmscale_jax[hf]', or name the directory that holds the shards as data.path"
-        ) from None
     for name in absent:
         log(f"data: fetching {name} of {SHARDS_AT}, 200 MB")
-        try:
-            hf_hub_download(SHARDS_AT, name, repo_type="dataset", local_dir=folder)
-        except Exception as error:  # of several libraries
-            said = str(error).splitlines()[0] if str(error) else ""
-            raise InputError(
-                f"data.source={SHARDS!r}: the hub cannot be reached ({type(error).__name__}: "
-                f"{said}); name a directory that holds {name} as data.path, or "
-                f"data.source='stdlib' needs no network"
-            ) from None
+        remedy = (
+            f"name a directory that holds {name} as data.path, or data.source='stdlib' needs no "
+            f"network"
+        )
+        _download(SHARDS_AT, name, folder, f"data.source={SHARDS!r}", remedy, repo_type="dataset")
+
+
+def fetch_tokenizer(data_cfg, cache: Path, log) -> None:
+    """Fetches a published tokenizer that is named and not here. Raises InputError."""
+    name = data_cfg.tokenizer_path
+    if data_cfg.tokenizer != "hf" or _is_local(name):
+        return
+    folder, at = _tokenizer_folder(data_cfg, cache), TOKENIZERS.get(name, name)
+    for file in ("tokenizer_config.json", "tokenizer.json"):
+        if not (folder / file).exists():
+            log(f"data: fetching {file} of {at}")
+            remedy = (
+                "name a directory with tokenizer.json, or data.tokenizer='bpe' needs no network"
+            )
+            _download(at, file, folder, f"data.tokenizer_path={name}", remedy)
+
+
+def _download(at: str, name: str, folder: Path, what: str, remedy: str, **more) -> None:
+    try:
+        from huggingface_hub import errors, hf_hub_download
+    except ImportError:
+        raise InputError(
+            f"{what} needs the package huggingface_hub; pip install 'lmscale_jax[hf]', or {remedy}"
+        ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        hf_hub_download(at, name, local_dir=folder, **more)
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{what}: {at} is gated; log in with `hf auth login` and accept its licence, or "
+            f"{remedy}"
+        ) from None
+    except Exception as error:  # of several libraries
+        said = str(error).splitlines()[0] if str(error) else ""
+        raise InputError(
+            f"{what}: {name} of {at} cannot be fetched ({type(error).__name__}: {said}); {remedy}"
+        ) from None
+
+
+def _is_local(path: str) -> bool:
+    """A directory that is there, or a path that can be nothing else; "" is said elsewhere."""
+    return not path or Path(path).expanduser().is_dir() or path.startswith(("/", ".", "~"))
+
+
+def _tokenizer_folder(data_cfg, cache: Path) -> Path:
+    return cache / "tokenizers" / data_cfg.tokenizer_path.replace("/", "--")
 
 
 def _shard_folder(data_cfg, cache: Path) -> Path:
