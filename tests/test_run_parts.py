@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.run import clock as clocks
-from lmscale_jax.run import record, writers
+from lmscale_jax.run import journal, record, writers
 
 
 @pytest.fixture
@@ -87,6 +87,17 @@ def test_metrics_file_drops_what_comes_after_the_checkpoint(tmp_path):
     assert lines == [
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5},
     ]  # fmt: skip
+
+
+def test_what_a_checkpoint_remembers_does_not_change_after(small, tmp_path):
+    """It is written by a thread, while the run goes on adding losses."""
+    config = small(log__tensorboard=False, log__every=4)
+    own = journal.Journal(config, tmp_path, 0, {}, clocks.Clock(), "run", writers.Silence())
+    own.take(1, {"train_loss": 2.0, "bad": 0})
+    remembered = own.sync()
+    own.take(2, {"train_loss": 3.0, "bad": 0})
+    assert remembered == {"losses": [2.0]} and own.sync() == {"losses": [2.0, 3.0]}
+    own.close()
 
 
 def test_json_is_atomic_and_finite(tmp_path):

@@ -84,7 +84,8 @@ class Journal:
     def sync(self) -> dict:
         """Puts all lines on the disk; returns what a checkpoint of this moment must remember."""
         self._file.sync()
-        return {"losses": self._losses}
+        # A copy: the checkpoint is written by a thread, while losses go on being added.
+        return {"losses": list(self._losses)}
 
     def close(self) -> None:
         self.progress.close()
