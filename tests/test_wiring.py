@@ -10,6 +10,7 @@ from test_model import Oracle, make, tokens
 from configs import base, speedrun_gate, speedrun_record26, speedrun_simple
 from lmscale_jax import config as configs
 from lmscale_jax.errors import InputError
+from lmscale_jax.evals import suites
 from lmscale_jax.model import attention, build, flops, param, wiring
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -328,6 +329,19 @@ def test_what_makes_no_sense_is_refused():
     config.mur.mode = "loss"
     with pytest.raises(InputError, match=r"model\.x0_mix='learned' does not go with mur\.mode"):
         configs.validate(config)
+
+
+def test_suites_that_cannot_measure_a_wiring_are_refused():
+    suites.check(["redundancy", "mur", "attention"], make(x0_mix="learned")[0].model)
+    for changes, name, said in (
+        ({"skips": "unet"}, "redundancy", "skips='unet' does not go with --suites=redundancy"),
+        ({"skips": "unet"}, "mur", "skips='unet' does not go with --suites=mur"),
+        ({"window_layers": "ends"}, "attention", "window_layers='ends'"),
+        ({"mask": "document"}, "attention", "mask='document'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            suites.check(["perplexity", name], make(**changes)[0].model)
+        suites.check(["perplexity"], make(**changes)[0].model)
 
 
 @pytest.mark.slow

@@ -19,9 +19,10 @@ def evaluate(
     """Writes eval.json beside run.json: the suites named, of the checkpoint after `step` (0: the
     newest), over `n_tokens` (0: as eval.tokens) held-out tokens.
 
-    Raises InputError as `run.load.load` does, and then writes nothing.
+    Raises InputError as `run.load.load` and `check` do, and then writes nothing.
     """
     loaded = load(workdir, step)
+    check(names, loaded.setup.config.model)
     status, last = loaded.record["status"], loaded.setup.config.train.steps
     if status != "finished" or loaded.step != last:
         say(f"{workdir} is {status}: this is its checkpoint after step {loaded.step} of {last}")
@@ -40,6 +41,18 @@ def evaluate(
     tokens = n_tokens or loaded.setup.config.eval.tokens
     record.write_json(path, earlier | about | run(names, loaded, tokens, say))
     return path
+
+
+def check(names: list[str], model) -> None:
+    """Raises InputError where a suite cannot measure a model of this kind."""
+    for name in {"redundancy", "mur"}.intersection(names):
+        clashes.check_chain(model, f"--suites={name}", clashes.READ_ONLY)
+    if "attention" in names and (model.window_layers != "none" or model.mask == "document"):
+        raise InputError(
+            f"--suites=attention takes every earlier token for visible, and config.model has "
+            f"window_layers={model.window_layers!r} and mask={model.mask!r}; "
+            f"--suites=perplexity would work"
+        )
 
 
 def _beside(path: Path, about: dict) -> dict:
@@ -63,8 +76,6 @@ def run(names: list[str], loaded: Loaded, n_tokens: int, say: Callable[[str], No
     With "redundancy" and "mur" both, also how alike they rank the blocks.
     """
     result, measures, n_windows = {}, {}, 0
-    for name in {"redundancy", "mur"}.intersection(names):
-        clashes.check_chain(loaded.setup.config.model, f"--suites={name}", clashes.READ_ONLY)
     if "perplexity" in names:
         result |= loaded.setup.validate(loaded.params)
         say(f"perplexity           {result['perplexity']:.4f}, loss {result['val_loss']:.4f}")
