@@ -1,4 +1,4 @@
-"""Corpora by name: where they lie, which field holds the text, and how large they are."""
+"""Corpora and tokenizers by name: where they lie, and which field holds the text."""
 
 import logging
 from pathlib import Path
@@ -10,26 +10,18 @@ from lmscale_jax.errors import InputError
 
 
 class Corpus(NamedTuple):
-    """Attributes:
-    path, subset, field: of the dataset on the Hugging Face hub.
-    about: documents, size and licence as its page gives them, for people to read.
-    """
+    """A dataset on the Hugging Face hub: its name, its configuration, the field of the text."""
 
     path: str
     subset: str
     field: str
-    about: str
 
 
 CORPORA = {
-    "tinystories": Corpus(
-        "roneneldan/TinyStories", "", "text", "2.1M stories, 1.9 GB; CDLA-Sharing-1.0"
-    ),
-    "fineweb_edu": Corpus(
-        "HuggingFaceFW/fineweb-edu", "sample-10BT", "text", "9.7M pages, 10B tokens; ODC-By"
-    ),
-    "openwebtext": Corpus("Skylion007/openwebtext", "", "text", "8.0M pages, 38 GB; CC0"),
-    "c4": Corpus("allenai/c4", "en", "text", "365M pages, 305 GB; ODC-By"),
+    "tinystories": Corpus("roneneldan/TinyStories", "", "text"),
+    "fineweb_edu": Corpus("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
+    "openwebtext": Corpus("Skylion007/openwebtext", "", "text"),
+    "c4": Corpus("allenai/c4", "en", "text"),
 }
 # Published tokenizers by short names.
 TOKENIZERS = {
