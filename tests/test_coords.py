@@ -97,10 +97,12 @@ def test_bounds_are_those_of_the_protocol():
 
 def test_scores_may_fall_until_heads_align():
     """Where heads grow: as head_dim^-1/2 at first; a rise, as of the wrong scale, is a failure."""
-    falling = {"blocks/0/scores": steps_of(-0.5, -0.3, -0.2)}
+    falling = {"blocks/0/scores": steps_of(-0.5, -0.34, -0.2)}
     assert coords.failures(falling, sweep="head_dim") == []
     assert len(coords.failures(falling)) == 2
-    for wrong in (0.5, -0.9):
+    flat = coords.failures({"blocks/0/scores": steps_of(0.0, 0.0)}, sweep="head_dim")
+    assert [f["step"] for f in flat] == [1]
+    for wrong in (0.2, -0.4):
         found = coords.failures({"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim")
         assert [f["step"] for f in found] == [2]
 

@@ -16,7 +16,7 @@ THRESHOLDS = {
     "first_step_of_logits": 5,
     "first_step_of_change": 5,
     "logits_at_step_1": [-0.6, -0.35],
-    "scores_over_head_dim": [-0.6, 0.15],
+    "scores_over_head_dim": [-0.35, 0.15],
 }
 CHANGE = "change/"
 
@@ -71,8 +71,10 @@ def bound(tensor: str, step: int, sweep: str) -> tuple[float, float] | None:
     """
     kind = tensor.removeprefix(CHANGE)
     if sweep == "head_dim" and kind.endswith("scores"):
-        late = kind == tensor or step >= THRESHOLDS["first_step_of_change"]
-        return tuple(THRESHOLDS["scores_over_head_dim"]) if late else None
+        if step == 1:
+            return tuple(THRESHOLDS["logits_at_step_1"]) if tensor == kind else None
+        late = step >= THRESHOLDS["first_step_of_change"]
+        return tuple(THRESHOLDS["scores_over_head_dim"]) if late or tensor == kind else None
     if tensor.startswith(CHANGE):
         ok, first = THRESHOLDS["change"], THRESHOLDS["first_step_of_change"]
     else:
