@@ -42,10 +42,11 @@ def compiled(name: str, length: int, platform: str):
     import jax.numpy as jnp
 
     from lmscale_jax.model import build, kernels
+    from lmscale_jax.model.placement import Place
 
     config = config_of(length)
     batch = max(1, TOKENS.value // length)
-    call = build.shared_call(config, platform)._replace(batch=batch, length=length)
+    call = build.shared_call(config, platform, Place())._replace(batch=batch, length=length)
     shape = (batch, length, HEADS.value, HEAD_DIM.value)
     keys = jax.random.split(jax.random.key(0), 3)
     given = [jax.random.normal(key, shape, jnp.dtype(DTYPE.value)) for key in keys]

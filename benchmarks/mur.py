@@ -98,7 +98,7 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     config = configs.resolve(config, shape["V"])
     mesh.start(config)
     grid = mesh.make(config)
-    model = build(config, platform="cpu", shards=mesh.batch_shards(grid))
+    model = build(config, platform="cpu", mesh=grid)
     gradient = None
     if form:
         weigh = functools.partial(utility.weights, "mean", key=None, k=1, share=1.0)

@@ -53,7 +53,7 @@ def make(shape: dict, dtype: str, devices: int):
         muon.orthogonal = one_by_one
     grid = mesh.make(config)
     platform = grid.devices.flat[0].platform
-    model = build(config, platform=platform, shards=mesh.batch_shards(grid))
+    model = build(config, platform=platform, mesh=grid)
     transform = optim.build(config, model.rows, grid, platform)
     placed = step.shardings(config, model, transform, grid)
     state = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)()

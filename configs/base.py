@@ -251,11 +251,17 @@ SPEC = {
         ),
     },
     "mesh": {
-        "data": Key(
-            -1, "devices that split the batch; -1: all that remain", low=-1, identity=False
+        "replica": Key(
+            1,
+            "copies that split the batch over a slow network, such as slices; -1 here or in one of "
+            "the next four: all devices that remain",
+            low=-1,
+            identity=False,
         ),
-        "fsdp": Key(1, "devices that split the batch and the parameters", low=1, identity=False),
-        "tensor": Key(1, "devices that split heads, MLP and vocabulary", low=1, identity=False),
+        "data": Key(-1, "devices that split the batch", low=-1, identity=False),
+        "fsdp": Key(1, "devices that split the batch and the parameters", low=-1, identity=False),
+        "sequence": Key(1, "devices that split each row of the batch", low=-1, identity=False),
+        "tensor": Key(1, "devices that split heads, MLP and vocabulary", low=-1, identity=False),
         "cpu_devices": Key(
             0,
             "CPU devices; 0: what the sizes above need, else one a core that divides the batch, or "

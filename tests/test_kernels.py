@@ -13,7 +13,8 @@ from lmscale_jax.model import fp8, kernels
 
 def call_of(length: int, segments=None, window=None):
     fields = {"attention_scale": 0.2, "segments_BxT": segments, "window": window,
-              "window_block": 1, "key": None, "dropout": 0.0, "length": length}  # fmt: skip
+              "window_block": 1, "key": None, "dropout": 0.0, "length": length,
+              "first": None}  # fmt: skip
     return type("Call", (), fields)
 
 

@@ -128,6 +128,14 @@ def val_batches(
     return map(batch, range(n_batches))
 
 
+def val_bytes(prepared: Prepared, n_tokens: int) -> int | None:
+    """UTF-8 bytes of the labels of `val_batches`, whoever reads them; None where ids say none."""
+    if prepared.token_bytes is None:
+        return None
+    labels = min(n_tokens or prepared.val.n_tokens, prepared.val.n_tokens - 1)
+    return int(prepared.token_bytes[prepared.val.read(1, labels)].sum(dtype=np.int64))
+
+
 def prefetch(
     at: Callable[[int], Batch], start: int, stop: int, depth: int = 2, workers: int = 0
 ) -> Iterator[Batch]:

@@ -21,28 +21,23 @@ def make(model: Model, mesh) -> Callable:
     return jax.jit(sums, out_shardings=replicated)
 
 
-def evaluate(sums: Callable, params, batches: Iterable, mesh, token_bytes_V) -> dict:
+def evaluate(sums: Callable, params, batches: Iterable, mesh, n_bytes: int | None) -> dict:
     """Evaluates `params` on host batches.
 
     Returns val_loss (nats a token), val_loss_sem, val_tokens, perplexity and bits_per_byte: all
-    bits, those of document marks too, over the UTF-8 bytes of the predicted tokens; None without
-    `token_bytes_V`, the byte length of each id. The standard error treats windows, not tokens, as
-    the independent draws (a ratio estimator), because tokens of one window are correlated.
+    bits, those of document marks too, over `n_bytes`, the UTF-8 bytes of the predicted tokens; None
+    where that is not known. The standard error treats windows, not tokens, as the independent
+    draws (a ratio estimator), because tokens of one window are correlated.
     """
-    pending, n_bytes = [], 0
-    for batch in batches:
-        if token_bytes_V is not None:
-            targets = batch.targets_BxT
-            n_bytes += int(token_bytes_V[targets[targets >= 0]].sum())
-        pending.append(sums(params, meshes.put_batch(batch, mesh)))
+    pending = [sums(params, meshes.put_batch(batch, mesh)) for batch in batches]
     nll_W, count_W = (
         np.concatenate([np.asarray(part[i], np.float64) for part in pending]) for i in (0, 1)
     )
     keep = count_W > 0
-    return summary(nll_W[keep], count_W[keep], meshes.sum_over_hosts(n_bytes))
+    return summary(nll_W[keep], count_W[keep], n_bytes)
 
 
-def summary(nll_W: np.ndarray, count_W: np.ndarray, n_bytes: int) -> dict:
+def summary(nll_W: np.ndarray, count_W: np.ndarray, n_bytes: int | None) -> dict:
     """The numbers of `evaluate` from each window's sum of losses and number of targets."""
     windows, tokens = len(nll_W), count_W.sum()
     loss = nll_W.sum() / tokens

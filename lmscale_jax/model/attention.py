@@ -7,7 +7,7 @@ from flax import nnx
 
 from lmscale_jax.model import param
 from lmscale_jax.model.gates import Gate
-from lmscale_jax.model.kernels import KERNELS
+from lmscale_jax.model.kernels import KERNELS, placed
 from lmscale_jax.model.layers import Call, Dense, unit_rms
 
 
@@ -17,7 +17,7 @@ class Attention(nnx.Module):
     def __init__(self, model, kernel: str):
         width, size = {"embed": model.d_model}, model.head_dim
         self.heads, self.kv_heads, self.size = model.n_heads, model.n_kv_heads, size
-        self.kernel = KERNELS[kernel]
+        self.kernel = placed(KERNELS[kernel])
         kv_heads = {"kv_heads": model.n_kv_heads, "head_dim": size}
         self.query = Dense(width, {"heads": model.n_heads, "head_dim": size}, model.bias)
         self.key = Dense(width, kv_heads, model.bias)
@@ -33,10 +33,10 @@ class Attention(nnx.Module):
             self.value_share, self.row_share = param.scalar(0.5), param.scalar(0.5)
 
     def __call__(self, x_NxD: jax.Array, call: Call) -> jax.Array:
-        B, T = call.batch, call.length
-        q_BxTxHxd = self.query(x_NxD, call).reshape(B, T, self.heads, self.size)
-        k_BxTxKxd = self.key(x_NxD, call).reshape(B, T, self.kv_heads, self.size)
-        v_BxTxKxd = self.value(x_NxD, call).reshape(B, T, self.kv_heads, self.size)
+        N = len(x_NxD)
+        q_BxTxHxd = call.rows(self.query(x_NxD, call).reshape(N, self.heads, self.size))
+        k_BxTxKxd = call.rows(self.key(x_NxD, call).reshape(N, self.kv_heads, self.size))
+        v_BxTxKxd = call.rows(self.value(x_NxD, call).reshape(N, self.kv_heads, self.size))
         v_BxTxKxd = self.mixed(v_BxTxKxd, call)
         if self.unit_eps is not None:
             q_BxTxHxd = unit_rms(q_BxTxHxd, self.unit_eps)
@@ -52,7 +52,8 @@ class Attention(nnx.Module):
         call.note("scores", lambda: visible_scores(q_BxTxHxd, k_BxTxKxd, call.attention_scale))
         o_BxTxHxd = self.kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, call)
         o_BxTxHxd = self.pass_gate("sdpa", o_BxTxHxd, x_NxD, call)
-        return self.pass_gate("output", self.out(o_BxTxHxd.reshape(B * T, -1), call), x_NxD, call)
+        o_NxC = call.place.flat(o_BxTxHxd).reshape(N, -1)
+        return self.pass_gate("output", self.out(o_NxC, call), x_NxD, call)
 
     def mixed(self, v_BxTxKxd: jax.Array, call: Call) -> jax.Array:
         """The values, with rows of a table where this block has one (modded-nanogpt's)."""

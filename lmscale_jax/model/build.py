@@ -12,10 +12,12 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lmscale_jax.model import fp8, gates, kernels, ops, param, wiring
 from lmscale_jax.model.layers import Call
-from lmscale_jax.model.loss import chunk_length, next_token_losses
+from lmscale_jax.model.loss import token_losses
+from lmscale_jax.model.placement import Place
 from lmscale_jax.model.transformer import Block, Embed, Readout
 from lmscale_jax.parametrization import rules
 
@@ -73,54 +75,60 @@ class Model(NamedTuple):
     choices: dict[str, str]
 
 
-def build(config, *, platform: str, boundary: int | None = None, shards: int = 1) -> Model:
+def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | None = None) -> Model:
     """Builds the model of a resolved config.
 
-    `boundary` is the token that begins a document (for model.mask="document"); `shards` is how many
-    parts of the mesh split the batch, which decides the size of the loss chunks.
+    `boundary` is the token that begins a document (for model.mask="document"); `mesh` is that of
+    `losses` and `taps`, whose batches it must be able to split. `logits` takes any batch and leaves
+    its layout to the partitioner.
     """
     model = config.model
-    kernel, why = kernels.choose(config, platform, shards)
+    place = Place(mesh if mesh is not None and mesh.size > 1 else None)
+    kernel, why = kernels.choose(config, platform, place)
     stack = model.stack
     if stack == "auto":
         stack = "unroll" if platform == "cpu" else "scan"
     parts, specs = _declare(model, kernel)
     rows = rules.table(specs, _declare(rules.base_model(config), kernel)[1], config)
     defs = {name: nnx.split(part)[0] for name, part in parts.items()}
-    call = shared_call(config, platform)
-    body = functools.partial(
-        _hidden, defs=defs, call=call, config=config, stack=stack, boundary=boundary
+    call = shared_call(config, platform, place)
+    body = functools.partial(_hidden, defs=defs, config=config, stack=stack, boundary=boundary)
+    where, last = (
+        (("readout", "weight"), -1) if model.head == "untied" else (("embed", "tokens"), 0)
     )
+    last_spec = specs[where[0]][where[1]]
 
-    def read(params, x_NxD):
-        readout = nnx.merge(defs["readout"], params["readout"])
-        z_NxV = readout.logits(x_NxD, params["embed"]["tokens"], call)
+    def readout(params):
+        return params[where[0]][where[1]]
+
+    def read(w, x_NxD):
+        z_NxV = call.ops.dense(x_NxD, w if last else w.T)
         scale = rules.scales(config).logits
         return _bounded(z_NxV if scale == 1.0 else z_NxV * scale, model)
 
-    def of_tokens(params, x_NxD):
+    def of_tokens(w, x_NxD, first=0):
         """The logits, those of rows that only fill up the vocabulary being -inf."""
-        z_NxV = read(params, x_NxD)
+        z_NxV = read(w, x_NxD)
         if model.ids >= model.vocab_size:
             return z_NxV
-        filling_V = jnp.arange(model.vocab_size) >= model.ids
+        filling_V = first + jnp.arange(w.shape[last]) >= model.ids
         return jnp.where(filling_V, -jnp.inf, z_NxV)
 
     def logits(params, tokens_BxT, key=None):
-        x_NxD, *_ = body(params, tokens_BxT, key)
-        return of_tokens(params, x_NxD).reshape(*tokens_BxT.shape, -1)
+        x_NxD, *_ = body(params, tokens_BxT, key, call=call._replace(place=Place()))
+        return of_tokens(readout(params), x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None, around=None, step=None):
-        x_NxD, _, rest = body(params, tokens_BxT, key, around=around, step=step)
-        length = chunk_length(model, tokens_BxT.shape, shards)
-        nll_BxT = next_token_losses(
-            functools.partial(of_tokens, params), x_NxD, targets_BxT, length, call.ops.cross_entropy
+        x_NxD, _, rest = body(params, tokens_BxT, key, call=call, around=around, step=step)
+        entropy = call.ops.cross_entropy
+        nll_BxT = token_losses(
+            place, model, of_tokens, readout(params), last_spec, x_NxD, targets_BxT, entropy
         )
         return nll_BxT if around is None else around.close(nll_BxT, rest)
 
     def taps(params, tokens_BxT, keep):
-        x_NxD, kept, _ = body(params, tokens_BxT, None, keep=keep)
-        return kept | {"logits": keep("logits", read(params, x_NxD))}
+        x_NxD, kept, _ = body(params, tokens_BxT, None, call=call, keep=keep)
+        return kept | {"logits": keep("logits", read(readout(params), x_NxD))}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
     if model.matmul == "fp8":
@@ -171,13 +179,14 @@ def _init(specs: dict, rows: dict[str, rules.Row], key: jax.Array) -> dict:
     return param.map_named(draw, specs)
 
 
-def shared_call(config, platform: str) -> Call:
+def shared_call(config, platform: str, place: Place) -> Call:
     """What all forward passes of a model have in common; without tokens, key and positions."""
     scales, own = rules.scales(config), ops.SETS["cpu" if platform == "cpu" else "plain"]
     in_fp8 = fp8.choose(config.model, platform).startswith("fp8")
     return Call(
         ops=own,
         product=fp8.dense if in_fp8 else own.dense,
+        place=place,
         dtype=jnp.dtype(config.model.dtype),
         batch=0,
         length=0,
@@ -192,6 +201,7 @@ def shared_call(config, platform: str) -> Call:
         origin_NxD=None,
         skip_NxD=None,
         values_BxTxKxd=None,
+        first=None,
         dropout=config.model.dropout,
         key=None,
     )
@@ -212,7 +222,7 @@ def _hidden(
     if model.mask == "document" and boundary is not None:
         segments_BxT = jnp.cumsum(tokens_BxT == boundary, axis=1)
     embed = nnx.merge(defs["embed"], params["embed"])
-    h_NxD = call.drop(embed(tokens_BxT, call.embed_scale), 0)
+    h_NxD = call.drop(embed(tokens_BxT, call), 0)
     shared = wiring.begin(config, embed, h_NxD, tokens_BxT, call, segments_BxT, step)
 
     def part(run, shared, h_NxD, layer, keep=None, taps=None):

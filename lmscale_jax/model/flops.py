@@ -1,10 +1,12 @@
 """Parameters, floating-point operations and bytes of a model, from its annotations alone."""
 
+import math
 import re
 
 from lmscale_jax.model import wiring
 from lmscale_jax.model.loss import chunk_length
 from lmscale_jax.model.param import Spec, named
+from lmscale_jax.model.placement import ROWS
 
 # Backward over forward: one product for the inputs' gradient, one for the weights'.
 FORWARD_AND_BACKWARD = 3
@@ -78,7 +80,7 @@ def memory(
     Args:
         config: a resolved config.
         specs: the model's annotations.
-        mesh_sizes: devices along "data", "fsdp" and "tensor".
+        mesh_sizes: devices along each axis of the mesh.
         parts: {path: over how many devices that parameter is split}; None: none is.
         moments: {path: arrays of its size that the optimizer keeps}; None: AdamW's two.
 
@@ -89,9 +91,9 @@ def memory(
     parts, moments = parts or {}, moments or {}
     each = {path: 4 * spec.size / parts.get(path, 1) for path, spec in named(specs).items()}
     local = sum(each.values())
-    shards = mesh_sizes["data"] * mesh_sizes["fsdp"]
+    shards = math.prod(mesh_sizes[name] for name in ROWS)
     rows = max(1, config.train.batch_size // config.train.accum // shards)
-    tokens = rows * config.data.seq_len
+    tokens = rows * config.data.seq_len // mesh_sizes["sequence"]
     sizes = {
         "parameters": local,
         "optimizer": sum(size * moments.get(path, 2) for path, size in each.items()),
@@ -130,8 +132,9 @@ def _gated(model) -> bool:
 
 def _logit_bytes(config, rows: int, tensor: int) -> float:
     """Logits of one chunk of the loss and their gradient, both float32."""
-    length = chunk_length(config.model, (rows, config.data.seq_len), shards=1)
-    return 2 * 4 * rows * length * config.model.vocab_size / tensor
+    vocab_size = config.model.vocab_size // tensor
+    length = chunk_length(config.model, (rows, config.data.seq_len), vocab_size)
+    return 2 * 4 * rows * length * vocab_size
 
 
 # Dense (not sparse) bfloat16 FLOP/s of one device as JAX counts devices, from the vendors' data

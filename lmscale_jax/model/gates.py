@@ -61,7 +61,7 @@ class Gate(nnx.Module):
         gate = self._gate(x_NxD, call)
         call.note("gate", lambda: gate)
         if y.ndim == 4 and gate.ndim == 3:
-            gate = gate.reshape(*y.shape[:2], *self.shape)
+            gate = call.rows(gate)
         return y * gate.astype(y.dtype)
 
     def _gate(self, x_NxD: jax.Array, call: Call) -> jax.Array:
@@ -70,8 +70,8 @@ class Gate(nnx.Module):
             return self.activation(self.free[...] + self.shift)
         if self.shuffled:
             x_NxD = earlier(x_NxD, call)
-        w_DxG = self.weight[...].reshape(x_NxD.shape[-1], -1)
-        z_NxG = call.ops.dense(x_NxD, w_DxG).astype(jnp.float32)
+        z_NxG = call.place.dense(call.ops.dense, x_NxD, self.weight[...], self.weight.spec)
+        z_NxG = z_NxG.astype(jnp.float32)
         if self.kind == "headwise":
             z_NxG = z_NxG * call.gate_scale
         if hasattr(self, "bias"):
@@ -84,8 +84,7 @@ def earlier(x_NxD: jax.Array, call: Call) -> jax.Array:
     same one: what a gate without its own token can do, and still causal."""
     draws_T = np.random.default_rng(_STREAM).random(call.length)
     index_T = np.floor(draws_T * np.arange(1, call.length + 1)).astype(np.int32)
-    x_BxTxD = x_NxD.reshape(call.batch, call.length, -1)
-    return jnp.take(x_BxTxD, index_T, axis=1).reshape(x_NxD.shape)
+    return call.place.flat(jnp.take(call.rows(x_NxD), index_T, axis=1))
 
 
 def described(model, specs: dict) -> dict[str, str]:

@@ -9,6 +9,7 @@ from flax import nnx
 
 from lmscale_jax.model import param
 from lmscale_jax.model.ops import Ops
+from lmscale_jax.model.placement import Place
 
 
 class Call(NamedTuple):
@@ -17,8 +18,9 @@ class Call(NamedTuple):
     Attributes:
       ops: the primitives of this platform.
       product: x w of activations and the weights of blocks.
+      place: the mesh, and how arrays lie on it.
       dtype: type that products are computed in.
-      batch, length: B and T of the N = B*T flat tokens, sequence-major.
+      batch, length: B and T of the N = B*T flat tokens, in the order of `place.flat`.
       segments_BxT: document numbers within each window, or None for a plain causal mask.
       rope: cosines and sines, each [T, head_dim / 2], or None.
       attention_scale: factor of q·k.
@@ -31,6 +33,8 @@ class Call(NamedTuple):
       origin_NxD: the embedding, for blocks that mix it in; else None.
       skip_NxD: the stream of an earlier block that enters this one, or None.
       values_BxTxKxd: what is added to this block's values, or None.
+      first: position of the first query among the keys, where a kernel sees a piece of the queries;
+        else None.
       dropout: rate.
       key: random key of this layer; None turns dropout off.
       keep: what a tap stores of an activation, (name, array) -> array; None measures nothing.
@@ -39,6 +43,7 @@ class Call(NamedTuple):
 
     ops: Ops
     product: Callable
+    place: Place
     dtype: jnp.dtype
     batch: int
     length: int
@@ -53,6 +58,7 @@ class Call(NamedTuple):
     origin_NxD: jax.Array | None
     skip_NxD: jax.Array | None
     values_BxTxKxd: jax.Array | None
+    first: jax.Array | None
     dropout: float
     key: jax.Array | None
     keep: Callable | None = None
@@ -67,10 +73,13 @@ class Call(NamedTuple):
         """Dropout by the random stream of that number within the layer."""
         if self.key is None or not self.dropout:
             return x_NxD
-        keep = jax.random.bernoulli(
-            jax.random.fold_in(self.key, stream), 1 - self.dropout, x_NxD.shape
-        )
+        key, shape = jax.random.fold_in(self.key, stream), (self.batch, self.length, x_NxD.shape[1])
+        keep = self.place.flat(jax.random.bernoulli(key, 1 - self.dropout, shape))
         return jnp.where(keep, x_NxD / (1 - self.dropout), jnp.zeros_like(x_NxD))
+
+    def rows(self, x_N: jax.Array) -> jax.Array:
+        """Flat activations as [B, T, ...]."""
+        return self.place.rows(x_N, self.batch, self.length)
 
 
 class Norm(nnx.Module):
@@ -110,8 +119,7 @@ class Dense(nnx.Module):
             self.bias = param.vector("zeros", **fan_out)
 
     def __call__(self, x_NxI: jax.Array, call: Call) -> jax.Array:
-        w_IxO = self.weight[...].reshape(x_NxI.shape[-1], -1)
-        y_NxO = call.product(x_NxI, w_IxO)
+        y_NxO = call.place.dense(call.product, x_NxI, self.weight[...], self.weight.spec)
         if hasattr(self, "bias"):
             y_NxO = y_NxO + self.bias[...].reshape(-1).astype(y_NxO.dtype)
         return y_NxO

@@ -4,20 +4,64 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from lmscale_jax.model.param import Spec
+from lmscale_jax.model.placement import BATCH, TOKENS, Place, gathered
 
 LOGIT_BYTES = 256 * 2**20
 
 
-def chunk_length(model, shape_BxT: tuple[int, int], shards: int) -> int:
+def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int) -> int:
     """Positions per chunk, a divisor of T, so that the float32 logits of one chunk fit.
 
-    `model.loss_chunk` counts tokens on one of the `shards` parts of the batch; 0 means as many as
-    256 MiB of logits hold.
+    The shape and the size of the vocabulary are those of one device. `model.loss_chunk` counts
+    tokens; 0 means as many as 256 MiB of logits hold.
     """
     B, T = shape_BxT
-    tokens = model.loss_chunk or max(1, LOGIT_BYTES // (4 * model.vocab_size))
-    wanted = max(1, tokens * shards // B)
+    tokens = model.loss_chunk or max(1, LOGIT_BYTES // (4 * vocab_size))
+    wanted = max(1, tokens // B)
     return max(t for t in range(1, T + 1) if T % t == 0 and (t <= wanted or t == 1))
+
+
+def token_losses(place: Place, model, read, w, spec: Spec, x_NxD, targets_BxT, cross_entropy):
+    """Losses in nats, [B, T] float32; 0 where the target is -1.
+
+    `read(w, x_NxD, first)` makes the logits of the rows of the vocabulary that `w` holds, of which
+    `first` is the id of the first. On a mesh each device scores its own tokens: the readout is
+    gathered once for all chunks, but for its split over the vocabulary.
+    """
+    parts = place.parts(spec) if place.mesh else (None,) * len(spec.axes)
+    at = spec.axes.index("vocab")
+
+    def local(w, x_NxD, targets_BxT):
+        w = gathered(w, parts)
+        first, compare = 0, cross_entropy
+        if parts[at]:
+            first = lax.axis_index(parts[at]) * w.shape[at]
+            compare = functools.partial(split_cross_entropy, axis=parts[at], first=first)
+        length = chunk_length(model, targets_BxT.shape, w.shape[at])
+        return next_token_losses(
+            lambda x_nxD: read(w, x_nxD, first), x_NxD, targets_BxT, length, compare
+        )
+
+    if place.mesh is None:
+        return local(w, x_NxD, targets_BxT)
+    ins = (P(*parts), P(TOKENS, None), BATCH)
+    return place.shard(local, ins, BATCH)(w, x_NxD, targets_BxT)
+
+
+def split_cross_entropy(logits_NxV, targets_N, *, axis: str, first) -> jax.Array:
+    """`ops.cross_entropy` where each device along a mesh axis holds some columns of the logits,
+    of which `first` is the id of the first."""
+    logits_NxV = logits_NxV.astype(jnp.float32)
+    lse_SxN = lax.all_gather(jax.nn.logsumexp(logits_NxV, axis=1), axis)
+    index_N = targets_N - first
+    here_N = (index_N >= 0) & (index_N < logits_NxV.shape[1])
+    picked_N = jnp.take_along_axis(logits_NxV, jnp.where(here_N, index_N, 0)[:, None], axis=1)[:, 0]
+    picked_N = lax.psum(jnp.where(here_N, picked_N, 0), axis)
+    return jnp.where(targets_N < 0, 0, jax.nn.logsumexp(lse_SxN, axis=0) - picked_N)
 
 
 def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy) -> jax.Array:

@@ -69,6 +69,7 @@ def attention(
     segments_BxT: jax.Array | None = None,
     window: jax.Array | int | None = None,
     window_block: int = 1,
+    first: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -81,12 +82,13 @@ def attention(
       scale: factor of the scores.
       segments_BxT: int32 document numbers; a query sees only keys of its own document.
       window: blocks of `window_block` tokens that a query sees, its own and those before it.
+      first: where there are fewer queries than keys, which position the first of them has.
       dropout: rate at which probabilities are dropped, the others scaled up to the same mean.
       key: random key, needed if `dropout` is not 0.
     """
     q, k, v = (x.astype(FLOAT) for x in (q_BHxTxd, k_BHxTxd, v_BHxTxd))
     scores_BHxTxT = scale * jnp.einsum("btd,bsd->bts", q, k)
-    scores_BHxTxT = _hide(scores_BHxTxT, segments_BxT, window, window_block)
+    scores_BHxTxT = _hide(scores_BHxTxT, (segments_BxT, window, first), window_block)
     p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1)
     if dropout:
         keep = jax.random.bernoulli(key, 1 - dropout, p_BHxTxT.shape)
@@ -113,32 +115,37 @@ def _normalize(x_NxD, eps: float, centre: bool):
     return x_NxD * rstd_Nx1, rstd_Nx1
 
 
-def same_document(segments_BxT: jax.Array) -> jax.Array:
-    """Whether query and key are of one document, [B, 1, T, T]."""
-    return (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
+def visible(queries: int, keys: int, segments_BxT, window, window_block: int, first) -> jax.Array:
+    """Whether a key is not later than its query, not too far back and in the same document.
+
+    [queries, keys], with `segments_BxT` [B, queries, keys]. The arguments are those of `attention`.
+    """
+    # Iotas, not an array of T^2 numbers, which would be a constant of the program in every layer.
+    query, key = (_iota((queries, keys), axis) for axis in (0, 1))
+    if first is not None:
+        query = query + first
+    seen = query >= key
+    if window is not None:
+        seen &= query // window_block - key // window_block < window
+    if segments_BxT is None:
+        return seen
+    own = segments_BxT
+    if first is not None:
+        own = lax.dynamic_slice_in_dim(segments_BxT, first, queries, axis=1)
+    return seen & (own[:, :, None] == segments_BxT[:, None, :])
 
 
-def near(length: int, window: jax.Array | int, window_block: int) -> jax.Array:
-    """Whether a key's block is less than `window` blocks before that of its query, [T, T]."""
-    shape = (length, length)
-    return _iota(shape, 0) // window_block - _iota(shape, 1) // window_block < window
-
-
-def _hide(scores_BHxTxT, segments_BxT, window=None, window_block: int = 1):
-    """Scores with -inf where a key is later than its query, in another document, or too far back.
+def _hide(scores_BHxTxT, hidden: tuple, window_block: int):
+    """Scores with -inf where a query does not see a key; `hidden`: segments, window, first.
 
     Every query sees itself, so that no row is empty and the softmax has no 0 / 0.
     """
-    T = scores_BHxTxT.shape[-1]
-    # Iotas, not an array of T^2 numbers, which would be a constant of the program in every layer.
-    visible_TxT = _iota((T, T), 0) >= _iota((T, T), 1)
-    if window is not None:
-        visible_TxT &= near(T, window, window_block)
-    if segments_BxT is None:
-        return jnp.where(visible_TxT, scores_BHxTxT, -jnp.inf)
-    scores_BxHxTxT = scores_BHxTxT.reshape(segments_BxT.shape[0], -1, T, T)
-    visible_Bx1xTxT = visible_TxT & same_document(segments_BxT)
-    return jnp.where(visible_Bx1xTxT, scores_BxHxTxT, -jnp.inf).reshape(scores_BHxTxT.shape)
+    segments_BxT, window, first = hidden
+    seen = visible(*scores_BHxTxT.shape[1:], segments_BxT, window, window_block, first)
+    if seen.ndim == 2:
+        return jnp.where(seen, scores_BHxTxT, -jnp.inf)
+    scores_BxHxTxT = scores_BHxTxT.reshape(len(seen), -1, *scores_BHxTxT.shape[1:])
+    return jnp.where(seen[:, None], scores_BxHxTxT, -jnp.inf).reshape(scores_BHxTxT.shape)
 
 
 def _iota(shape: tuple[int, ...], axis: int):
@@ -250,7 +257,7 @@ def _norm_backward(x_NxD, scale_D, dy_NxD, eps, centre: bool):
 
 def _cpu_attention(
     q_BHxTxd, k_BHxTxd, v_BHxTxd, *, scale, segments_BxT=None, window=None, window_block=1,
-    dropout=0.0, key=None,
+    first=None, dropout=0.0, key=None,
 ):  # fmt: skip
     """As `attention`, keeping the probabilities for the backward pass.
 
@@ -262,9 +269,9 @@ def _cpu_attention(
         return attention(
             q_BHxTxd, k_BHxTxd, v_BHxTxd,
             scale=scale, segments_BxT=segments_BxT, window=window, window_block=window_block,
-            dropout=dropout, key=key,
+            first=first, dropout=dropout, key=key,
         )  # fmt: skip
-    hidden = (segments_BxT, window)
+    hidden = (segments_BxT, window, first)
     return _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, float(scale), window_block)
 
 
@@ -278,7 +285,7 @@ _HEADS = ((0,), (0,))
 
 def _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, scale, window_block):
     scores_BHxTxT = scale * _product(q_BHxTxd, k_BHxTxd, ((2,), (2,)), _HEADS)
-    scores_BHxTxT = _hide(scores_BHxTxT, *hidden, window_block)
+    scores_BHxTxT = _hide(scores_BHxTxT, hidden, window_block)
     p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1).astype(q_BHxTxd.dtype)
     o_BHxTxd = _product(p_BHxTxT, v_BHxTxd, ((2,), (1,)), _HEADS).astype(q_BHxTxd.dtype)
     return o_BHxTxd, (q_BHxTxd, k_BHxTxd, v_BHxTxd, p_BHxTxT, o_BHxTxd)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.param import Spec
@@ -29,6 +29,7 @@ AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 ROWS = ("replica", "data", "fsdp")
 TOKENS = ("sequence", *ROWS)
 BATCH = P(ROWS, "sequence")
+_AUTO = (AxisType.Auto,) * len(AXES)
 
 # Which mesh axis splits which named axis of a parameter, the more important first.
 RULES = (
@@ -100,7 +101,7 @@ class Place(NamedTuple):
         parts = self.parts(spec)
 
         def local(table, tokens_BxT):
-            table = _gathered(table, parts)
+            table = gathered(table, parts)
             if parts[at] is None:
                 return jnp.take(table, tokens_BxT, axis=at)
             index_BxT = tokens_BxT - lax.axis_index(parts[at]) * table.shape[at]
@@ -120,19 +121,35 @@ class Place(NamedTuple):
         parts, stream = self.parts(spec), P(*BATCH, None)
 
         def local(h_BxTxD, table_PxD):
-            begin, length = lax.axis_index("sequence") * h_BxTxD.shape[1], h_BxTxD.shape[1]
-            return h_BxTxD + lax.dynamic_slice_in_dim(_gathered(table_PxD, parts), begin, length)
+            table_PxD, length = gathered(table_PxD, parts), h_BxTxD.shape[1]
+            if self.size("sequence") == 1:
+                return h_BxTxD + table_PxD[:length]
+            begin = lax.axis_index("sequence") * length
+            return h_BxTxD + lax.dynamic_slice_in_dim(table_PxD, begin, length)
 
         return self.shard(local, (stream, P(*parts)), stream)(h_BxTxD, table_PxD)
 
     def shard(self, function: Callable, ins, outs) -> Callable:
-        """`function` of what each device holds; collectives inside are its own business."""
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False
+        """`function` of what each device holds; collectives inside are its own business.
+
+        Axes of one device are left out: sums over them would be programs that do nothing.
+        """
+        used = {name: size for name, size in self.mesh.shape.items() if size > 1}
+        mesh = Mesh(
+            self.mesh.devices.reshape(tuple(used.values())),
+            tuple(used),
+            axis_types=_AUTO[: len(used)],
         )
 
+        def layout(spec: P) -> P:
+            names = [(part,) if isinstance(part, str) else part or () for part in spec]
+            return P(*(tuple(n for n in several if n in used) or None for several in names))
 
-def _gathered(w: jax.Array, parts: tuple) -> jax.Array:
+        ins, outs = jax.tree.map(layout, (ins, outs), is_leaf=lambda x: isinstance(x, P))
+        return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+
+
+def gathered(w: jax.Array, parts: tuple) -> jax.Array:
     """Inside `shard`: a parameter whole along `fsdp`."""
     for axis, part in enumerate(parts):
         if part == "fsdp":
@@ -159,7 +176,9 @@ class Sides(NamedTuple):
 
 def _sides(place: Place, spec: Spec) -> Sides:
     parts = place.parts(spec)
-    into, out = ("tensor" if "tensor" in p else None for p in (parts[: spec.n_in], parts[spec.n_in :]))
+    into, out = (
+        "tensor" if "tensor" in side else None for side in (parts[: spec.n_in], parts[spec.n_in :])
+    )
     return Sides(parts, into, out)
 
 
@@ -177,8 +196,8 @@ def _dense(place: Place, product: Callable, spec: Spec, x_NxI, w):
 
 
 def _matrix(x_NxI, w, parts) -> jax.Array:
-    """The whole weight as [I, O] in the type of the product, which is also the type it travels in."""
-    return _gathered(w.astype(x_NxI.dtype), parts).reshape(x_NxI.shape[-1], -1)
+    """The whole weight as [I, O]. It travels in the type of the product."""
+    return gathered(w.astype(x_NxI.dtype), parts).reshape(x_NxI.shape[-1], -1)
 
 
 def _dense_forward(place, product, spec, x_NxI, w):

@@ -1,7 +1,6 @@
 """The decoder in three parts: embedding, one block (stacked by `build`), and readout."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from lmscale_jax.model import param
@@ -24,16 +23,19 @@ class Embed(nnx.Module):
             self.values = param.weight({"tables": model.value_embeddings} | vocab, heads, "input")
         self.eps = model.norm_eps if model.embed_norm == "rmsnorm" else None
 
-    def __call__(self, tokens_BxT: jax.Array, scale: float) -> jax.Array:
-        h_BxTxD = jnp.take(self.tokens[...], tokens_BxT, axis=0)
+    def __call__(self, tokens_BxT: jax.Array, call: Call) -> jax.Array:
+        place, scale = call.place, call.embed_scale
+        h_BxTxD = place.lookup(self.tokens[...], tokens_BxT, self.tokens.spec)
         if hasattr(self, "positions"):
-            h_BxTxD = h_BxTxD + self.positions[...][: tokens_BxT.shape[1]]
+            table_PxD = self.positions[...]
+            h_BxTxD = place.add_positions(h_BxTxD, table_PxD, self.positions.spec)
         h_BxTxD = h_BxTxD * scale if self.eps is None else unit_rms(h_BxTxD, self.eps) * scale
-        return h_BxTxD.reshape(tokens_BxT.size, -1)
+        return place.flat(h_BxTxD)
 
-    def value_rows(self, tokens_BxT: jax.Array, scale: float) -> jax.Array:
+    def value_rows(self, tokens_BxT: jax.Array, call: Call) -> jax.Array:
         """[tables, B, T, kv_heads, head_dim]."""
-        return jnp.take(self.values[...], tokens_BxT, axis=1) * scale
+        rows = call.place.lookup(self.values[...], tokens_BxT, self.values.spec)
+        return rows * call.embed_scale
 
 
 class Block(nnx.Module):
@@ -78,7 +80,3 @@ class Readout(nnx.Module):
             self.weight = param.weight(
                 {"embed": model.d_model}, {"vocab": model.vocab_size}, "output"
             )
-
-    def logits(self, x_NxD: jax.Array, tokens_VxD: jax.Array, call: Call) -> jax.Array:
-        w_DxV = self.weight[...] if hasattr(self, "weight") else tokens_VxD.T
-        return call.ops.dense(x_NxD, w_DxV)

@@ -43,7 +43,7 @@ def begin(config, embed, h_NxD, tokens_BxT, call, segments_BxT, step) -> Shared:
     if model.positions == "rope":
         rope = rope_tables(T, model.head_dim, model.rope_theta, model.rope_channels)
     if model.value_embeddings:
-        values = embed.value_rows(tokens_BxT, call.embed_scale)
+        values = embed.value_rows(tokens_BxT, call)
     origin_NxD = h_NxD if model.x0_mix == "learned" else None
     return Shared(call.key, rope, segments_BxT, origin_NxD, values, windows(config, step))
 

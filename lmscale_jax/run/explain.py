@@ -56,7 +56,7 @@ def explain(config: ConfigDict, overrides: dict, config_file: str, print: Callab
     meshes.start(resolved)
     mesh = meshes.make(resolved)
     platform = mesh.devices.flat[0].platform
-    model = build.build(resolved, platform=platform, shards=meshes.batch_shards(mesh))
+    model = build.build(resolved, platform=platform, mesh=mesh)
     where = origins(config_file, overrides, config)
     for path, _ in keys():
         if get(resolved, path) != (given := get(config, path)):
@@ -246,8 +246,8 @@ def _flops(config, model: build.Model) -> list[str]:
 
 def _memory(config, model: build.Model, mesh) -> list[str]:
     parts = {
-        path: math.prod(mesh.shape[name] for name in meshes.partition(row.spec, mesh) if name)
-        for path, row in model.rows.items()
+        path: math.prod(mesh.shape[name] for name in over if name)
+        for path, over in meshes.split(model.rows, mesh).items()
     }
     mean = 1 if config.optim.ema_decay else 0
     moments = {path: optim.MOMENTS[row.optimizer] + mean for path, row in model.rows.items()}

@@ -7,6 +7,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.model.placement import AXES
 from lmscale_jax.run import checkpoint, mesh, train
 from lmscale_jax.run.record import read_record
 
@@ -33,7 +34,7 @@ def load(workdir: Path, step: int = 0) -> Loaded:
     """
     record = read_record(workdir)
     config = ConfigDict(record["config"])
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.cpu_devices = -1, 1, 1, 0
+    config.mesh.update(dict.fromkeys(AXES, 1) | {"data": -1, "cpu_devices": 0})
     # Before anything of size: a directory without checkpoints is told at once.
     checkpoints = checkpoint.Checkpoints(workdir)
     if not checkpoints.steps():

@@ -15,19 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.data.prepared import cache_root
 from lmscale_jax.errors import InputError
-from lmscale_jax.model.param import Spec, map_named, named
-
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
-
-# Which mesh axis splits which named axis of a parameter. The rest is replicated.
-RULES = {
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "mlp": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-}
+from lmscale_jax.model.param import map_named, named
+from lmscale_jax.model.placement import AXES, BATCH, ROWS, partition
 
 # Floating-point operations of a micro-batch up to which one CPU device is faster than one a core:
 # between the two shapes that were measured, 3.6e9 and 5.8e10.
@@ -100,18 +89,20 @@ def _compile_cache(config) -> Path:
 def _cpu_devices(config) -> int:
     """What a mesh of fixed size needs; else as many as the cores and the micro-batch allow, or one
     where a step is small."""
-    sizes = config.mesh
-    split, data = sizes.fsdp * sizes.tensor, sizes.data
+    sizes = {name: config.mesh[name] for name in AXES}
+    split = math.prod(size for size in sizes.values() if size > 0)
+    free = next((name for name, size in sizes.items() if size == -1), None)
+    if free != "data":
+        return split
     model, rows = config.model, config.train.batch_size // config.train.accum
     # A block has about 12 d_model^2 parameters, each 6 operations a token.
     small = 72 * model.n_layers * model.d_model**2 * rows * config.data.seq_len < SMALL_STEP
-    if data == -1 and small and split == 1:
+    if small and split == 1:
         return 1
-    if data == -1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        fit = [d for d in range(1, cores // split + 1) if rows % (d * sizes.fsdp) == 0]
-        data = max(fit, default=1)
-    return split * data
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    others = sizes["replica"] * sizes["fsdp"]
+    fit = [d for d in range(1, cores // split + 1) if rows % (d * others) == 0]
+    return split * max(fit, default=1)
 
 
 def make(config, devices: list | None = None) -> Mesh:
@@ -120,51 +111,84 @@ def make(config, devices: list | None = None) -> Mesh:
     Raises InputError where the sizes do not multiply to the number of devices or the batch cannot
     be split.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = shape(config, len(devices))
+    # Devices of one slice talk fast among themselves; only `replica` goes from slice to slice.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    types = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    if sizes["replica"] % slices:
+        raise InputError(
+            f"config.mesh.replica={sizes['replica']} does not divide over the {slices} slices; "
+            f"{slices} would"
+        )
+    from jax.experimental import mesh_utils
+
+    within = [sizes["replica"] // slices, *list(sizes.values())[1:]]
+    across = [slices, *[1] * (len(AXES) - 1)]
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(grid, AXES, axis_types=types)
+
+
+def shape(config, count: int) -> dict[str, int]:
+    """The size of each mesh axis over `count` devices. Raises InputError as `make` does."""
     sizes = {name: config.mesh[name] for name in AXES}
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    if sizes["data"] == -1 and len(devices) % fixed == 0:
-        sizes["data"] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
+    free = [name for name, size in sizes.items() if size == -1]
+    if 0 in sizes.values():
+        zero = next(name for name, size in sizes.items() if size == 0)
+        raise InputError(f"config.mesh.{zero}=0 is no number of devices; 1 would work")
+    if len(free) > 1:
+        raise InputError(f"config.mesh.{free[1]}=-1 and mesh.{free[0]}=-1: only one can take all "
+                         f"that remain; mesh.{free[1]}=1 would work")  # fmt: skip
+    for name in free:
+        sizes[name] = max(1, count // fixed)
+    if math.prod(sizes.values()) != count:
+        given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
         raise InputError(
-            f"config.mesh={sizes} does not make {len(devices)} device(s); "
-            f"mesh.data=-1 with fsdp=1 and tensor=1 would"
+            f"config.mesh ({given or 'all 1'}) does not make {count} device(s); mesh.data=-1 with "
+            f"the others 1 would"
         )
-    shards, rows = sizes["data"] * sizes["fsdp"], config.train.batch_size // config.train.accum
+    _check_batch(config, sizes)
+    return sizes
+
+
+def _check_batch(config, sizes: dict[str, int]) -> None:
+    train, pieces = config.train, sizes["sequence"]
+    shards, rows = math.prod(sizes[name] for name in ROWS), train.batch_size // train.accum
     if rows % shards:
         raise InputError(
-            f"config.train.batch_size={config.train.batch_size} in {config.train.accum} "
+            f"config.train.batch_size={train.batch_size} in {train.accum} "
             f"micro-batch(es) cannot be split over {shards} devices; "
-            f"{-(-rows // shards) * shards * config.train.accum} would work"
+            f"{-(-rows // shards) * shards * train.accum} would work"
         )
-    shape = tuple(sizes[name] for name in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=np.array(devices))
+    if config.data.seq_len % pieces:
+        raise InputError(
+            f"config.data.seq_len={config.data.seq_len} cannot be split over mesh.sequence="
+            f"{pieces}; {-(-config.data.seq_len // pieces) * pieces} would work"
+        )
+    if pieces > 1 and (config.mur.mode != "off" or config.eval.redundancy_every != "0"):
+        raise InputError(
+            f"config.mesh.sequence={pieces}: marginal utility and redundancy look at whole windows "
+            f"(mur.mode={config.mur.mode!r}, eval.redundancy_every="
+            f"{config.eval.redundancy_every!r}); mesh.sequence=1 would work"
+        )
 
 
 def batch_shards(mesh: Mesh) -> int:
-    return mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def partition(spec: Spec, mesh: Mesh) -> P:
-    """The partition of one parameter. A mesh axis is used once, and only where it divides."""
-    free = {name for name, size in mesh.shape.items() if size > 1}
-    parts: list[str | None] = []
-    for axis, size in zip(spec.axes, spec.shape, strict=True):
-        name = RULES.get(axis)
-        fits = name in free and size % mesh.shape[name] == 0
-        parts.append(name if fits else None)
-        free -= {name} if fits else set()
-    return P(*parts)
+    """Over how many parts of the mesh the rows of a batch are split."""
+    return math.prod(mesh.shape[name] for name in ROWS)
 
 
 def split(rows: dict, mesh: Mesh) -> dict[str, list[str | None]]:
     """{path: for each dimension of a parameter the mesh axis that splits it, or None}."""
-    return {path: list(partition(row.spec, mesh)) for path, row in rows.items()}
+    return {path: list(partition(row.spec, mesh.shape)) for path, row in rows.items()}
 
 
 def param_shardings(specs: dict, mesh: Mesh) -> dict:
     """Nested dict of NamedSharding, one for each parameter."""
-    return map_named(lambda _, spec: NamedSharding(mesh, partition(spec, mesh)), specs)
+    return map_named(lambda _, spec: NamedSharding(mesh, partition(spec, mesh.shape)), specs)
 
 
 def state_shardings(state, specs: dict, mesh: Mesh):
@@ -182,29 +206,41 @@ def state_shardings(state, specs: dict, mesh: Mesh):
         spec = next((by_path[end] for end in ends if end in by_path), None)
         if spec is None or spec.shape != leaf.shape:
             return NamedSharding(mesh, P())
-        return NamedSharding(mesh, partition(spec, mesh))
+        return NamedSharding(mesh, partition(spec, mesh.shape))
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
 def put_batch(batch, mesh: Mesh):
-    """This process's rows of a batch as global arrays, split along their first axis."""
+    """The rows of a batch that this process read (see `host_rows`) as global arrays."""
     sharding = NamedSharding(mesh, BATCH)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
-def sum_over_hosts(value: int) -> int:
-    """The sum of one integer over all processes."""
     if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
+        return jax.device_put(batch, sharding)
 
-    return int(multihost_utils.process_allgather(np.int64(value)).sum())
+    def place(x):
+        whole = (len(x) * batch_shards(mesh) // _shards_here(mesh), *x.shape[1:])
+        rows = host_rows(whole[0], mesh)
+
+        def part(index):
+            begin, end, _ = index[0].indices(whole[0])
+            return x[np.searchsorted(rows, begin) :][: end - begin, index[1]]
+
+        return jax.make_array_from_callback(whole, sharding, part)
+
+    return jax.tree.map(place, batch)
 
 
-def host_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of a global batch that this process's devices hold, which must be contiguous."""
-    index = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
-    starts = [(s[0].start or 0) for s in index.values()]
-    stops = [batch_size if s[0].stop is None else s[0].stop for s in index.values()]
-    return slice(min(starts), max(stops))
+def _shards_here(mesh: Mesh) -> int:
+    """Over how many parts of this process's devices its rows are split."""
+    return len(_starts(batch_shards(mesh), mesh))
+
+
+def _starts(batch_size: int, mesh: Mesh) -> list[int]:
+    index = NamedSharding(mesh, P(ROWS)).addressable_devices_indices_map((batch_size,))
+    return sorted({part[0].indices(batch_size)[0] for part in index.values()})
+
+
+def host_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, in order."""
+    each = batch_size // batch_shards(mesh)
+    return np.concatenate([begin + np.arange(each) for begin in _starts(batch_size, mesh)])

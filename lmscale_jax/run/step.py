@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.build import Model
+from lmscale_jax.model.placement import BATCH
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
@@ -117,7 +118,7 @@ def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
     backward pass; in loss mode the gradient is that of its objective, the loss is not.
     """
     accum = config.train.accum
-    rows = NamedSharding(mesh, P(None, *meshes.BATCH))
+    rows = NamedSharding(mesh, P(None, *BATCH))
 
     def cut(x):
         micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])

@@ -48,9 +48,10 @@ class Setup:
 
     def validate(self, params) -> dict:
         """Loss and its kin on the held-out tokens."""
-        batches = self.held_out(self.config.eval.tokens)
+        n_tokens = self.config.eval.tokens
+        n_bytes = pipeline.val_bytes(self.data, n_tokens)
         return perplexity.evaluate(
-            self.eval_sums, params, batches, self.mesh, self.data.token_bytes
+            self.eval_sums, params, self.held_out(n_tokens), self.mesh, n_bytes
         )
 
     def held_out(self, n_tokens: int) -> Iterator[pipeline.Batch]:
@@ -165,9 +166,8 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
             f"'causal' would work"
         )
     grid = mesh.make(config)
-    shards = mesh.batch_shards(grid)
     platform = grid.devices.flat[0].platform
-    model = build(config, platform=platform, boundary=data.boundary, shards=shards)
+    model = build(config, platform=platform, boundary=data.boundary, mesh=grid)
     transform = optim.build(config, model.rows, grid, platform)
     batches = pipeline.TrainBatches(
         data,
