@@ -262,10 +262,20 @@ SPEC = {
         "fsdp": Key(1, "devices that split the batch and the parameters", low=-1, identity=False),
         "sequence": Key(1, "devices that split each row of the batch", low=-1, identity=False),
         "tensor": Key(1, "devices that split heads, MLP and vocabulary", low=-1, identity=False),
+        "start_timeout": Key(
+            60.0, "seconds until processes that have not come are missed", above=0, identity=False
+        ),
+        "peer_timeout": Key(
+            60.0,
+            "seconds of silence after which a process ends the others",
+            above=0,
+            identity=False,
+        ),
         "cpu_devices": Key(
             0,
-            "CPU devices; 0: what the sizes above need, else one a core that divides the batch, or "
-            "one for steps below 1e10 FLOPs",
+            "CPU devices of each process; 0: one if there are several processes, else what the "
+            "sizes above need, else one a core that divides the batch, or one for steps below 1e10 "
+            "FLOPs",
             low=0,
             identity=False,
         ),
@@ -280,6 +290,12 @@ SPEC = {
             0, "steps between spectral norms of every matrix and its update; 0: never", low=0
         ),
         "tensorboard": Key(True, "event files under tb/", identity=False),
+        "watchdog": Key(
+            600.0,
+            "seconds without a finished step until what every thread does is printed; 0: never",
+            low=0,
+            identity=False,
+        ),
         "wandb": Key(
             "off", "Weights & Biases", choices=("off", "offline", "online"), identity=False
         ),

@@ -22,8 +22,9 @@ esac
 mkdir -p "$logs" || exit 2
 
 # Below the ports that systems hand out themselves, so that nothing else takes it in the meantime.
-port=$((20000 + RANDOM % 10000))
-while (exec 4<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do port=$((port + 1)); done
+port=$((20000 + 2 * (RANDOM % 5000)))
+taken() { (exec 4<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+while taken "$port" || taken $((port + 1)); do port=$((port + 2)); done # JAX takes the second one
 
 # On Linux: a group for each, so that what a process leaves behind can be ended with it, and SIGTERM
 # from the kernel should this script be killed. Elsewhere plain processes.

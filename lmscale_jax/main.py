@@ -5,11 +5,20 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from lmscale_jax import command
+from lmscale_jax import __version__, command
 from lmscale_jax.errors import InputError
 
 CONFIG = command.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; continued if it is one")
+CLUSTER = flags.DEFINE_enum(
+    "cluster",
+    "none",
+    ["none", "slurm", "tpu", "hosts"],
+    "who started the processes of this run (launch/README.md); none: there is one",
+)
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; for hosts")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of this run; for hosts", lower_bound=1)
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "from 0; for hosts", lower_bound=0)
 EXPLAIN = flags.DEFINE_bool("explain", False, "print what would be done, and why, and leave")
 
 
@@ -22,14 +31,23 @@ def main() -> None:
         return
     if not WORKDIR.value:
         raise InputError("--workdir is missing; --workdir=runs/first would work")
-    from lmscale_jax.config import validate
-    from lmscale_jax.run import mesh
+    from lmscale_jax.config import fingerprint, validate
+    from lmscale_jax.run import cluster, mesh
 
-    validate(CONFIG.value)
-    mesh.start(CONFIG.value)
+    config = CONFIG.value
+    validate(config)
+    launch = cluster.Launch(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    # How many processes share the cores of a host is not known yet.
+    mesh.start(config, cpu_devices=0 if launch.cluster == "none" else 1)
+    same = {"config": fingerprint(config), "lmscale_jax": __version__}
+    with cluster.joined(launch, config, same):
+        run(config, Path(WORKDIR.value))
+
+
+def run(config, workdir: Path) -> None:
     from lmscale_jax.run.train import train
 
-    finished = train(CONFIG.value, Path(WORKDIR.value))
+    finished = train(config, workdir)
     if finished:
         from lmscale_jax.reports import closing
 

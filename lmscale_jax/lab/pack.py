@@ -16,7 +16,7 @@ from lmscale_jax import config as configs
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import redundancy
 from lmscale_jax.lab import population
-from lmscale_jax.run import measures, step, train, writers
+from lmscale_jax.run import measures, step, train, watchdog, writers
 from lmscale_jax.run.checkpoint import Checkpoints
 from lmscale_jax.run.clock import Clock
 from lmscale_jax.run.journal import Diverged, Journal
@@ -105,7 +105,7 @@ class Pack:
     def finish(self) -> None:
         """Takes all steps that are left and writes the final records."""
         state, first = self._restore()
-        stop = train.Stop()
+        stop = watchdog.Stop()
         try:
             state = self._loop(state, first, stop)
         finally:
@@ -146,7 +146,7 @@ class Pack:
             member.open(first, host, self._progress if k == 0 else writers.Silence())
         return state, first
 
-    def _loop(self, state, first: int, stop: train.Stop):
+    def _loop(self, state, first: int, stop: watchdog.Stop):
         config = self._config
         for begin, end in _chunks(config, self._looks, first):
             started = time.perf_counter()

@@ -7,12 +7,19 @@ import numpy as np
 from lmscale_jax.evals import baselines
 from lmscale_jax.model import sampling
 from lmscale_jax.reports import plots
+from lmscale_jax.run import cluster
 
 
 def show(finished, say: Callable[[str], None] = print) -> None:
-    """Adds the baselines to the record, draws the plots and prints the last lines of a run."""
+    """Adds the baselines to the record, draws the plots and prints the last lines of a run.
+
+    Of several processes all make the sample, and the first one shows it.
+    """
     run, setup, params = finished
     config, data = setup.config, setup.data
+    sample = continued(setup, params) if config.eval.sample else ""
+    if not cluster.is_first():
+        return
     if config.eval.baselines:
         scores = baselines.losses(
             data.train, data.val, config.model.vocab_size, run["final"]["val_tokens"]
@@ -21,7 +28,7 @@ def show(finished, say: Callable[[str], None] = print) -> None:
     for path in plots.draw(setup.workdir):
         say(f"plot                 {path}")
     if config.eval.sample:
-        say("sample\n" + indent(continued(setup, params)))
+        say("sample\n" + indent(sample))
     say("")
     for name, value in (run["baselines"] if config.eval.baselines else {}).items():
         say(f"{name + ' model':<20} {value:.4f} nats/token, held out")

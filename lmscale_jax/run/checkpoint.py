@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.run import cluster
 
 
 class Checkpoints:
@@ -66,16 +67,22 @@ class Checkpoints:
 
         `abstract` is the state as `jax.ShapeDtypeStruct` with shardings. One that cannot be read or
         whose checksums differ is set aside under checkpoints_unreadable/ and the one before it is
-        tried. Raises InputError if there are checkpoints and none can be read.
+        tried. Raises InputError if there are checkpoints and none can be read. Several processes
+        go on from the newest one that all of them can read.
         """
-        steps = self.steps()
+        steps = cluster.shared(self.steps())
         for step in reversed(steps):
+            found, reason = None, ""
             try:
-                return self._read(step, abstract)
+                found = self._read(step, abstract)
             except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
-                say(f"checkpoint {step} cannot be read ({reason}); trying the one before it")
-                self.set_aside(step)
+            reason = next(filter(None, cluster.gather(reason)), "")
+            if not reason:
+                return found
+            say(f"checkpoint {step} cannot be read ({reason}); trying the one before it")
+            cluster.on_first(lambda step=step: self.set_aside(step))
+            self.manager.reload()
         if steps:
             raise InputError(
                 f"{self._directory}: none of the checkpoints {steps} can be read; they were moved "

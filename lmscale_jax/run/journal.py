@@ -20,12 +20,13 @@ class Journal:
 
     train_loss is the mean over the steps since the last line; the other metrics are those of the
     line's own step. `sync()` goes into each checkpoint. `progress` is by default the terminal's.
+    Without a `workdir` nothing is written or shown: another process does.
     """
 
     def __init__(
         self,
         config,
-        workdir: Path,
+        workdir: Path | None,
         step: int,
         state: dict,
         clock: Clock,
@@ -34,9 +35,13 @@ class Journal:
     ):
         self._config, self._clock = config, clock
         self._losses: list[float] = list(state.get("losses", []))
+        self._others = []
+        if workdir is None:
+            self._file = self._timing = writers.Nowhere()
+            self.progress = writers.Silence()
+            return
         self._file = writers.MetricsFile(workdir / "metrics.jsonl", step)
         self._timing = open(workdir / "timing.jsonl", "a")
-        self._others = []
         if config.log.tensorboard:
             self._others.append(writers.TensorBoard(workdir, step))
         if config.log.wandb != "off":

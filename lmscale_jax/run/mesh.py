@@ -26,14 +26,14 @@ SMALL_STEP = 1e10
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 
 
-def start(config) -> None:
+def start(config, cpu_devices: int = 0) -> None:
     """Sets up JAX for a config; call it before anything asks for a device.
 
     Where devices are in use already, as in a notebook, they stay as they are; asking for another
     number of CPU devices is then an InputError.
 
     On CPU each core is a device by default and the batch is split over them, but for the smallest
-    steps, which one device takes faster (benchmarks/README.md).
+    steps, which one device takes faster (benchmarks/README.md), or there are `cpu_devices`.
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -41,7 +41,8 @@ def start(config) -> None:
         _keep_memory()
     wanted = config.mesh.cpu_devices
     try:
-        jax.config.update("jax_num_cpu_devices", wanted or _cpu_devices(config))
+        devices = wanted or cpu_devices or _cpu_devices(config)
+        jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:
         if wanted and jax.local_device_count("cpu") != wanted:
             raise InputError(

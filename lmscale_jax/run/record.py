@@ -83,10 +83,9 @@ class Lock:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
+            other = holder(workdir) or "another process"
             raise InputError(
-                f"--workdir={workdir} is in use by {holder}; wait for it or name another"
+                f"--workdir={workdir} is in use by {other}; wait for it or name another"
             ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}")
@@ -94,6 +93,14 @@ class Lock:
 
     def release(self) -> None:
         self._file.close()
+
+
+def holder(workdir: Path) -> str:
+    """Which process locked the directory last, as this one sees it; "" where it sees none."""
+    try:
+        return (workdir / ".lock").read_text().strip()
+    except OSError:
+        return ""
 
 
 def in_use(workdir: Path) -> bool:
@@ -109,10 +116,13 @@ def in_use(workdir: Path) -> bool:
 
 
 class Record:
-    """run.json: read by every plot, fit and table. Each `update` rewrites it atomically."""
+    """run.json: read by every plot, fit and table. Each `update` rewrites it atomically.
 
-    def __init__(self, workdir: Path, fields: dict):
-        self._path = workdir / "run.json"
+    Without a `workdir` it is kept in memory, where another process writes it.
+    """
+
+    def __init__(self, workdir: Path | None, fields: dict):
+        self._path = workdir and workdir / "run.json"
         self._fields = fields
 
     def __getitem__(self, name: str):
@@ -125,7 +135,8 @@ class Record:
 
     def update(self, **fields) -> None:
         self._fields |= fields
-        write_json(self._path, self._fields)
+        if self._path:
+            write_json(self._path, self._fields)
 
 
 def write_json(path: Path, value) -> None:

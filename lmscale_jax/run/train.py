@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import platform
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +21,10 @@ from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.average import averaged
 from lmscale_jax.parametrization import rules
-from lmscale_jax.run import branch, checkpoint, measures, mesh, record, step, writers
+from lmscale_jax.run import branch, checkpoint, cluster, measures, mesh, record, step, writers
 from lmscale_jax.run.clock import Clock
 from lmscale_jax.run.journal import Diverged, Journal
+from lmscale_jax.run.watchdog import Stop, Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,22 +86,25 @@ class Finished(NamedTuple):
 
 
 class Begun(NamedTuple):
-    """A run that may take steps: nobody else may write in its directory."""
+    """A run that may take steps: nobody else may write in its directory. Of several processes the
+    first one holds the lock."""
 
     setup: Setup
     record: record.Record
-    lock: record.Lock
+    lock: record.Lock | None
 
 
 def train(
-    config, workdir: Path, say: Callable[[str], None] = print, notes: dict | None = None
+    config, workdir: Path, say: Callable[[str], None] | None = None, notes: dict | None = None
 ) -> Finished | None:
     """Trains the run of a config in `workdir`, going on from its last checkpoint if it has one.
 
-    `notes` are further fields of run.json. Returns None if the run was finished before. Raises
-    InputError on bad input, before anything is written there, and RunFailed where the run diverged
-    or its end could not be saved.
+    `notes` are further fields of run.json. Returns None if the run was finished before. Of several
+    processes the first one prints and writes; they call this together. Raises InputError on bad
+    input, before anything is written there, and RunFailed where the run diverged or its end could
+    not be saved.
     """
+    say = say or (print if cluster.is_first() else lambda line: None)
     begun = begin(config, workdir, say, notes)
     if begun is None:
         return None
@@ -113,7 +119,7 @@ def begin(
     """Checks everything, then opens the run's directory and its record; None if it is finished."""
     resolved = configs.resolve(config, prepared.vocab_size_of(config.data))
     writers.check(resolved)
-    before = record.check(workdir, resolved)
+    before = cluster.shared(cluster.on_first(lambda: record.check(workdir, resolved)))
     if before and before["status"] == "finished":
         say(f"{workdir} is finished: validation loss {before['final']['val_loss']:.4f}")
         return None
@@ -121,19 +127,32 @@ def begin(
     parent = before.get("parent") if before else branch.find(resolved)
     setup = dataclasses.replace(prepare(config, workdir, say), parent=parent)
     _check_data(setup)
-    lock = record.Lock(workdir)
-    run = record.Record(workdir, facts(setup) | (notes or {}))
+    lock = cluster.on_first(lambda: record.Lock(workdir))
+    _check_shared(workdir)
+    first = cluster.is_first()
+    run = record.Record(workdir if first else None, facts(setup) | (notes or {}))
     again = {"started": before["started"], "restarts": before["restarts"] + 1} if before else {}
     run.update(status="running", **again)
-    record.write_json(
-        workdir / "parametrization.json",
-        rules.as_json(
-            setup.model.rows,
-            setup.config.optim.decay_mode,
-            mesh.split(setup.model.rows, setup.mesh),
-        ),
-    )
+    if first:
+        split, rows = mesh.split(setup.model.rows, setup.mesh), setup.model.rows
+        table = rules.as_json(rows, setup.config.optim.decay_mode, split)
+        record.write_json(workdir / "parametrization.json", table)
     return Begun(setup, run, lock)
+
+
+def _check_shared(workdir: Path, seconds: float = 10.0) -> None:
+    """All processes must see the directory that the first one has just locked."""
+    holder, until = cluster.shared(record.holder(workdir)), time.monotonic() + seconds
+    # Network file systems show a new file to other hosts after a moment.
+    while record.holder(workdir) != holder and time.monotonic() < until:
+        time.sleep(0.1)
+    found = cluster.gather([platform.node(), record.holder(workdir) == holder])
+    blind = next(((i, host) for i, (host, sees) in enumerate(found) if not sees), None)
+    if blind:
+        raise InputError(
+            f"--workdir={workdir}: process {blind[0]} on {blind[1]} does not see what process 0 "
+            f"writes there; a directory that all hosts share would work"
+        )
 
 
 @contextlib.contextmanager
@@ -152,7 +171,8 @@ def held(begun: Begun):
         _note_failure(run, error)
         raise
     finally:
-        begun.lock.release()
+        if begun.lock:
+            begun.lock.release()
 
 
 def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
@@ -191,7 +211,8 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
 
 
 def _check_data(setup: Setup) -> None:
-    """A branch goes on with the tokens that its parent began with."""
+    """All processes read the same tokens, and a branch those that its parent began with."""
+    cluster.agree("data.fingerprint", setup.data.fingerprint, "the same files on every host")
     if setup.parent and setup.parent["data_fingerprint"] != setup.data.fingerprint:
         raise InputError(
             f"config.data.source={setup.config.data.source!r} holds other tokens than the parent "
@@ -244,23 +265,23 @@ def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
     )
     state, host = restore_or_begin(setup, checkpoints, say)
     clock = Clock(host.get("clock"))
-    journal = Journal(
-        config, setup.workdir, int(state.step), host.get("journal", {}), clock, run.id
-    )
-    stop = Stop()
+    memory, where = host.get("journal", {}), setup.workdir if cluster.is_first() else None
+    journal = Journal(config, where, int(state.step), memory, clock, run.id)
+    stop, watchdog = Stop(), Watchdog(config.log.watchdog)
     try:
-        state, final = loop(setup, state, journal, clock, checkpoints, stop)
+        state, final = loop(setup, state, journal, clock, checkpoints, stop, watchdog)
     finally:
+        watchdog.stop()
         journal.close()
         stop.restore()
-    if stop.asked and int(state.step) < config.train.steps:
-        run.update(interrupted=f"{stop.asked} after step {int(state.step)}")
+    if stop.agreed and int(state.step) < config.train.steps:
+        run.update(interrupted=f"{stop.agreed} after step {int(state.step)}")
         say(
-            f"stopped by {stop.asked}: step {int(state.step)} of {config.train.steps} is saved; "
+            f"stopped by {stop.agreed}: step {int(state.step)} of {config.train.steps} is saved; "
             f"the same command goes on from there"
         )
         checkpoints.close()
-        raise SystemExit(128 + signal.Signals[stop.asked])
+        raise SystemExit(128 + signal.Signals[stop.agreed])
     finish(setup, run, state, final or setup.score(state), clock)
     checkpoints.close()
     return state.params
@@ -290,10 +311,11 @@ def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
     return jax.jit(first, out_shardings=setup.placed)(), {}
 
 
-def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop):
+def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop, watchdog):
     """Runs the remaining steps. Returns the last state and, if it was reached, its evaluation.
 
-    The metrics of a step are read while the next one runs, except where the state is needed.
+    The metrics of a step are read while the next one runs, except where the state is needed. What
+    several processes decide, they decide from the same numbers, and so alike.
     """
     config, first, last = setup.config, int(state.step), setup.config.train.steps
     take_step = step.make(config, setup.model, setup.transform, setup.mesh, setup.placed)
@@ -305,11 +327,13 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
         if measure not in compiled:
             compiled.add(measure)
             clock.leave_out()
+        stop.vote()
         if pending:
             journal.take(*pending)
+        watchdog.beat(done - 1)
         pending = (done, metrics)
         evaluate = done == last or due(done, config.eval.every)
-        save = done == last or due(done, config.checkpoint.every) or stop.asked
+        save = done == last or due(done, config.checkpoint.every) or stop.agreed
         if not (evaluate or save or done in looks):
             continue
         jax.block_until_ready(state)
@@ -322,9 +346,9 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop)
             journal.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")
         if save:
             with clock.pause():
-                leaving = done == last or stop.asked is not None
+                leaving = done == last or stop.agreed is not None
                 _save(checkpoints, done, state, journal, clock, final=leaving)
-        if stop.asked:
+        if stop.agreed:
             break
     return state, final
 
@@ -352,22 +376,6 @@ def _save(checkpoints, done: int, state, journal: Journal, clock: Clock, final: 
             if final and which == done:
                 raise RunFailed(text) from error
             journal.progress.say(text)
-
-
-class Stop:
-    """Remembers that SIGTERM or SIGINT came; a second one ends the process at once."""
-
-    def __init__(self):
-        self.asked: str | None = None
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number, _frame) -> None:
-        self.asked = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def finish(setup: Setup, run: record.Record, state, final: dict, clock: Clock) -> None:

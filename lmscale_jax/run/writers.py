@@ -146,6 +146,22 @@ class Progress:
             self._bar.close()
 
 
+class Nowhere:
+    """A file that another process writes."""
+
+    def write(self, line) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Silence:
     """Progress that is shown elsewhere."""
 
