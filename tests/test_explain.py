@@ -134,7 +134,7 @@ def test_the_command_prints_the_page_and_leaves(settings, tmp_path):
         "main", "--config=configs/base.py", "--explain", f"--workdir={workdir}", *arguments
     )
     assert (status, err) == (0, "")
-    assert "data 2, fsdp 2, tensor 1: 4 cpu device(s)" in out
+    assert "replica 1, data 2, fsdp 2, sequence 1, tensor 1: 4 cpu device(s)" in out
     assert line_of(out, "embed/tokens").endswith("- fsdp")
     assert "--config.optim.lr" in out
     assert not workdir.exists()

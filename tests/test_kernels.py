@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from ml_dtypes import float8_e4m3fn, float8_e5m2
 from test_model import make
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import fp8, kernels
+from lmscale_jax.model.placement import Place
 
 
 def call_of(length: int, segments=None, window=None):
@@ -45,12 +47,13 @@ def test_splash_is_the_definition(case):
 
 
 def test_auto_says_which_and_why():
-    def chosen(platform, shards=1, **changes):
+    def chosen(platform, **changes):
+        sizes = AbstractMesh((2, changes.pop("sequence", 1)), ("data", "sequence"))
         changes = {"dtype": "bfloat16", "head_dim": 128} | changes
         config = make(**changes)[0]
         with config.unlocked():
             config.data.seq_len = 256
-        return kernels.choose(config, platform, shards)
+        return kernels.choose(config, platform, Place(sizes))
 
     assert chosen("cpu")[0] == "saved" and chosen("cpu", dropout=0.1)[0] == "plain"
     assert chosen("gpu") == ("cudnn", "made for gpu")
@@ -60,7 +63,7 @@ def test_auto_says_which_and_why():
         ("gpu", {"head_dim": 256}, "head_dim=256 is not a multiple of 8 up to 128"),
         ("gpu", {"mask": "document"}, "no masks between documents"),
         ("gpu", {"window_layers": "ends"}, "one number of tokens"),
-        ("tpu", {"shards": 4}, "split over 4"),
+        ("tpu", {"sequence": 4}, "xla.*it takes whole rows"),
         ("tpu", {"head_dim": 64}, "head_dim=64 and data.seq_len=256 must be multiples of 128"),
     ):
         import re

@@ -2,12 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, finish, flags, record, start
+import simulated
+from conftest import finish, flags, record, start
 
 SIZES = {
     "optim.name": "muon", "model.n_heads": 4, "model.n_layers": 3, "model.mlp": "swiglu",
@@ -53,31 +52,7 @@ def test_eight_devices_train_alike(settings, tmp_path, name, grid):
             np.testing.assert_allclose(value, b[key], rtol=bound, err_msg=key)
 
 
-COMPILE = """
-import json
-import sys
-import jax
-import numpy as np
-from configs import base
-from lmscale_jax import config as configs
-from lmscale_jax.data.pipeline import Batch
-from lmscale_jax.model.build import build
-from lmscale_jax.optim import build as optim
-from lmscale_jax.run import mesh as meshes, step
-
-config = base.get_config()
-config.update_from_flattened_dict(json.loads(sys.argv[1]))
-config = configs.resolve(config, 64)
-meshes.start(config)
-grid = meshes.make(config)
-model = build(config, platform="cpu", mesh=grid)
-transform = optim.build(config, model.rows, grid, "cpu")
-placed = step.shardings(config, model, transform, grid)
-state = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)()
-rows = np.zeros((config.train.batch_size, config.data.seq_len), np.int32)
-batch = meshes.put_batch(Batch(rows, rows), grid)
-print(step.make(config, model, transform, grid, placed).lower(state, batch).compile().as_text())
-"""
+PRINT = "print(compiled_step(*setup(given)).as_text())"
 COLLECTIVE = re.compile(
     r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|"
     r"collective-broadcast|ragged-all-to-all)(-start)?\("
@@ -114,10 +89,8 @@ def test_no_collective_inside_newton_schulz(grid, tmp_path):
         "mesh.cpu_devices": 8, "model.d_model": 32, "data.seq_len": 16, "train.batch_size": 8,
         "data.cache": str(tmp_path), "model.stack": "scan",
     }  # fmt: skip
-    command = [sys.executable, "-c", COMPILE, json.dumps(changes)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    parts = computations(done.stdout)
+    text = simulated.run(PRINT, changes)
+    parts = computations(text)
     whiles = [
         line
         for body in parts.values()
@@ -128,10 +101,10 @@ def test_no_collective_inside_newton_schulz(grid, tmp_path):
     assert len(whiles) == 2
     for line in whiles:
         inside = reached(parts, re.search(r"body=%?([\w.-]+)", line)[1], set())
-        text = "\n".join(parts[name] for name in inside)
-        assert "dot(" in text or "custom-call(" in text
-        assert not COLLECTIVE.findall(text)
+        body = "\n".join(parts[name] for name in inside)
+        assert "dot(" in body or "custom-call(" in body
+        assert not COLLECTIVE.findall(body)
     # Outside there are some, so the search for them works.
-    assert COLLECTIVE.findall(done.stdout)
+    assert COLLECTIVE.findall(text)
     # 12 matrices of attention and 9 of the MLP on 8 devices: at most two each.
     assert set(re.findall(r"f32\[(\d+),32,(?:32|64)\]", " ".join(whiles))) == {"2"}

@@ -1,0 +1,63 @@
+"""A training step over simulated devices, as a program of its own: python -c PROGRAM, configs."""
+
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+PROLOGUE = """
+import json
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from configs import base
+from lmscale_jax import config as configs
+from lmscale_jax.data.pipeline import Batch
+from lmscale_jax.evals import perplexity
+from lmscale_jax.model.build import build
+from lmscale_jax.model.placement import BATCH
+from lmscale_jax.optim import build as optim
+from lmscale_jax.run import checkpoint, mesh as meshes, step
+
+
+def setup(changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    config = configs.resolve(config, 64)
+    meshes.start(config)
+    grid = meshes.make(config)
+    model = build(config, platform="cpu", mesh=grid)
+    transform = optim.build(config, model.rows, grid, "cpu")
+    placed = step.shardings(config, model, transform, grid)
+    return config, grid, model, transform, placed
+
+
+def abstract(config, grid, model, transform, placed):
+    shapes = jax.eval_shape(lambda: step.initial(config, model, transform, 0))
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    )
+    rows = (config.train.batch_size, config.data.seq_len)
+    tokens = jax.ShapeDtypeStruct(rows, np.int32, sharding=NamedSharding(grid, BATCH))
+    return state, Batch(tokens, tokens)
+
+
+def compiled_step(config, grid, model, transform, placed):
+    given = abstract(config, grid, model, transform, placed)
+    return step.make(config, model, transform, grid, placed).lower(*given).compile()
+
+
+given = json.loads(sys.argv[1])
+"""
+
+
+def run(program: str, given) -> str:
+    """What it prints. Raises AssertionError with its last lines where it fails."""
+    command = [sys.executable, "-c", PROLOGUE + program, json.dumps(given)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,212 @@
+"""How processes find each other and notice who is gone, over real sockets; what schedulers say."""
+
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT
+from test_processes import free_port
+
+from lmscale_jax.errors import InputError, RunFailed
+from lmscale_jax.run import cluster, peers
+
+
+def card(host: str, **same) -> dict:
+    return {"host": host, "same": {"config": "abc"} | same}
+
+
+def met(count: int, cards: dict[int, dict], timeout: float = 2.0, counts=None) -> dict:
+    """What each process of `cards` gets or raises; they run as threads."""
+    address, found = peers.Address(f"127.0.0.1:{free_port()}"), {}
+
+    def one(name, index, own):
+        try:
+            n = (counts or {}).get(name, count)
+            found[name] = peers.meet(address, n, index, own, timeout, grace=5.0)
+        except (InputError, RunFailed) as error:
+            found[name] = error
+
+    threads = [
+        threading.Thread(target=one, args=(name, int(str(name)[0]), own))
+        for name, own in cards.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for value in found.values():
+        if isinstance(value, tuple):
+            value[1].leave()
+    return found
+
+
+def test_all_learn_who_has_come():
+    found = met(3, {i: card(f"node{i}") for i in range(3)})
+    for cards, _ in found.values():
+        assert [c["host"] for c in cards] == ["node0", "node1", "node2"]
+
+
+def test_who_is_missing_is_named_everywhere():
+    found = met(4, {0: card("a"), 2: card("c")}, timeout=0.7)
+    for error in found.values():
+        assert isinstance(error, RunFailed)
+        assert "2 of 4 processes came" in str(error) and "0 on a, 2 on c; missing: 1, 3" in str(
+            error
+        )
+
+
+def test_processes_that_are_not_alike_are_refused():
+    for cards, counts, said in (
+        ({0: card("a"), 1: card("b", config="xyz")}, {}, "process 1 on b has another config than"),
+        ({0: card("a"), "1": card("b"), "1'": card("c")}, {}, "none of the 2 that are awaited, "),
+        ({0: card("a"), 1: card("b")}, {1: 5}, "process 1 on b has --num_processes=5, process 0 3"),
+    ):
+        found = met(3 if counts or len(cards) == 3 else 2, cards, counts=counts)
+        assert isinstance(found[0], InputError) and said in str(found[0]), found
+        assert any(said in str(error) for name, error in found.items() if name != 0)
+
+
+def test_strangers_do_not_disturb():
+    address, result = peers.Address(f"127.0.0.1:{free_port()}"), []
+    thread = threading.Thread(
+        target=lambda: result.append(peers.meet(address, 2, 0, card("a"), 10.0, 5.0))
+    )
+    thread.start()
+    while True:
+        try:
+            stranger = socket.create_connection(("127.0.0.1", address.port))
+            break
+        except OSError:
+            continue
+    stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    _, watch = peers.meet(address, 2, 1, card("b"), 10.0, 5.0)
+    thread.join()
+    watch.leave()
+    result[0][1].leave()
+    stranger.close()
+
+
+def test_a_port_in_use_is_refused():
+    with socket.create_server(("", 0)) as other:
+        address = peers.Address(f"127.0.0.1:{other.getsockname()[1]}")
+        with pytest.raises(InputError, match=r"cannot be used here .*, perhaps by another run"):
+            peers.meet(address, 2, 0, card("a"), 1.0, 5.0)
+
+
+@pytest.mark.parametrize("text", ["node1", ":8476", "node1:", "node1:0", "node1:99999", "node1:x"])
+def test_a_coordinator_is_host_and_port(text):
+    with pytest.raises(InputError, match=r"must be HOST:PORT.*node1:8476 would work"):
+        peers.Address(text)
+
+
+def test_names_that_mean_loopback_are_explained(monkeypatch):
+    def lookup(host, *_, **__):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (known[host], 0))]
+
+    known = {"node1": "127.0.1.1", "localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1",
+             "node2": "10.0.0.7"}  # fmt: skip
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    with pytest.raises(
+        InputError, match=r"node1 is 127\.0\.1\.1 here.*10\.0\.0\.5:8476 would work"
+    ):
+        peers.check_loopback(peers.Address("node1:8476"), ["10.0.0.5"])
+    for fine in ("localhost:8476", "127.0.0.1:8476", "node2:8476"):
+        peers.check_loopback(peers.Address(fine), ["10.0.0.5"])
+
+
+GONE = """
+import sys, time
+from lmscale_jax.run import peers
+address, index, last = peers.Address(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+_, watch = peers.meet(address, 3, index, {"host": f"node{index}", "same": {}}, 20.0, 2.0)
+print("met", flush=True)
+if index == 2:
+    if last == "dies":
+        time.sleep(1)
+        raise SystemExit(9)
+    if last == "leaves":
+        watch.leave()
+        raise SystemExit(0)
+    watch.leave("the disk is full")
+    raise SystemExit(1)
+time.sleep(4 if last == "leaves" else 60)
+watch.leave()
+"""
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ("dies", "process 2 on node2 has died; the run ends here"),
+        ("fails", "the disk is full; the run ends here"),
+        ("leaves", ""),
+    ],
+)
+def test_the_others_learn_of_an_end(last, said):
+    """Three real processes; an orderly end is none of the others' business."""
+    address, pipes = (
+        f"127.0.0.1:{free_port()}",
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", GONE, address, str(i), last], cwd=ROOT, text=True, **pipes
+        )
+        for i in range(3)
+    ]
+    ended = [process.communicate(timeout=60) for process in processes]
+    for process, (_, err) in list(zip(processes, ended, strict=True))[:2]:
+        assert process.returncode == (1 if said else 0), err
+        assert said in err and err.count("\n") == (1 if said else 0)
+
+
+def test_what_slurm_says(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"SLURM_JOB_ID is not set.*srun python"):
+        cluster.from_slurm()
+    monkeypatch.setenv("SLURM_JOB_ID", "123457")
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu-[003-004,9]")
+    launch = cluster.from_slurm()
+    assert launch == ("slurm", "gpu-003:26914", 16, 3)
+    assert 20000 <= 26914 < 30000
+    for nodes, first in (
+        ("a1,b2", "a1"),
+        ("n[7]", "n7"),
+        ("x-[01-02]-y,z", "x-01-y"),
+        ("one", "one"),
+    ):
+        assert cluster.first_node(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("tasks", "visible", "local", "wanted"),
+    [
+        ("8(x2)", "0,1,2,3,4,5,6,7", "3", [3]),  # a task a GPU, all of them visible to each
+        ("8(x2)", "0", "3", None),  # a task a GPU, which is all that it sees
+        ("1(x2)", "0,1,2,3,4,5,6,7", "0", None),  # a task a node, which takes all of them
+    ],
+)
+def test_a_task_takes_its_own_gpus(monkeypatch, tasks, visible, local, wanted):
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("SLURM_LOCALID", local)
+    assert cluster.local_devices() == wanted
+
+
+def test_a_node_that_shows_one_gpu_of_eight_is_explained():
+    row = {"host": "n1", "address": "10.0.0.1", "devices": 1, "platform": "gpu", "gpus": 8,
+           "kind": "NVIDIA H100", "allocated": 8, "visible": "0"}  # fmt: skip
+    (said,) = cluster.missing([row])
+    assert "n1 has 8 GPUs of this job and its 1 process(es) see 1" in said
+    assert "--ntasks-per-node=8 would work" in said
+    assert cluster.missing([row | {"visible": str(i)} for i in range(8)]) == []
+    lines = cluster.census([row, row | {"host": "n2", "address": "10.0.0.2"}])
+    assert lines[0] == "2 processes on 2 host(s), 2 devices"
+    assert (
+        "n2 (10.0.0.2): process 1, 1 x NVIDIA H100 of 8 GPUs (CUDA_VISIBLE_DEVICES=0)" in lines[2]
+    )

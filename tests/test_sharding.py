@@ -1,0 +1,157 @@
+"""What eight simulated devices say to each other, what each holds, and what opens on which mesh."""
+
+import json
+import math
+import re
+
+import pytest
+import simulated
+
+SIZES = {
+    "mesh.cpu_devices": 8, "mesh.data": 1, "model.d_model": 64, "model.n_layers": 3,
+    "model.n_heads": 4, "model.d_ff": 128, "model.stack": "scan", "model.head": "untied",
+    "model.positions": "learned", "data.seq_len": 32, "train.batch_size": 16,
+}  # fmt: skip
+PRINT = "print(compiled_step(*setup(given)).as_text())"
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """{kind: the entries of the largest array of each of them}, largest first."""
+    found: dict[str, list[int]] = {}
+    for shapes, kind in re.findall(rf"= (.+?) ({KINDS})(?:-start)?\(", text):
+        sizes = [
+            math.prod(map(int, dims.split(","))) if dims else 1
+            for dims in re.findall(r"[a-z]\d+\[([\d,]*)\]", shapes)
+        ]
+        found.setdefault(kind, []).append(max(sizes))
+    return {kind: sorted(sizes, reverse=True) for kind, sizes in found.items()}
+
+
+def test_fsdp_gathers_weights_and_scatters_gradients(tmp_path):
+    changes = SIZES | {"mesh.fsdp": 8, "data.cache": str(tmp_path)}
+    found = collectives(simulated.run(PRINT, changes))
+    # q, k, v, out, up and down in the loop over blocks; readout, tokens and positions once.
+    assert len(found["reduce-scatter"]) == 9
+    # Forward and backward, but tokens and positions only forward, and the readout once for both.
+    assert len(found["all-gather"]) == 15
+    # Whole gradients are summed only of gains and biases.
+    assert found["all-reduce"][0] == 64
+    assert set(found) == {"reduce-scatter", "all-gather", "all-reduce"}
+    # No activation moves: the largest thing gathered is the MLP's matrix.
+    assert found["all-gather"][0] == 64 * 128
+
+
+def test_data_sums_gradients_and_moves_nothing_else(tmp_path):
+    changes = SIZES | {"mesh.data": 8, "data.cache": str(tmp_path)}
+    assert set(collectives(simulated.run(PRINT, changes))) == {"all-reduce"}
+
+
+def test_replicas_sum_only_their_part_of_a_gradient(tmp_path):
+    changes = SIZES | {"mesh.replica": 2, "mesh.fsdp": 4, "data.cache": str(tmp_path)}
+    found = collectives(simulated.run(PRINT, changes))
+    # Between the slices goes a quarter of the largest matrix.
+    assert found["all-reduce"][0] == 64 * 128 // 4
+    assert len(found["reduce-scatter"]) == 9
+
+
+def test_sequence_gathers_keys_and_values(tmp_path):
+    changes = SIZES | {"mesh.data": 2, "mesh.sequence": 4, "data.cache": str(tmp_path)}
+    found = collectives(simulated.run(PRINT, changes))
+    # Keys and values of a device's 8 rows; their gradients go back the same way.
+    assert found["all-gather"] == [8 * 32 * 64] * len(found["all-gather"]) != []
+    assert len(found["reduce-scatter"]) == 2
+
+
+MEASURE = """
+config, grid, model, transform, placed = made = setup(given)
+state, batch = abstract(*made)
+first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
+programs = {
+    "init": first.lower(),
+    "step": step.make(config, model, transform, grid, placed).lower(state, batch),
+    "loss": perplexity.make(model, grid).lower(state.params, batch),
+    "checksums": jax.jit(checkpoint.checksums).lower(state),
+}
+sizes = {"parameters": 4 * sum(x.size for x in jax.tree.leaves(state.params))}
+for name, lowered in programs.items():
+    m = lowered.compile().memory_analysis()
+    sizes[name] = (m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+                   + m.temp_size_in_bytes)
+print(json.dumps(sizes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("grid", "optimizer"),
+    [
+        ({"mesh.fsdp": 8}, "adamw"),
+        pytest.param({"mesh.fsdp": 8}, "muon", marks=pytest.mark.slow),
+        pytest.param({"mesh.fsdp": 4, "mesh.tensor": 2}, "adamw", marks=pytest.mark.slow),
+    ],
+)
+def test_no_device_ever_holds_all_parameters(grid, optimizer, tmp_path):
+    """What the compiler sets aside for one device, in every program that touches the state."""
+    changes = SIZES | grid | {
+        "model.d_model": 256, "model.d_ff": 1024, "model.n_layers": 12, "data.seq_len": 8,
+        "train.batch_size": 8, "optim.name": optimizer, "data.cache": str(tmp_path),
+    }  # fmt: skip
+    sizes = json.loads(simulated.run(MEASURE, changes))
+    whole = sizes.pop("parameters")
+    assert whole > 35e6
+    # Parameters, two moments, gradients and updates are an eighth each: 5 / 8 with all of them.
+    assert all(size < 0.8 * whole for size in sizes.values()), (sizes, whole)
+    assert sizes["loss"] < 0.4 * whole and sizes["init"] < 0.6 * whole
+
+
+MOVE = """
+import tempfile
+from pathlib import Path
+
+grids, optimizers = given
+for name in optimizers:
+    states = []
+    folder = Path(tempfile.mkdtemp())
+    made = setup(grids[0] | {"optim.name": name})
+    config, grid, model, transform, placed = made
+    state, _ = abstract(*made)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+
+    def fill(keys):
+        return tree.unflatten([
+            (100 * jax.random.normal(k, x.shape)).astype(x.dtype)
+            for k, x in zip(keys, leaves, strict=True)
+        ])
+
+    there = jax.jit(fill, out_shardings=placed)(keys)
+    saved = checkpoint.Checkpoints(folder)
+    saved.save(3, there, {})
+    saved.wait()
+    saved.close()
+    for changes in grids[1:]:
+        made = setup(changes | {"optim.name": name})
+        wanted, _ = abstract(*made)
+        here, host = checkpoint.Checkpoints(folder).restore(wanted, print)
+        for (path, a), b, w in zip(
+            jax.tree_util.tree_leaves_with_path(here), jax.tree.leaves(there),
+            jax.tree.leaves(wanted), strict=True,
+        ):
+            assert np.array_equal(np.asarray(a), np.asarray(b)), path
+            assert a.sharding.is_equivalent_to(w.sharding, a.ndim), path
+    print(name, len(leaves), host["step"])
+"""
+
+
+def test_a_checkpoint_opens_on_another_mesh(tmp_path):
+    """Every optimizer, to the bit: from parameters split over two axes to three other meshes."""
+    base = SIZES | {"data.cache": str(tmp_path), "optim.ema_decay": 0.9}
+    grids = [
+        base | {"mesh.fsdp": 4, "mesh.tensor": 2},
+        base | {"mesh.data": 8},
+        base | {"mesh.fsdp": 2, "mesh.sequence": 2, "mesh.replica": 2},
+        base | {"mesh.tensor": 8},
+    ]
+    names = ["adamw", "sgd", "lion", "muon", "normuon"]
+    done = [line.split() for line in simulated.run(MOVE, [grids, names]).splitlines()]
+    assert [line[0] for line in done] == names and all(line[2] == "3" for line in done)
