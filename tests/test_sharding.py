@@ -101,7 +101,7 @@ def test_no_device_ever_holds_all_parameters(grid, optimizer, tmp_path):
     assert whole > 35e6
     # Parameters, two moments, gradients and updates are an eighth each: 5 / 8 with all of them.
     assert all(size < 0.8 * whole for size in sizes.values()), (sizes, whole)
-    assert sizes["loss"] < 0.4 * whole and sizes["init"] < 0.6 * whole
+    assert sizes["loss"] < 0.4 * whole and sizes["init"] < 0.7 * whole
 
 
 MOVE = """
@@ -143,6 +143,7 @@ for name in optimizers:
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_opens_on_another_mesh(tmp_path):
     """Every optimizer, to the bit: from parameters split over two axes to three other meshes."""
     base = SIZES | {"data.cache": str(tmp_path), "optim.ema_decay": 0.9}
