@@ -32,7 +32,8 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     # An exact version of the formatter: another one may format differently.
     # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in
-    # for Slurm's; datasets and tensorflow-datasets make the tables that tests read.
+    # for Slurm's; datasets and tensorflow-datasets make the tables that tests read; jupytext,
+    # nbclient and ipykernel compare and run the notebook.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -42,6 +43,9 @@ EXTRAS = {
         "datasets>=4",
         "tensorflow-datasets>=4.9.9",
         "importlib_resources",
+        "jupytext>=1.16",
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
     ],
     # tensorflow-datasets needs importlib_resources to build a data set and does not declare it.
     "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
