@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import simulated
 from conftest import ROOT, finish, flags, record, start, wait_until
 
 STEPS = {"train.steps": 12, "checkpoint.every": 3, "eval.every": 6, "eval.sample": 4}
@@ -217,3 +218,70 @@ def test_processes_must_be_alike(settings, tmp_path):
     for process in pair:
         status, _, err = finish(process)
         assert status == 2 and "process 1 on" in err and "a directory that all hosts share" in err
+
+
+HOLD = """
+import resource
+from pathlib import Path
+from lmscale_jax.run import cluster
+
+changes, folder, port, index = given
+config = base.get_config()
+config.update_from_flattened_dict(changes)
+config = configs.resolve(config, 64)
+meshes.start(config)
+
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+with cluster.joined(cluster.Launch("hosts", f"127.0.0.1:{port}", 4, index), config, {}):
+    config, grid, model, transform, placed = made = setup(changes)
+    state, _ = abstract(*made)
+    first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
+    first = first.lower().compile()
+    checkpoint.Checkpoints(Path(folder)).manager  # what importing Orbax takes
+    found = {"before": peak(), "whole": 4 * sum(x.size for x in jax.tree.leaves(state))}
+    there = jax.block_until_ready(first())
+    found["begin"] = peak()
+    saved = checkpoint.Checkpoints(Path(folder))
+    saved.save(1, there, {})
+    saved.wait()
+    found["save"] = peak()
+    del there
+    again, _ = checkpoint.Checkpoints(Path(folder)).restore(state, print)
+    jax.block_until_ready(again)
+    found["restore"] = peak()
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_no_process_ever_holds_the_whole_state(tmp_path):
+    """Peak memory of four processes that begin, save and read back a state of 600 MB."""
+    changes = SHARDED | {
+        "mesh.fsdp": 4, "mesh.cpu_devices": 1, "model.d_model": 1024, "model.d_ff": 4096,
+        "model.n_layers": 4, "model.stack": "scan", "data.cache": str(tmp_path / "cache"),
+        "train.batch_size": 8,
+    }  # fmt: skip
+    port, program = free_port(), simulated.PROLOGUE + HOLD
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps([changes, str(tmp_path), port, i])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for i in range(4)
+    ]
+    for process in processes:
+        status, out, err = finish(process)
+        assert status == 0, err[-2000:]
+        found = json.loads(out.splitlines()[-1])
+        whole, before = found.pop("whole"), found.pop("before")
+        assert whole > 550e6
+        # A quarter is its own; reading and writing need room beside it.
+        grown = {name: (size - before) / whole for name, size in found.items()}
+        assert 0.2 < grown["begin"] < 0.5 and max(grown.values()) < 0.8, grown
