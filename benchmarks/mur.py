@@ -54,7 +54,7 @@ class Form:
         self._batch = _batch(shape, grid)
         begin = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
         self._state = begin()
-        take = step.make(config, model, transform, grid, placed)
+        take = step.Step(config, model, grid, placed)
         self._step = take.lower(self._state, self._batch, measure=measure).compile()
         if gradient is not None:
             step.make_gradient = ours

@@ -43,7 +43,7 @@ class Alone:
     def __init__(self, setup):
         self._setup = setup
         self._state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-        self._take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+        self._take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
         self._batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
 
     def turn(self) -> None:

@@ -57,7 +57,7 @@ def make(shape: dict, dtype: str, devices: int):
     transform = optim.build(config, model.rows, grid, platform)
     placed = step.shardings(config, model, transform, grid)
     state = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)()
-    take_step = step.make(config, model, transform, grid, placed)
+    take_step = step.Step(config, model, grid, placed)
     tokens = np.random.default_rng(0).integers(0, shape["V"], (8, shape["B"], shape["T"] + 1))
     tokens = tokens.astype(np.int32)
     batches = [Batch(t[:, :-1].copy(), t[:, 1:].copy()) for t in tokens]

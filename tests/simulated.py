@@ -48,7 +48,7 @@ def abstract(config, grid, model, transform, placed):
 
 def compiled_step(config, grid, model, transform, placed):
     given = abstract(config, grid, model, transform, placed)
-    return step.make(config, model, transform, grid, placed).lower(*given).compile()
+    return step.Step(config, model, grid, placed).lower(*given).compile()
 
 
 given = json.loads(sys.argv[1])

@@ -71,7 +71,7 @@ def from_checkpoint(config, parent, at: int) -> dict:
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), begin, setup.placed
     )
     state, _ = checkpoint.Checkpoints(parent).at(at, abstract)
-    take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
     for t in range(at, config.train.steps):
         state, _ = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
     return state.params
@@ -174,7 +174,7 @@ def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch
 def test_the_mean_of_weights_is_what_it_says(make):
     setup = train.prepare(make(optim__ema_decay=0.5), None, **silent)
     state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
     mean = np.asarray(state.params["embed"]["tokens"], np.float64)
     for t in range(12):
         state, _ = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))

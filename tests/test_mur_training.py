@@ -23,7 +23,7 @@ def prepared(small, **changes):
 def steps_of(setup, count: int, measure=()):
     """(state, metrics) after `count` steps."""
     state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
     for t in range(count):
         batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
         state, metrics = take(state, batch, measure=measure)
@@ -94,7 +94,7 @@ def test_running_means_and_thresholds(small):
         small, **UPDATE, mur__decay=0.5, mur__tau_kind="quantile", mur__start=0.0, mur__end=1.0
     )
     state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
     sums, weight, last_tau = 0.0, 0.0, np.zeros(2)
     for t in range(3):
         batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
@@ -115,7 +115,7 @@ def test_running_means_and_thresholds(small):
 def test_a_bad_batch_leaves_the_running_means(small):
     setup = prepared(small, **UPDATE)
     state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
     batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
     state, _ = take(state, batch)
     embed = jax.tree.map(lambda x: x * np.nan, state.params["embed"])

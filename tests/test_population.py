@@ -37,7 +37,7 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     for k, own in enumerate(each):
         begin = functools.partial(step.initial, own.config, own.model, own.transform)
         state = jax.jit(lambda b=begin, s=own.config.seed: b(s))()
-        take = step.make(own.config, own.model, own.transform, own.mesh, own.placed)
+        take = step.Step(own.config, own.model, own.mesh, own.placed)
         losses = []
         for t in range(30):
             state, metrics = take(state, mesh.put_batch(own.batches.at(t), own.mesh))

@@ -69,7 +69,7 @@ state, batch = abstract(*made)
 first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
 programs = {
     "init": first.lower(),
-    "step": step.make(config, model, transform, grid, placed).lower(state, batch),
+    "step": step.Step(config, model, grid, placed).lower(state, batch),
     "loss": perplexity.make(model, grid).lower(state.params, batch),
     "checksums": jax.jit(checkpoint.checksums).lower(state),
 }

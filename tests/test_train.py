@@ -123,7 +123,7 @@ def test_bad_steps_change_nothing(small):
     setup = train.prepare(small(), None, say=lambda line: None)
     begin = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))
     state = begin()
-    take = step.make(setup.config, setup.model, setup.transform, setup.mesh, setup.placed)
+    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
     batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
     state, _ = take(state, batch)
     broken = state._replace(

@@ -21,17 +21,9 @@ from lmscale_jax.model.build import build
 from lmscale_jax.optim import build as optim
 from lmscale_jax.run import mesh as meshes
 from lmscale_jax.run import step as steps
+from lmscale_jax.run.step import NUMBERS
 
 CHUNK = 25
-# Keys that are numbers to the program, and decide neither shapes nor what is computed.
-NUMBERS = (
-    "seed",
-    "optim.lr",
-    "optim.muon_lr",
-    "optim.weight_decay",
-    "mur.lambda_max",
-    "mur.alpha",
-)
 ORDER = "data.seed"
 
 
@@ -83,7 +75,7 @@ class Population:
         """The members' states before the first step, stacked along a leading axis."""
 
         def one(numbers, _):
-            config = self._at(numbers)
+            config = steps.with_numbers(self.config, numbers)
             return steps.initial(config, self.model, self._transform(config), config.seed)
 
         # The second argument gives the axis its length where no number differs.
@@ -97,7 +89,7 @@ class Population:
         """
 
         def member(numbers, state, batches_SxBxT):
-            config = self._at(numbers)
+            config = steps.with_numbers(self.config, numbers)
             one = steps.pure(config, self.model, self._transform(config), self._mesh)
 
             def take(state, batch):
@@ -115,15 +107,6 @@ class Population:
             }
 
         return jax.vmap(member)(self._numbers, state_K, batches_KxSxBxT)
-
-    def _at(self, numbers: dict) -> ConfigDict:
-        """The config of a member, within the program: some of its values are traced."""
-        config = ConfigDict(self.config.to_dict())
-        with config.ignore_type():
-            for path, value in numbers.items():
-                group, _, name = path.rpartition(".")
-                (config[group] if group else config)[name] = value
-        return config
 
     def _transform(self, config):
         # Without the mesh: a population is one program on one device.

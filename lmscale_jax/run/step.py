@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
+from lmscale_jax.config import get
 from lmscale_jax.model.build import Model
 from lmscale_jax.model.placement import BATCH
 from lmscale_jax.mur import objective as mur
@@ -16,6 +18,17 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.run import measures
 from lmscale_jax.run import mesh as meshes
+
+# Keys that are numbers to the program, and decide neither shapes nor what is computed. They are
+# arguments of the compiled step, so that runs that differ in nothing else compile it once.
+NUMBERS = (
+    "seed",
+    "optim.lr",
+    "optim.muon_lr",
+    "optim.weight_decay",
+    "mur.lambda_max",
+    "mur.alpha",
+)
 
 
 class State(NamedTuple):
@@ -52,22 +65,50 @@ def shardings(config, model: Model, transform, mesh: Mesh) -> State:
     return meshes.state_shardings(shapes, model.specs, mesh)
 
 
-def make(config, model: Model, transform, mesh: Mesh, placed: State) -> Callable:
+class Step:
     """The jitted `step(state, batch, measure=())`; the state given is consumed."""
-    return jax.jit(
-        pure(config, model, transform, mesh),
-        static_argnames="measure",
-        donate_argnums=0,
-        out_shardings=(placed, None),
-    )
+
+    def __init__(self, config, model: Model, mesh: Mesh, placed: State):
+        platform = mesh.devices.flat[0].platform
+        # Something that is multiplied by 0 is left out of the program.
+        self._numbers = {path: n for path in NUMBERS if (n := get(config, path))}
+
+        def take(state, batch, numbers, measure):
+            own = with_numbers(config, numbers)
+            transform = optim.build(own, model.rows, mesh, platform)
+            return pure(own, model, transform, mesh)(state, batch, measure)
+
+        self._run = jax.jit(
+            take, static_argnames="measure", donate_argnums=0, out_shardings=(placed, None)
+        )
+
+    def __call__(self, state: State, batch, measure: tuple[str, ...] = ()):
+        return self._run(state, batch, self._numbers, measure=measure)
+
+    def lower(self, state: State, batch, measure: tuple[str, ...] = ()):
+        """As `jax.jit`'s, for arrays or their descriptions."""
+        return self._run.lower(state, batch, self._numbers, measure=measure)
+
+
+def with_numbers(config, numbers: dict) -> ConfigDict:
+    """The config with other values, which may be traced."""
+    own = ConfigDict(config.to_dict())
+    with own.ignore_type():
+        own.update_from_flattened_dict(numbers)
+    return own
+
+
+def begin(config, model: Model, transform, placed: State) -> State:
+    """The state before the first step, placed on the mesh; the seed is no part of the program."""
+    first = jax.jit(lambda seed: initial(config, model, transform, seed), out_shardings=placed)
+    return first(config.seed)
 
 
 def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
     """`step(state, batch, measure=()) -> (state, metrics)`.
 
     Metrics also hold what `measure` names (see `measures.due`). Each combination is compiled apart,
-    so that other steps do not pay for it. The numbers of `lab.population.NUMBERS` in the config may
-    be traced.
+    so that other steps do not pay for it. NUMBERS in the config may be traced.
     """
     gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
     dropout = jax.random.key(config.seed) if config.model.dropout else None

@@ -308,7 +308,7 @@ def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
         state, _ = parent.at(setup.parent["step"], abstract)
         parent.close()
         return state, {}
-    return jax.jit(first, out_shardings=setup.placed)(), {}
+    return step.begin(setup.config, setup.model, setup.transform, setup.placed), {}
 
 
 def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop, watchdog):
@@ -318,7 +318,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop,
     several processes decide, they decide from the same numbers, and so alike.
     """
     config, first, last = setup.config, int(state.step), setup.config.train.steps
-    take_step = step.make(config, setup.model, setup.transform, setup.mesh, setup.placed)
+    take_step = step.Step(config, setup.model, setup.mesh, setup.placed)
     stream = pipeline.prefetch(setup.batches.at, first, last, workers=config.data.workers)
     compiled, pending, final, looks = set(), None, None, redundancy.steps(config)
     for done, batch in enumerate(clock.waiting_for(stream), first + 1):
