@@ -26,6 +26,7 @@ VOCABULARY = 32_000
 
 
 def case(name: str, where: str, measured: bool = False, **changes) -> dict:
+    """`where`: cpu and how many devices, or a topology."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     given = {"train.accum": 1} | changes
     if where.startswith("cpu"):
@@ -40,25 +41,36 @@ def cases() -> list[dict]:
         case("gpt2_50m", "cpu1", True, train__batch_size=16),
         case("gpt2_50m", "cpu1", train__batch_size=16, model__remat="dots"),
         case("gpt2_50m", "cpu1", train__batch_size=16, model__remat="block"),
-        case("gpt2_50m", "cpu2", True, train__batch_size=8, **f32),
+        case("gpt2_50m", "cpu2", True, train__batch_size=8),
         case("llama_50m", "cpu1", True, train__batch_size=8),
         case("llama_50m", "cpu1", train__batch_size=8, model__remat="block", model__stack="scan"),
         case("gpt2_100m", "cpu2", train__batch_size=16),
         case("transformer_pp_100m", "cpu1", train__batch_size=8, train__accum=2),
         case("llama_300m", "cpu1", train__batch_size=4),
     ]
+    split = {"mesh__data": 1, "mesh__fsdp": 16}
     on_tpu = [
-        case("llama_50m", "v5e:4x4", train__batch_size=64),
         case("llama_50m", "v5e:4x4", train__batch_size=128),
-        case("llama_50m", "v5e:4x4", train__batch_size=128, model__remat="dots"),
-        case("llama_50m", "v5e:4x4", train__batch_size=128, model__remat="block"),
-        case("gpt2_100m", "v5e:4x4", train__batch_size=128),
+        case("llama_50m", "v5e:4x4", train__batch_size=128, **split),
+        case("llama_300m", "v5e:4x4", train__batch_size=64, model__remat="block", **split),
         case("gpt2_100m", "v5e:4x4", train__batch_size=128, model__remat="block"),
+        case("gpt2_100m", "v5e:4x4", train__batch_size=128),
+        case("llama_50m", "v5e:4x4", train__batch_size=128, model__remat="dots", **split),
+        case("llama_50m", "v5e:4x4", train__batch_size=64, mesh__tensor=2, mesh__fsdp=2),
         case("llama_50m", "v5e:4x4", train__batch_size=64, **f32),
-        case("llama_300m", "v5e:4x4", train__batch_size=64, model__remat="block"),
         case("transformer_pp_100m", "v5e:4x4", train__batch_size=256, train__accum=2),
     ]
-    return on_cpu + on_tpu
+    # Rows of docs/scale.md.
+    one = {
+        "model__n_layers": 22, "model__d_model": 2048, "model__n_heads": 32,
+        "model__n_kv_heads": 4, "model__d_ff": 5632, "data__seq_len": 2048,
+    }  # fmt: skip
+    whole = {"train__batch_size": 512, "mesh__data": 1, "mesh__fsdp": 64}
+    on_many = [
+        case("llama_300m", "v5p:4x4x4", **whole),
+        case("llama_300m", "v5p:4x4x4", train__accum=2, **one, **whole),
+    ]
+    return on_cpu + on_tpu + on_many
 
 
 def described(given: dict):
@@ -75,8 +87,7 @@ def described(given: dict):
     where = given["where"]
     devices = None if where.startswith("cpu") else topology.find(where).devices()
     mesh = meshes.make(config, devices)
-    shards = meshes.batch_shards(mesh)
-    model = build.build(config, platform=mesh.devices.flat[0].platform, shards=shards)
+    model = build.build(config, platform=mesh.devices.flat[0].platform, mesh=mesh)
     return config, mesh, model
 
 

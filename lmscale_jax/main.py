@@ -28,7 +28,7 @@ TOPOLOGY = flags.DEFINE_string(
 def main() -> None:
     if TOPOLOGY.value and not EXPLAIN.value:
         raise InputError(
-            f"--topology={TOPOLOGY.value} describes chips that are not here; with --explain it works"
+            f"--topology={TOPOLOGY.value} describes chips elsewhere; with --explain it works"
         )
     if EXPLAIN.value:
         from lmscale_jax.run.explain import explain

@@ -175,21 +175,21 @@ command.run(main.main)
         ),
         (
             ["--explain", "--topology=H100:4x4"],
-            "--topology=H100:4x4: H100 has no torus; --topology=H100:16 would work",
+            "--topology=H100:4x4: H100 has no torus; H100:16 would work",
         ),
         (
             ["--explain", "--topology=H100:48", "--config.mesh.fsdp=32"],
-            "config.mesh (replica=1 data=-1 fsdp=32 sequence=1 tensor=1) does not make 48 chips; "
-            "mesh.data=-1 with the other axes at 1 would",
+            "config.mesh (fsdp=32) does not make 48 device(s); mesh.data=-1 with the others 1 "
+            "would",
         ),
         (
             ["--explain", "--topology=H100:64", "--config.train.batch_size=96"],
-            "config.train.batch_size=96 in 1 micro-batch(es) cannot be split over 64 chips; 128 "
+            "config.train.batch_size=96 in 1 micro-batch(es) cannot be split over 64 devices; 128 "
             "would work",
         ),
         (
             ["--topology=H100:64", "--workdir=elsewhere"],
-            "--topology=H100:64 describes chips that are not here; with --explain it works",
+            "--topology=H100:64 describes chips elsewhere; with --explain it works",
         ),
     ],
 )

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from configs.base import get_config
 from lmscale_jax.config import resolve
 from lmscale_jax.lab import layouts
 from lmscale_jax.model import build, chips, costs, flops
 
+ROOT = Path(__file__).parents[2]
 VOCABULARY = 32_000
 
 
@@ -109,7 +109,7 @@ def plans(kind: str) -> tuple[list[str], list[str]]:
 def _held(found: layouts.Layout, specs: dict, chip, count: int) -> list[str]:
     mesh = " ".join(f"{axis}={n}" for axis, n in found.sizes.items() if n > 1)
     total, (written, seconds) = found.bytes["total"], costs.checkpoint(specs, count, chip)
-    fills, saved = f"{total / chip.memory:.0%}", f"{written / 1e9:,.3g} GB, {seconds:.2g} s"
+    fills, saved = f"{total / chip.memory:.0%}", f"{written / 1e9:,.3g} GB, {seconds:.3g} s"
     return [mesh, str(found.accum), found.remat, f"{total / 1e9:.3g}", fills, saved]
 
 

@@ -47,7 +47,7 @@ def best(config, specs: dict, chip: Chip, count: int) -> Layout | str:
         return min(found, key=lambda layout: layout.step.seconds)
     if least is None:
         tensor = max(_tensors(config, chip, count))
-        return f"{rows} rows cannot be split over {count} chips, not with {tensor} of them sharing a row"
+        return f"{rows} rows cannot be split over {count} chips, not with {tensor} sharing each"
     return f"does not fit: {least / 1e9:,.0f} GB of {chip.memory / 1e9:.4g} GB a chip at the least"
 
 
@@ -77,7 +77,7 @@ def _divisors(number: int) -> list[int]:
 def _fit(config, specs, chip: Chip, sizes, remat: str) -> tuple[Layout | None, int]:
     """The layout with the fewest micro-batches that fits, if any; and the fewest bytes seen."""
     shards = sizes["replica"] * sizes["data"] * sizes["fsdp"]
-    config.model.remat, kernel = remat, kernels.choose(config, chip.platform, shards)[0]
+    config.model.remat, kernel = remat, kernels.choose(config, chip.platform)[0]
     bytes_ = {}
     for accum in _divisors(config.train.batch_size // shards):
         config.train.accum = accum

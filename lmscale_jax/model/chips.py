@@ -49,10 +49,10 @@ class Chip(NamedTuple):
 CHIPS = {
     chip.name: chip
     for chip in (
-        # H100 Tensor Core GPU data sheet, SXM: 80 GB, 3.35 TB/s, NVLink 900 GB/s. DGX H100: 400 Gb/s.
+        # H100 data sheet, SXM: 80 GB, 3.35 TB/s, NVLink 900 GB/s. DGX H100: 400 Gb/s a GPU.
         Chip("H100", "NVIDIA H100 80GB HBM3", r"H100 80GB HBM3", "gpu",
              80 * GB, 3.35 * TB, 450 * GB, 8, 50 * GB, 8),
-        # H200 Tensor Core GPU data sheet, SXM: 141 GB, 4.8 TB/s, NVLink 900 GB/s. DGX H200: 400 Gb/s.
+        # H200 data sheet, SXM: 141 GB, 4.8 TB/s, NVLink 900 GB/s. DGX H200: 400 Gb/s a GPU.
         Chip("H200", "NVIDIA H200", r"\bH200\b", "gpu",
              141 * GB, 4.8 * TB, 450 * GB, 8, 50 * GB, 8),
         # DGX B200 data sheet: 1,440 GB and 64 TB/s for eight, NVLink 14.4 TB/s for eight, 400 Gb/s.

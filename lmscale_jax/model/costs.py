@@ -5,7 +5,8 @@ sheet; nothing is compiled. What is sent follows `model.placement` message by me
 
 - a product gathers its weight over `fsdp` in the type it is computed in, once forward, once
   backward and once more where remat="block" runs the block again, and scatters the float32 sum of
-  its gradient; a table over vocabulary or positions is gathered as it lies, in float32;
+  its gradient; a table over vocabulary or positions and the readout are gathered as they lie, in
+  float32, once, and the readout once for all chunks of the loss;
 - what a gradient is split by is summed over the axes that split tokens besides (`replica`, `data`,
   `sequence`);
 - activations are summed over `tensor` after the products that contract a split axis, and their
@@ -136,7 +137,8 @@ def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict
 
 
 def chunks(config, sizes: Mapping[str, int]) -> int:
-    return config.data.seq_len // memory.loss_positions(config, sizes)
+    chunk, length = memory.loss_positions(config, sizes)
+    return length // chunk
 
 
 def passes(model) -> int:
@@ -191,13 +193,12 @@ class Rings(NamedTuple):
 
 def _of_weights(config, specs, sizes, ring: Rings):
     compute, accum = memory.type_bytes(config.model), config.train.accum
-    parts_of_loss = chunks(config, sizes)
     for path, spec in named(specs).items():
         own = accum * 4 * spec.size / _split(spec, sizes, "tensor")
         each = accum * (spec.shape[0] if spec.axes[0] == "layers" else 1)
         parts = partition(spec, sizes)
         rest = [axis for axis in TOKENS if axis not in parts]
-        uses = list(_uses(path, spec, config.model, parts_of_loss, compute / 4))
+        uses = list(_uses(path, spec, config.model, compute / 4))
         sums = sum(backward for *_, backward in uses)
         if "fsdp" in parts:
             gathers = sum(count for count, *_ in uses)
@@ -208,20 +209,14 @@ def _of_weights(config, specs, sizes, ring: Rings):
         yield ring.send("sum gradients", rest, sums * own, sums * each, 2, True)
 
 
-def _uses(path: str, spec: Spec, model, parts_of_loss: int, narrow: float):
+def _uses(path: str, spec: Spec, model, narrow: float):
     """(gathers, their bytes over float32's, gradients) of a parameter, each place it is used."""
-    readout = 3 if parts_of_loss > 1 else 2
-    table = not {"vocab", "position"}.isdisjoint(spec.axes)
-    if path == "embed/tokens":
+    if path == "embed/tokens" and model.head == "tied":
         yield 1, 1.0, 1
-        if model.head == "tied":
-            yield readout * parts_of_loss, narrow, parts_of_loss
-    elif spec.role == "output":
-        yield readout * parts_of_loss, narrow, parts_of_loss
-    elif table:
-        yield 1, 1.0, 1
-    else:
+    if path.startswith("blocks/"):
         yield passes(model), narrow, 1
+    else:
+        yield 1, 1.0, 1
 
 
 def _of_activations(config, specs, sizes, ring: Rings):
@@ -240,8 +235,9 @@ def _of_activations(config, specs, sizes, ring: Rings):
         # The looked-up rows and their gradient, float32; then the gradient that leaves the readout.
         summed, count = summed + (2 * 4 + compute) * stream, count + 3 * turns
     yield ring.send("sum activations", ["tensor"], summed, count, 2, False)
-    key = named(specs)["blocks/attention/key/weight"]
-    heads, pieces = model.n_kv_heads / _split(key, sizes, "tensor"), sizes.get("sequence", 1)
+    t, pieces = sizes.get("tensor", 1), sizes.get("sequence", 1)
+    # Where tensor does not divide them, keys and values are repeated for each query head first.
+    heads = next((n / t for n in (model.n_kv_heads, model.n_heads) if n % t == 0), model.n_kv_heads)
     whole = 2 * model.n_layers * compute * tokens * pieces * heads * model.head_dim * (forward + 1)
     count = 2 * model.n_layers * (forward + 1) * turns
     yield ring.send("gather keys and values", ["sequence"], whole, count, 1, False)

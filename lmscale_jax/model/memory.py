@@ -95,11 +95,13 @@ def tokens_on_chip(config, sizes: Mapping[str, int]) -> float:
     return max(1.0, rows * config.data.seq_len / shards)
 
 
-def loss_positions(config, sizes: Mapping[str, int]) -> int:
-    """Positions of a window in one chunk of the loss."""
+def loss_positions(config, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(positions in one chunk of the loss, positions of a window) on one chip."""
     shards = math.prod(sizes.get(axis, 1) for axis in ROWS)
-    rows = max(1, config.train.batch_size // config.train.accum)
-    return chunk_length(config.model, (rows, config.data.seq_len), shards)
+    rows = max(1, config.train.batch_size // config.train.accum // shards)
+    length = config.data.seq_len // sizes.get("sequence", 1)
+    vocabulary = config.model.vocab_size // sizes.get("tensor", 1)
+    return chunk_length(config.model, (rows, length), vocabulary), length
 
 
 def type_bytes(model) -> int:
@@ -146,10 +148,9 @@ def block_bytes(
     pointwise = size * (2 * model.d_model + after * hidden)
     if on_cpu:
         pointwise += size * 4 * model.n_heads * model.head_dim / tensor
-    else:
-        # Streams that the norms' derivatives read.
-        pointwise += 4 * stream
-    scores = 0 if kernel in FLASH else 4 * model.n_heads * seq_len / tensor
+    # Elsewhere than on CPU the probabilities in the type of products are kept too, and the mask.
+    each = 4 if on_cpu else 4 + 1 + (2 if size == 2 else 0)
+    scores = 0 if kernel in FLASH else each * model.n_heads * seq_len / tensor
     return Block(stream, products, 2 * stream + products + pointwise + scores)
 
 
@@ -168,15 +169,16 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
 
 def _logits(config, sizes, platform: str) -> float:
     """Logits of one chunk of the loss, what is made of them, and their gradient."""
-    tokens = tokens_on_chip(config, sizes) * loss_positions(config, sizes) / config.data.seq_len
+    chunk, length = loss_positions(config, sizes)
+    tokens = tokens_on_chip(config, sizes) * chunk / length
     each = CPU_LOGITS * type_bytes(config.model) if platform == "cpu" else LOGITS
     return each * tokens * config.model.vocab_size / sizes.get("tensor", 1)
 
 
 def _gathered(config, specs: dict, sizes: Mapping[str, int]) -> tuple[float, float]:
-    """Weights that `fsdp` makes whole for a while, at the loss and in a block: in the type of its
-    products, the readout or all of one block; beside them the float32 gradient of the largest
-    before it is scattered."""
+    """Weights that `fsdp` makes whole for a while: at the loss the readout, float32 and in the type
+    of the product, with its gradient; in a block all of its weights in that type, with the float32
+    gradient of the largest before it is scattered."""
     compute, ends, blocks, largest = type_bytes(config.model), [0.0], 0.0, 0.0
     for path, spec in named(specs).items():
         parts = partition(spec, sizes)
@@ -187,5 +189,5 @@ def _gathered(config, specs: dict, sizes: Mapping[str, int]) -> tuple[float, flo
             each = size / spec.shape[0]
             blocks, largest = blocks + compute * each, max(largest, 4 * each)
         else:
-            ends.append((compute + 4) * size)
+            ends.append((4 + compute + 4) * size)
     return max(ends), blocks + largest

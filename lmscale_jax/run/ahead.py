@@ -5,8 +5,8 @@ import numpy as np
 
 from lmscale_jax.data.pipeline import Batch
 from lmscale_jax.model import build
+from lmscale_jax.model.placement import BATCH
 from lmscale_jax.optim import build as optim
-from lmscale_jax.run import mesh as meshes
 from lmscale_jax.run import step
 
 
@@ -24,7 +24,7 @@ def lowered(config, model: build.Model, mesh):
     rows = jax.ShapeDtypeStruct(
         (config.train.batch_size, config.data.seq_len),
         np.int32,
-        sharding=jax.sharding.NamedSharding(mesh, meshes.BATCH),
+        sharding=jax.sharding.NamedSharding(mesh, BATCH),
     )
     return step.make(config, model, transform, mesh, placed).lower(state, Batch(rows, rows))
 
@@ -52,4 +52,4 @@ def rows(config, model: build.Model, mesh) -> list[tuple[str, str]]:
     found = memory(lowered(config, model, mesh).compile())
     if found is None:
         return [("not known", "this platform's compiler keeps no account")]
-    return [(name, f"{size / 2**20:,.0f} MiB") for name, size in found.items()]
+    return [(name, f"{size / 2**20:,.1f} MiB") for name, size in found.items()]

@@ -83,7 +83,7 @@ def find(name: str) -> Topology:
         raise InputError(f"--topology={name}: no chips; {WORKS}")
     if "x" in shape and chip.platform != "tpu":
         raise InputError(
-            f"--topology={name}: {chip.name} has no torus; --topology={chip.name}:{count} would work"
+            f"--topology={name}: {chip.name} has no torus; {chip.name}:{count} would work"
         )
     return Topology(name, chip, count, shape if "x" in shape else "")
 
