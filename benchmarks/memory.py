@@ -5,7 +5,7 @@
 Each row is the step of run/step.py for one config. `compiled`: the compiler's bytes on one device;
 rows that are there already keep theirs unless --fresh. `measured`, on CPU: the highest resident
 size of a process that takes three steps, less its size before it has a state, from a warm cache of
-compiled programs. Rows of a TPU topology need libtpu, and no TPU.
+compiled programs, over its devices. Rows of a TPU topology need libtpu, and no TPU.
 """
 
 import importlib
@@ -55,10 +55,6 @@ def cases() -> list[dict]:
         case("llama_300m", "v5e:4x4", train__batch_size=64, model__remat="block", **split),
         case("gpt2_100m", "v5e:4x4", train__batch_size=128, model__remat="block"),
         case("gpt2_100m", "v5e:4x4", train__batch_size=128),
-        case("llama_50m", "v5e:4x4", train__batch_size=128, model__remat="dots", **split),
-        case("llama_50m", "v5e:4x4", train__batch_size=64, mesh__tensor=2, mesh__fsdp=2),
-        case("llama_50m", "v5e:4x4", train__batch_size=64, **f32),
-        case("transformer_pp_100m", "v5e:4x4", train__batch_size=256, train__accum=2),
     ]
     # Rows of docs/scale.md.
     one = {
@@ -103,7 +99,7 @@ def _in_order(found):
 
 
 def measured(given: dict) -> dict:
-    """Bytes that training adds to a process, at the most."""
+    """Bytes that training adds to a process for each of its devices, at the most."""
     import jax
     import numpy as np
 
@@ -126,7 +122,7 @@ def measured(given: dict) -> dict:
     for _ in range(3):
         state, metrics = take_step(state, batch)
         jax.block_until_ready((state, metrics))
-    return {"added": resident("VmHWM") - before}
+    return {"added": (resident("VmHWM") - before) // mesh.size}
 
 
 def resident(name: str) -> int:

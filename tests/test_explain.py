@@ -16,6 +16,13 @@ from lmscale_jax.run import ahead, budget, explain
 from lmscale_jax.run import mesh as meshes
 
 
+@pytest.fixture(autouse=True)
+def compiled(request, monkeypatch):
+    """Most pages here are about something else than what is compiled last."""
+    if "allocated" not in request.node.name:
+        monkeypatch.setattr(explain.ahead, "rows", lambda *_: [("peak", "1.0 MiB")])
+
+
 def said(config, overrides=(), config_file="configs/base.py") -> str:
     lines = []
     explain.explain(config, dict(overrides), config_file, print=lines.append)
@@ -139,12 +146,19 @@ def test_the_command_prints_the_page_and_leaves(settings, tmp_path):
     assert (status, err) == (0, "")
     assert "replica 1, data 2, fsdp 2, sequence 1, tensor 1: 4 cpu device(s)" in out
     assert line_of(out, "embed/tokens").endswith("- fsdp")
+    last = out.splitlines()[-6:]
+    assert last[0] == "memory per device (compiled)"
+    sizes = {line.split()[0]: float(line.split()[1]) for line in last[1:]}
+    peak = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]
+    assert sizes["peak"] == pytest.approx(peak, abs=0.2)
     assert "--config.optim.lr" in out
     assert not workdir.exists()
 
 
 def test_the_command_explains_a_named_config():
-    status, out, err = run("main", "--config=configs/llama_100m.py", "--explain")
+    # For other chips, so that nothing is compiled.
+    arguments = ["--config=configs/llama_100m.py", "--explain", "--topology=H100:8"]
+    status, out, err = run("main", *arguments)
     assert (status, err) == (0, "")
     assert line_of(out, "total").split()[1] == "119,947,008"
 

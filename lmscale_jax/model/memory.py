@@ -119,11 +119,13 @@ class Block(NamedTuple):
       stream: the residual stream that enters.
       products: results of products.
       whole: everything.
+      keeps_scores: the probabilities are among it.
     """
 
     stream: float
     products: float
     whole: float
+    keeps_scores: bool
 
 
 def block_bytes(
@@ -151,11 +153,11 @@ def block_bytes(
     # Elsewhere than on CPU the probabilities in the type of products are kept too, and the mask.
     each = 4 if on_cpu else 4 + 1 + (2 if size == 2 else 0)
     scores = 0 if kernel in FLASH else each * model.n_heads * seq_len / tensor
-    return Block(stream, products, 2 * stream + products + pointwise + scores)
+    return Block(stream, products, 2 * stream + products + pointwise + scores, scores > 0)
 
 
 def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple[float, float]:
-    """(what the backward pass keeps of all blocks, what it makes again of one at a time)."""
+    """(what the backward pass keeps of all blocks, what it makes of one at a time)."""
     model, tokens = config.model, tokens_on_chip(config, sizes)
     block = block_bytes(model, config.data.seq_len, sizes, kernel, platform)
     held = {"none": block.whole, "dots": block.stream + block.products, "block": block.stream}
@@ -164,6 +166,10 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
         # There the compiler joins what is computed again with what was computed first.
         remat = "none"
     once = 0 if remat == "none" else block.whole
+    # And the float32 gradients of one block's probabilities and scores.
+    once += (
+        2 * 4 * model.n_heads * config.data.seq_len / sizes.get("tensor", 1) * block.keeps_scores
+    )
     return tokens * held[remat] * model.n_layers, tokens * once
 
 
@@ -176,9 +182,9 @@ def _logits(config, sizes, platform: str) -> float:
 
 
 def _gathered(config, specs: dict, sizes: Mapping[str, int]) -> tuple[float, float]:
-    """Weights that `fsdp` makes whole for a while: at the loss the readout, float32 and in the type
-    of the product, with its gradient; in a block all of its weights in that type, with the float32
-    gradient of the largest before it is scattered."""
+    """Weights that `fsdp` makes whole for a while, in the type of products: at the loss the
+    readout, with its float32 gradient; in a block all of its weights, with that of the largest
+    before it is scattered."""
     compute, ends, blocks, largest = type_bytes(config.model), [0.0], 0.0, 0.0
     for path, spec in named(specs).items():
         parts = partition(spec, sizes)
@@ -189,5 +195,5 @@ def _gathered(config, specs: dict, sizes: Mapping[str, int]) -> tuple[float, flo
             each = size / spec.shape[0]
             blocks, largest = blocks + compute * each, max(largest, 4 * each)
         else:
-            ends.append((4 + compute + 4) * size)
+            ends.append((compute + 4) * size)
     return max(ends), blocks + largest
