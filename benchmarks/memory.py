@@ -90,12 +90,8 @@ def described(given: dict):
 def compiled(given: dict) -> dict:
     from lmscale_jax.run import ahead
 
-    return ahead.memory(ahead.lowered(*_in_order(described(given))).compile())
-
-
-def _in_order(found):
-    config, mesh, model = found
-    return config, model, mesh
+    config, mesh, model = described(given)
+    return ahead.memory(ahead.lowered(config, model, mesh).compile())
 
 
 def measured(given: dict) -> dict:
@@ -146,7 +142,8 @@ def apart(given: dict, what: str) -> dict:
 def estimate(given: dict) -> dict:
     from lmscale_jax.run import budget
 
-    return budget.sizes(*_in_order(described(given)))
+    config, mesh, model = described(given)
+    return budget.sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
 
 
 def key(given: dict) -> str:

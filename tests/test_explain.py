@@ -262,7 +262,7 @@ def test_estimate_of_memory_is_near_the_compilers(small, dtype):
     )
     # AdamW's state, which is given back in place, a counter or two and the batch.
     batch = 2 * 4 * 32 * 128
-    ours = budget.sizes(config, model, mesh)
+    ours = budget.sizes(config, model, mesh.shape, "cpu")
     state = ours["parameters"] + ours["optimizer"]
     assert found["arguments"] == pytest.approx(state + batch, abs=200)
     assert ours["total"] == pytest.approx(found["peak"], rel=0.2)

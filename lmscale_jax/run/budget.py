@@ -1,5 +1,7 @@
 """Bytes, messages and time of a config over a mesh, as sections of the page of --explain."""
 
+from collections.abc import Mapping
+
 from lmscale_jax.derived import tokens_per_step
 from lmscale_jax.model import build, costs, flops, memory
 from lmscale_jax.optim import build as optim
@@ -11,13 +13,13 @@ def moments(config, model: build.Model) -> dict[str, int]:
     return {path: optim.MOMENTS[row.optimizer] + mean for path, row in model.rows.items()}
 
 
-def sizes(config, model: build.Model, mesh, platform: str = "") -> dict[str, int]:
-    """`memory.on_chip` of a mesh."""
+def sizes(config, model: build.Model, axes: Mapping[str, int], platform: str) -> dict[str, int]:
+    """`memory.on_chip` of a model as it was built, by the sizes of the mesh axes."""
     return memory.on_chip(
         config,
         model.specs,
-        dict(mesh.shape),
-        platform=platform or mesh.devices.flat[0].platform,
+        axes,
+        platform=platform,
         kernel=model.choices["attention"].split(":")[0],
         stack=model.choices["blocks"],
         moments=moments(config, model),
@@ -26,7 +28,8 @@ def sizes(config, model: build.Model, mesh, platform: str = "") -> dict[str, int
 
 def forecast(config, model: build.Model, mesh) -> list[tuple[str, list[tuple]]]:
     """Sections on a mesh of described chips: whether it fits, messages, roofline, checkpoint."""
-    total, chip = sizes(config, model, mesh)["total"], mesh.chip
+    chip = mesh.chip
+    total = sizes(config, model, mesh.shape, chip.platform)["total"]
     held = moments(config, model)
     sections = [
         (

@@ -273,7 +273,7 @@ def _flops(config, model: build.Model) -> list[str]:
 
 
 def _memory(config, model: build.Model, mesh) -> list[str]:
-    sizes = budget.sizes(config, model, mesh)
+    sizes = budget.sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
     return aligned([(name, f"{size / 2**20:,.0f} MiB") for name, size in sizes.items()])
 
 
