@@ -20,14 +20,21 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; 
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of this run; for hosts", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "from 0; for hosts", lower_bound=0)
 EXPLAIN = flags.DEFINE_bool("explain", False, "print what would be done, and why, and leave")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "with --explain: chips to explain it for, as v5e:4x4 or H100:64"
+)
 
 
 def main() -> None:
+    if TOPOLOGY.value and not EXPLAIN.value:
+        raise InputError(
+            f"--topology={TOPOLOGY.value} describes chips elsewhere; with --explain it works"
+        )
     if EXPLAIN.value:
         from lmscale_jax.run.explain import explain
 
         path = config_flags.get_config_filename(flags.FLAGS["config"])
-        explain(CONFIG.value, command.overrides(), path)
+        explain(CONFIG.value, command.overrides(), path, topology=TOPOLOGY.value)
         return
     if not WORKDIR.value:
         raise InputError("--workdir is missing; --workdir=runs/first would work")

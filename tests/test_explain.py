@@ -1,17 +1,26 @@
 """The page of --explain says what a run would do, and does nothing."""
 
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
-from conftest import flags, run
+from conftest import ROOT, flags, run
 
 from lmscale_jax.config import resolve
 from lmscale_jax.data import prepared
 from lmscale_jax.model import build
 from lmscale_jax.optim import schedules
-from lmscale_jax.run import explain
+from lmscale_jax.run import ahead, budget, explain
 from lmscale_jax.run import mesh as meshes
+
+
+@pytest.fixture(autouse=True)
+def compiled(request, monkeypatch):
+    """Most pages here are about something else than what is compiled last."""
+    if "allocated" not in request.node.name:
+        monkeypatch.setattr(explain.ahead, "rows", lambda *_: [("peak", "1.0 MiB")])
 
 
 def said(config, overrides=(), config_file="configs/base.py") -> str:
@@ -27,7 +36,7 @@ def line_of(page: str, start: str) -> str:
 def test_the_page_has_every_section(small):
     page = said(small())
     titles = [line for line in page.splitlines() if line and not line.startswith(" ")]
-    wanted = "config schedule parameters counts flops memory data mesh choices time"
+    wanted = "config schedule parameters counts flops memory data mesh choices time memory"
     assert " ".join(title.split()[0] for title in titles) == wanted
     for path in ("embed/tokens", "blocks/attention/query/weight", "readout/norm/scale"):
         assert path in page
@@ -43,7 +52,8 @@ def test_nothing_is_prepared_written_or_allocated(small, tmp_path):
     # What the probe of the machine's speed multiplies is all that may be left.
     assert all(array.shape == (1024, 1024) for array in new)
     assert "not prepared yet" in page
-    assert not cache.exists()
+    # Nothing but the compiled step, so that training need not compile it.
+    assert {path.name for path in cache.glob("*")} <= {"compiled"}
 
 
 def test_epochs_are_counted_where_the_data_is_prepared(small):
@@ -136,11 +146,137 @@ def test_the_command_prints_the_page_and_leaves(settings, tmp_path):
     assert (status, err) == (0, "")
     assert "replica 1, data 2, fsdp 2, sequence 1, tensor 1: 4 cpu device(s)" in out
     assert line_of(out, "embed/tokens").endswith("- fsdp")
+    last = out.splitlines()[-6:]
+    assert last[0] == "memory per device (compiled)"
+    sizes = {line.split()[0]: float(line.split()[1]) for line in last[1:]}
+    peak = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporaries"]
+    assert sizes["peak"] == pytest.approx(peak, abs=0.2)
     assert "--config.optim.lr" in out
     assert not workdir.exists()
 
 
 def test_the_command_explains_a_named_config():
-    status, out, err = run("main", "--config=configs/llama_100m.py", "--explain")
+    # For other chips, so that nothing is compiled.
+    arguments = ["--config=configs/llama_100m.py", "--explain", "--topology=H100:8"]
+    status, out, err = run("main", *arguments)
     assert (status, err) == (0, "")
     assert line_of(out, "total").split()[1] == "119,947,008"
+
+
+# Explains a config in a process without libtpu.
+WITHOUT = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "libtpu" else find(name, *rest)
+sys.argv = ["main", *sys.argv[1:]]
+from lmscale_jax import command, main
+command.run(main.main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--explain", "--topology=v5e:4x4"],
+            "--topology=v5e:4x4 is compiled for by libtpu, which is missing; "
+            "pip install 'lmscale_jax[tpu]' brings it",
+        ),
+        (
+            ["--explain", "--topology=H900:8"],
+            "--topology=H900:8: CHIP:COUNT or CHIP:SHAPE of H100, H200, B200, A100, v5e, v5p, v6e; "
+            "--topology=v5e:4x4 or --topology=H100:64 would work",
+        ),
+        (
+            ["--explain", "--topology=H100:4x4"],
+            "--topology=H100:4x4: H100 has no torus; H100:16 would work",
+        ),
+        (
+            ["--explain", "--topology=H100:48", "--config.mesh.fsdp=32"],
+            "config.mesh (fsdp=32) does not make 48 device(s); mesh.data=-1 with the others 1 "
+            "would",
+        ),
+        (
+            ["--explain", "--topology=H100:64", "--config.train.batch_size=96"],
+            "config.train.batch_size=96 in 1 micro-batch(es) cannot be split over 64 devices; 128 "
+            "would work",
+        ),
+        (
+            ["--topology=H100:64", "--workdir=elsewhere"],
+            "--topology=H100:64 describes chips elsewhere; with --explain it works",
+        ),
+    ],
+)
+def test_what_cannot_be_explained_is_said_in_one_line(arguments, said):
+    command = [sys.executable, "-c", WITHOUT, "--config=configs/base.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {said}\n"
+
+
+def test_chips_that_are_not_here_are_explained_by_arithmetic():
+    arguments = ["--explain", "--topology=H100:64", "--config.mesh.fsdp=16"]
+    batch = ["--config.train.batch_size=1024", "--config.train.accum=2"]
+    status, out, err = run("main", "--config=configs/llama_300m.py", *arguments, *batch)
+    assert (status, err) == (0, "")
+    titles = [line.split()[0] for line in out.splitlines() if line and line[0] != " "]
+    assert titles[-5:] == ["choices", "fit", "communication", "time", "checkpoint"]
+    assert "replica 1, data 4, fsdp 16, sequence 1, tensor 1: 64 gpu device(s)" in out
+    assert "cudnn" in out
+    # 322,479,104 parameters of 4 bytes over 16, the 41 gains of 1,024 whole.
+    held = 4 * ((322_479_104 - 41 * 1024) / 16 + 41 * 1024)
+    row = next(line for line in out.splitlines() if line.startswith("  parameters "))
+    assert row.split()[1:] == [f"{held / 2**20:,.0f}", "MiB"]
+    assert line_of(out, "gather").split()[:3] == ["gather", "weights", "fsdp"]
+    assert float(line_of(out, "MFU").split()[1].rstrip("%")) < 75
+
+
+def test_float32_products_have_no_forecast(small):
+    lines = []
+    config = small(train__batch_size=64)
+    explain.explain(config, {}, "configs/base.py", print=lines.append, topology="H100:64")
+    assert "H100 has no sure peak in float32; bfloat16 has one" in lines[0]
+    assert len(lines) == 1
+
+
+def test_the_page_comes_before_anything_is_compiled(small, monkeypatch):
+    seen = []
+    monkeypatch.setattr(explain.ahead, "rows", lambda *_: seen.append(len(lines)) or [("x", "y")])
+    lines = []
+    explain.explain(small(), {}, "configs/base.py", print=lines.append)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_estimate_of_memory_is_near_the_compilers(small, dtype):
+    # Docs/scale.md says within 20 %; small things weigh more in a small model.
+    config = resolve(
+        small(model__d_model=128, data__seq_len=128, train__batch_size=32, model__dtype=dtype), 1024
+    )
+    mesh = meshes.make(config, jax.devices()[:1])
+    model = build.build(config, platform="cpu")
+    found = ahead.memory(ahead.lowered(config, model, mesh).compile())
+    assert found["peak"] == sum(
+        found[name] * sign
+        for name, sign in (("arguments", 1), ("outputs", 1), ("aliased", -1), ("temporaries", 1))
+    )
+    # AdamW's state, which is given back in place, a counter or two and the batch.
+    batch = 2 * 4 * 32 * 128
+    ours = budget.sizes(config, model, mesh.shape, "cpu")
+    state = ours["parameters"] + ours["optimizer"]
+    assert found["arguments"] == pytest.approx(state + batch, abs=200)
+    assert ours["total"] == pytest.approx(found["peak"], rel=0.2)
+
+
+def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
+    cache = tmp_path / "cache"
+    given = settings | {"data.cache": str(cache), "mesh.cpu_devices": 1, "log.per_layer": False}
+    status, _, err = run("main", "--config=configs/base.py", "--explain", *flags(given))
+    assert (status, err) == (0, "")
+    steps = sorted(path.name for path in cache.rglob("jit_step-*-cache"))
+    assert len(steps) == 1
+    status, _, err = run(
+        "main", "--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *flags(given)
+    )
+    assert status == 0, err
+    assert sorted(path.name for path in cache.rglob("jit_step-*-cache")) == steps

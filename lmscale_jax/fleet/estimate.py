@@ -10,7 +10,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.fleet import executors
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import build
-from lmscale_jax.run import explain
+from lmscale_jax.run import budget, explain
 from lmscale_jax.study import records
 from lmscale_jax.study.cells import HELD_OUT, Cell, short
 from lmscale_jax.study.plan import Plan
@@ -110,6 +110,7 @@ def _epochs(plan: Plan, cell: Cell, manifest: dict | None) -> str:
 def memory(plan: Plan, cell: Cell) -> str:
     """Of one process with one device, at the worst moment of a step."""
     config = configs.resolve(plan.config(cell, Path()), plan.vocab_size)
-    specs = build(config, platform="cpu").specs
-    size = flops.memory(config, specs, {"data": 1, "fsdp": 1, "tensor": 1})["total"]
+    platform = "cpu" if executors.on_cpu() else "gpu"
+    model = build(config, platform=platform)
+    size = budget.sizes(config, model, {}, platform)["total"]
     return f"{size / 2**20:,.0f} MiB"

@@ -87,7 +87,8 @@ def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | No
     kernel, why = kernels.choose(config, platform, place)
     stack = model.stack
     if stack == "auto":
-        stack = "unroll" if platform == "cpu" else "scan"
+        # Unrolled blocks are compiled as one: what remat should compute again is kept on CPU.
+        stack = "unroll" if platform == "cpu" and model.remat == "none" else "scan"
     parts, specs = _declare(model, kernel)
     rows = rules.table(specs, _declare(rules.base_model(config), kernel)[1], config)
     defs = {name: nnx.split(part)[0] for name, part in parts.items()}

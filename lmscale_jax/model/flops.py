@@ -1,12 +1,9 @@
-"""Parameters, floating-point operations and bytes of a model, from its annotations alone."""
+"""Parameters and floating-point operations of a model, from its annotations alone."""
 
-import math
 import re
 
 from lmscale_jax.model import wiring
-from lmscale_jax.model.loss import chunk_length
 from lmscale_jax.model.param import Spec, named
-from lmscale_jax.model.placement import ROWS
 
 # Backward over forward: one product for the inputs' gradient, one for the weights'.
 FORWARD_AND_BACKWARD = 3
@@ -66,75 +63,6 @@ def flops_per_token(config, specs: dict) -> dict[str, float]:
         "6n_non_embedding": 6.0 * n["non_embedding"],
         "model": FORWARD_AND_BACKWARD * sum(forward_flops(config, specs).values()),
     }
-
-
-def memory(
-    config,
-    specs: dict,
-    mesh_sizes: dict[str, int],
-    parts: dict[str, int] | None = None,
-    moments: dict[str, int] | None = None,
-) -> dict[str, int]:
-    """Bytes on one device at the worst moment of a step: an estimate, good to a factor of two.
-
-    Args:
-        config: a resolved config.
-        specs: the model's annotations.
-        mesh_sizes: devices along each axis of the mesh.
-        parts: {path: over how many devices that parameter is split}; None: none is.
-        moments: {path: arrays of its size that the optimizer keeps}; None: AdamW's two.
-
-    Returns:
-        {"parameters", "optimizer", "gradients", "activations", "logits", "total"}. The first three
-        are float32; accumulation holds two gradients at a time.
-    """
-    parts, moments = parts or {}, moments or {}
-    each = {path: 4 * spec.size / parts.get(path, 1) for path, spec in named(specs).items()}
-    local = sum(each.values())
-    shards = math.prod(mesh_sizes[name] for name in ROWS)
-    rows = max(1, config.train.batch_size // config.train.accum // shards)
-    tokens = rows * config.data.seq_len // mesh_sizes["sequence"]
-    sizes = {
-        "parameters": local,
-        "optimizer": sum(size * moments.get(path, 2) for path, size in each.items()),
-        "gradients": local * (2 if config.train.accum > 1 else 1),
-        "activations": tokens * _activation_bytes(config.model, config.data.seq_len, mesh_sizes),
-        "logits": _logit_bytes(config, rows, mesh_sizes["tensor"]),
-    }
-    sizes = {name: int(size) for name, size in sizes.items()}
-    return sizes | {"total": sum(sizes.values())}
-
-
-def _activation_bytes(model, seq_len: int, mesh_sizes: dict[str, int]) -> float:
-    """What the backward pass keeps of one token, bytes.
-
-    Per block: the residual stream twice (float32); two normed inputs; queries, keys, values and the
-    attention's output; the probabilities, which every kernel but XLA's on an accelerator may keep;
-    and the MLP's hidden values before and after the activation, of the gate too.
-    """
-    size = 2 if model.dtype == "bfloat16" else 4
-    tensor = mesh_sizes["tensor"]
-    stream = 2 * 4 * model.d_model
-    heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / tensor
-    products = size * (heads + (2 if _gated(model) else 1) * model.d_ff / tensor)
-    products += size * 2 * model.d_model
-    pointwise = size * (2 * model.d_model + (2 if _gated(model) else 1) * model.d_ff / tensor)
-    probabilities = size * model.n_heads * seq_len / tensor
-    whole = stream + products + pointwise + probabilities
-    kept = {"none": whole, "dots": products, "block": stream / 2}[model.remat]
-    # With recomputation one block at a time is whole.
-    return kept * model.n_layers + (0 if model.remat == "none" else whole)
-
-
-def _gated(model) -> bool:
-    return model.mlp in ("swiglu", "geglu")
-
-
-def _logit_bytes(config, rows: int, tensor: int) -> float:
-    """Logits of one chunk of the loss and their gradient, both float32."""
-    vocab_size = config.model.vocab_size // tensor
-    length = chunk_length(config.model, (rows, config.data.seq_len), vocab_size)
-    return 2 * 4 * rows * length * vocab_size
 
 
 # Dense (not sparse) bfloat16 FLOP/s of one device as JAX counts devices, from the vendors' data

@@ -3,7 +3,6 @@
 Nothing is trained, prepared or allocated: parameters appear as their annotations only.
 """
 
-import math
 import os
 import time
 from collections.abc import Callable
@@ -23,8 +22,9 @@ from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.parametrization import rules
-from lmscale_jax.run import branch
+from lmscale_jax.run import ahead, branch, budget
 from lmscale_jax.run import mesh as meshes
+from lmscale_jax.run import topology as topologies
 
 # Share of the chip's peak that a training step of this size usually reaches.
 EFFICIENCY = 0.4
@@ -34,17 +34,25 @@ CPU_EFFICIENCY = {"float32": 0.5, "bfloat16": 0.2}
 PROBE_SECONDS = 0.2
 
 
-def explain(config: ConfigDict, overrides: dict, config_file: str, print: Callable = print) -> None:
-    """Prints the page for a config as it came from its file and the command line.
+def explain(
+    config: ConfigDict,
+    overrides: dict,
+    config_file: str,
+    print: Callable = print,
+    topology: str = "",
+) -> None:
+    """Prints the page for a config as it came from its file and the command line; then, once it is
+    compiled, what the step takes.
 
     Args:
         config: not yet resolved.
         overrides: {dotted path: value} given on the command line.
         config_file: the value of --config.
         print: takes the text.
+        topology: chips to explain it for, as `run.topology.find` takes them; empty: this machine's.
 
     Raises:
-        InputError: the config is bad, or does not fit this machine's devices.
+        InputError: the config is bad, or does not fit the devices.
     """
     resolved = resolve(config, prepared.vocab_size_of(config.data))
     if not resolved.model.vocab_size:
@@ -53,8 +61,15 @@ def explain(config: ConfigDict, overrides: dict, config_file: str, print: Callab
             f"many ids they use; set model.vocab_size, for example 50257 for GPT-2's tokenizer"
         )
     branch.find(resolved)
-    meshes.start(resolved)
-    mesh = meshes.make(resolved)
+    chips = topologies.find(topology) if topology else None
+    if chips:
+        # Nothing is asked of this machine's devices, which may be busy.
+        jax.config.update("jax_platforms", "cpu")
+        devices = chips.devices() if chips.shape else None
+        mesh = topologies.Mesh(meshes.shape(resolved, chips.count), chips.chip)
+    else:
+        meshes.start(resolved)
+        devices, mesh = None, meshes.make(resolved)
     platform = mesh.devices.flat[0].platform
     model = build.build(resolved, platform=platform, mesh=mesh)
     where = origins(config_file, overrides, config)
@@ -62,6 +77,11 @@ def explain(config: ConfigDict, overrides: dict, config_file: str, print: Callab
         if get(resolved, path) != (given := get(config, path)):
             where[path] = "derived" if where[path] == "base" else f"{where[path]} gave {given:g}"
     print(page(resolved, where, model, mesh, prepared.find_manifest(config.data)))
+    if devices:
+        mesh = meshes.make(resolved, devices)
+        model = build.build(resolved, platform=platform, mesh=mesh)
+    if devices or not chips:
+        print(text([("memory per device (compiled)", aligned(ahead.rows(resolved, model, mesh)))]))
 
 
 def origins(config_file: str, overrides: dict, config) -> dict[str, str]:
@@ -101,9 +121,17 @@ def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: di
         ("data", _data(config, model, manifest)),
         ("mesh", _mesh(mesh)),
         ("choices", [f"{name:<12}{why}" for name, why in chosen.items()]),
-        ("time", _time(config, model, mesh)),
     ]
-    return "\n\n".join("\n".join([title, *("  " + x for x in body)]) for title, body in sections)
+    if isinstance(mesh, topologies.Mesh):
+        sections += [(title, aligned(rows)) for title, rows in budget.forecast(config, model, mesh)]
+    else:
+        sections.append(("time", _time(config, model, mesh)))
+    return text(sections).removeprefix("\n")
+
+
+def text(sections: list[tuple[str, list[str]]]) -> str:
+    """Titles over their lines, an empty line before each."""
+    return "\n".join("\n".join(["", title, *("  " + x for x in body)]) for title, body in sections)
 
 
 def jumps(config) -> list[tuple[int, int, float, float]]:
@@ -245,13 +273,7 @@ def _flops(config, model: build.Model) -> list[str]:
 
 
 def _memory(config, model: build.Model, mesh) -> list[str]:
-    parts = {
-        path: math.prod(mesh.shape[name] for name in over if name)
-        for path, over in meshes.split(model.rows, mesh).items()
-    }
-    mean = 1 if config.optim.ema_decay else 0
-    moments = {path: optim.MOMENTS[row.optimizer] + mean for path, row in model.rows.items()}
-    sizes = flops.memory(config, model.specs, dict(mesh.shape), parts, moments)
+    sizes = budget.sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
     return aligned([(name, f"{size / 2**20:,.0f} MiB") for name, size in sizes.items()])
 
 

@@ -1,0 +1,189 @@
+"""The estimate of memory beside the compiler's own account, and beside what a process takes:
+
+    python -m benchmarks.memory
+
+Each row is the step of run/step.py for one config. `compiled`: the compiler's bytes on one device;
+rows that are there already keep theirs unless --fresh. `measured`, on CPU: the highest resident
+size of a process that takes three steps, less its size before it has a state, from a warm cache of
+compiled programs, over its devices. Rows of a TPU topology need libtpu, and no TPU.
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from benchmarks import machine
+from lmscale_jax import command
+
+CASE = flags.DEFINE_string("case", "", "what one process does, by the command itself")
+WHERE = flags.DEFINE_string("where", "", "only rows whose place begins with this: cpu, v5e")
+FRESH = flags.DEFINE_bool("fresh", False, "compile rows again that are there already")
+VOCABULARY = 32_000
+
+
+def case(name: str, where: str, measured: bool = False, **changes) -> dict:
+    """`where`: cpu and how many devices, or a topology."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    given = {"train.accum": 1} | changes
+    if where.startswith("cpu"):
+        given["mesh.cpu_devices"] = int(where[3:])
+    return {"config": name, "where": where, "changes": given, "measured": measured}
+
+
+def cases() -> list[dict]:
+    f32 = {"model__dtype": "float32"}
+    on_cpu = [
+        case("gpt2_50m", "cpu1", True, train__batch_size=4, **f32),
+        case("gpt2_50m", "cpu1", True, train__batch_size=16),
+        case("gpt2_50m", "cpu1", train__batch_size=16, model__remat="dots"),
+        case("gpt2_50m", "cpu1", train__batch_size=16, model__remat="block"),
+        case("gpt2_50m", "cpu2", True, train__batch_size=8),
+        case("llama_50m", "cpu1", True, train__batch_size=8),
+        case("llama_50m", "cpu1", train__batch_size=8, model__remat="block", model__stack="scan"),
+        case("gpt2_100m", "cpu2", train__batch_size=16),
+        case("transformer_pp_100m", "cpu1", train__batch_size=8, train__accum=2),
+        case("llama_300m", "cpu1", train__batch_size=4),
+    ]
+    split = {"mesh__data": 1, "mesh__fsdp": 16}
+    on_tpu = [
+        case("llama_50m", "v5e:4x4", train__batch_size=128),
+        case("llama_50m", "v5e:4x4", train__batch_size=128, **split),
+        case("llama_300m", "v5e:4x4", train__batch_size=64, model__remat="block", **split),
+        case("gpt2_100m", "v5e:4x4", train__batch_size=128, model__remat="block"),
+        case("gpt2_100m", "v5e:4x4", train__batch_size=128),
+    ]
+    # Rows of docs/scale.md.
+    one = {
+        "model__n_layers": 22, "model__d_model": 2048, "model__n_heads": 32,
+        "model__n_kv_heads": 4, "model__d_ff": 5632, "data__seq_len": 2048,
+    }  # fmt: skip
+    whole = {"train__batch_size": 512, "mesh__data": 1, "mesh__fsdp": 64}
+    on_many = [
+        case("llama_300m", "v5p:4x4x4", **whole),
+        case("llama_300m", "v5p:4x4x4", train__accum=2, **one, **whole),
+    ]
+    return on_cpu + on_tpu + on_many
+
+
+def described(given: dict):
+    """(config, mesh, model) of a case."""
+    from lmscale_jax import config as configs
+    from lmscale_jax.model import build
+    from lmscale_jax.run import mesh as meshes
+    from lmscale_jax.run import topology
+
+    config = importlib.import_module(f"configs.{given['config']}").get_config()
+    config.update_from_flattened_dict(given["changes"])
+    config = configs.resolve(config, VOCABULARY)
+    meshes.start(config)
+    where = given["where"]
+    devices = None if where.startswith("cpu") else topology.find(where).devices()
+    mesh = meshes.make(config, devices)
+    model = build.build(config, platform=mesh.devices.flat[0].platform, mesh=mesh)
+    return config, mesh, model
+
+
+def compiled(given: dict) -> dict:
+    from lmscale_jax.run import ahead
+
+    config, mesh, model = described(given)
+    return ahead.memory(ahead.lowered(config, model, mesh).compile())
+
+
+def measured(given: dict) -> dict:
+    """Bytes that training adds to a process for each of its devices, at the most."""
+    import jax
+    import numpy as np
+
+    from lmscale_jax.data.pipeline import Batch
+    from lmscale_jax.optim import build as optim
+    from lmscale_jax.run import mesh as meshes
+    from lmscale_jax.run import step
+
+    config, mesh, model = described(given)
+    transform = optim.build(config, model.rows, mesh, "cpu")
+    placed = step.shardings(config, model, transform, mesh)
+    shape = (config.train.batch_size, config.data.seq_len)
+    rows = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
+    batch = meshes.put_batch(Batch(rows, rows), mesh)
+    jax.block_until_ready(batch)
+    before = resident("VmRSS")
+    first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
+    state = first()
+    take_step = step.Step(config, model, mesh, placed)
+    for _ in range(3):
+        state, metrics = take_step(state, batch)
+        jax.block_until_ready((state, metrics))
+    return {"added": (resident("VmHWM") - before) // mesh.size}
+
+
+def resident(name: str) -> int:
+    """Bytes of this process by a line of Linux's /proc/self/status."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if name in x)
+    return int(line.split()[1]) * 1024
+
+
+def apart(given: dict, what: str) -> dict:
+    """A process of its own: the number of CPU devices is fixed once."""
+    text = json.dumps(given | {"what": what})
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", f"--case={text}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def estimate(given: dict) -> dict:
+    from lmscale_jax.run import budget
+
+    config, mesh, model = described(given)
+    return budget.sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
+
+
+def key(given: dict) -> str:
+    changes = " ".join(f"{k}={v}" for k, v in sorted(given["changes"].items()))
+    return f"{given['config']} {given['where']} {changes}"
+
+
+WHAT = {"compiled": compiled, "measured": measured, "estimate": estimate}
+
+
+def main() -> None:
+    if CASE.value:
+        given = json.loads(CASE.value)
+        print(json.dumps(WHAT[given["what"]](given)))
+        return
+    path = Path(machine.OUT.value) / "memory.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() and not FRESH.value else {}
+    result = {"machine": machine.facts(None, machine.asked("fresh")), "rows": before}
+    for given in cases():
+        if not given["where"].startswith(WHERE.value):
+            continue
+        row = before.get(key(given), {})
+        if "compiled" not in row:
+            row["compiled"] = apart(given, "compiled")
+        if given["measured"] and "measured" not in row:
+            # From the cache: compiling takes memory too.
+            row["measured"] = apart(given, "measured")["added"]
+        row["estimate"] = apart(given, "estimate")
+        result["rows"][key(given)] = row
+        machine.save("memory", result)
+        print(show(key(given), row), flush=True)
+
+
+def show(name: str, row: dict) -> str:
+    peak, ours = row["compiled"]["peak"], row["estimate"]["total"]
+    said = f"estimate / compiled {ours / peak:.2f}"
+    if "measured" in row:
+        said += f", compiled / measured {peak / row['measured']:.2f}"
+    return f"{name}: compiled {peak / 2**20:,.0f} MiB, {said}"
+
+
+if __name__ == "__main__":
+    command.run(main)

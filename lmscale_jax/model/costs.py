@@ -1,0 +1,256 @@
+"""What a training step costs a chip: operations, bytes, messages, and the time they should take.
+
+Arithmetic of the resolved config, the annotations, the sizes of the mesh axes and a chip's data
+sheet; nothing is compiled. What is sent follows `model.placement` message by message:
+
+- a product gathers its weight over `fsdp` in the type it is computed in, once forward, once
+  backward and once more where remat="block" runs the block again, and scatters the float32 sum of
+  its gradient; a table over vocabulary or positions and the readout are gathered as they lie, in
+  float32, once, and the readout once for all chunks of the loss;
+- what a gradient is split by is summed over the axes that split tokens besides (`replica`, `data`,
+  `sequence`);
+- activations are summed over `tensor` after the products that contract a split axis, and their
+  gradients before those that make one;
+- keys and values are gathered over `sequence`, their gradients scattered.
+
+Every micro-batch sends all of it. A ring over n chips sends (n-1)/n of the array from each chip for
+a gather or a scatter, and twice that for a sum.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lmscale_jax.model import flops, memory
+from lmscale_jax.model.chips import Chip
+from lmscale_jax.model.param import Spec, named
+from lmscale_jax.model.placement import AXES, TOKENS, partition
+
+# Shares of the data sheet's figures that large products, sweeps over memory and long messages are
+# taken to reach. Assumed, not measured: --explain and docs/scale.md say so.
+PRODUCT_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.75, 0.8, 0.8
+# Seconds that each message takes besides its bytes: launch and hops. Assumed, like the shares.
+LATENCY = 10e-6
+# How often a kept activation crosses the memory's edge besides products: written and read going
+# forward, read going back, its gradient written and read. As many for the logits.
+SWEEPS = 5
+# Bytes a second that one host writes of a checkpoint; a parallel file system or an object store.
+WRITE_PER_HOST = 1e9
+
+
+class Message(NamedTuple):
+    """One kind of message over a step.
+
+    Attributes:
+      kind: "gather weights", "scatter gradients", "sum gradients", "sum activations",
+        "gather keys and values".
+      axes: the mesh axes it runs over.
+      fast, network: bytes that one chip sends over its links, and out of its domain.
+      count: of messages.
+      seconds: the longer of the two, at LINK_SHARE, and LATENCY for each message.
+      hidden: it may run beside products that do not wait for it.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    fast: float
+    network: float
+    count: float
+    seconds: float
+    hidden: bool
+
+
+class Step(NamedTuple):
+    """One step on one chip.
+
+    Attributes:
+      model_flops: the convention "model" of `flops.flops_per_token`.
+      chip_flops: with what is computed again.
+      moved: bytes to and from memory.
+      messages: all there are, as `Message`.
+      compute: seconds of products and of the sweeps over memory between them.
+      hidden, exposed: seconds of messages that may run beside, and of the others.
+      seconds: the longer of compute and hidden, plus exposed.
+      mfu: model_flops / (seconds * peak).
+    """
+
+    model_flops: float
+    chip_flops: float
+    moved: float
+    messages: list[Message]
+    compute: float
+    hidden: float
+    exposed: float
+    seconds: float
+    mfu: float
+
+
+def step(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments=None) -> Step:
+    """The forecast of one step; `moments` as in `memory.on_chip`. Products in bfloat16."""
+    chips = math.prod(sizes.values())
+    tokens = config.train.batch_size * config.data.seq_len
+    model_flops = flops.flops_per_token(config, specs)["model"] * tokens / chips
+    chip_flops = model_flops + recomputed(config, specs, sizes) * tokens / chips
+    moved = sum(traffic(config, specs, sizes, moments).values())
+    messages = sent(config, specs, sizes, chip)
+    compute = chip_flops / (chip.peak * PRODUCT_SHARE) + moved / (chip.bandwidth * BANDWIDTH_SHARE)
+    hidden, exposed = (
+        sum(message.seconds for message in messages if message.hidden is side)
+        for side in (True, False)
+    )
+    seconds = max(compute, hidden) + exposed
+    mfu = model_flops / (seconds * chip.peak)
+    return Step(model_flops, chip_flops, moved, messages, compute, hidden, exposed, seconds, mfu)
+
+
+def recomputed(config, specs: dict, sizes: Mapping[str, int]) -> float:
+    """FLOPs of one token that the backward pass does a second time."""
+    parts = flops.forward_flops(config, specs)
+    blocks = {"none": 0.0, "dots": parts["attention"], "block": parts["dense"] + parts["attention"]}
+    return blocks[config.model.remat] + (parts["readout"] if chunks(config, sizes) > 1 else 0.0)
+
+
+def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict[str, float]:
+    """Bytes that cross the edge of one chip's memory in a step, beside products at their peak."""
+    local = memory.local_sizes(specs, sizes)
+    accum, tokens = config.train.accum, memory.tokens_on_chip(config, sizes)
+    compute = memory.type_bytes(config.model)
+    whole = sum(
+        spec.size / _split(spec, sizes, "tensor") for spec in named(specs).values() if spec.n_in
+    )
+    kept = memory.block_bytes(config.model, config.data.seq_len, sizes, "flash").whole
+    again = 1 if config.model.remat == "none" else 2 / SWEEPS + 1
+    logits = 4 * tokens * config.model.vocab_size / sizes.get("tensor", 1)
+    held = {path: 4 * size for path, size in local.items()}
+    return {
+        # Read and written: the parameter, its moments; read: the gradient.
+        "optimizer": sum(
+            size * (3 + 2 * memory.kept(moments, path)) for path, size in held.items()
+        ),
+        # Written once a micro-batch; with several also read and written by the sum.
+        "gradients": accum * sum(held.values()) * (1 if accum == 1 else 3),
+        # Cast or gathered and then read, by each pass.
+        "weights": accum * passes(config.model) * 2 * compute * whole,
+        "activations": accum * tokens * config.model.n_layers * kept * SWEEPS * again,
+        "logits": accum * logits * SWEEPS,
+    }
+
+
+def chunks(config, sizes: Mapping[str, int]) -> int:
+    chunk, length = memory.loss_positions(config, sizes)
+    return length // chunk
+
+
+def passes(model) -> int:
+    """How often a step uses a block's weight: forward, for the input's gradient, and again where
+    the whole block is recomputed."""
+    return 3 if model.remat == "block" else 2
+
+
+def sent(config, specs: dict, sizes: Mapping[str, int], chip: Chip) -> list[Message]:
+    """All messages of one step by kind and axes; those of nothing are left out."""
+    found: dict[tuple, Message] = {}
+    ring = Rings(sizes, chip)
+    for message in (
+        *_of_weights(config, specs, sizes, ring),
+        *_of_activations(config, specs, sizes, ring),
+    ):
+        key = message[:2]
+        before = found.get(key)
+        if before:
+            summed = (a + b for a, b in zip(before[2:6], message[2:6], strict=True))
+            message = Message(*key, *summed, message.hidden)
+        if message.fast or message.network:
+            found[key] = message
+    return list(found.values())
+
+
+class Rings(NamedTuple):
+    """Rings over axes of a mesh whose chips fill domain after domain in the order of AXES."""
+
+    sizes: Mapping[str, int]
+    chip: Chip
+
+    def send(self, kind: str, axes, size: float, count: float, turns: int, hidden: bool) -> Message:
+        """`count` messages of `size` bytes of the whole arrays together; `turns` 1 to gather or
+        scatter, 2 to sum."""
+        axes = tuple(axis for axis in AXES if axis in axes and self.sizes.get(axis, 1) > 1)
+        n = math.prod(self.sizes[axis] for axis in axes)
+        inside = math.prod(self.inside(axis) for axis in axes)
+        fast = turns * size * (n - 1) / n if inside > 1 else 0.0
+        # What enters a domain is shared out over its members' network ports.
+        network = turns * size * (n - inside) / n / inside
+        seconds = max(fast / self.chip.link, network / self.chip.network) / LINK_SHARE
+        seconds += count * LATENCY
+        return Message(kind, axes, fast, network, count, seconds, hidden)
+
+    def inside(self, axis: str) -> int:
+        """Chips along an axis that lie in one domain."""
+        after = AXES[AXES.index(axis) + 1 :]
+        stride = math.prod(self.sizes.get(other, 1) for other in after)
+        return max(1, math.gcd(self.sizes[axis], max(1, self.chip.domain // stride)))
+
+
+def _of_weights(config, specs, sizes, ring: Rings):
+    compute, accum = memory.type_bytes(config.model), config.train.accum
+    for path, spec in named(specs).items():
+        own = accum * 4 * spec.size / _split(spec, sizes, "tensor")
+        each = accum * (spec.shape[0] if spec.axes[0] == "layers" else 1)
+        parts = partition(spec, sizes)
+        rest = [axis for axis in TOKENS if axis not in parts]
+        uses = list(_uses(path, spec, config.model, compute / 4))
+        sums = sum(backward for *_, backward in uses)
+        if "fsdp" in parts:
+            gathers = sum(count for count, *_ in uses)
+            gathered = sum(count * share for count, share, _ in uses)
+            yield ring.send("gather weights", ["fsdp"], gathered * own, gathers * each, 1, True)
+            yield ring.send("scatter gradients", ["fsdp"], sums * own, sums * each, 1, True)
+            own /= sizes["fsdp"]
+        yield ring.send("sum gradients", rest, sums * own, sums * each, 2, True)
+
+
+def _uses(path: str, spec: Spec, model, narrow: float):
+    """(gathers, their bytes over float32's, gradients) of a parameter, each place it is used."""
+    if path == "embed/tokens" and model.head == "tied":
+        yield 1, 1.0, 1
+    if path.startswith("blocks/"):
+        yield passes(model), narrow, 1
+    else:
+        yield 1, 1.0, 1
+
+
+def _of_activations(config, specs, sizes, ring: Rings):
+    model, compute = config.model, memory.type_bytes(config.model)
+    tokens = config.train.accum * memory.tokens_on_chip(config, sizes)
+    stream = tokens * model.d_model
+    forward, turns = 2 if model.remat == "block" else 1, config.train.accum
+    summed, count = 0.0, 0
+    for spec in named(specs["blocks"]).values():
+        parts = partition(spec, sizes)
+        if "tensor" in parts and spec.n_in:
+            into = parts.index("tensor") - 1 < spec.n_in
+            times = model.n_layers * (forward if into else 1)
+            summed, count = summed + times * compute * stream, count + times * turns
+    if _split(named(specs)["embed/tokens"], sizes, "tensor") > 1:
+        # The looked-up rows and their gradient, float32; then the gradient that leaves the readout.
+        summed, count = summed + (2 * 4 + compute) * stream, count + 3 * turns
+    yield ring.send("sum activations", ["tensor"], summed, count, 2, False)
+    t, pieces = sizes.get("tensor", 1), sizes.get("sequence", 1)
+    # Where tensor does not divide them, keys and values are repeated for each query head first.
+    heads = next((n / t for n in (model.n_kv_heads, model.n_heads) if n % t == 0), model.n_kv_heads)
+    whole = 2 * model.n_layers * compute * tokens * pieces * heads * model.head_dim * (forward + 1)
+    count = 2 * model.n_layers * (forward + 1) * turns
+    yield ring.send("gather keys and values", ["sequence"], whole, count, 1, False)
+
+
+def _split(spec: Spec, sizes: Mapping[str, int], axis: str) -> int:
+    return sizes.get(axis, 1) if axis in partition(spec, sizes) else 1
+
+
+def checkpoint(specs: dict, chips: int, chip: Chip, moments=None) -> tuple[float, float]:
+    """(bytes, seconds) of one checkpoint: parameters and optimizer, float32, written by all hosts
+    at WRITE_PER_HOST."""
+    size = sum(
+        4 * spec.size * (1 + memory.kept(moments, path)) for path, spec in named(specs).items()
+    )
+    return size, size / (max(1, -(-chips // chip.host)) * WRITE_PER_HOST)
