@@ -85,10 +85,7 @@ def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | No
     model = config.model
     place = Place(mesh if mesh is not None and mesh.size > 1 else None)
     kernel, why = kernels.choose(config, platform, place)
-    stack = model.stack
-    if stack == "auto":
-        # Unrolled blocks are compiled as one: what remat should compute again is kept on CPU.
-        stack = "unroll" if platform == "cpu" and model.remat == "none" else "scan"
+    stack = _stack(model, platform)
     parts, specs = _declare(model, kernel)
     rows = rules.table(specs, _declare(rules.base_model(config), kernel)[1], config)
     defs = {name: nnx.split(part)[0] for name, part in parts.items()}
@@ -135,6 +132,13 @@ def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | No
     choices |= _described(config, specs, platform)
     init = functools.partial(_init, specs, rows)
     return Model(specs, rows, init, logits, losses, taps, choices)
+
+
+def _stack(model, platform: str) -> str:
+    if model.stack != "auto":
+        return model.stack
+    # Unrolled blocks are compiled as one: what remat should compute again is kept on CPU.
+    return "unroll" if platform == "cpu" and model.remat == "none" else "scan"
 
 
 def _described(config, specs: dict, platform: str) -> dict[str, str]:

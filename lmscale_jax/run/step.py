@@ -73,13 +73,13 @@ class Step:
         # Something that is multiplied by 0 is left out of the program.
         self._numbers = {path: n for path in NUMBERS if (n := get(config, path))}
 
-        def take(state, batch, numbers, measure):
+        def step(state, batch, numbers, measure):
             own = with_numbers(config, numbers)
             transform = optim.build(own, model.rows, mesh, platform)
             return pure(own, model, transform, mesh)(state, batch, measure)
 
         self._run = jax.jit(
-            take, static_argnames="measure", donate_argnums=0, out_shardings=(placed, None)
+            step, static_argnames="measure", donate_argnums=0, out_shardings=(placed, None)
         )
 
     def __call__(self, state: State, batch, measure: tuple[str, ...] = ()):
