@@ -144,6 +144,7 @@ def test_from_a_law_to_a_verdict(ladder, tmp_path):
     assert "<script" not in page and page.count("data:image/png;base64") == 4
 
 
+@pytest.mark.slow
 def test_nothing_is_run_or_forecast_twice(ladder, tmp_path):
     workdir = tmp_path / "w"
     go(ladder(), workdir, until="forecast")
@@ -272,6 +273,7 @@ def test_bad_input_is_refused_in_one_line(ladder, tmp_path, changes, said):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_two_ladders_that_disagree(ladder, tmp_path):
     workdir = tmp_path / "w"
     go(ladder(), workdir, only=["100k"])
@@ -287,6 +289,7 @@ def test_two_ladders_that_disagree(ladder, tmp_path):
         go(ladder(), tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_two_ladders_share_the_cells_they_have_in_common(ladder, tmp_path):
     """More seeds and another arm: only what is new is run."""
     workdir = tmp_path / "w"

@@ -366,6 +366,7 @@ def sharded():
     print("sharded: ok")
 
 
+@pytest.mark.slow
 def test_eight_devices_agree_with_one():
     code = (
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"

@@ -85,7 +85,7 @@ print(json.dumps(sizes))
 @pytest.mark.parametrize(
     ("grid", "optimizer"),
     [
-        ({"mesh.fsdp": 8}, "adamw"),
+        pytest.param({"mesh.fsdp": 8}, "adamw", marks=pytest.mark.slow),
         pytest.param({"mesh.fsdp": 8}, "muon", marks=pytest.mark.slow),
         pytest.param({"mesh.fsdp": 4, "mesh.tensor": 2}, "adamw", marks=pytest.mark.slow),
     ],
