@@ -74,7 +74,7 @@ def show(results: dict) -> str:
     tables = []
     for side, found in results.items():
         rows = [[f"{r['rate']:g}", f"{r['loss']:.4f}"] for r in found["sweep"]]
-        tables.append(machine.table([f"{side}: peak rate", "validation loss"], rows))
+        tables.append(tables.table([f"{side}: peak rate", "validation loss"], rows))
     aim = float(np.mean([r["loss"] for r in results["adamw"]["seeds"]]))
     rows = []
     for side, found in results.items():
@@ -85,7 +85,7 @@ def show(results: dict) -> str:
         mean = f"{np.mean(losses):.4f} ± {spread:.4f}"
         rows.append([side, f"{found['best']:g}", ", ".join(f"{x:.4f}" for x in losses), mean, said])
     head = ["", "peak rate", "by seed", "mean ± deviation", f"step at which {aim:.4f} is reached"]
-    tables.append(machine.table(head, rows))
+    tables.append(tables.table(head, rows))
     return "\n\n".join(tables)
 
 
