@@ -19,12 +19,10 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from benchmarks import machine
 from lmscale_jax.errors import RunFailed
 
 TRIES, PAUSE_SECONDS = 3, 0.05
-OTHERS = flags.DEFINE_float(
-    "others", 0.2, "cores that other processes may use in a turn that counts"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,9 @@ class Worker:
 
 def _clean(others: float, seconds: float) -> bool:
     """Whether others used little of the machine. A test has no flags: the default holds."""
-    return others < seconds * (OTHERS.value if flags.FLAGS.is_parsed() else OTHERS.default)
+    return others < seconds * (
+        machine.OTHERS.value if flags.FLAGS.is_parsed() else machine.OTHERS.default
+    )
 
 
 def _busy_seconds() -> float:

@@ -18,6 +18,9 @@ TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "interpreter 
 LIMIT = flags.DEFINE_float(
     "limit", 7200.0, "seconds after which a shape begins no more rounds, or no more runs begin"
 )
+OTHERS = flags.DEFINE_float(
+    "others", 0.2, "cores that other processes may use in a turn that counts"
+)
 OUT = flags.DEFINE_string(
     "results", str(Path(__file__).parent / "results"), "directory the results are written to"
 )

@@ -40,8 +40,8 @@ PARTS = ("imports, devices", "data and model", "record, checkpoints", "initial s
          "loop, first batch", "step compiled", "first step")  # fmt: skip
 
 
-def once(name: str, cache: Path, workdir: Path) -> dict[str, float]:
-    """Seconds of each part of one process, and of all."""
+def once(name: str, cache: Path, workdir: Path) -> tuple[dict[str, float], dict]:
+    """(seconds of each part of one process, and of all; its device)."""
     path, keys = CONFIGS[name]
     program = [sys.executable, "-m", "benchmarks.start_worker", f"--config={path}"]
     program += [f"--config.{key}" for key in [*keys, *EXTRA.value]] + [f"--workdir={workdir}"]
@@ -57,7 +57,7 @@ def once(name: str, cache: Path, workdir: Path) -> dict[str, float]:
     found, last = {}, begin
     for part in PARTS:
         found[part], last = marks[part] - last, marks[part]
-    return found | {"all": last - begin}
+    return found | {"all": last - begin}, marks["device"]
 
 
 def cold_copy(filled: Path, empty: Path) -> Path:
@@ -75,7 +75,8 @@ def measure(name: str, folder: Path) -> dict[str, dict]:
         for kind in list(seen)[:: 1 if number % 2 == 0 else -1]:
             label = f"{name}-{kind}-{number}"
             cache = filled if kind == "warm" else cold_copy(filled, folder / f"{label}-cache")
-            seen[kind].append(once(name, cache, folder / label))
+            found, device = once(name, cache, folder / label)
+            seen[kind].append(found)
             print(f"{label}: {seen[kind][-1]['all']:.1f} s", flush=True)
             if kind == "cold":
                 shutil.rmtree(cache)
@@ -85,6 +86,7 @@ def measure(name: str, folder: Path) -> dict[str, dict]:
                 part: interleave.quartiles([one[part] for one in rounds]) for part in rounds[0]
             },
             "by_round": rounds,
+            "device": device,
         }
         for kind, rounds in seen.items()
     }

@@ -47,7 +47,9 @@ def watch() -> None:
             mark("step compiled")
             jax.block_until_ready(compiled(state, batch))
             mark("first step")
-            print("\n" + json.dumps(MARKS), flush=True)
+            kind = jax.devices()[0].device_kind
+            said = MARKS | {"device": {"kind": kind, "count": jax.device_count()}}
+            print("\n" + json.dumps(said), flush=True)
             # The run is not to go on, and its threads are not to be waited for.
             os._exit(0)
 

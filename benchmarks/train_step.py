@@ -70,14 +70,17 @@ def commands(shape: dict, torch: bool, dtypes: tuple[str, ...], changes: dict) -
             devices = devices or (0 if accelerated else machine.cores_for(shape["B"]))
             own = [f"--shape={text}", f"--dtype={dtype}", f"--devices={devices}"]
             found[label] = [*module, *own, f"--changes={json.dumps(changes)}"]
+    chosen = tuple(ROWS.value)
+    found = {k: v for k, v in found.items() if not chosen or k.startswith(chosen)}
     for dtype in dtypes:
+        if not any(dtype in label for label in found):
+            continue
         if torch:
             precision = {"bfloat16": "bf16-pure"}.get(dtype, dtype)
             more = ["product", "--precision", precision, "--size", side]
             found[f"{PRODUCT}torch {dtype}"] = [*peer, *more]
         found[f"{PRODUCT}ours {dtype}"] = [*module, f"--product={side}", f"--dtype={dtype}"]
-    chosen = tuple(ROWS.value)
-    return {k: v for k, v in found.items() if not chosen or k.startswith((*chosen, PRODUCT))}
+    return found
 
 
 def timed(jobs: dict) -> tuple[dict, dict, dict, dict]:
