@@ -73,7 +73,7 @@ def measure(length: int, platform: str) -> list[dict]:
 
     programs, rows = {}, []
     for name in kernels.KERNELS:
-        reason = kernels.unable(name, config_of(length), platform, shards=1)
+        reason = kernels.unable(name, config_of(length), platform)
         if reason:
             print(f"{length}: no {name}: {reason}", flush=True)
         else:

@@ -116,7 +116,9 @@ def measure(
     def turn(worker, first: bool) -> None:
         label = worker.label
         if first:
-            quickest[label] = min(worker.chunk(2)[0].ms for _ in range(2))
+            quickest[label] = worker.chunk(2)[0].ms
+            if quickest[label] < chunk_ms:
+                quickest[label] = min(quickest[label], worker.chunk(2)[0].ms)
             return
         chunk, losses[label] = _clean_chunk(worker, chunk_ms, quickest)
         chunks.setdefault(label, []).append(chunk)

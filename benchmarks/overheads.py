@@ -3,8 +3,8 @@
     python -m benchmarks.overheads --shape=4
 
 Each change is compared with the plain step in turns within one process, a pair at a time, so that
-no more than two states are held; the programs are compiled ahead. "temporaries" is what the
-compiler counts for them, over that of the plain step. What cannot run here is said in its row.
+no more than two states are held; the programs are compiled ahead. "temporaries" are those that the
+compiler counts for one device, over those of the plain step. What cannot run here is said.
 """
 
 import gc

@@ -134,7 +134,7 @@ def start(found: dict) -> str:
 
 def overheads(found: dict) -> str:
     """overheads.json: steps with one thing changed over the plain step."""
-    head = ["changed", "/ the plain step", "plain, ms", "ms", "clean rounds", "temporaries"]
+    head = ["changed", "/ the plain step", "plain, ms", "ms", "clean rounds", "temporaries / plain"]
     rows = []
     for label, one in found["rows"].items():
         if "error" in one:

@@ -103,6 +103,13 @@ def test_results_are_json_with_lists_on_one_line(tmp_path):
     assert json.loads(text) == result and "[ 1.5, 2.5 ]" in text
 
 
+# A model that compiles in a second or two; the results then bear the config's name.
+TINY = [
+    "--config=configs/quickstart.py", "--config.model.n_layers=1", "--config.model.d_model=16",
+    "--config.data.seq_len=8", "--config.data.vocab_size=300", "--rounds=1", "--chunk_ms=1",
+]  # fmt: skip
+
+
 def benchmark(name: str, results: Path, *arguments: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a benchmark, on a machine that need not be quiet."""
     given = ["--others=99", "--torch_python=no-such-python", f"--results={results}", *arguments]
@@ -120,14 +127,14 @@ def check_facts(found: dict) -> None:
 
 
 def test_steps_have_times_rates_and_shares(tmp_path):
-    few = ["--shapes=1", "--rounds=2", "--chunk_ms=1", "--product=128"]
-    status, out, err = benchmark("train_step", tmp_path, *few, "--rows=ours float32, one device")
+    few = [*TINY, "--product=128", "--batches=2", "--rows=ours float32, one device"]
+    status, out, err = benchmark("train_step", tmp_path, *few)
     assert status == 0, err
-    result = json.loads((tmp_path / "train_step.json").read_text())
+    result = json.loads((tmp_path / "train_step_quickstart.json").read_text())
     check_facts(result["machine"])
-    one = result["shapes"]["1"]
+    one = result["shapes"]["quickstart B=2"]
     row = one["rows"]["ours float32, one device"]
-    assert row["ms"]["n"] == 2 and len(row["ms"]["quartiles"]) == 2
+    assert row["ms"]["n"] == 1 and len(row["ms"]["quartiles"]) == 2
     assert row["device"]["platform"] and row["device"]["count"] == 1
     assert row["tokens_s"] == pytest.approx(1e3 * one["tokens"] / row["ms"]["median"])
     assert row["gflops"] == pytest.approx(one["flops"] / row["ms"]["median"] / 1e6)
@@ -136,12 +143,11 @@ def test_steps_have_times_rates_and_shares(tmp_path):
 
 
 def test_a_step_is_taken_apart(tmp_path):
-    few = ["--shapes=1", "--dtypes=float32", "--rounds=1", "--chunk_ms=1"]
-    status, out, err = benchmark("breakdown", tmp_path, *few)
+    status, out, err = benchmark("breakdown", tmp_path, *TINY, "--batch=2")
     assert status == 0, err
-    result = json.loads((tmp_path / "breakdown.json").read_text())
+    result = json.loads((tmp_path / "breakdown_quickstart.json").read_text())
     check_facts(result["machine"])
-    one = result["rows"]["1, float32"]
+    one = result["rows"]["quickstart B=2, float32"]
     assert one["device"]["count"] == 1
     assert all(part["n"] == 1 for part in one["parts"].values())
     turns = {name: own[0]["ms"] for name, own in one["turns"].items()}
@@ -151,10 +157,10 @@ def test_a_step_is_taken_apart(tmp_path):
 
 
 def test_changes_are_divided_by_the_plain_step(tmp_path):
-    few = ["--shape=1", "--rounds=1", "--chunk_ms=1", "--changes=qk_norm,fp8"]
+    few = [*TINY, "--batch=2", "--changes=qk_norm,fp8"]
     status, out, err = benchmark("overheads", tmp_path, *few)
     assert status == 0, err
-    result = json.loads((tmp_path / "overheads.json").read_text())
+    result = json.loads((tmp_path / "overheads_quickstart.json").read_text())
     check_facts(result["machine"])
     rows = result["rows"]
     assert rows["qk_norm"]["ratio"]["n"] == 1 and rows["qk_norm"]["bytes_ratio"] > 0
@@ -162,6 +168,17 @@ def test_changes_are_divided_by_the_plain_step(tmp_path):
     if result["device"]["platform"] == "cpu":
         assert "not fp8" in rows["fp8"]["error"]
     assert tables.overheads(result) in out
+
+
+def test_every_kernel_that_serves_has_a_row(tmp_path):
+    few = ["--lengths=8", "--tokens=128", "--heads=1", "--head_dim=8", "--rounds=1", "--turn=0"]
+    status, out, err = benchmark("attention", tmp_path, *few)
+    assert status == 0, err
+    (path,) = tmp_path.glob("attention_*.json")
+    result = json.loads(path.read_text())
+    check_facts(result)
+    assert {"plain", "xla"} <= {row["kernel"] for row in result["rows"]}
+    assert tables.attention(result) in out
 
 
 @pytest.mark.slow
