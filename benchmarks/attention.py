@@ -11,7 +11,7 @@ import time
 
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from lmscale_jax import command
 from lmscale_jax.errors import InputError
 
@@ -73,7 +73,7 @@ def measure(length: int, platform: str) -> list[dict]:
 
     programs, rows = {}, []
     for name in kernels.KERNELS:
-        reason = kernels.unable(name, config_of(length), platform, shards=1)
+        reason = kernels.unable(name, config_of(length), platform)
         if reason:
             print(f"{length}: no {name}: {reason}", flush=True)
         else:
@@ -105,10 +105,7 @@ def main() -> None:
     for length in lengths:
         found["rows"] += measure(length, device.platform)
         machine.save(f"attention_{device.platform}_{DTYPE.value}", found)
-    head = ["length", "kernel", "ms, forward and backward", "over xla", "temporaries, MiB"]
-    rows = [[str(r["length"]), r["kernel"], f"{r['ms']:.2f}", f"{r['over_xla']:.2f}",
-             f"{r['temporary_bytes'] / 2**20:.1f}"] for r in found["rows"]]  # fmt: skip
-    print(f"\n{device.device_kind}, {DTYPE.value}\n\n{machine.table(head, rows)}")
+    print(f"\n{tables.headline(found)}\n\n{tables.attention(found)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 import numpy as np
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from lmscale_jax import command
 
 INPUT = flags.DEFINE_string("input", "kyo_takano", "bundled table, or a CSV with n, d or c, loss")
@@ -112,42 +112,6 @@ def ours(table, weights) -> dict:
     }
 
 
-def show(result: dict) -> str:
-    """The table of a result, as Markdown."""
-    own, other = result["ours"], result["peer"]
-    scale = result["asked"]["starts"] / other["starts"]
-    note = "" if scale == 1 else f" (extrapolated from {other['starts']})"
-    rows = [
-        ["full point fit, s", f"{own['fit_s']:.4f}", f"{other['fit_s'] * scale:.1f}{note}"],
-        ["the same with the other widths and all checks, s", f"{own['fit_and_checks_s']:.4f}", ""],
-        ["starts", str(own["starts"]), str(result["asked"]["starts"])],
-        ["objective", f"{own['objective']:.10e}", f"{other['objective']:.10e}"],
-        [
-            "starts that end within 0.1 % of the best",
-            f"{100 * own['agree'] / own['starts']:.0f} %",
-            f"{100 * other['within_0.1%']:.1f} %",
-        ],
-        ["starts that end more than 10 % worse", "", f"{100 * other['over_10%']:.1f} %"],
-    ]
-    if other["draws"]:
-        factor = own["draws"] / other["draws"]
-        note = "" if factor == 1 else f" (extrapolated from {other['draws']})"
-        ratio = np.array(other["drawn"]) / np.array(own["drawn"][: other["draws"]])
-        rows += [
-            [
-                f"{own['draws']} bootstrap draws, s",
-                f"{own['draws_s']:.2f}",
-                f"{other['draws_s'] * factor:.1f}{note}",
-            ],
-            [
-                "draws ending more than 1e-6 worse than the other's",
-                f"{100 * np.mean(ratio < 1 - 1e-6):.1f} %",
-                f"{100 * np.mean(ratio > 1 + 1e-6):.1f} %",
-            ],
-        ]
-    return machine.table(["", "ours", "L-BFGS-B, finite differences"], rows)
-
-
 def main() -> None:
     from lmscale_jax.science import read
 
@@ -163,9 +127,12 @@ def main() -> None:
         "ours": ours(table, weights),
         "peer": peer(table, weights),
     }
-    print(f"{machine.headline(result)}\n{table.name}, {rows} points\n\n{show(result)}")
-    for side in ("ours", "peer"):
-        result[side].pop("drawn")
+    own, other = (np.array(result[side].pop("drawn")) for side in ("ours", "peer"))
+    if both := min(len(own), len(other)):
+        ratio = other[:both] / own[:both]
+        result["ours"]["worse_draws"] = float(np.mean(ratio < 1 - 1e-6))
+        result["peer"]["worse_draws"] = float(np.mean(ratio > 1 + 1e-6))
+    print(f"{tables.headline(result)}\n{table.name}, {rows} points\n\n{tables.fits(result)}")
     machine.save("fits", result)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import tables
 from lmscale_jax import command
 
 DATA = flags.DEFINE_string("data", None, "directory of the reference data", required=True)
@@ -52,7 +52,7 @@ def main() -> None:
     for name in CURVES:
         rows.append(row(f"{name}, curves", dataset(name, str(folder / "seed_runs")), 1e-3))
     head = ["data", "points", "delta", "E", "A", "B", "alpha", "beta", "F", "warnings"]
-    print(machine.table(head, rows))
+    print(tables.table(head, rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from lmscale_jax import command
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "members of each arm", lower_bound=2)
@@ -139,7 +139,7 @@ def show(found: dict) -> str:
             name, f"{arm['non_embedding']:,}", str(arm["d_ff"]), str(arm["steps"]),
             f"{np.mean(arm['loss']):.4f} ± {np.std(arm['loss'], ddof=1):.4f}", *told,
         ])  # fmt: skip
-    return machine.table(head, rows)
+    return tables.table(head, rows)
 
 
 def main() -> None:

@@ -2,22 +2,27 @@
 
 Speed drifts by more than the differences looked for, so steps are timed in short chunks, every
 process has one in each round, the order turns around from round to round, and only chunks of the
-same round are divided by each other. A chunk during which other processes had more than `DIRTY`
+same round are divided by each other. A chunk during which other processes had more than `--others`
 cores' worth of time is tried again, and left out if that does not help.
 """
 
+import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from absl import flags
 
+from benchmarks import machine
 from lmscale_jax.errors import RunFailed
 
-DIRTY, TRIES, PAUSE_SECONDS = 0.2, 3, 0.05
+TRIES, PAUSE_SECONDS = 3, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +37,32 @@ class Chunk:
 
 
 class Worker:
-    """A process that prints `ready`, then for each line "N" times N steps: "milliseconds loss"."""
+    """A process that prints `ready` and facts, then for each line "N" times N steps: "ms loss"."""
 
-    def __init__(self, label: str, command: list[str]):
-        self.label = label
+    def __init__(self, label: str, command: list[str], environment: dict | None = None):
+        self.label, self.facts = label, {}
         self._errors = tempfile.TemporaryFile("w+")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._process = subprocess.Popen(command, text=True, bufsize=1, **pipes)
+        variables = os.environ | (environment or {})
+        self._process = subprocess.Popen(command, text=True, bufsize=1, env=variables, **pipes)
 
     def wait(self) -> None:
-        """Until it is warmed up."""
-        self._read(lambda line: line.strip() == "ready")
+        """Until it is warmed up; `facts` is then what it said of itself."""
+        line = self._read(lambda line: line.split()[:1] == ["ready"])
+        self.facts = json.loads(line.partition(" ")[2] or "{}")
 
     def chunk(self, steps: int) -> tuple[Chunk, float]:
         """Times some steps. Returns also the loss of the last one."""
         begin, busy, own = time.perf_counter(), _busy_seconds(), self._cpu_seconds()
-        self._process.stdin.write(f"{steps}\n")
+        with contextlib.suppress(BrokenPipeError):  # reading says what it died of
+            self._process.stdin.write(f"{steps}\n")
         ms, loss = (float(word) for word in self._read(lambda line: True).split())
         others = (_busy_seconds() - busy) - (self._cpu_seconds() - own)
-        return Chunk(ms, others < DIRTY * (time.perf_counter() - begin)), loss
+        return Chunk(ms, _clean(others, time.perf_counter() - begin)), loss
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
     def _read(self, wanted) -> str:
@@ -72,6 +81,13 @@ class Worker:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def _clean(others: float, seconds: float) -> bool:
+    """Whether others used little of the machine. A test has no flags: the default holds."""
+    return others < seconds * (
+        machine.OTHERS.value if flags.FLAGS.is_parsed() else machine.OTHERS.default
+    )
+
+
 def _busy_seconds() -> float:
     """Seconds that all cores were busy since boot; 0 where there is no /proc: all chunks pass."""
     try:
@@ -83,30 +99,74 @@ def _busy_seconds() -> float:
 
 
 def measure(
-    workers: list[Worker], rounds: int, chunk_ms: float, limit_s: float
+    workers: list,
+    rounds: int,
+    chunk_ms: float,
+    limit_s: float,
+    failed: dict[str, str] | None = None,
 ) -> tuple[dict[str, list[Chunk]], dict[str, float]]:
     """The chunks of each worker by its label, one a round, and its last loss.
 
-    After `limit_s` seconds no new round begins.
+    After `limit_s` seconds no new round begins. With `failed`, a worker that dies is left out and
+    put there with its last words; else that is a RunFailed.
     """
     end = time.perf_counter() + limit_s
-    quickest = {w.label: min(w.chunk(2)[0].ms for _ in range(2)) for w in workers}
-    chunks: dict[str, list[Chunk]] = {w.label: [] for w in workers}
-    losses = {}
-    for number in range(rounds):
-        if time.perf_counter() > end:
+    quickest, chunks, losses, living = {}, {}, {}, list(workers)
+
+    def turn(worker, first: bool) -> None:
+        label = worker.label
+        if first:
+            quickest[label] = worker.chunk(2)[0].ms
+            if quickest[label] < chunk_ms:
+                quickest[label] = min(quickest[label], worker.chunk(2)[0].ms)
+            return
+        chunk, losses[label] = _clean_chunk(worker, chunk_ms, quickest)
+        chunks.setdefault(label, []).append(chunk)
+
+    for number in range(-1, rounds):
+        # One round at least, so that every worker has a time.
+        if number > 0 and time.perf_counter() > end:
             break
-        for worker in workers[:: 1 if number % 2 == 0 else -1]:
-            steps = max(2, round(chunk_ms / quickest[worker.label]))
-            for _ in range(TRIES):
-                time.sleep(PAUSE_SECONDS)
-                chunk, losses[worker.label] = worker.chunk(steps)
-                if chunk.clean:
-                    quickest[worker.label] = min(quickest[worker.label], chunk.ms)
-                    break
-                time.sleep(5 * PAUSE_SECONDS)
-            chunks[worker.label].append(chunk)
-    return chunks, losses
+        for worker in living[:: 1 if number % 2 == 0 else -1]:
+            try:
+                turn(worker, number < 0)
+            except RunFailed as error:
+                if failed is None:
+                    raise
+                failed[worker.label] = str(error)
+                living.remove(worker)
+                chunks.pop(worker.label, None)
+    order = [w.label for w in workers if w.label in chunks]
+    return {label: chunks[label] for label in order}, losses
+
+
+def _clean_chunk(worker, chunk_ms: float, quickest: dict) -> tuple[Chunk, float]:
+    """The first of some tries in which the machine was ours, or the last of them."""
+    steps = max(2, round(chunk_ms / quickest[worker.label]))
+    for _ in range(TRIES):
+        time.sleep(PAUSE_SECONDS)
+        chunk, loss = worker.chunk(steps)
+        if chunk.clean:
+            quickest[worker.label] = min(quickest[worker.label], chunk.ms)
+            break
+        time.sleep(5 * PAUSE_SECONDS)
+    return chunk, loss
+
+
+class Turns:
+    """Steps in this process that take turns as a `Worker` does: `run(n)` makes n of them, waits,
+    and returns the last loss."""
+
+    def __init__(self, label: str, run: Callable[[int], float]):
+        self.label, self.run = label, run
+
+    def chunk(self, steps: int) -> tuple[Chunk, float]:
+        self.run(1)
+        begin, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+        loss = self.run(steps)
+        spent = time.perf_counter() - begin
+        others = (_busy_seconds() - busy) - (time.process_time() - own)
+        return Chunk(spent / steps * 1e3, _clean(others, spent)), loss
 
 
 def quartiles(values) -> dict:

@@ -1,6 +1,7 @@
-"""What a table of times must say about where it was made; how tables and results are written."""
+"""What a table of times must say about where it was made; how results are written."""
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -16,6 +17,9 @@ from lmscale_jax.run import record
 TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "interpreter that has PyTorch")
 LIMIT = flags.DEFINE_float(
     "limit", 7200.0, "seconds after which a shape begins no more rounds, or no more runs begin"
+)
+OTHERS = flags.DEFINE_float(
+    "others", 0.2, "cores that other processes may use in a turn that counts"
 )
 OUT = flags.DEFINE_string(
     "results", str(Path(__file__).parent / "results"), "directory the results are written to"
@@ -38,21 +42,48 @@ def torch_version(python: str) -> str | None:
     return None
 
 
+def accelerated() -> bool:
+    """Whether JAX has a backend beside CPU installed. Asks no device: a process that did would
+    hold it."""
+    from lmscale_jax.run import mesh
+
+    return any(importlib.util.find_spec(name) for name in mesh.ACCELERATORS)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cores_for(batch: int) -> int:
+    """The most cores that a batch divides over."""
+    return max(n for n in range(1, cores() + 1) if batch % n == 0)
+
+
 def facts(torch: str | None, asked: dict) -> dict:
     """Processor, versions, commit, date and what was asked for."""
     provenance = record.provenance()
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cores(),
         "system": platform.system(),
         "versions": provenance["versions"] | {"torch": torch},
         "code": provenance["code"],
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "asked": asked,
     }
+
+
+def resolved(config) -> tuple[str, object]:
+    """(name of --config's file, the config as it would be used). Tokens are random here, so no
+    tokenizer is asked how many it has."""
+    from ml_collections import config_flags
+
+    from lmscale_jax import config as configs
+
+    given = config_flags.get_config_filename(flags.FLAGS["config"])
+    rows = config.model.vocab_size or config.data.vocab_size
+    return Path(given.partition(":")[0]).stem, configs.resolve(config, rows)
 
 
 def asked(*names: str) -> dict:
@@ -73,23 +104,6 @@ def _cpu() -> dict:
         "model": said.get("model"),
         "instructions": [name for name in _NOTABLE if name in has],
     }
-
-
-def headline(facts: dict) -> str:
-    """One line above a table."""
-    cpu, versions = facts["cpu"], facts["versions"]
-    numbers = f" (family {cpu['family']}, model {cpu['model']})" if cpu.get("family") else ""
-    return (
-        f"{cpu['name']}{numbers}, {facts['cores']} cores, {' '.join(cpu['instructions'])}; "
-        f"Python {versions['python']}, jax {versions['jax']}, torch {versions['torch']}; "
-        f"{facts['date']}"
-    )
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown, the first column being text and the others numbers."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def save(name: str, result: dict, directory: Path | None = None) -> None:

@@ -7,15 +7,16 @@ passes" and "combined pull-back" are the ways of benchmarks/mur_forms.py to the 
 """
 
 import functools
-import time
 
 from absl import flags
 
-from benchmarks import interleave, machine
-from benchmarks.shapes import SHAPES
-from benchmarks.train_step import cell
+from benchmarks import interleave, machine, tables
+from benchmarks.shapes import SHAPES, config_of, said
 from lmscale_jax import command
 
+WANTED = flags.DEFINE_list("shapes", ["1", "2"], "numbers of the shapes")
+ROUNDS = flags.DEFINE_integer("rounds", 16, "turns of each form", lower_bound=1)
+CHUNK = flags.DEFINE_float("chunk_ms", 400.0, "milliseconds of one turn; 2 steps at the least")
 CORES = flags.DEFINE_integer("devices", 1, "mesh.cpu_devices")
 STACK = flags.DEFINE_enum("stack", "unroll", ["unroll", "scan"], "model.stack")
 REMAT = flags.DEFINE_enum("remat", "none", ["none", "block", "dots"], "model.remat")
@@ -37,15 +38,15 @@ FORMS = {
 }
 
 
-class Form:
-    """A compiled step with the two methods of `interleave.Worker` that `measure` uses."""
+class Form(interleave.Turns):
+    """A compiled step that takes turns."""
 
     def __init__(self, label: str, shape: dict):
         import jax
 
         from lmscale_jax.run import step
 
-        self.label = label
+        super().__init__(label, self._steps)
         setup, measure, gradient = _setup(shape, *FORMS[label])
         config, model, transform, grid = setup
         if gradient is not None:
@@ -61,25 +62,16 @@ class Form:
         memory = self._step.memory_analysis()
         self.flops = self._step.cost_analysis()["flops"]
         self.bytes = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        self._run(2)
+        self._steps(2)
 
-    def _run(self, steps: int) -> float:
+    def _steps(self, steps: int) -> float:
         for _ in range(steps):
             self._state, metrics = self._step(self._state, self._batch)
         return float(metrics["train_loss"])
 
-    def chunk(self, steps: int) -> tuple[interleave.Chunk, float]:
-        self._run(1)
-        begin, busy, own = time.perf_counter(), interleave._busy_seconds(), time.process_time()
-        loss = self._run(steps)
-        spent = time.perf_counter() - begin
-        others = (interleave._busy_seconds() - busy) - (time.process_time() - own)
-        return interleave.Chunk(spent / steps * 1e3, others < interleave.DIRTY * spent), loss
-
 
 def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     from benchmarks import mur_forms
-    from configs import nanogpt_char
     from lmscale_jax import config as configs
     from lmscale_jax import derived
     from lmscale_jax.model.build import build
@@ -87,14 +79,8 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     from lmscale_jax.optim import build as optim
     from lmscale_jax.run import mesh
 
-    config = nanogpt_char.get_config()
-    sizes = {
-        "model.d_model": shape["D"], "model.n_layers": shape["L"], "model.n_heads": shape["H"],
-        "model.gelu": shape["gelu"], "model.dtype": DTYPE.value, "model.stack": STACK.value,
-        "model.remat": REMAT.value, "model.dropout": 0.0, "data.seq_len": shape["T"],
-        "train.batch_size": shape["B"], "train.steps": 100_000, "mesh.cpu_devices": CORES.value,
-    }  # fmt: skip
-    config.update_from_flattened_dict(sizes | changes)
+    how = {"model.stack": STACK.value, "model.remat": REMAT.value}
+    config = config_of(shape, DTYPE.value, CORES.value, how | changes)
     config = configs.resolve(config, shape["V"])
     mesh.start(config)
     grid = mesh.make(config)
@@ -106,7 +92,7 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
         layers, lam = derived.mur_layers(config), config.mur.lambda_max
         value = getattr(mur_forms, form)(config, model, how, lam, layers, weigh)
 
-        def gradient(params, batch, key, asked=None):
+        def gradient(params, batch, key, asked=None, step=None):
             # The step reports nothing, so what would be taken out is not missed.
             return *value(params, batch, key), {}
 
@@ -127,7 +113,7 @@ def _batch(shape: dict, grid):
 def compare(shape: dict) -> dict:
     """{form: {"ms", "ratio", "bytes", "bytes_ratio"}}, ratios to the step without it."""
     forms = [Form(label, shape) for label in FORMS if label in (FORMS_WANTED.value or FORMS)]
-    rounds, chunk_ms = flags.FLAGS.rounds, flags.FLAGS.chunk_ms
+    rounds, chunk_ms = ROUNDS.value, CHUNK.value
     chunks, losses = interleave.measure(forms, rounds, chunk_ms, machine.LIMIT.value)
     return {
         f.label: {
@@ -146,38 +132,17 @@ def compare(shape: dict) -> dict:
     }
 
 
-def show(result: dict) -> str:
-    head = [
-        "",
-        "ms a step",
-        "/ off",
-        "/ off, all rounds",
-        "clean rounds",
-        "FLOPs / off",
-        "memory / off",
-    ]
-    rows = [
-        [
-            label, cell(row["ms"], 1), cell(row["ratio"], 3), cell(row["ratio_of_all_rounds"], 3),
-            f"{row['ms']['n']} of {row['rounds']}", f"{row['flops_ratio']:.3f}",
-            f"{row['bytes_ratio']:.2f}",
-        ]
-        for label, row in result.items()
-    ]  # fmt: skip
-    return machine.table(head, rows)
-
-
 def main() -> None:
-    wanted = [int(number) for number in flags.FLAGS.shapes]
+    wanted = [int(number) for number in WANTED.value]
     asked = machine.asked(
         "shapes", "stack", "remat", "dtype", "devices", "rounds", "chunk_ms", "limit"
     )
     result = {"machine": machine.facts(None, asked), "shapes": {}}
-    print(machine.headline(result["machine"]))
+    print(tables.headline(result["machine"]))
     for number in wanted:
         found = compare(SHAPES[number])
         result["shapes"][str(number)] = {"shape": SHAPES[number], "rows": found}
-        print(f"\nShape {number} ({SHAPES[number]})\n\n{show(found)}", flush=True)
+        print(f"\nShape {number} ({said(SHAPES[number])})\n\n{tables.mur(found)}", flush=True)
         machine.save(f"mur_{STACK.value}_{REMAT.value}_{DTYPE.value}", result)
 
 

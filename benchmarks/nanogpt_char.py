@@ -8,7 +8,6 @@ alternate, seed by seed, the first one changing.
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from lmscale_jax import command
 from lmscale_jax.errors import InputError, RunFailed
 
@@ -99,34 +98,6 @@ def timed(side: str, text: Path, precision: str, seed: int, folder: Path) -> dic
     return run | {"cpu_seconds": cpu} | read(out)
 
 
-def show(runs: list[dict]) -> str:
-    """Means over seeds, and the standard deviation of the loss between them."""
-    head = ["", "seeds", "whole process, s", "steps/s in the loop", "validation loss", "by seed"]
-    rows = []
-    for precision in dict.fromkeys(r["precision"] for r in runs):
-        for side in dict.fromkeys(r["side"] for r in runs):
-            some = [r for r in runs if (r["side"], r["precision"]) == (side, precision)]
-            if not some:
-                continue
-            losses = [r["val_loss"] for r in some]
-            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-            rows.append([
-                f"{side} {precision}", str(len(some)), spans([r["seconds"] for r in some]),
-                spans([r["steps_per_second"] for r in some]),
-                f"{statistics.fmean(losses):.4f}{spread}",
-                ", ".join(f"{loss:.4f}" for loss in losses),
-            ])  # fmt: skip
-    return machine.table(head, rows)
-
-
-def spans(values: list[float]) -> str:
-    """Mean and range."""
-    mean = statistics.fmean(values)
-    return (
-        f"{mean:.1f} ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else f"{mean:.1f}"
-    )
-
-
 def measure(text: Path, torch: bool, result: dict, folder: Path) -> None:
     """All pairs of runs; results are written after each."""
     begin, sides = time.perf_counter(), ["torch", "ours"] if torch else ["ours"]
@@ -161,9 +132,9 @@ def main() -> None:
         made = text.name if TEXT.value else library_text(text)
         asked = machine.asked("seeds", "steps", "precisions", "limit")
         result = {"machine": machine.facts(torch, asked), "text": made, "runs": []}
-        print(f"{machine.headline(result['machine'])}\ntext: {made}", flush=True)
+        print(f"{tables.headline(result['machine'])}\ntext: {made}", flush=True)
         measure(text, torch is not None, result, Path(folder))
-    print("\n" + show(result["runs"]))
+    print("\n" + tables.whole_runs(result["runs"]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from lmscale_jax import command
 
 WORKDIR = flags.DEFINE_string("runs", "runs/optimizers", "directory of the runs")
@@ -71,10 +71,10 @@ def reached(curve: list[tuple[int, float]], loss: float) -> float | None:
 
 def show(results: dict) -> str:
     """Both tables of docs/optimizers.md."""
-    tables = []
+    made = []
     for side, found in results.items():
         rows = [[f"{r['rate']:g}", f"{r['loss']:.4f}"] for r in found["sweep"]]
-        tables.append(machine.table([f"{side}: peak rate", "validation loss"], rows))
+        made.append(tables.table([f"{side}: peak rate", "validation loss"], rows))
     aim = float(np.mean([r["loss"] for r in results["adamw"]["seeds"]]))
     rows = []
     for side, found in results.items():
@@ -85,8 +85,8 @@ def show(results: dict) -> str:
         mean = f"{np.mean(losses):.4f} ± {spread:.4f}"
         rows.append([side, f"{found['best']:g}", ", ".join(f"{x:.4f}" for x in losses), mean, said])
     head = ["", "peak rate", "by seed", "mean ± deviation", f"step at which {aim:.4f} is reached"]
-    tables.append(machine.table(head, rows))
-    return "\n\n".join(tables)
+    made.append(tables.table(head, rows))
+    return "\n\n".join(made)
 
 
 def main() -> None:

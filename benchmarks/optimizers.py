@@ -11,9 +11,8 @@ import sys
 
 from absl import flags
 
-from benchmarks import interleave, machine
+from benchmarks import interleave, machine, tables
 from benchmarks.shapes import SHAPES, config_of
-from benchmarks.train_step import cell
 from lmscale_jax import command
 from lmscale_jax.errors import InputError
 
@@ -83,22 +82,6 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     return {"rule": steps * shape["D"] / tokens, "share": spent / whole}
 
 
-def show(results: dict[str, dict]) -> str:
-    """One table over all sizes."""
-    head = ["", "tokens a step", "side", "ms a step", "/ adamw", "/ stacked", "T m / B", "share"]
-    rows = []
-    for size, found in results.items():
-        tokens = found["shape"]["B"] * found["shape"]["T"]
-        for label, row in found["rows"].items():
-            versus = "" if label == "adamw" else cell(row["ratio_to_adamw"], 2)
-            stacked = cell(row["ratio_to_stacked"], 2) if "muon" in label else ""
-            expected = [f"1 + {found[k]:.2f}" if label == "muon" else "" for k in ("rule", "share")]
-            rows.append(
-                [size, f"{tokens:,}", label, cell(row["ms"], 1), versus, stacked, *expected]
-            )
-    return machine.table(head, rows)
-
-
 def main() -> None:
     sizes = {}
     for text in SIZES.value:
@@ -108,12 +91,12 @@ def main() -> None:
         sizes[text] = int(number), int(batch)
     asked = machine.asked("sizes", "turns", "turn_ms", "cpu_devices", "limit")
     result = {"machine": machine.facts(None, asked), "sizes": {}}
-    print(machine.headline(result["machine"]), flush=True)
+    print(tables.headline(result["machine"]), flush=True)
     for text, size in sizes.items():
         result["sizes"][text] = compare(*size)
         print(f"{text} done", flush=True)
         machine.save("optimizers", result)
-    print(f"\n{show(result['sizes'])}")
+    print(f"\n{tables.optimizers(result['sizes'])}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""nanoGPT's decoder and its training loop in PyTorch eager: the peer of both benchmarks.
+"""Decoders and nanoGPT's training loop in PyTorch: the peer of the benchmarks.
 
 It runs under whatever interpreter has PyTorch, so it imports nothing else, of this project only
-shapes.py beside it, and takes its settings by argparse.
+shapes.py and turns.py beside it, and takes its settings by argparse. It takes a GPU where PyTorch
+sees one.
 
-    peer_torch.py step --shape 1 --precision float32
+    peer_torch.py step --shape 1 --precision float32 [--compile default]
+    peer_torch.py product --size 2048 --precision float32
+    peer_torch.py loss --shape JSON --weights FILE
     peer_torch.py train --text FILE --precision float32 --seed 0 --out DIRECTORY
 """
 
@@ -16,59 +19,116 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from shapes import SHAPES
+from shapes import SHAPES, whole
 from turns import serve
 
 PRECISIONS = ("float32", "bf16-autocast", "bf16-pure")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS = 1e-5
+
+
+class Rms(nn.Module):
+    def __init__(self, D):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, EPS)
+
+
+def norm(shape):
+    if shape["norm"] == "rmsnorm":
+        return Rms(shape["D"])
+    return nn.LayerNorm(shape["D"], bias=shape["bias"], eps=EPS)
+
+
+def rope(T, size, theta=1e4):
+    """Cosines and sines, [T, size]: channel i turns with channel i + size / 2."""
+    frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
+    angle = torch.outer(torch.arange(T, dtype=torch.float32), frequency).repeat(1, 2)
+    return angle.cos().to(DEVICE), angle.sin().to(DEVICE)
+
+
+def rotate(x, tables):
+    cos, sin = tables
+    a, b = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
 class Block(nn.Module):
-    def __init__(self, D, H, gelu):
-        super().__init__()
-        self.H, self.gelu = H, gelu
-        self.ln_1, self.ln_2 = nn.LayerNorm(D, bias=False), nn.LayerNorm(D, bias=False)
-        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
-        self.up, self.down = nn.Linear(D, 4 * D, bias=False), nn.Linear(4 * D, D, bias=False)
+    """q, k and v are one product, and so are the gate and the hidden values of a gated MLP."""
 
-    def forward(self, x):
+    def __init__(self, shape):
+        super().__init__()
+        D, H, K, hidden, bias = (shape[name] for name in ("D", "H", "K", "F", "bias"))
+        self.H, self.K, self.gated = H, K, shape["mlp"] == "swiglu"
+        self.gelu = {"erf": "none"}.get(shape["gelu"], shape["gelu"])
+        self.sizes = [D, D // H * K, D // H * K]
+        self.ln_1, self.ln_2 = norm(shape), norm(shape)
+        self.qkv, self.out = nn.Linear(D, sum(self.sizes), bias=bias), nn.Linear(D, D, bias=bias)
+        self.up = nn.Linear(D, hidden * (2 if self.gated else 1), bias=bias)
+        self.down = nn.Linear(hidden, D, bias=bias)
+
+    def forward(self, x, tables):
         B, T, D = x.shape
-        heads = self.qkv(self.ln_1(x)).split(D, dim=2)
-        q, k, v = (a.view(B, T, self.H, D // self.H).transpose(1, 2) for a in heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        heads = self.qkv(self.ln_1(x)).split(self.sizes, dim=2)
+        q, k, v = (a.view(B, T, -1, D // self.H).transpose(1, 2) for a in heads)
+        if tables is not None:
+            q, k = rotate(q, tables), rotate(k, tables)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.K != self.H)
         x = x + self.out(y.transpose(1, 2).contiguous().view(B, T, D))
-        hidden = F.gelu(self.up(self.ln_2(x)), approximate=self.gelu)
+        hidden = self.up(self.ln_2(x))
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * hidden
+        else:
+            hidden = F.gelu(hidden, approximate=self.gelu)
         return x + self.down(hidden)
 
 
 class Decoder(nn.Module):
-    """GPT-2 without biases and dropout, the readout tied; initialised as in nanoGPT."""
+    """GPT-2 or Llama, without dropout; initialised as in nanoGPT."""
 
-    def __init__(self, D, L, H, T, V, gelu):
+    def __init__(self, shape):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(V, D), nn.Embedding(T, D)
-        self.blocks = nn.ModuleList(
-            [Block(D, H, {"erf": "none"}.get(gelu, gelu)) for _ in range(L)]
-        )
-        self.ln = nn.LayerNorm(D, bias=False)
+        shape = whole(shape)
+        D, L, V = shape["D"], shape["L"], shape["V"]
+        self.tokens = nn.Embedding(V, D)
+        learned = shape["positions"] == "learned"
+        self.positions = nn.Embedding(shape["P"], D) if learned else None
+        self.tables = None if learned else rope(shape["T"], D // shape["H"])
+        self.blocks = nn.ModuleList([Block(shape) for _ in range(L)])
+        self.ln = norm(shape)
+        self.readout = nn.Linear(D, V, bias=False) if shape["head"] == "untied" else None
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * L) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, x, y, reduction="mean"):
-        h = self.tokens(x) + self.positions(torch.arange(x.shape[1]))
+        h = self.tokens(x)
+        if self.positions is not None:
+            h = h + self.positions(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
-            h = block(h)
-        logits = F.linear(self.ln(h), self.tokens.weight)
+            h = block(h, self.tables)
+        readout = self.tokens if self.readout is None else self.readout
+        logits = F.linear(self.ln(h), readout.weight)
         return F.cross_entropy(
             logits.view(-1, logits.shape[-1]), y.reshape(-1), ignore_index=-1, reduction=reduction
         )
 
 
 class Trainer:
-    """One training step of a precision: forward, backward, clip to 1, fused AdamW."""
+    """One training step of a precision: forward, backward, clip to 1, fused AdamW.
 
-    def __init__(self, model, precision: str):
+    `compiled`: a mode of torch.compile for forward and loss, whose backward pass follows, or None.
+    The optimizer's fused kernel stays as it is: it is one call already.
+    """
+
+    def __init__(self, model, precision: str, compiled: str | None = None):
+        model = model.to(DEVICE)
         self.model = model.to(torch.bfloat16) if precision == "bf16-pure" else model
         self.autocast = precision == "bf16-autocast"
         parameters = list(model.parameters())
@@ -77,10 +137,11 @@ class Trainer:
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=True)
+        self.call = torch.compile(model, mode=compiled, dynamic=False) if compiled else model
 
     def loss(self, x, y, reduction="mean"):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
-            return self.model(x, y, reduction)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=self.autocast):
+            return self.call(x, y, reduction)
 
     def step(self, x, y):
         loss = self.loss(x, y)
@@ -91,16 +152,28 @@ class Trainer:
         return loss.detach()
 
 
+def facts() -> dict:
+    gpu = DEVICE.type == "cuda"
+    kind = torch.cuda.get_device_name() if gpu else "cpu"
+    return {"device": {"platform": DEVICE.type, "kind": kind, "count": 1}}
+
+
 # --- Steps on random tokens, driven by interleave.py --------------------------------------------
 
 
+def shape_of(args) -> dict:
+    shape = SHAPES[int(args.shape)] if args.shape.isdigit() else json.loads(args.shape)
+    return shape | ({"gelu": args.gelu} if args.gelu else {})
+
+
 def time_steps(args) -> None:
-    shape = dict(SHAPES[args.shape])
-    shape["gelu"] = args.gelu or shape["gelu"]
-    B, T, V = shape.pop("B"), shape["T"], shape["V"]
+    shape = shape_of(args)
+    B, T, V = shape["B"], shape["T"], shape["V"]
     torch.manual_seed(0)
-    trainer = Trainer(Decoder(**shape), args.precision)
-    data = [torch.randint(0, V, (B, T + 1)) for _ in range(8)]
+    if DEVICE.type == "cuda":  # as XLA multiplies float32 on a GPU by default
+        torch.set_float32_matmul_precision("high")
+    trainer = Trainer(Decoder(shape), args.precision, args.compile)
+    data = [torch.randint(0, V, (B, T + 1)).to(DEVICE) for _ in range(8)]
     batches = [(b[:, :-1].contiguous(), b[:, 1:].contiguous()) for b in data]
     done = 0
 
@@ -111,7 +184,37 @@ def time_steps(args) -> None:
             done += 1
         return float(loss)
 
-    serve(run)
+    serve(run, facts())
+
+
+def time_product(args) -> None:
+    """A bare product of two square matrices, again and again."""
+    dtype = torch.float32 if args.precision == "float32" else torch.bfloat16
+    if DEVICE.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    a, b = (torch.randn(args.size, args.size).to(DEVICE, dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def run(steps):
+        for _ in range(steps):
+            torch.matmul(a, b, out=out)
+        return float(out[0, 0])
+
+    serve(run, facts() | {"flops": 2 * args.size**3})
+
+
+def print_loss(args) -> None:
+    """The loss of given weights and tokens, and the norm of its gradient, in float32."""
+    given = json.loads(Path(args.weights).read_text())
+    model = Decoder(shape_of(args))
+    model.load_state_dict({name: torch.tensor(x) for name, x in given["weights"].items()})
+    trainer = Trainer(model, "float32", args.compile)
+    x, y = (torch.tensor(given[name], device=DEVICE) for name in ("tokens", "targets"))
+    loss = trainer.loss(x, y)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    print(json.dumps({"loss": float(loss), "grad_norm": float(norm)}))
 
 
 # --- nanoGPT's run ------------------------------------------------------------------------------
@@ -131,7 +234,7 @@ def read(path: str):
     """(ids of the first nine tenths, ids of the rest, vocabulary size), one id a character."""
     text = Path(path).read_bytes().decode()
     ids = {c: i for i, c in enumerate(sorted(set(text)))}
-    tokens = torch.tensor([ids[c] for c in text])
+    tokens = torch.tensor([ids[c] for c in text], device=DEVICE)
     cut = int(0.9 * len(text))
     return tokens[:cut], tokens[cut:], len(ids)
 
@@ -147,7 +250,8 @@ def whole_loss(trainer, tokens, B, T):
     """(mean loss over every label of `tokens` but the first, their number): windows in order."""
     n, total = len(tokens) - 1, 0.0
     windows = math.ceil(n / T)
-    x, y = torch.zeros(windows * T, dtype=torch.long), torch.full((windows * T,), -1)
+    x = torch.zeros(windows * T, dtype=torch.long, device=DEVICE)
+    y = torch.full((windows * T,), -1, device=DEVICE)
     x[:n], y[:n] = tokens[:-1], tokens[1:]
     x, y = x.view(windows, T), y.view(windows, T)
     for i in range(0, windows, B):
@@ -164,10 +268,10 @@ def sampled_loss(trainer, tokens, B, T):
 
 def train(args) -> None:
     shape = dict(SHAPES[1])
-    B, T = shape.pop("B"), shape["T"]
+    B, T = shape["B"], shape["T"]
     training, held_out, shape["V"] = read(args.text)
     torch.manual_seed(args.seed)
-    trainer = Trainer(Decoder(**shape), args.precision)
+    trainer = Trainer(Decoder(shape), args.precision)
     best, seconds, timed = math.inf, 0.0, 0
     for step in range(args.steps + 1):
         if step % EVAL_EVERY == 0 or step == args.steps:
@@ -196,17 +300,21 @@ def train(args) -> None:
 
 
 def main() -> None:
+    jobs = {"step": time_steps, "product": time_product, "loss": print_loss, "train": train}
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("step", "train"))
+    parser.add_argument("what", choices=jobs)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--shape", type=int, choices=SHAPES, default=1)
+    parser.add_argument("--shape", default="1", help="its number, or the shape as JSON")
+    parser.add_argument("--compile", help="mode of torch.compile; none by default")
+    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--weights")
     parser.add_argument("--gelu", choices=("erf", "tanh"))
     parser.add_argument("--text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    (time_steps if args.what == "step" else train)(args)
+    jobs[args.what](args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 
 from absl import flags
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import GPT2_WITHOUT_READOUT, SHAPES
 from benchmarks.turns import timed
 from lmscale_jax import command
 
@@ -95,7 +95,7 @@ def pieces(shape: dict, dtype: str) -> dict[str, float]:
 
 
 def main() -> None:
-    print(json.dumps({n: pieces(shape, DTYPE.value) for n, shape in SHAPES.items()}))
+    print(json.dumps({n: pieces(SHAPES[n], DTYPE.value) for n in GPT2_WITHOUT_READOUT}))
 
 
 if __name__ == "__main__":

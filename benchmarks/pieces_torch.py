@@ -8,7 +8,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-from shapes import SHAPES
+from shapes import GPT2_WITHOUT_READOUT, SHAPES
 from turns import timed
 
 
@@ -83,4 +83,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     precision = parser.parse_args().precision
-    print(json.dumps({n: pieces(shape, precision) for n, shape in SHAPES.items()}))
+    print(json.dumps({n: pieces(SHAPES[n], precision) for n in GPT2_WITHOUT_READOUT}))

@@ -15,7 +15,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from configs import base
 from lmscale_jax.lab import population
 from lmscale_jax.run import mesh, step, train
@@ -106,6 +106,7 @@ def main(_) -> None:
     for width in WIDTHS.value:
         found["sizes"].append(measure(int(width)))
         machine.save("population", found)
+    print(f"\n{tables.headline(found)}\n\n{tables.population(found)}")
 
 
 if __name__ == "__main__":

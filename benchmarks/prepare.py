@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from benchmarks import machine
+from benchmarks import machine, tables
 from lmscale_jax import command
 
 COPIES = flags.DEFINE_integer("copies", 1, "of the text, each a little different", lower_bound=1)
@@ -94,6 +94,7 @@ def consumed() -> float:
         1e3 * one["shape"]["B"] * one["shape"]["T"] / row["ms"]["median"]
         for one in found["shapes"].values()
         for row in one["rows"].values()
+        if row.get("ms", {}).get("median")
     )
 
 
@@ -115,17 +116,10 @@ def main() -> None:
     def middle(name):
         return statistics.median(row[name] for row in rows)
 
-    found = machine.facts(None, machine.asked("copies", "rounds", "vocabulary"))
-    machine.save("prepare", found | {"characters": characters, "rounds": rows})
-    tokens = rows[0]["tokens"]
-    table = [
-        ["ours: train the BPE, split, encode, write, hash", f"{middle('ours_s'):.1f}",
-         f"{tokens / middle('ours_s'):,.0f}"],
-        ["datasets.map with the tokenizer given, one array", f"{middle('plain_s'):.1f}",
-         f"{rows[0]['plain_tokens'] / middle('plain_s'):,.0f}"],
-    ]  # fmt: skip
-    print(f"\n{characters:,} characters\n")
-    print(machine.table(["", "seconds", "tokens a second"], table))
+    result = machine.facts(None, machine.asked("copies", "rounds", "vocabulary"))
+    result |= {"characters": characters, "rounds": rows}
+    machine.save("prepare", result)
+    print(f"\n{characters:,} characters\n\n{tables.prepare(result)}")
     ratio = middle("read") / consumed()
     print(
         f"\nreading: {middle('read'):,.0f} tokens a second in one thread, {ratio:,.0f} times what "

@@ -1,18 +1,22 @@
 """A worker taking turns, and timing. Only the standard library: any interpreter reads it."""
 
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 
 
-def serve(run: Callable[[int], float]) -> None:
-    """Warms up, says "ready", then for each number of steps read prints ms a step and the loss.
+def serve(run: Callable[[int], float], facts: dict | None = None) -> None:
+    """Warms up, says "ready" with some facts as JSON, then for each number of steps read prints ms
+    a step and the loss.
 
     `run(n)` makes n steps, waits for them and returns the last loss.
     """
+    begin = time.perf_counter()
     run(3)
-    print("ready", flush=True)
+    facts = (facts or {}) | {"first_steps_s": round(time.perf_counter() - begin, 3)}
+    print("ready", json.dumps(facts), flush=True)
     for line in sys.stdin:
         run(1)  # wakes the threads and fills the caches; not measured
         begin = time.perf_counter()

@@ -1,12 +1,16 @@
 """A process that takes the project's own training step on random tokens; see interleave.Worker."""
 
+import json
+
 from absl import flags
 
 from benchmarks.shapes import SHAPES, config_of
 from benchmarks.turns import serve
 from lmscale_jax import command
 
-SHAPE = flags.DEFINE_integer("shape", 1, "number of the shape")
+SHAPE = flags.DEFINE_string("shape", "1", "number of the shape, or the shape as JSON")
+CHANGES = flags.DEFINE_string("changes", "{}", "further keys of the config, as JSON")
+PRODUCT = flags.DEFINE_integer("product", 0, "side of a bare product in place of steps; 0: steps")
 DTYPE = flags.DEFINE_string("dtype", "float32", "model.dtype")
 GELU = flags.DEFINE_string("gelu", "", "model.gelu; empty: the shape's own")
 DEVICES = flags.DEFINE_integer("devices", 0, "mesh.cpu_devices; 0: the default, one a core")
@@ -28,12 +32,12 @@ def one_by_one(stacks: dict, iterate, mesh) -> dict:
     return {path: each(x) for path, x in stacks.items()}
 
 
-def make(shape: dict, dtype: str, devices: int):
-    """A function that takes N steps and returns the last loss, as run/train.py takes them."""
+def make(shape: dict, dtype: str, devices: int, changes: dict):
+    """(a function that takes N steps as run/train.py does and returns the last loss, facts)."""
     from lmscale_jax import config as configs
     from lmscale_jax.run import mesh
 
-    config = config_of(shape, dtype, devices)
+    config = config_of(shape, dtype, devices, changes)
     config.optim.name = OPTIMIZER.value
     if OPTIMIZER.value != "adamw":
         config.optim.muon_dtype = NS_DTYPE.value
@@ -44,6 +48,7 @@ def make(shape: dict, dtype: str, devices: int):
     import numpy as np
 
     from lmscale_jax.data.pipeline import Batch
+    from lmscale_jax.model import flops
     from lmscale_jax.model.build import build
     from lmscale_jax.optim import build as optim
     from lmscale_jax.optim import muon
@@ -72,14 +77,52 @@ def make(shape: dict, dtype: str, devices: int):
         jax.block_until_ready(state)
         return float(metrics["train_loss"])
 
-    return run
+    per_token = flops.flops_per_token(config, model.specs)["model"]
+    counts = flops.counts(model.specs)
+    return run, device(grid) | {"flops": per_token * shape["B"] * shape["T"], "counts": counts}
+
+
+def device(grid) -> dict:
+    one = grid.devices.flat[0]
+    kind = {"platform": one.platform, "kind": one.device_kind, "count": grid.devices.size}
+    return {"device": kind}
+
+
+def make_product(side: int, dtype: str):
+    """(a function that multiplies two square matrices N times, facts)."""
+    from lmscale_jax import config as configs
+    from lmscale_jax.run import mesh
+
+    config = configs.resolve(config_of(SHAPES[1], dtype, 0), 65)
+    mesh.start(config)
+
+    import jax
+    import jax.numpy as jnp
+
+    platform = jax.devices()[0].platform
+    # Where a CPU has no kernel that rounds, the float32 sums are several times faster.
+    wide = jnp.float32 if platform == "cpu" else jnp.dtype(dtype)
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (side, side), jnp.dtype(dtype)) for key in keys)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=wide))
+
+    def run(times: int) -> float:
+        for _ in range(times):
+            c = product(a, b)
+        return float(c[0, 0])
+
+    return run, device(mesh.make(config, jax.devices()[:1])) | {"flops": 2 * side**3}
 
 
 def main() -> None:
-    shape = SHAPES[SHAPE.value]
-    shape = shape | {"gelu": GELU.value or shape["gelu"], "B": BATCH.value or shape["B"]}
-    run = make(shape, DTYPE.value, DEVICES.value)
-    serve(run)
+    if PRODUCT.value:
+        serve(*make_product(PRODUCT.value, DTYPE.value))
+        return
+    text = SHAPE.value
+    shape = SHAPES[int(text)] if text.isdigit() else json.loads(text)
+    shape = shape | ({"gelu": GELU.value} if GELU.value else {})
+    shape = shape | ({"B": BATCH.value} if BATCH.value else {})
+    serve(*make(shape, DTYPE.value, DEVICES.value, json.loads(CHANGES.value)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""A training command that stops after its first step and says when each part of it was done.
+
+What runs is `lmscale_jax.main` and below it, with marks put around some of its functions; the times
+are wall-clock seconds as JSON in the last line. See start.py.
+"""
+
+import json
+import os
+import time
+
+from lmscale_jax import command, main
+
+MARKS = {}
+
+
+def mark(name: str) -> None:
+    MARKS[name] = time.time()
+
+
+def watch() -> None:
+    """Puts marks into run.train, and an end after the first step."""
+    import jax
+
+    from lmscale_jax.run import train
+
+    prepare, restore, make = train.prepare, train.restore_or_begin, train.step.make
+
+    def prepared(*given):
+        mark("imports, devices")
+        found = prepare(*given)
+        mark("data and model")
+        return found
+
+    def begun(setup, checkpoints, say):
+        mark("record, checkpoints")
+        found = restore(setup, checkpoints, say)
+        jax.block_until_ready(found)
+        mark("initial state")
+        return found
+
+    def made(*given):
+        program = make(*given)
+
+        def first(state, batch, measure):
+            mark("loop, first batch")
+            compiled = program.lower(state, batch, measure=measure).compile()
+            mark("step compiled")
+            jax.block_until_ready(compiled(state, batch))
+            mark("first step")
+            kind = jax.devices()[0].device_kind
+            said = MARKS | {"device": {"kind": kind, "count": jax.device_count()}}
+            print("\n" + json.dumps(said), flush=True)
+            # The run is not to go on, and its threads are not to be waited for.
+            os._exit(0)
+
+        return first
+
+    train.prepare, train.restore_or_begin, train.step.make = prepared, begun, made
+
+
+def timed() -> None:
+    run = main.run
+
+    def watched(config, workdir):
+        watch()
+        run(config, workdir)
+
+    main.run = watched
+    main.main()
+
+
+if __name__ == "__main__":
+    command.run(timed)
