@@ -116,7 +116,7 @@ class Loop:
         silence = writers.Silence()
         self._journal = Journal(of.config, folder, 0, {}, self._clock, "benchmark", silence)
         self._watchdog = Watchdog(of.config.log.watchdog)
-        self._take = step.make(of.config, of.model, of.transform, of.grid, of.placed)
+        self._take = step.Step(of.config, of.model, of.grid, of.placed)
         self(2)
 
     def __call__(self, steps: int) -> float:

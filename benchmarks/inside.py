@@ -69,15 +69,18 @@ class Steps(Turns):
 
         super().__init__(label, self._steps)
         self._batch, self._state = of.batch(), of.initial()
-        take = step.make(of.config, of.model, of.transform, of.grid, of.placed)
-        self._take = take.lower(self._state, self._batch, measure=measure).compile()
+        take = step.Step(of.config, of.model, of.grid, of.placed)
+        self._take, self._numbers = (
+            take.lower(self._state, self._batch, measure).compile(),
+            take.numbers,
+        )
         memory = self._take.memory_analysis()
         self.bytes = memory.temp_size_in_bytes if memory else None
         self._steps(2)
 
     def _steps(self, steps: int) -> float:
         for _ in range(steps):
-            self._state, metrics = self._take(self._state, self._batch)
+            self._state, metrics = self._take(self._state, self._batch, self._numbers)
         return float(metrics["train_loss"])
 
 

@@ -57,6 +57,7 @@ class Form(interleave.Turns):
         self._state = begin()
         take = step.Step(config, model, grid, placed)
         self._step = take.lower(self._state, self._batch, measure=measure).compile()
+        self._numbers = take.numbers
         if gradient is not None:
             step.make_gradient = ours
         memory = self._step.memory_analysis()
@@ -66,7 +67,7 @@ class Form(interleave.Turns):
 
     def _steps(self, steps: int) -> float:
         for _ in range(steps):
-            self._state, metrics = self._step(self._state, self._batch)
+            self._state, metrics = self._step(self._state, self._batch, self._numbers)
         return float(metrics["train_loss"])
 
 

@@ -66,12 +66,15 @@ def shardings(config, model: Model, transform, mesh: Mesh) -> State:
 
 
 class Step:
-    """The jitted `step(state, batch, measure=())`; the state given is consumed."""
+    """The jitted `step(state, batch, measure=())`; the state given is consumed.
+
+    What `lower` compiles to is called with (state, batch, numbers).
+    """
 
     def __init__(self, config, model: Model, mesh: Mesh, placed: State):
         platform = mesh.devices.flat[0].platform
         # Something that is multiplied by 0 is left out of the program.
-        self._numbers = {path: n for path in NUMBERS if (n := get(config, path))}
+        self.numbers = {path: n for path in NUMBERS if (n := get(config, path))}
 
         def step(state, batch, numbers, measure):
             own = with_numbers(config, numbers)
@@ -83,11 +86,11 @@ class Step:
         )
 
     def __call__(self, state: State, batch, measure: tuple[str, ...] = ()):
-        return self._run(state, batch, self._numbers, measure=measure)
+        return self._run(state, batch, self.numbers, measure=measure)
 
     def lower(self, state: State, batch, measure: tuple[str, ...] = ()):
         """As `jax.jit`'s, for arrays or their descriptions."""
-        return self._run.lower(state, batch, self._numbers, measure=measure)
+        return self._run.lower(state, batch, self.numbers, measure=measure)
 
 
 def with_numbers(config, numbers: dict) -> ConfigDict:
