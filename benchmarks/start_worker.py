@@ -23,7 +23,7 @@ def watch() -> None:
 
     from lmscale_jax.run import train
 
-    prepare, restore, make = train.prepare, train.restore_or_begin, train.step.make
+    prepare, restore, make = train.prepare, train.restore_or_begin, train.step.Step
 
     def prepared(*given):
         mark("imports, devices")
@@ -45,7 +45,7 @@ def watch() -> None:
             mark("loop, first batch")
             compiled = program.lower(state, batch, measure=measure).compile()
             mark("step compiled")
-            jax.block_until_ready(compiled(state, batch))
+            jax.block_until_ready(compiled(state, batch, program.numbers))
             mark("first step")
             kind = jax.devices()[0].device_kind
             said = MARKS | {"device": {"kind": kind, "count": jax.device_count()}}
@@ -55,7 +55,7 @@ def watch() -> None:
 
         return first
 
-    train.prepare, train.restore_or_begin, train.step.make = prepared, begun, made
+    train.prepare, train.restore_or_begin, train.step.Step = prepared, begun, made
 
 
 def timed() -> None:
