@@ -302,6 +302,7 @@ def test_two_ladders_share_the_cells_they_have_in_common(ladder, tmp_path):
     assert "relu2" in last and "swiglu" in last
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_recorded_and_the_rest_go_on(ladder, tmp_path):
     class Diverging(Oracle):
         def _write(self, cell):

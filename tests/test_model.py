@@ -156,9 +156,11 @@ def loss_and_gradient(model, params, ids, key=None):
 
 
 @pytest.mark.parametrize("how, dropout", [
-    ({"remat": "dots"}, 0.0), ({"loss_chunk": 8}, 0.0), ({"attention": "plain"}, 0.0),
-    ({"attention": "xla"}, 0.0), ({"stack": "scan"}, 0.2), ({"remat": "block"}, 0.2),
+    ({"loss_chunk": 8}, 0.0), ({"attention": "plain"}, 0.0), ({"attention": "xla"}, 0.0),
     ({"stack": "scan", "remat": "block", "loss_chunk": 2}, 0.2),
+    pytest.param({"remat": "dots"}, 0.0, marks=pytest.mark.slow),
+    pytest.param({"stack": "scan"}, 0.2, marks=pytest.mark.slow),
+    pytest.param({"stack": "unroll", "remat": "block"}, 0.2, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_execution_changes_no_number(how, dropout):
     key = jax.random.key(5) if dropout else None
