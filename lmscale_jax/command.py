@@ -19,6 +19,8 @@ def run(main: Callable[[], None]) -> None:
 
     def body(_argv) -> None:
         logging.set_verbosity(logging.WARNING)
+        # Into a file or a pipe too, a line is there when it is printed, not an hour later.
+        sys.stdout.reconfigure(line_buffering=True)
         try:
             main()
         except InputError as error:

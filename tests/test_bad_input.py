@@ -1,8 +1,11 @@
 """Bad data and bad work directories, as a user meets them: one line, status 2, nothing written."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
-from conftest import flags, run
+from conftest import ROOT, flags, run
 
 SMALL = {
     "model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "data.seq_len": 16,
@@ -114,3 +117,17 @@ def test_batch_that_the_devices_cannot_split(tmp_path, settings):
     assert (status, err.count("\n")) == (2, 1), err
     assert "train.batch_size=8" in err and "9 would work" in err
     assert not workdir.exists()
+
+
+def test_lines_are_there_when_they_are_printed():
+    """Not when a buffer is full: who follows a log would see nothing for a quarter of an hour."""
+    code = "import time; from lmscale_jax import command; "
+    code += "command.run(lambda: (print('begun'), time.sleep(60)))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert process.stdout.readline() == "begun\n" and process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
