@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, each in processes of its own:
 
-    python -m benchmarks --torch_python=PATH [--budget=short|full] [--only=train_step,start]
+    python -m benchmarks --torch_python=PATH [--length=short|full] [--only=train_step,start]
     python -m benchmarks --tables
 
 Each prints its tables and writes its JSON to --results. One that fails is named, the others go on,
@@ -23,8 +23,8 @@ from lmscale_jax import command
 from lmscale_jax.errors import InputError, RunFailed
 
 ONLY = flags.DEFINE_list("only", [], "some of the benchmarks by name; all by default")
-BUDGET = flags.DEFINE_enum(
-    "budget", "short", ["short", "full"], "short: under half an hour on two quiet cores"
+LENGTH = flags.DEFINE_enum(
+    "length", "short", ["short", "full"], "short: under half an hour on two quiet cores"
 )
 TABLES = flags.DEFINE_bool("tables", False, "only make the README's tables of the results anew")
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 class Run:
     """Attributes:
     module: what is run.
-    short: flags of --budget=short; full takes the module's own defaults and `always`.
+    short: flags of --length=short; full takes the module's own defaults and `always`.
     always: flags of both.
     minutes: after which it is stopped, short; full has ten times as long.
     """
@@ -84,7 +84,7 @@ class Outcome:
 
 def command_of(run: Run) -> list[str]:
     given = [f"--{n}={flags.FLAGS[n].value}" for n in ("results", "torch_python", "others")]
-    more = run.short if BUDGET.value == "short" else ()
+    more = run.short if LENGTH.value == "short" else ()
     return [sys.executable, "-m", f"benchmarks.{run.module}", *run.always, *more, *given]
 
 
@@ -146,7 +146,7 @@ def main() -> None:
         return
     if unknown := [name for name in ONLY.value if name not in PLAN]:
         raise InputError(f"--only={unknown[0]}: one of {','.join(PLAN)} would work")
-    longer = 1 if BUDGET.value == "short" else 10
+    longer = 1 if LENGTH.value == "short" else 10
     run_all(
         {
             name: (command_of(run), 60 * run.minutes * longer)
