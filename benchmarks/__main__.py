@@ -51,6 +51,7 @@ class Run:
 PLAN = {
     "train_step": Run("train_step", ("--rounds=5", "--limit=45"), minutes=25),
     "start": Run("start", ("--rounds=3",)),
+    "cores": Run("cores", ("--rounds=4", "--limit=20")),
     "breakdown": Run("breakdown", ("--rounds=4", "--limit=8"), minutes=12),
     "overheads": Run("overheads", ("--rounds=3", "--limit=6"), minutes=12),
     "mur": Run("mur", ("--rounds=4", "--limit=20", "--shapes=1")),

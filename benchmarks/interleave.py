@@ -45,20 +45,29 @@ class Worker:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         variables = os.environ | (environment or {})
         self._process = subprocess.Popen(command, text=True, bufsize=1, env=variables, **pipes)
+        self.pid = self._process.pid
 
     def wait(self) -> None:
         """Until it is warmed up; `facts` is then what it said of itself."""
         line = self._read(lambda line: line.split()[:1] == ["ready"])
         self.facts = json.loads(line.partition(" ")[2] or "{}")
 
-    def chunk(self, steps: int) -> tuple[Chunk, float]:
-        """Times some steps. Returns also the loss of the last one."""
-        begin, busy, own = time.perf_counter(), _busy_seconds(), self._cpu_seconds()
+    def ask(self, steps: int) -> None:
+        """Has some steps timed, without waiting for it."""
         with contextlib.suppress(BrokenPipeError):  # reading says what it died of
             self._process.stdin.write(f"{steps}\n")
+
+    def answer(self) -> tuple[float, float]:
+        """(milliseconds a step, loss of the last one) of what was asked."""
         ms, loss = (float(word) for word in self._read(lambda line: True).split())
-        others = (_busy_seconds() - busy) - (self._cpu_seconds() - own)
-        return Chunk(ms, _clean(others, time.perf_counter() - begin)), loss
+        return ms, loss
+
+    def chunk(self, steps: int) -> tuple[Chunk, float]:
+        """Times some steps. Returns also the loss of the last one."""
+        watch = Watch([self])
+        self.ask(steps)
+        ms, loss = self.answer()
+        return Chunk(ms, watch.clean()), loss
 
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -73,12 +82,30 @@ class Worker:
         said = self._errors.read().strip().splitlines() or ["nothing on stderr"]
         raise RunFailed(f"the process of {self.label!r} died: {said[-1]}")
 
-    def _cpu_seconds(self) -> float:
+    def cpu_seconds(self) -> float:
+        """Seconds of processor time since its start."""
         try:
             fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         except OSError:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Watch:
+    """Whether the machine belongs to some workers, from now on."""
+
+    def __init__(self, workers: list[Worker]):
+        self._workers = workers
+        self._before = self._now()
+
+    def clean(self) -> bool:
+        """Whether all others used little of it until now."""
+        seconds, busy, own = (b - a for a, b in zip(self._before, self._now(), strict=True))
+        return _clean(busy - own, seconds)
+
+    def _now(self) -> tuple[float, float, float]:
+        own = sum(worker.cpu_seconds() for worker in self._workers)
+        return time.perf_counter(), _busy_seconds(), own
 
 
 def _clean(others: float, seconds: float) -> bool:

@@ -12,11 +12,12 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import machine, tables
 from configs import base
+from lmscale_jax import command
 from lmscale_jax.lab import population
 from lmscale_jax.run import mesh, step, train
 
@@ -96,7 +97,7 @@ def measure(width: int) -> dict:
     return counts | {"width": width, "alone": alone, "ratios": ratios}
 
 
-def main(_) -> None:
+def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     mesh.start(config_of(16))
@@ -110,4 +111,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

@@ -55,6 +55,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "train_step": (("train_step",), _train_step),
     "train_step_jax012": (("train_step_jax012",), _train_step),
     "pieces": (("pieces",), _pieces),
+    "cores": (("cores",), tables.cores),
     "breakdown": (("breakdown",), tables.breakdown),
     "start": (("start",), tables.start),
     "overheads": (("overheads",), _overheads),

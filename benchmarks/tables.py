@@ -110,6 +110,20 @@ def pieces(found: dict, shape: str, precision: str, layers: int) -> str:
     return table(["", "times a step", *(f"{s}, ms a step" for s in sides), "ours / torch"], rows)
 
 
+def cores(found: dict) -> str:
+    """cores.json: a process on each core beside one process on all."""
+    head = ["shape, type", "", "ms over all steps", "steps/s / one process", "steps/s / torch",
+            "clean rounds"]  # fmt: skip
+    rows = []
+    for number, one in found["shapes"].items():
+        for dtype, some in one["rows"].items():
+            for label, row in some.items():
+                ratios = [cell(row[k], 2) if row[k] else "" for k in ("gain", "over_torch")]
+                clean = f"{row['ms']['n']} of {row['rounds']}"
+                rows.append([f"{number}, {dtype}", label, cell(row["ms"], 1), *ratios, clean])
+    return table(head, rows)
+
+
 def breakdown(found: dict) -> str:
     """breakdown.json: a line for each shape and type."""
     parts = list(next(iter(found["rows"].values()))["parts"])

@@ -1,11 +1,13 @@
 """How every command starts and ends: flags in, an exit status out, errors in one line."""
 
 import os
+import platform
 import re
 import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -16,6 +18,7 @@ from lmscale_jax.errors import InputError, RunFailed
 
 def run(main: Callable[[], None]) -> None:
     """Parses flags and calls `main()`. Exit status 0: done; 1: RunFailed; 2: bad input."""
+    _take_huge_pages()
 
     def body(_argv) -> None:
         logging.set_verbosity(logging.WARNING)
@@ -29,6 +32,35 @@ def run(main: Callable[[], None]) -> None:
             stop(str(error), status=1)
 
     app.run(body, flags_parser=_parse)
+
+
+def _take_huge_pages() -> None:
+    """Starts this process anew with a glibc that asks for huge pages, unless it has been told.
+
+    XLA's CPU programs allocate their temporaries anew at each call, and glibc maps large ones
+    afresh each time: with small pages the kernel's work on them is a quarter of a step's time, with
+    huge ones a twentieth (docs/performance.md). glibc reads the setting where a process begins.
+    """
+    told = os.environ.get("GLIBC_TUNABLES", "")
+    # A program read from stdin cannot be read a second time.
+    if _HUGE_PAGES in told or platform.libc_ver()[0] != "glibc" or sys.argv[0] in ("", "-"):
+        return
+    try:
+        offered = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return
+    if "[never]" in offered:
+        return
+    tunables = f"{told}:{_HUGE_PAGES}=1".removeprefix(":")
+    sys.stdout.flush()
+    os.execve(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:]],
+        os.environ | {"GLIBC_TUNABLES": tunables},
+    )
+
+
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def stop(message: str, status: int) -> None:

@@ -6,8 +6,13 @@ SCALES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|(?:([kmbt]?)\s*(steps?|tokens?))?)")
 
 
-def duration(text: str, config) -> int:
-    """A duration ("200", "5%", "50M tokens") in whole optimizer steps, rounded up."""
+def duration(text: str | int, config) -> int:
+    """A duration ("200", "5%", "50M tokens") in whole optimizer steps, rounded up.
+
+    What is no text is in steps already, and may be traced.
+    """
+    if not isinstance(text, str):
+        return text
     number, percent, scale, unit = DURATION.fullmatch(text.strip().lower()).groups()
     if percent:
         amount = float(number) / 100 * total_steps(config)

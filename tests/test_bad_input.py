@@ -1,7 +1,10 @@
 """Bad data and bad work directories, as a user meets them: one line, status 2, nothing written."""
 
+import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +120,31 @@ def test_batch_that_the_devices_cannot_split(tmp_path, settings):
     assert (status, err.count("\n")) == (2, 1), err
     assert "train.batch_size=8" in err and "9 would work" in err
     assert not workdir.exists()
+
+
+def test_commands_ask_for_huge_pages_once_and_leave_other_settings(tmp_path):
+    """The process begins anew with what it was given; what a user has set stays."""
+    code = "import os, sys; from lmscale_jax import command; print('begun'); "
+    code += "command.run(lambda: print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES', 'unset')))"
+    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    takes = platform.libc_ver()[0] == "glibc" and offered.exists()
+    takes = takes and "[never]" not in offered.read_text()
+    ours, other = "glibc.malloc.hugetlb=1", "glibc.malloc.tcache_count=7"
+    for given, wanted in (("", ours), (other, f"{other}:{ours}")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+            | ({"GLIBC_TUNABLES": given} if given else {}),
+        )  # fmt: skip
+        begun = "begun\n" * (2 if takes else 1)
+        said = wanted if takes else given or "unset"
+        assert (done.returncode, done.stdout) == (0, f"{begun}[] {said}\n"), done.stderr
+    off = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | off,
+    )  # fmt: skip
+    assert done.stdout == "begun\n[] glibc.malloc.hugetlb=0\n"
 
 
 def test_lines_are_there_when_they_are_printed():

@@ -142,6 +142,20 @@ def test_steps_have_times_rates_and_shares(tmp_path):
     assert "| tokens/s | GFLOP/s | of a bare product |" in out
 
 
+@pytest.mark.slow
+def test_processes_on_a_core_each_count_together(tmp_path):
+    few = ["--shapes=1", "--dtypes=float32", "--rounds=1", "--chunk_ms=1"]
+    status, out, err = benchmark("cores", tmp_path, *few)
+    assert status == 0, err
+    result = json.loads((tmp_path / "cores.json").read_text())
+    check_facts(result["machine"])
+    rows = result["shapes"]["1"]["rows"]["float32"]
+    whole, apart = rows["ours, one process"], rows["ours, a process a core"]
+    gain = whole["ms_by_round"][0] / apart["ms_by_round"][0]
+    assert apart["gain"]["median"] == pytest.approx(gain, rel=1e-3) and whole["gain"] is None
+    assert tables.cores(result) in out
+
+
 def test_a_step_is_taken_apart(tmp_path):
     status, out, err = benchmark("breakdown", tmp_path, *TINY, "--batch=2")
     assert status == 0, err
@@ -195,6 +209,26 @@ def test_a_start_has_parts_that_add_up(tmp_path):
         assert parts.pop("all") == pytest.approx(sum(parts.values()))
         assert one["device"]["count"] >= 1
     assert tables.start(result) in out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is not told")
+def test_more_steps_hold_no_more_memory():
+    """The temporaries of a step are given back, or used again by the next."""
+    program = [sys.executable, "-m", "benchmarks.worker_jax", "--shape=2", "--devices=2"]
+    worker = interleave.Worker("ours", program)
+    worker.wait()
+
+    def peak_after(turns: int) -> int:
+        """kB, after some turns of three steps more."""
+        for _ in range(turns):
+            worker.chunk(2)
+        status = Path(f"/proc/{worker.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+    early, late = peak_after(3), peak_after(12)
+    worker.close()
+    assert late < 1.1 * early
 
 
 @pytest.mark.slow

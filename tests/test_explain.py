@@ -275,8 +275,9 @@ def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
     assert (status, err) == (0, "")
     steps = sorted(path.name for path in cache.rglob("jit_step-*-cache"))
     assert len(steps) == 1
-    # So do runs of equal shape: only numbers differ.
+    # So do runs of equal shape: only numbers differ, that of the steps among them.
     others = {"seed": 3, "optim.lr": 2e-3, "optim.weight_decay": 0.2, "data.seed": 4}
+    others |= {"train.steps": given["train.steps"] + 3, "schedule.warmup": "40%"}
     for name, changes in (("one", {}), ("another", others)):
         workdir = f"--workdir={tmp_path / name}"
         status, _, err = run("main", "--config=configs/base.py", workdir, *flags(given | changes))

@@ -109,7 +109,7 @@ class Local:
         environment = dict(os.environ)
         if "gpu" in place:
             environment["CUDA_VISIBLE_DEVICES"] = str(place["gpu"])
-        with open(path, "a") as log, _pinned(place["cores"]):
+        with open(path, "a") as log, pinned(place["cores"]):
             return subprocess.Popen(
                 command(self._workdir, job),
                 stdin=subprocess.DEVNULL,
@@ -139,7 +139,7 @@ class Local:
 
 
 @contextlib.contextmanager
-def _pinned(cores: list[int]):
+def pinned(cores: list[int]):
     """What is started inside runs on these cores only; an empty list leaves it alone."""
     if not cores:
         yield

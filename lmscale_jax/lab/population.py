@@ -60,6 +60,7 @@ class Population:
     def __init__(self, members: list[ConfigDict]):
         check(members)
         self.config = members[0]
+        self._in_steps = steps.in_steps(self.config)
         self._mesh = meshes.make(self.config)
         self._platform = self._mesh.devices.flat[0].platform
         self.model = build(self.config, platform=self._platform)
@@ -68,8 +69,13 @@ class Population:
             for path in NUMBERS
             if len({configs.get(member, path) for member in members}) > 1
         }
+        self._shared = {
+            path: n
+            for path, n in steps.numbers(self._in_steps).items()
+            if path not in self._numbers
+        }
         self._size = len(members)
-        self.advance = jax.jit(self._advance, static_argnames="measure", donate_argnums=0)
+        self._run = jax.jit(self._advance, static_argnames="measure", donate_argnums=0)
 
     def begin(self) -> steps.State:
         """The members' states before the first step, stacked along a leading axis."""
@@ -81,15 +87,17 @@ class Population:
         # The second argument gives the axis its length where no number differs.
         return jax.jit(jax.vmap(one))(self._numbers, np.arange(self._size))
 
-    def _advance(self, state_K, batches_KxSxBxT, measure: tuple[str, ...] = ()):
+    def advance(self, state_K, batches_KxSxBxT, measure: tuple[str, ...] = ()):
         """(states, metrics): S steps of every member; the states given are consumed.
 
         Metrics hold "train_loss" and "bad" for each step, [K, S], and under "last" those of the
         last step, in which `measure` is measured.
         """
+        return self._run(state_K, batches_KxSxBxT, self._numbers, self._shared, measure=measure)
 
+    def _advance(self, state_K, batches_KxSxBxT, numbers_K, shared, measure):
         def member(numbers, state, batches_SxBxT):
-            config = steps.with_numbers(self.config, numbers)
+            config = steps.with_numbers(self._in_steps, numbers | shared)
             one = steps.pure(config, self.model, self._transform(config), self._mesh)
 
             def take(state, batch):
@@ -106,7 +114,7 @@ class Population:
                 "last": metrics
             }
 
-        return jax.vmap(member)(self._numbers, state_K, batches_KxSxBxT)
+        return jax.vmap(member)(numbers_K, state_K, batches_KxSxBxT)
 
     def _transform(self, config):
         # Without the mesh: a population is one program on one device.

@@ -81,7 +81,8 @@ class Objective:
     def strength(self, step: jax.Array) -> jax.Array:
         """Share of λ or s in force after `step` steps, from 0 to 1."""
         since = step - self._begin
-        rising = jnp.clip(since / self._ramp, 0.0, 1.0) if self._ramp else 1.0
+        rising = jnp.clip(since / jnp.maximum(1, self._ramp), 0.0, 1.0)
+        rising = jnp.where(self._ramp > 0, rising, 1.0)
         return jnp.where(since < 0, 0.0, rising)
 
     def weight(self, step: jax.Array) -> jax.Array:

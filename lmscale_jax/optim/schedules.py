@@ -12,7 +12,8 @@ def make(config, xp=jnp) -> Callable:
     """Step (from 0) -> factor of the peak. `xp` is jax.numpy inside the step, numpy to explain it.
 
     Warm-up rises linearly and reaches 1 at its last step, so the first update is not empty; the
-    last step of a run uses `schedule.final` plus at most one step's descent.
+    last step of a run uses `schedule.final` plus at most one step's descent. The lengths may be
+    traced.
     """
     schedule, total = config.schedule, config.train.steps
     warmup = duration(schedule.warmup, config)
@@ -27,8 +28,8 @@ def make(config, xp=jnp) -> Callable:
 
     def factor(step):
         step = xp.asarray(step, xp.float32)
-        rise = xp.minimum(1.0, (step + 1) / max(1, warmup))
-        descent = xp.clip((step - (total - cooldown)) / max(1, cooldown), 0.0, 1.0)
+        rise = xp.minimum(1.0, (step + 1) / xp.maximum(1, warmup))
+        descent = xp.clip((step - (total - cooldown)) / xp.maximum(1, cooldown), 0.0, 1.0)
         # In this form a rate that has not begun to fall is the peak to the bit.
         return rise * (1 - (1 - final) * (1 - shape(descent)))
 
@@ -40,8 +41,8 @@ def momentum(config) -> Callable:
     optim, length = config.optim, duration(config.optim.momentum_warmup, config)
 
     def decay(step):
-        share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / max(1, length))
-        share = share if length else 1.0
+        share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / jnp.maximum(1, length))
+        share = jnp.where(length > 0, share, 1.0)
         return optim.momentum_start + (optim.momentum - optim.momentum_start) * share
 
     return decay

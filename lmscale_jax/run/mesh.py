@@ -1,8 +1,6 @@
 """The device mesh, and shardings from the named axes of each parameter."""
 
-import ctypes
 import hashlib
-import importlib.util
 import math
 import os
 import platform
@@ -37,8 +35,6 @@ def start(config, cpu_devices: int = 0) -> None:
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    if not any(importlib.util.find_spec(name) for name in ACCELERATORS):
-        _keep_memory()
     wanted = config.mesh.cpu_devices
     try:
         devices = wanted or cpu_devices or _cpu_devices(config)
@@ -51,25 +47,6 @@ def start(config, cpu_devices: int = 0) -> None:
             ) from None
     if wanted:
         jax.config.update("jax_platforms", "cpu")
-
-
-def _keep_memory() -> None:
-    """Tells glibc to keep what is freed, in one heap that every thread shares.
-
-    XLA's CPU programs allocate their temporaries anew at each call. By default glibc maps large
-    ones afresh, so that every step faults in and zeroes every page: a quarter of the time of a step
-    whose temporaries are hundreds of MiB (docs/performance.md). It must come before XLA's threads
-    have heaps of their own. The price is memory that stays with the process, up to twice as much.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for option, value in _MALLOPT.items():
-        libc.mallopt(option, value)
-
-
-# Numbers of malloc.h: M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
-_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 64 * 2**20}
 
 
 def _compile_cache(config) -> Path:

@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from lmscale_jax.config import get
+from lmscale_jax.config import get, keys
+from lmscale_jax.derived import duration
 from lmscale_jax.model.build import Model
 from lmscale_jax.model.placement import BATCH
 from lmscale_jax.mur import objective as mur
@@ -19,8 +20,9 @@ from lmscale_jax.optim import schedules
 from lmscale_jax.run import measures
 from lmscale_jax.run import mesh as meshes
 
-# Keys that are numbers to the program, and decide neither shapes nor what is computed. They are
-# arguments of the compiled step, so that runs that differ in nothing else compile it once.
+# Keys that are numbers to the program, and decide neither shapes nor what is computed. They and
+# LENGTHS are arguments of the compiled step, so that runs that differ in nothing else compile it
+# once: a rung of a ladder at each of its budgets, seeds and learning rates.
 NUMBERS = (
     "seed",
     "optim.lr",
@@ -28,6 +30,15 @@ NUMBERS = (
     "optim.weight_decay",
     "mur.lambda_max",
     "mur.alpha",
+)
+# The same, in steps.
+LENGTHS = (
+    "train.steps",
+    "schedule.warmup",
+    "schedule.cooldown",
+    "optim.momentum_warmup",
+    "mur.warmup",
+    "mur.ramp",
 )
 
 
@@ -73,8 +84,8 @@ class Step:
 
     def __init__(self, config, model: Model, mesh: Mesh, placed: State):
         platform = mesh.devices.flat[0].platform
-        # Something that is multiplied by 0 is left out of the program.
-        self.numbers = {path: n for path in NUMBERS if (n := get(config, path))}
+        config = in_steps(config)
+        self.numbers = numbers(config)
 
         def step(state, batch, numbers, measure):
             own = with_numbers(config, numbers)
@@ -91,6 +102,21 @@ class Step:
     def lower(self, state: State, batch, measure: tuple[str, ...] = ()):
         """As `jax.jit`'s, for arrays or their descriptions."""
         return self._run.lower(state, batch, self.numbers, measure=measure)
+
+
+def in_steps(config) -> ConfigDict:
+    """The config with every duration as a number of steps."""
+    return with_numbers(
+        config,
+        {path: duration(get(config, path), config) for path, key in keys() if key.duration},
+    )
+
+
+def numbers(config) -> dict[str, int | float]:
+    """NUMBERS and LENGTHS of a config `in_steps`, by path."""
+    # Something that is multiplied by 0 is left out of the program.
+    given = {path: n for path in NUMBERS if (n := get(config, path))}
+    return given | {path: get(config, path) for path in LENGTHS}
 
 
 def with_numbers(config, numbers: dict) -> ConfigDict:
@@ -111,7 +137,8 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
     """`step(state, batch, measure=()) -> (state, metrics)`.
 
     Metrics also hold what `measure` names (see `measures.due`). Each combination is compiled apart,
-    so that other steps do not pay for it. NUMBERS in the config may be traced.
+    so that other steps do not pay for it. NUMBERS in the config may be traced, and LENGTHS where it
+    is `in_steps`.
     """
     gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
     dropout = jax.random.key(config.seed) if config.model.dropout else None
