@@ -11,6 +11,7 @@ from absl import flags
 from benchmarks.shapes import GPT2_WITHOUT_READOUT, SHAPES
 from benchmarks.turns import timed
 from lmscale_jax import command
+from lmscale_jax.optim.build import clip_by_global_norm
 
 DTYPE = flags.DEFINE_string("dtype", "float32", "type of products")
 
@@ -69,7 +70,7 @@ def pieces(shape: dict, dtype: str) -> dict[str, float]:
         return cpu.cross_entropy(cpu.dense(x, w), y)
 
     weights = [draw(D, D) for _ in range(shape["L"] * 12)]
-    transform = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    transform = optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3))
     moments = transform.init(weights)
 
     @jax.jit

@@ -126,9 +126,9 @@ def test_memory_by_hand():
     assert found["optimizer"] == 2 * local
     assert found["total"] == sum(size for name, size in found.items() if name != "total")
     # 4 rows of 32 tokens and 2 blocks; of a token two float32 streams, in bfloat16 two normed
-    # inputs and their twins, queries, keys, values and results, 6 sizes of the MLP, both branches.
+    # inputs and their twins, queries, keys, values and results, 2 sizes of the MLP, both branches.
     assert memory.tokens_on_chip(config, sizes) == 4 * 32
-    token = 2 * 4 * 64 + 2 * (4 * 64 + 256 + 2 * 64 + 2 * 64 + 5 * 256)
+    token = 2 * 4 * 64 + 2 * (4 * 64 + 256 + 2 * 64 + 2 * 64 + 256)
     assert found["activations"] == 128 * 2 * token
 
 

@@ -80,22 +80,25 @@ def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:
 
 def rope_tables(
     length: int, size: int, theta: float, channels: str = "all"
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, each [length, size / 2] float32 (Su et al. 2021, arXiv 2104.09864).
 
     channels="half" turns half of the channels, from 1 to 1 / theta radians a token, both included,
     and leaves the others alone (modded-nanogpt).
     """
+    theta = np.float32(theta)
     if channels == "half":
-        turned = theta ** -jnp.linspace(0, 1, size // 4, dtype=jnp.float32)
-        frequency = jnp.concatenate([turned, jnp.zeros(size // 2 - size // 4)])
+        turned = theta ** -np.linspace(0, 1, size // 4, dtype=np.float32)
+        frequency = np.concatenate([turned, np.zeros(size // 2 - size // 4, np.float32)])
     else:
-        frequency = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+        frequency = theta ** (-np.arange(0, size, 2, dtype=np.float32) / size)
+    # Arrays of numpy, which are constants of the program: XLA would take the sines of an expression
+    # anew for every head, layer and pass, as part of the loops that turn the channels.
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
+    return np.cos(angle), np.sin(angle)
 
 
-def rotate(x_BxTxHxd: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_BxTxHxd: jax.Array, rope: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     """Rotates channel i with channel i + d/2 (the half-split pairing of GPT-NeoX and Llama)."""
     cos, sin = (t[None, :, None, :] for t in rope)
     a, b = jnp.split(x_BxTxHxd.astype(jnp.float32), 2, axis=-1)

@@ -1,5 +1,6 @@
 """The parts of a block. Activations are flat, [tokens, width], so that every product is 2-D."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -125,8 +126,16 @@ class Dense(nnx.Module):
         return y_NxO
 
 
-def gelu(form: str):
-    return lambda x: jax.nn.gelu(x, approximate=form == "tanh")
+def pointwise(f):
+    """A function of each entry, [N, F] to [N, F], in float32 and rounded once, to the input's type.
+
+    The backward pass keeps its inputs alone, of whose type they are.
+    """
+
+    def rounded(*inputs_NxF):
+        return f(*(x.astype(jnp.float32) for x in inputs_NxF)).astype(inputs_NxF[0].dtype)
+
+    return jax.checkpoint(rounded)
 
 
 class MLP(nnx.Module):
@@ -134,12 +143,15 @@ class MLP(nnx.Module):
 
     def __init__(self, model):
         width, hidden = {"embed": model.d_model}, {"mlp": model.d_ff}
-        self.activation = {
-            "gelu": gelu(model.gelu),
-            "geglu": gelu(model.gelu),
-            "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-            "swiglu": jax.nn.silu,
-        }[model.mlp]
+        gelu = functools.partial(jax.nn.gelu, approximate=model.gelu == "tanh")
+        self.activation = pointwise(
+            {
+                "gelu": gelu,
+                "geglu": lambda gate, up: gelu(gate) * up,
+                "relu2": lambda up: jnp.square(jax.nn.relu(up)),
+                "swiglu": lambda gate, up: jax.nn.silu(gate) * up,
+            }[model.mlp]
+        )
         if model.mlp in ("swiglu", "geglu"):
             self.gate = Dense(width, hidden, model.bias)
         self.up = Dense(width, hidden, model.bias)
@@ -147,9 +159,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_NxD: jax.Array, call: Call) -> jax.Array:
         up_NxF = self.up(x_NxD, call)
-        if hasattr(self, "gate"):
-            hidden_NxF = self.activation(self.gate(x_NxD, call)) * up_NxF
-        else:
-            hidden_NxF = self.activation(up_NxF)
+        gates = [self.gate(x_NxD, call)] if hasattr(self, "gate") else []
+        hidden_NxF = self.activation(*gates, up_NxF)
         call.note("mlp_hidden", lambda: hidden_NxF)
         return self.down(hidden_NxF, call)

@@ -56,7 +56,7 @@ def on_chip(
             {
                 "gradients": summed + ends,
                 "activations": keeps,
-                "logits": _logits(config, sizes, platform),
+                "logits": _logits(config, sizes, platform, stack),
                 "gathered": tables,
             },
             {
@@ -144,10 +144,7 @@ def block_bytes(
     heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / tensor
     hidden = model.d_ff / tensor
     products = size * (heads + (2 if gated(model) else 1) * hidden + 2 * model.d_model)
-    # Of a gate's activation only its product with the other half; of GELU what JAX saves of its
-    # polynomial and tanh, where no compiler makes that again.
-    after = 2 if gated(model) and not on_cpu else 5 if model.mlp == "gelu" and not on_cpu else 1
-    pointwise = size * (2 * model.d_model + after * hidden)
+    pointwise = size * (2 * model.d_model + hidden)
     if on_cpu:
         pointwise += size * 4 * model.n_heads * model.head_dim / tensor
     # Elsewhere than on CPU the probabilities in the type of products are kept too, and the mask.
@@ -162,9 +159,10 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
     block = block_bytes(model, config.data.seq_len, sizes, kernel, platform)
     held = {"none": block.whole, "dots": block.stream + block.products, "block": block.stream}
     remat = model.remat
-    if platform == "cpu" and stack == "unroll":
-        # There the compiler joins what is computed again with what was computed first.
-        remat = "none"
+    if platform == "cpu":
+        # An unrolled stack's compiler joins what is computed again with what was computed first;
+        # products with backward rules of their own are none that "dots" knows.
+        remat = "none" if stack == "unroll" or remat == "none" else "block"
     once = 0 if remat == "none" else block.whole
     # And the float32 gradients of one block's probabilities and scores.
     once += (
@@ -173,11 +171,14 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
     return tokens * held[remat] * model.n_layers, tokens * once
 
 
-def _logits(config, sizes, platform: str) -> float:
+def _logits(config, sizes, platform: str, stack: str) -> float:
     """Logits of one chunk of the loss, what is made of them, and their gradient."""
     chunk, length = loss_positions(config, sizes)
     tokens = tokens_on_chip(config, sizes) * chunk / length
     each = CPU_LOGITS * type_bytes(config.model) if platform == "cpu" else LOGITS
+    if platform == "cpu" and stack == "scan":
+        # One more copy was seen there, in float32.
+        each += 4
     return each * tokens * config.model.vocab_size / sizes.get("tensor", 1)
 
 

@@ -35,7 +35,7 @@ def build(
         inner = optax.partition(
             groups, lambda tree: map_named(lambda path, _: rows[path].optimizer, tree)
         )
-    clip = [optax.clip_by_global_norm(optim.clip)] if optim.clip else []
+    clip = [clip_by_global_norm(optim.clip)] if optim.clip else []
     parts = [*clip, inner, scale_and_decay(config, rows)]
     thaw_L = layerwise.thaw_steps(config)
     if thaw_L is not None:
@@ -66,6 +66,20 @@ def _direction(name: str, config, rows: dict, mesh, platform: str):
     if any(row.eps_factor != 1.0 for row in rows.values() if row.optimizer == name):
         return optax.chain(divide_by_eps_factor(rows), adam)
     return adam
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Gradients of a norm above `limit` are scaled down to it.
+
+    As optax's transformation of that name, but as a product with one number, which XLA repeats in
+    each loop that reads a gradient; a division it carries out first and stores.
+    """
+
+    def scaled(grads, _):
+        factor = jnp.minimum(1.0, limit / optax.tree.norm(grads))
+        return jax.tree.map(lambda g: g * factor, grads)
+
+    return optax.stateless(scaled)
 
 
 def divide_by_eps_factor(rows: dict) -> optax.GradientTransformation:

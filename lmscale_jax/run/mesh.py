@@ -16,9 +16,10 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import map_named, named
 from lmscale_jax.model.placement import AXES, BATCH, ROWS, partition
 
-# Floating-point operations of a micro-batch up to which one CPU device is faster than one a core:
-# between the two shapes that were measured, 3.6e9 and 5.8e10.
-SMALL_STEP = 1e10
+# One CPU device is faster than one a core where a micro-batch is of fewer floating-point operations
+# (measured: at 3.6e9, not at 5.8e10), or the blocks hold more parameters for each of its tokens,
+# since every device updates all of them (measured: at 1e4 and 2.5e4, not at 2.3e3).
+SMALL_STEP, PARAMETERS_PER_TOKEN = 1e10, 5e3
 
 # Packages that bring another backend than CPU.
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
@@ -30,8 +31,8 @@ def start(config, cpu_devices: int = 0) -> None:
     Where devices are in use already, as in a notebook, they stay as they are; asking for another
     number of CPU devices is then an InputError.
 
-    On CPU each core is a device by default and the batch is split over them, but for the smallest
-    steps, which one device takes faster (benchmarks/README.md), or there are `cpu_devices`.
+    On CPU each core is a device by default and the batch is split over them, but where one device
+    is faster (benchmarks/README.md), or there are `cpu_devices`.
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -66,15 +67,15 @@ def _compile_cache(config) -> Path:
 
 def _cpu_devices(config) -> int:
     """What a mesh of fixed size needs; else as many as the cores and the micro-batch allow, or one
-    where a step is small."""
+    where a step is small or its model large for its tokens."""
     sizes = {name: config.mesh[name] for name in AXES}
     split = math.prod(size for size in sizes.values() if size > 0)
     free = next((name for name, size in sizes.items() if size == -1), None)
     if free != "data":
         return split
     model, rows = config.model, config.train.batch_size // config.train.accum
-    # A block has about 12 d_model^2 parameters, each 6 operations a token.
-    small = 72 * model.n_layers * model.d_model**2 * rows * config.data.seq_len < SMALL_STEP
+    parameters, tokens = 12 * model.n_layers * model.d_model**2, rows * config.data.seq_len
+    small = 6 * parameters * tokens < SMALL_STEP or parameters > PARAMETERS_PER_TOKEN * tokens
     if small and split == 1:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
