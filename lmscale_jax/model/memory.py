@@ -132,8 +132,8 @@ def block_bytes(
     model, seq_len: int, sizes: Mapping[str, int], kernel: str, platform: str = ""
 ) -> Block:
     """The stream before both branches (float32); two normed inputs; queries, keys, values and what
-    attention makes of them; hidden values of the MLP before and after the activation; and the
-    probabilities, float32, of kernels that keep them.
+    attention makes of them; hidden values of the MLP before the activation and, some, after it; and
+    the probabilities, float32, of kernels that keep them.
 
     On CPU everything is kept as float32, which its compiler widens bfloat16 to, and attention has
     copies of its operands with the heads in front.
@@ -144,7 +144,9 @@ def block_bytes(
     heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / tensor
     hidden = model.d_ff / tensor
     products = size * (heads + (2 if gated(model) else 1) * hidden + 2 * model.d_model)
-    pointwise = size * (2 * model.d_model + hidden)
+    # What the activation makes is kept for the next product, or made again: so it was measured.
+    again = model.mlp == "gelu" if on_cpu else gated(model)
+    pointwise = size * (2 * model.d_model + (0 if again else hidden))
     if on_cpu:
         pointwise += size * 4 * model.n_heads * model.head_dim / tensor
     # Elsewhere than on CPU the probabilities in the type of products are kept too, and the mask.
@@ -163,7 +165,9 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
         # An unrolled stack's compiler joins what is computed again with what was computed first;
         # products with backward rules of their own are none that "dots" knows.
         remat = "none" if stack == "unroll" or remat == "none" else "block"
-    once = 0 if remat == "none" else block.whole
+    # What one block makes again, with the gradients of its gate and its hidden values.
+    again = block.whole + 2 * type_bytes(model) * model.d_ff / sizes.get("tensor", 1)
+    once = 0 if remat == "none" else again
     # And the float32 gradients of one block's probabilities and scores.
     once += (
         2 * 4 * model.n_heads * config.data.seq_len / sizes.get("tensor", 1) * block.keeps_scores
