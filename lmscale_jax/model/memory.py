@@ -10,7 +10,7 @@ from lmscale_jax.model.placement import ROWS, partition
 
 # Bytes of all that is made of one logit, measured (docs/scale.md): of any type on accelerators, and
 # on CPU for each byte of the type of products.
-LOGITS, CPU_LOGITS = 12, 4.75
+LOGITS, CPU_LOGITS = 10.5, 4.75
 # Kernels that keep no probabilities for the backward pass.
 FLASH = ("cudnn", "splash", "flash")
 
