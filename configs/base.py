@@ -275,7 +275,7 @@ SPEC = {
             0,
             "CPU devices of each process; 0: one if there are several processes, else what the "
             "sizes above need, else one a core that divides the batch, or one for steps below 1e10 "
-            "FLOPs or of more than 5,000 parameters a token",
+            "FLOPs or of more than 15,000 parameters a token",
             low=0,
             identity=False,
         ),
