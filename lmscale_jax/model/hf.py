@@ -138,7 +138,8 @@ def read_params(directory: Path, model, specs: dict) -> dict:
       specs: annotations of that model.
 
     Raises:
-      InputError: no safetensors there, a tensor missing, left over or of another shape.
+      InputError: no safetensors there, a tensor missing, left over or of another shape, or the
+        package safetensors is not installed.
     """
     tensors = _load(directory)
     kind = "gpt2" if model.positions == "learned" else "llama"
@@ -165,8 +166,7 @@ def read_params(directory: Path, model, specs: dict) -> dict:
 
 def _load(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a directory by its full name."""
-    from safetensors import SafetensorError, safe_open
-
+    safetensors = _safetensors()
     files = [directory / WEIGHTS]
     if (directory / INDEX).exists():
         index = json.loads((directory / INDEX).read_text())
@@ -181,12 +181,23 @@ def _load(directory: Path) -> dict[str, np.ndarray]:
     found = {}
     for file in files:
         try:
-            with safe_open(file, "np") as tensors:
+            with safetensors.safe_open(file, "np") as tensors:
                 for name in tensors.keys():
                     found[_full(name)] = tensors.get_tensor(name)
-        except (OSError, SafetensorError, TypeError) as error:
+        except (OSError, safetensors.SafetensorError, TypeError) as error:
             raise InputError(f"{file} cannot be read ({error})") from None
     return {k: v for k, v in found.items() if not k.endswith(BUFFERS)}
+
+
+def _safetensors():
+    """The package, which most of what we do goes without. Raises InputError."""
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise InputError(
+            "--from_hf and --to_hf need the package safetensors; pip install 'lmscale_jax[hf]'"
+        ) from None
+    return safetensors
 
 
 def _full(name: str) -> str:
@@ -220,10 +231,10 @@ def write(directory: Path, config, params: dict) -> None:
       params: nested dict of arrays.
 
     Raises:
-      InputError: the model is no GPT-2 and no Llama, or the directory is not empty.
+      InputError: the model is no GPT-2 and no Llama, the directory is not empty, or the package
+        safetensors is not installed.
     """
-    from safetensors.numpy import save_file
-
+    safetensors = _safetensors()
     kind = family(config)
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"--to_hf={directory} is not empty; name a new directory")
@@ -239,7 +250,7 @@ def write(directory: Path, config, params: dict) -> None:
         whole = np.concatenate([several[k] for k in sorted(several)], axis=-1)
         tensors[name] = np.ascontiguousarray(whole)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    safetensors.numpy.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     settings = {"gpt2": _to_gpt2, "llama": _to_llama}[kind](config)
     (directory / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
 
