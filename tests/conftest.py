@@ -55,12 +55,15 @@ def settings(corpus, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def quick_compiler():
-    """Programs that compile in half the time and run slower, for models this small."""
+    """Programs that compile in half the time and run slower, for models this small; in commands
+    that tests start as well."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.optim.average import averaged
 from lmscale_jax.run import checkpoint, journal, mesh, step, train
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 QUIET = {
     "log__tensorboard": False, "eval__sample": 0, "eval__baselines": False, "model__d_model": 16,
     "train__batch_size": 4, "data__seq_len": 16, "eval__tokens": 320, "eval__every": 0,
@@ -157,6 +159,7 @@ def test_a_stopped_run_ends_with_the_same_bits(make, tmp_path, monkeypatch, kind
             assert np.array_equal(x[1], y[1]) and not np.array_equal(x[0], y[0])
 
 
+@pytest.mark.slow
 def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch):
     stable, branch = tmp_path / "stable", tmp_path / "branch"
     train.train(make(**STABLE, **MUON, train__steps=16), stable, **silent)

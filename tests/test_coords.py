@@ -15,6 +15,8 @@ from lmscale_jax.lab import coordinates
 from lmscale_jax.model import build
 from lmscale_jax.parametrization import coords
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def make(name="llama", **changes):
     config = family.get_config(name)

@@ -45,13 +45,8 @@ def lines(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-# It has every axis but replica, and micro-batches.
-FAST = ("rows and their pieces",)
-
-
-@pytest.mark.parametrize(
-    "grid", [g if g in FAST else pytest.param(g, marks=pytest.mark.slow) for g in GRIDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
 def test_eight_devices_train_alike(train, single, tmp_path, grid):
     workdir = tmp_path / "eight"
     status, _out, err = finish(train(workdir, **({"mesh__cpu_devices": 8} | SIZES | GRIDS[grid])))

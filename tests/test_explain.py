@@ -268,6 +268,7 @@ def test_estimate_of_memory_is_near_the_compilers(small, dtype):
     assert ours["total"] == pytest.approx(found["peak"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
     cache = tmp_path / "cache"
     given = settings | {"data.cache": str(cache), "mesh.cpu_devices": 1, "log.per_layer": False}

@@ -15,6 +15,8 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.fleet import conduct, executors
 from lmscale_jax.study import plan
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 CONFIG = """
 from configs import base, laddering
 

@@ -11,6 +11,8 @@ from lmscale_jax.fleet import conduct
 from lmscale_jax.fleet.executors import Ended
 from lmscale_jax.study import forecasts, plan, results, verdict
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
 
 
@@ -157,6 +159,7 @@ def test_nothing_is_run_or_forecast_twice(ladder, tmp_path):
     assert {k: after[k] for k in forecasts.FIXED} == {k: fixed[k] for k in forecasts.FIXED}
 
 
+@pytest.mark.slow
 def test_a_forecast_cannot_be_written_afterwards(ladder, tmp_path):
     workdir = tmp_path / "w"
     go(ladder(), workdir)

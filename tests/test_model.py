@@ -11,6 +11,8 @@ from configs import base
 from lmscale_jax import config as configs
 from lmscale_jax.model import build, param
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 VOCAB, T = 50, 12
 
 

@@ -15,6 +15,8 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import muon, schedules
 from lmscale_jax.parametrization import rules
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 RANGES = {"quintic": (0.68, 1.21), "polar_express": (0.85, 1.15), "stable": (0.999, 1.001)}
 
 

@@ -14,6 +14,8 @@ from lmscale_jax.model import build
 from lmscale_jax.optim import build as optim
 from lmscale_jax.parametrization import rules
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "head": "untied"}
 
 

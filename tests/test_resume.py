@@ -58,6 +58,7 @@ def whole(settings, tmp_path_factory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_killed_five_times_at_random_moments(train, whole, tmp_path):
     workdir, chance = tmp_path / "killed", random.Random(0)
     metrics = workdir / "metrics.jsonl"

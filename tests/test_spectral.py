@@ -13,6 +13,8 @@ from lmscale_jax.model.param import Spec
 from lmscale_jax.parametrization import spectral
 from lmscale_jax.run import measures
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 
 def matrices(kind: str, layers: int = 3) -> np.ndarray:
     rng = np.random.default_rng(1)
