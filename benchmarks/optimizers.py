@@ -21,7 +21,7 @@ SIZES = flags.DEFINE_list(
 )
 COUNT = flags.DEFINE_integer("turns", 8, "turns of each process", lower_bound=1)
 TURN = flags.DEFINE_float("turn_ms", 600.0, "milliseconds of one turn; 2 steps at the least")
-CORES = flags.DEFINE_integer("cpu_devices", 1, "mesh.cpu_devices; 0: one a core")
+CORES = flags.DEFINE_integer("cpu_devices", 1, "mesh.cpu_devices")
 
 SIDES = {
     "adamw": [],

@@ -66,7 +66,6 @@ def commands(shape: dict, torch: bool, dtypes: tuple[str, ...], changes: dict) -
             found[label] = [*peer, "step", "--shape", text, "--precision", precision, *mode]
     for label, (dtype, devices) in (OURS_ACCELERATED if accelerated else OURS).items():
         if dtype in dtypes:
-            # Asked for by number: the default is one where a step is small.
             devices = devices or (0 if accelerated else machine.cores_for(shape["B"]))
             own = [f"--shape={text}", f"--dtype={dtype}", f"--devices={devices}"]
             found[label] = [*module, *own, f"--changes={json.dumps(changes)}"]

@@ -274,8 +274,7 @@ SPEC = {
         "cpu_devices": Key(
             0,
             "CPU devices of each process; 0: one if there are several processes, else what the "
-            "sizes above need, else one a core that divides the batch, or one for steps below 1e10 "
-            "FLOPs or of more than 15,000 parameters a token",
+            "sizes above need, -1 among them counting as one",
             low=0,
             identity=False,
         ),

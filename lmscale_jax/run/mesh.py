@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import platform
 from pathlib import Path
 
@@ -16,11 +15,6 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import map_named, named
 from lmscale_jax.model.placement import AXES, BATCH, ROWS, partition
 
-# One CPU device is faster than one a core where a micro-batch is of fewer floating-point operations
-# (measured: at 3.6e9, not at 5.8e10), or the blocks hold more parameters for each of its tokens,
-# since every device updates all of them (measured: at 2.5e4; at 1e4 a tie, at 2.3e3 it is slower).
-SMALL_STEP, PARAMETERS_PER_TOKEN = 1e10, 1.5e4
-
 # Packages that bring another backend than CPU.
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 
@@ -31,14 +25,15 @@ def start(config, cpu_devices: int = 0) -> None:
     Where devices are in use already, as in a notebook, they stay as they are; asking for another
     number of CPU devices is then an InputError.
 
-    On CPU each core is a device by default and the batch is split over them, but where one device
-    is faster (benchmarks/README.md), or there are `cpu_devices`.
+    Of CPU devices there are `mesh.cpu_devices`, or `cpu_devices`, or as many as the mesh asks for:
+    one on all cores is as fast as one a core and holds the parameters once (docs/performance.md).
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     wanted = config.mesh.cpu_devices
     try:
-        devices = wanted or cpu_devices or _cpu_devices(config)
+        asked = math.prod(n for n in (config.mesh[name] for name in AXES) if n > 0)
+        devices = wanted or cpu_devices or asked
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:
         if wanted and jax.local_device_count("cpu") != wanted:
@@ -63,25 +58,6 @@ def _compile_cache(config) -> Path:
         processor = f"{platform.machine()} {platform.processor()} {platform.node()}"
     kind = hashlib.sha256(processor.encode()).hexdigest()[:8]
     return cache_root(config.data) / "compiled" / f"jax-{jax.__version__}-{kind}"
-
-
-def _cpu_devices(config) -> int:
-    """What a mesh of fixed size needs; else as many as the cores and the micro-batch allow, or one
-    where a step is small or its model large for its tokens."""
-    sizes = {name: config.mesh[name] for name in AXES}
-    split = math.prod(size for size in sizes.values() if size > 0)
-    free = next((name for name, size in sizes.items() if size == -1), None)
-    if free != "data":
-        return split
-    model, rows = config.model, config.train.batch_size // config.train.accum
-    parameters, tokens = 12 * model.n_layers * model.d_model**2, rows * config.data.seq_len
-    small = 6 * parameters * tokens < SMALL_STEP or parameters > PARAMETERS_PER_TOKEN * tokens
-    if small and split == 1:
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    others = sizes["replica"] * sizes["fsdp"]
-    fit = [d for d in range(1, cores // split + 1) if rows % (d * others) == 0]
-    return split * max(fit, default=1)
 
 
 def make(config, devices: list | None = None) -> Mesh:
