@@ -53,6 +53,13 @@ if act in ("wait", "refuse"):
 """
 
 
+def default_signals() -> None:
+    """What is ignored is ignored by children too, and a shell cannot trap it: tests that were
+    started by nohup, or in the background of a script, ignore some."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Local:
     """Starts local_multiprocess.sh with stand-ins, in a folder of its own."""
 
@@ -71,6 +78,7 @@ class Local:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=default_signals,
         )
         self.started.append(process)
         return process
