@@ -167,7 +167,7 @@ def difference(chunks: dict, whole: str, without: str | None = None) -> dict:
 
 
 def apart(shape: dict, dtype: str) -> dict:
-    """`one` in a process of its own: the number of devices follows the shape."""
+    """`one` in a process of its own, which holds no memory of the others."""
     given = [f"--{n}={flags.FLAGS[n].value}" for n in ("rounds", "chunk_ms", "limit", "others")]
     program = [sys.executable, "-m", "benchmarks.breakdown", f"--one={json.dumps(shape)}"]
     done = subprocess.run([*program, f"--dtypes={dtype}", *given], capture_output=True, text=True)

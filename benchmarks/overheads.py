@@ -24,6 +24,7 @@ ROUNDS = flags.DEFINE_integer("rounds", 12, "turns of each step", lower_bound=1)
 CHUNK = flags.DEFINE_float("chunk_ms", 400.0, "milliseconds of one turn; 2 steps at the least")
 WANTED = flags.DEFINE_list("changes", [], "some of the changes by name; all by default")
 
+A_CORE = "one device a core"
 _ACTING = {"mur.tau": 0.1, "mur.warmup": "0"}
 # Label: what is set, and what is measured in every step. WINDOW stands for a quarter of a window.
 WINDOW = object()
@@ -44,7 +45,7 @@ CHANGES = {
     "stack scan": ({"model.stack": "scan"}, ()),
     "stack unroll": ({"model.stack": "unroll"}, ()),
     "norms by layer, a step that writes a line": ({}, ("norms",)),
-    "one device": ({}, ()),
+    A_CORE: ({}, ()),
 }
 
 
@@ -66,9 +67,14 @@ def unable(label: str, config, devices: list) -> str | None:
         "fp8"
     ):
         return f"not here: {chosen}"
-    if label == "one device" and len(devices) == 1:
-        return "not here: there is one device"
+    if label == A_CORE and (machine.accelerated() or len(devices) == 1):
+        return "not here: there is one core that the batch divides over, or an accelerator"
     return None
+
+
+def default(devices: list) -> list:
+    """What a run takes of them where it is not asked for more."""
+    return devices if machine.accelerated() else devices[:1]
 
 
 def compare(plain, label: str, shape: dict, dtype: str, devices: list) -> dict:
@@ -77,7 +83,7 @@ def compare(plain, label: str, shape: dict, dtype: str, devices: list) -> dict:
     config = config_with(shape, dtype, changes)
     if reason := unable(label, config, devices):
         return {"error": reason}
-    some = devices[:1] if label == "one device" else devices
+    some = devices if label == A_CORE else default(devices)
     changed = inside.Steps(label, inside.program(config, some), measure)
     rounds, chunk_ms, limit = ROUNDS.value, CHUNK.value, machine.LIMIT.value
     chunks, losses = interleave.measure([plain, changed], rounds, chunk_ms, limit)
@@ -119,7 +125,7 @@ def main() -> None:
     config = config_with(shape, dtype, {})
     mesh.start(config)
     devices = jax.devices()
-    of = inside.program(config, devices)
+    of = inside.program(config, default(devices))
     plain = inside.Steps("plain", of)
     asked = machine.asked("shape", "dtype", "rounds", "chunk_ms", "limit")
     result = {"machine": machine.facts(None, asked), "device": of.device(), "what": what}

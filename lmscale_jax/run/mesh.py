@@ -25,8 +25,9 @@ def start(config, cpu_devices: int = 0) -> None:
     Where devices are in use already, as in a notebook, they stay as they are; asking for another
     number of CPU devices is then an InputError.
 
-    Of CPU devices there are `mesh.cpu_devices`, or `cpu_devices`, or as many as the mesh asks for:
-    one on all cores is as fast as one a core and holds the parameters once (docs/performance.md).
+    Of CPU devices there are `mesh.cpu_devices`, or `cpu_devices`, or as many as the mesh asks for.
+    One on all cores is mostly as fast as one a core and holds the parameters once
+    (docs/performance.md).
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
