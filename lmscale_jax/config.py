@@ -172,3 +172,19 @@ def fingerprint(config: ConfigDict) -> str:
     """Twelve hex digits that name the run: a hash of all keys that can change its numbers."""
     chosen = {path: get(config, path) for path, key in keys() if key.identity}
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def apply_overrides(config: ConfigDict, overrides: dict) -> ConfigDict:
+    """Copies an unresolved config and sets {dotted key: value} in the copy.
+
+    Raises InputError where a key does not exist or a value is not allowed.
+    """
+    config = ConfigDict(config.to_dict())
+    allowed = dict(keys())
+    for key, value in overrides.items():
+        if key not in allowed:
+            raise InputError(f"config.{key} is not a key; {hint(key, list(allowed))}")
+        with config.ignore_type():
+            config.update_from_flattened_dict({key: value})
+    validate(config)
+    return config

@@ -7,7 +7,7 @@ from conftest import run
 from ml_collections import ConfigDict
 
 from configs.base import get_config
-from lmscale_jax.config import fingerprint, resolve, validate
+from lmscale_jax.config import apply_overrides, fingerprint, resolve, validate
 from lmscale_jax.derived import duration, total_steps
 from lmscale_jax.errors import InputError
 
@@ -227,3 +227,11 @@ def test_the_command_refuses_to_start_without_its_flags(tmp_path):
     status, _, err = run("main", "--config=configs/base.py")
     assert status == 2
     assert "--workdir=runs/" in err
+
+
+def test_overrides_leave_the_base_alone():
+    base_config = get_config()
+    cell = apply_overrides(base_config, {"model.mlp": "swiglu", "optim.lr": 1})
+    assert (cell.model.mlp, cell.optim.lr) == ("swiglu", 1) and base_config.model.mlp == "gelu"
+    with pytest.raises(InputError, match=r"optim\.rl is not a key; did you mean"):
+        apply_overrides(base_config, {"optim.rl": 1})

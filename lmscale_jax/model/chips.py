@@ -1,6 +1,5 @@
 """Chips by name: what their vendors' data sheets say of memory and links. No device is asked."""
 
-import re
 from typing import NamedTuple
 
 from lmscale_jax.model import flops
@@ -73,13 +72,3 @@ CHIPS = {
              32 * GIB, 1.6 * TB, 400 * GB, 256, 25600 / 256 / 8 * GB, 8),
     )
 }  # fmt: skip
-
-
-def of_kind(device_kind: str) -> Chip | None:
-    """The chip of a `device_kind`; None where it is not in the table."""
-    if "MIG" in device_kind:
-        return None
-    for chip in CHIPS.values():
-        if re.search(chip.pattern, device_kind):
-            return chip
-    return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ from configs.optimizing import SCHEDULE
 from lmscale_jax import config as configs
 from lmscale_jax import derived
 from lmscale_jax.errors import InputError
-from lmscale_jax.lab import family, sizes, sweep
+from lmscale_jax.lab import family, sizes
 
 ANCHOR, HELD_OUT, TRUNK = "anchor", "held_out", "trunk"
 SHAPE = ("n_layers", "d_model", "n_heads", "head_dim", "n_kv_heads", "d_ff")
@@ -219,7 +220,8 @@ def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Ite
         reference = sized if ladder.tokens.rule == "flops" else arms[ladder.baseline]
         tokens = [_tokens(ladder, size, value, reference, vocab_size) for value in values]
         tried = flat(ladder.tune.get(ALL, {})) | flat(ladder.tune.get(arm, {}))
-        for tune in sweep.product(*(sweep.axis(k, v) for k, v in tried.items())):
+        for combination in itertools.product(*tried.values()):
+            tune = dict(zip(tried, combination, strict=True))
             for seed in range(ladder.seeds):
                 make_one = functools.partial(
                     _cell, ladder, sized, arm, size=size, tune=tune, seed=seed, vocab=vocab_size
@@ -237,7 +239,9 @@ def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, Confi
     """{arm: unresolved config of the size}; all have the baseline's depth, width and heads."""
     rungs = ladder.rungs
     names = [ladder.baseline, *(a for a in ladder.arms if a != ladder.baseline)]
-    at = {name: sweep.apply(ladder.run, flat(ladder.arms[name]) | own) for name in names}
+    at = {
+        name: configs.apply_overrides(ladder.run, flat(ladder.arms[name]) | own) for name in names
+    }
     base = at[ladder.baseline]
     if rungs.by in ("width", "depth"):
         at = {name: family.resized(config, rungs.by, int(size)) for name, config in at.items()}
@@ -333,7 +337,7 @@ def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[
 def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab) -> Cell:
     run = ladder.run
     seeds = {"seed": run.seed + seed, "data.seed": run.data.seed + seed, "train.tokens": 0.0}
-    config = sweep.apply(sized, tune | seeds | changes)
+    config = configs.apply_overrides(sized, tune | seeds | changes)
     resolved = configs.resolve(config, vocab)
     counts, flops_per_token = sizes.described(resolved)
     overrides = {

@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from lmscale_jax import config as configs
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
-from lmscale_jax.lab import sweep
 from lmscale_jax.run import record
 from lmscale_jax.study import cells
 from lmscale_jax.study.cells import Cell
@@ -63,7 +62,7 @@ class Plan(NamedTuple):
         own = dict(cell.overrides)
         if cell.needs:
             own["train.parent"] = str(run_dir(workdir, cell.needs))
-        return sweep.apply(ConfigDict(self.ladder["run"]), own)
+        return configs.apply_overrides(ConfigDict(self.ladder["run"]), own)
 
 
 def run_dir(workdir: Path, name: str) -> Path:
