@@ -68,9 +68,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(
-        include=["lmscale_jax", "lmscale_jax.*", "configs", "configs.*"]
-    ),
+    # configs/ is packaged as lmscale_jax.configs, through the link lmscale_jax/configs.
+    packages=find_namespace_packages(include=["lmscale_jax", "lmscale_jax.*"]),
     package_data={"lmscale_jax.science": ["tables/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

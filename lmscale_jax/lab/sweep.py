@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.keys import keys
+from lmscale_jax.config.resolve import hint, validate
 from lmscale_jax.errors import InputError
 
 Cell = dict
@@ -78,11 +79,11 @@ def apply(config: ConfigDict, cell: Cell) -> ConfigDict:
     Raises InputError where a key does not exist.
     """
     config = ConfigDict(config.to_dict())
-    known = dict(configs.keys())
+    known = dict(keys())
     for key, value in cell.items():
         if key not in known:
-            raise InputError(f"config.{key} is not a key; {configs.hint(key, list(known))}")
+            raise InputError(f"config.{key} is not a key; {hint(key, list(known))}")
         with config.ignore_type():
             config.update_from_flattened_dict({key: value})
-    configs.validate(config)
+    validate(config)
     return config

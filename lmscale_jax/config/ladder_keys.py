@@ -11,7 +11,7 @@ and the held-out rung takes what was best at the largest anchor.
 
 import ml_collections
 
-from configs.key import Key
+from lmscale_jax.config.key import Key
 
 FREE = ("run", "arms", "tune", "per_rung")
 

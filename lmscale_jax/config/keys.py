@@ -1,18 +1,19 @@
-"""Every configuration key: its default, unit, range and reason. Other configs only differ from it.
+"""Every configuration key: its default, unit, range and reason. Configs only differ from it.
 
-`SPEC` is the single source of truth. `get_config()` turns it into the `ConfigDict` that the other
-config files edit; `lmscale_jax.config` validates a config against it. A key says in `when` which
+`SPEC` is the single source of truth. `get_config()` turns it into the `ConfigDict` that config
+files edit; `resolve.validate` holds a config to it. A key says in `when` which
 other keys must hold which values for it to matter: setting a key that would go unused is an error.
 
 Durations are strings: "200" (steps), "5%" (of the run) or "50M tokens".
 """
 
+from collections.abc import Iterator
+
 import ml_collections
 
-from configs.key import Key
-from configs.modelling import MODEL
-from configs.optimizing import FREEZE, OPTIM, SCHEDULE
-from configs.regularizing import MUR
+from lmscale_jax.config.key import Key
+from lmscale_jax.config.model_keys import MODEL
+from lmscale_jax.config.optim_keys import FREEZE, MUR, OPTIM, SCHEDULE
 
 _CORPORA = ("tinystories", "fineweb_edu", "openwebtext", "c4")
 _TEXTS = ("stdlib", "text", "jsonl", "parquet", "hf", "tfds", *_CORPORA)
@@ -312,3 +313,28 @@ def get_config() -> ml_collections.ConfigDict:
         return {k: v.default if isinstance(v, Key) else defaults(v) for k, v in spec.items()}
 
     return ml_collections.ConfigDict(defaults(SPEC))
+
+
+def keys(spec: dict = SPEC, prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Yields every (dotted path, Key) of the specification, in its order."""
+    for name, entry in spec.items():
+        if isinstance(entry, Key):
+            yield prefix + name, entry
+        else:
+            yield from keys(entry, f"{prefix}{name}.")
+
+
+def get(config, path: str):
+    """Returns the value at a dotted path."""
+    for name in path.split("."):
+        config = config[name]
+    return config
+
+
+def has(config, path: str) -> bool:
+    """Says whether a config has a dotted path."""
+    try:
+        get(config, path)
+    except (KeyError, TypeError):
+        return False
+    return True
