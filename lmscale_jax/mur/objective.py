@@ -180,12 +180,10 @@ def choices(config) -> dict[str, str]:
     mur, layers = config.mur, mur_layers(config)
     if mur.mode == "diagnose":
         return {"mur": f"diagnose: {mur.metric} utility of every block, nothing is changed"}
-    begin, where = (
-        mur.warmup,
-        f"blocks {layers.start} to {layers.stop - 1} of {config.model.n_layers}",
-    )
+    begin, end = mur.warmup, mur.warmup + mur.ramp
+    where = f"blocks {layers.start} to {layers.stop - 1} of {config.model.n_layers}"
     what = f"λ {mur.lambda_max:g}" if mur.mode == "loss" else f"s {mur.alpha:g} on {mur.apply_to}"
-    said = f"{mur.mode}: {mur.metric}, {where}, {what} from step {begin} to {begin + mur.ramp}"
+    said = f"{mur.mode}: {mur.metric}, {where}, {what} from step {begin} to {end}"
     if mur.apply_to == "grads":
         said += f"; {config.optim.name} cancels a factor of the gradients"
     return {"mur": said}
