@@ -221,6 +221,15 @@ def test_the_command_refuses_a_bad_config_file(tmp_path, line, said):
         assert part in err
 
 
+def test_a_config_without_its_groups_is_refused_before_it_is_explained(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 0})\n"
+    )
+    err = refused(tmp_path, f"--config={file}", "--explain")
+    assert "config.model is missing; start from lmscale_jax.configs.base.get_config()" in err
+
+
 @pytest.mark.parametrize("config", ["configs/nosuch.py", ""])
 def test_the_command_refuses_a_config_that_is_not_there(tmp_path, config):
     err = refused(tmp_path, f"--config={config}")

@@ -24,12 +24,13 @@ ABOVE = {"lab", "study", "reports", "fleet"}
 FORBIDDEN = {
     "config": {"data", "model", "parametrization", "optim", "mur", "run", "evals", "science"}
     | ABOVE,
-    "data": {"model", "parametrization", "optim", "mur", "run", "evals", "science"} | ABOVE,
+    "data": {"config", "model", "parametrization", "optim", "mur", "run", "evals", "science"} | ABOVE,
     "model": {"data", "optim", "mur", "run", "evals", "science"} | ABOVE,
     "parametrization": {"data", "optim", "mur", "run", "science"} | ABOVE,
     "optim": {"data", "mur", "run", "evals", "science"} | ABOVE,
     "mur": {"run", "science"} | ABOVE,
-    "science": {"data", "model", "parametrization", "optim", "mur", "run", "evals"} | ABOVE,
+    "science": {"config", "data", "model", "parametrization", "optim", "mur", "run", "evals"}
+    | ABOVE,
     "run": {"science"} | ABOVE,
     "evals": {"science"} | ABOVE,
     "study": {"reports", "fleet"},
