@@ -24,7 +24,8 @@ ABOVE = {"lab", "study", "reports", "fleet"}
 FORBIDDEN = {
     "config": {"data", "model", "parametrization", "optim", "mur", "run", "evals", "science"}
     | ABOVE,
-    "data": {"config", "model", "parametrization", "optim", "mur", "run", "evals", "science"} | ABOVE,
+    "data": {"config", "model", "parametrization", "optim", "mur", "run", "evals", "science"}
+    | ABOVE,
     "model": {"data", "optim", "mur", "run", "evals", "science"} | ABOVE,
     "parametrization": {"data", "optim", "mur", "run", "science"} | ABOVE,
     "optim": {"data", "mur", "run", "evals", "science"} | ABOVE,
