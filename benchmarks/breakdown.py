@@ -51,11 +51,11 @@ def parts(shape: dict, dtype: str, folder: Path) -> tuple[list, dict]:
     import jax
 
     from benchmarks import inside
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.run import mesh, step
 
     config = config_of(shape, dtype, 0, {"log.per_layer": False})
-    config = configs.resolve(config, shape["V"])
+    config = resolve(config, shape["V"])
     mesh.start(config)
     of = inside.program(config)
     params, batch = of.initial().params, of.batch()

@@ -33,7 +33,7 @@ TIMED = "elementwise"
 
 def config_of(changes: dict):
     """The unresolved config of an arm; sizes that are solved for come in `changes` too."""
-    from configs.ladders.corpora import embedded
+    from lmscale_jax.config.corpora import embedded
 
     config = embedded()
     config.model.n_layers, config.model.d_model, config.model.n_heads = 4, 64, 4
@@ -47,23 +47,23 @@ def config_of(changes: dict):
 def members(config, vocab_size: int) -> list:
     from ml_collections import ConfigDict
 
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
 
     made = []
     for seed in range(SEEDS.value):
         one = ConfigDict(config.to_dict())
         one.seed = one.data.seed = seed
-        made.append(configs.resolve(one, vocab_size))
+        made.append(resolve(one, vocab_size))
     return made
 
 
 def arms(vocab_size: int) -> dict[str, dict]:
     """{name: changes}: the plain model, the gated ones and the controls of equal cost."""
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.lab import sizes
 
     def spent(changes: dict, measure: str) -> float:
-        counts, per_token = sizes.described(configs.resolve(config_of(changes), vocab_size))
+        counts, per_token = sizes.described(resolve(config_of(changes), vocab_size))
         return per_token if measure == "flops" else counts["non_embedding"]
 
     found = {"none": {}} | GATES

@@ -79,11 +79,11 @@ def resolved(config) -> tuple[str, object]:
     tokenizer is asked how many it has."""
     from ml_collections import config_flags
 
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
 
     given = config_flags.get_config_filename(flags.FLAGS["config"])
     rows = config.model.vocab_size or config.data.vocab_size
-    return Path(given.partition(":")[0]).stem, configs.resolve(config, rows)
+    return Path(given.partition(":")[0]).stem, resolve(config, rows)
 
 
 def asked(*names: str) -> dict:

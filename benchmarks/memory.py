@@ -71,14 +71,14 @@ def cases() -> list[dict]:
 
 def described(given: dict):
     """(config, mesh, model) of a case."""
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model import build
     from lmscale_jax.run import mesh as meshes
     from lmscale_jax.run import topology
 
-    config = importlib.import_module(f"configs.{given['config']}").get_config()
+    config = importlib.import_module(f"lmscale_jax.configs.{given['config']}").get_config()
     config.update_from_flattened_dict(given["changes"])
-    config = configs.resolve(config, VOCABULARY)
+    config = resolve(config, VOCABULARY)
     meshes.start(config)
     where = given["where"]
     devices = None if where.startswith("cpu") else topology.find(where).devices()

@@ -73,8 +73,8 @@ class Form(interleave.Turns):
 
 def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     from benchmarks import mur_forms
-    from lmscale_jax import config as configs
-    from lmscale_jax import derived
+    from lmscale_jax.config.blocks import mur_layers
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model.build import build
     from lmscale_jax.mur import utility
     from lmscale_jax.optim import build as optim
@@ -82,7 +82,7 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
 
     how = {"model.stack": STACK.value, "model.remat": REMAT.value}
     config = config_of(shape, DTYPE.value, CORES.value, how | changes)
-    config = configs.resolve(config, shape["V"])
+    config = resolve(config, shape["V"])
     mesh.start(config)
     grid = mesh.make(config)
     model = build(config, platform="cpu", mesh=grid)
@@ -90,7 +90,7 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     if form:
         weigh = functools.partial(utility.weights, "mean", key=None, k=1, share=1.0)
         how = utility.Measure(config.mur.metric, config.mur.eps)
-        layers, lam = derived.mur_layers(config), config.mur.lambda_max
+        layers, lam = mur_layers(config), config.mur.lambda_max
         value = getattr(mur_forms, form)(config, model, how, lam, layers, weigh)
 
         def gradient(params, batch, key, asked=None, step=None):

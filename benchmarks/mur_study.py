@@ -22,7 +22,7 @@ ARMS = flags.DEFINE_list("arms", [], "of configs/mur_small.py; all by default, b
 
 def train(arm: str, seed: int, workdir: Path) -> None:
     """Trains and evaluates one run, or does nothing where that was done."""
-    from configs import mur_small
+    from lmscale_jax.configs import mur_small
     from lmscale_jax.evals import suites
     from lmscale_jax.run import mesh, train
 
@@ -75,7 +75,7 @@ def mean_speed(runs) -> float | None:
 
 
 def main() -> None:
-    from configs import mur_small
+    from lmscale_jax.configs import mur_small
 
     arms = ARMS.value or list(mur_small.ARMS)
     if arms[0] != "baseline" or set(arms) - set(mur_small.ARMS):

@@ -28,7 +28,7 @@ RATES = {
 
 
 def config_of(side: str, rate: float, adamw_rate: float, seed: int):
-    from configs import muon_small
+    from lmscale_jax.configs import muon_small
 
     config = muon_small.get_config()
     config.train.steps, config.seed, config.data.seed = STEPS.value, seed, seed
@@ -40,8 +40,8 @@ def config_of(side: str, rate: float, adamw_rate: float, seed: int):
 
 
 def config_default(path: str):
-    from configs.base import get_config
-    from lmscale_jax.config import get
+    from lmscale_jax.config.keys import get
+    from lmscale_jax.configs.base import get_config
 
     return get(get_config(), path)
 

@@ -61,7 +61,7 @@ def compare(number: int, batch: int) -> dict:
 
 def predicted(number: int, batch: int) -> dict[str, float]:
     """{"rule": T m / B, "share": FLOPs of Newton-Schulz over those of the model's step}."""
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model import flops
     from lmscale_jax.model.build import build
     from lmscale_jax.optim import muon
@@ -69,7 +69,7 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     shape = SHAPES[number] | {"B": batch}
     config = config_of(shape, "float32", 1)
     config.optim.name = "muon"
-    config = configs.resolve(config, shape["V"])
+    config = resolve(config, shape["V"])
     model = build(config, platform="cpu")
     steps, tokens = len(muon.COEFFICIENTS[config.optim.muon_coefficients]), batch * shape["T"]
     spent = 0.0

@@ -50,13 +50,13 @@ CHANGES = {
 
 
 def config_with(shape: dict, dtype: str, changes: dict):
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
 
     window = max(1, shape["T"] // 4)
     changes = {k: window if v is WINDOW else v for k, v in changes.items()}
     cores = 0 if machine.accelerated() else machine.cores_for(shape["B"])
     config = config_of(shape, dtype, cores, changes)
-    return configs.resolve(config, shape["V"])
+    return resolve(config, shape["V"])
 
 
 def unable(label: str, config, devices: list) -> str | None:

@@ -16,8 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import machine, tables
-from configs import base
 from lmscale_jax import command
+from lmscale_jax.configs import base
 from lmscale_jax.lab import population
 from lmscale_jax.run import mesh, step, train
 

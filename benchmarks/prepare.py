@@ -29,7 +29,7 @@ def write_parquet(path: Path) -> int:
     import pyarrow
     from pyarrow import parquet
 
-    from configs import base
+    from lmscale_jax.configs import base
     from lmscale_jax.data import sources
 
     library = list(sources.documents(base.get_config().data))
@@ -39,7 +39,7 @@ def write_parquet(path: Path) -> int:
 
 
 def config_of(path: Path, cache: Path):
-    from configs import base
+    from lmscale_jax.configs import base
 
     data = base.get_config().data
     data.source, data.path, data.cache = "parquet", str(path), str(cache)

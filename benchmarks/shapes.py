@@ -42,7 +42,7 @@ def config_of(shape: dict, dtype: str, devices: int, changes: dict | None = None
 
     `changes` are further keys by their dotted path.
     """
-    from configs import nanogpt_char
+    from lmscale_jax.configs import nanogpt_char
 
     config, full = nanogpt_char.get_config(), whole(shape)
     model = config.model
@@ -66,7 +66,7 @@ def shape_of(config, batch: int) -> dict:
 
     Raises InputError where a shape cannot say what the model is: the peer has no such model.
     """
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.errors import InputError
 
     model = config.model
@@ -77,7 +77,7 @@ def shape_of(config, batch: int) -> dict:
         shape["gelu"] = model.gelu
     if model.positions == "learned":
         shape["P"] = model.max_seq_len
-    again = configs.resolve(config_of(shape, model.dtype, 0), model.vocab_size).model
+    again = resolve(config_of(shape, model.dtype, 0), model.vocab_size).model
     free = ("attention", "stack", "remat", "loss_chunk", "matmul", "ids", "head_dim")
     for name in model:
         if name not in free and again[name] != model[name]:

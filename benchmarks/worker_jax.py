@@ -34,14 +34,14 @@ def one_by_one(stacks: dict, iterate, mesh) -> dict:
 
 def make(shape: dict, dtype: str, devices: int, changes: dict):
     """(a function that takes N steps as run/train.py does and returns the last loss, facts)."""
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.run import mesh
 
     config = config_of(shape, dtype, devices, changes)
     config.optim.name = OPTIMIZER.value
     if OPTIMIZER.value != "adamw":
         config.optim.muon_dtype = NS_DTYPE.value
-    config = configs.resolve(config, shape["V"])
+    config = resolve(config, shape["V"])
     mesh.start(config)
 
     import jax
@@ -90,10 +90,10 @@ def device(grid) -> dict:
 
 def make_product(side: int, dtype: str):
     """(a function that multiplies two square matrices N times, facts)."""
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.run import mesh
 
-    config = configs.resolve(config_of(SHAPES[1], dtype, 0), 65)
+    config = resolve(config_of(SHAPES[1], dtype, 0), 65)
     mesh.start(config)
 
     import jax

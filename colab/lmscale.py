@@ -155,7 +155,7 @@ def show_page(path):
 # %%
 SMALL = os.environ.get("LMSCALE_NOTEBOOK") == "small"
 RUNS = Path("runs_small" if SMALL else "runs")
-CONFIGS = Path(importlib.util.find_spec("configs").origin).parent
+CONFIGS = Path(importlib.util.find_spec("lmscale_jax.configs").origin).parent
 
 CHANGES = {
     "train": [

@@ -6,7 +6,7 @@ Families: llama (default) and gpt2. The learning rate is large on purpose, so th
 shows within ten steps.
 """
 
-from configs import base
+from lmscale_jax.configs import base
 
 FAMILIES = {
     "llama": {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "head": "untied"},

@@ -3,7 +3,7 @@
 python -m lmscale_jax.lr_transfer --config=configs/lr_transfer.py --workdir=runs/transfer
 """
 
-from configs import coord_check
+from lmscale_jax.configs import coord_check
 
 
 def get_config(family: str = "llama"):

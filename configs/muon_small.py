@@ -1,6 +1,6 @@
 """Muon beside AdamW in a few minutes on a CPU; benchmarks/optimizer_sweep.py sweeps its rates."""
 
-from configs import base
+from lmscale_jax.configs import base
 
 
 def get_config():

@@ -3,11 +3,11 @@
     python -m lmscale_jax.main --config=configs/mur.py:llama_50m,update --workdir=runs/llama_update
 
 FAMILY_SIZE: gpt2, llama or transformer_pp, 50m, 100m or 300m; shape and recipe are those of
-configs/families.py. The data are shards of FineWeb-Edu in GPT-2's tokens, fineweb_edu/*.bin, those
-with `val` in their name held out; --config.data.path names others.
+lmscale_jax/config/families.py. The data are shards of FineWeb-Edu in GPT-2's tokens,
+fineweb_edu/*.bin, those with `val` in their name held out; --config.data.path names others.
 """
 
-from configs import families
+from lmscale_jax.config import families
 
 FAMILIES = {
     "gpt2": families.gpt2,

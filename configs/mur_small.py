@@ -5,7 +5,7 @@
 The arms differ in `mur.*` alone; benchmarks/mur_study.py runs them all over several seeds.
 """
 
-from configs import base
+from lmscale_jax.configs import base
 
 # Unlike configs/mur.py, strong enough to do something in 300 steps: at tau = 0.1 a utility of 0
 # makes the factor 1.5, and λ is ten times the original's.

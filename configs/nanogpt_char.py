@@ -7,7 +7,7 @@ The options of its README's CPU example on top of its train_shakespeare_char con
 nanoGPT reports a validation loss of 1.88 nats per character.
 """
 
-from configs.base import get_config as base
+from lmscale_jax.configs.base import get_config as base
 
 
 def get_config():

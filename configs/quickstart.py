@@ -1,6 +1,6 @@
 """Minutes on a laptop CPU: a small decoder on the Python standard library's source text."""
 
-from configs import base
+from lmscale_jax.configs import base
 
 
 def get_config():

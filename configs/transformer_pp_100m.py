@@ -1,6 +1,6 @@
-"""Transformer++, 100M size. Shape and recipe: configs/families.py; `:embedded` needs no network."""
+"""Transformer++, 100M size: lmscale_jax/config/families.py; `:embedded` needs no network."""
 
-from configs import families
+from lmscale_jax.config import families
 
 
 def get_config(corpus: str = families.WEB):

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from lmscale_jax.config import hint
+from lmscale_jax.config.resolve import hint
 from lmscale_jax.errors import InputError, RunFailed
 
 
@@ -70,7 +70,11 @@ def stop(message: str, status: int) -> None:
 
 
 def config_flag(required: bool = True, default: str | None = None):
-    """Defines --config=FILE.py with --config.a.b=value overrides."""
+    """Defines --config=FILE.py with --config.a.b=value overrides.
+
+    `default` is the name of a shipped config, for which a user's own file may stand as well.
+    """
+    default = default and find_config(default)
     flag = config_flags.DEFINE_config_file("config", default, "config file", lock_config=False)
     if required and default is None:
         flags.mark_flag_as_required("config")
@@ -82,7 +86,42 @@ def overrides() -> dict:
     return config_flags.get_override_values(flags.FLAGS["config"])
 
 
+def find_config(argument: str) -> str:
+    """Returns a --config value FILE.py[:ARG] with the path of the file that it means.
+
+    That is the file of this name if there is one, seen from the working directory; else, for
+    configs/NAME.py, the one that comes with the package.
+    """
+    path, colon, rest = argument.partition(":")
+    shipped = PACKAGE / path
+    if path.startswith("configs/") and not os.path.isfile(path) and shipped.is_file():
+        return f"{shipped}{colon}{rest}"
+    return argument
+
+
+PACKAGE = Path(__file__).parent
+
+
+def config_file() -> str:
+    """Returns the config file for people to read: lmscale_jax/configs/NAME.py if it is shipped."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    return path.replace(f"{PACKAGE}/configs/", f"{PACKAGE.name}/configs/", 1)
+
+
+def _with_config_found(argv: list[str]) -> list[str]:
+    """Returns the arguments with `find_config` of what --config names, in either spelling."""
+    changed = list(argv)
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config") and equals:
+            changed[i] = f"{name}={find_config(value)}"
+        elif name in ("--config", "-config") and i + 1 < len(argv):
+            changed[i + 1] = find_config(argv[i + 1])
+    return changed
+
+
 def _parse(argv: list[str]) -> list[str]:
+    argv = _with_config_found(argv)
     # The config library warns of what is one error, said in one line, here.
     logging.set_verbosity(logging.ERROR)
     try:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from lmscale_jax import __version__, command
 from lmscale_jax.errors import InputError
@@ -33,12 +32,11 @@ def main() -> None:
     if EXPLAIN.value:
         from lmscale_jax.run.explain import explain
 
-        path = config_flags.get_config_filename(flags.FLAGS["config"])
-        explain(CONFIG.value, command.overrides(), path, topology=TOPOLOGY.value)
+        explain(CONFIG.value, command.overrides(), command.config_file(), topology=TOPOLOGY.value)
         return
     if not WORKDIR.value:
         raise InputError("--workdir is missing; --workdir=runs/first would work")
-    from lmscale_jax.config import fingerprint, validate
+    from lmscale_jax.config.resolve import fingerprint, validate
     from lmscale_jax.run import cluster, mesh
 
     config = CONFIG.value

@@ -19,7 +19,7 @@ OUT = flags.DEFINE_string("out", None, "new or empty directory; without it, the 
 
 
 def main() -> None:
-    from lmscale_jax.config import resolve
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.data import prepared
 
     config = CONFIG.value

@@ -25,8 +25,8 @@ def main() -> None:
             f"--baseline={BASELINE.value} and --variant={VARIANT.value} go together; "
             f"--baseline=runs/a --variant=runs/b would work"
         )
-    from configs.base import SPEC
-    from lmscale_jax.config import hint, keys
+    from lmscale_jax.config.keys import SPEC, keys
+    from lmscale_jax.config.resolve import hint
     from lmscale_jax.reports import compared, pairs
 
     folder = Path(WORKDIR.value) / "report"

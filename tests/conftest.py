@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import base
+from lmscale_jax.configs import base
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("email", "json", "logging", "unittest", "xml")

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.configs import base
+from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data.pipeline import Batch
 from lmscale_jax.evals import perplexity
 from lmscale_jax.model.build import build
@@ -27,7 +27,7 @@ from lmscale_jax.run import checkpoint, mesh as meshes, step
 def setup(changes):
     config = base.get_config()
     config.update_from_flattened_dict(changes)
-    config = configs.resolve(config, 64)
+    config = resolve(config, 64)
     meshes.start(config)
     grid = meshes.make(config)
     model = build(config, platform="cpu", mesh=grid)

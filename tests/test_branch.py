@@ -192,7 +192,7 @@ def test_the_mean_of_weights_is_what_it_says(make):
 @pytest.fixture(scope="module")
 def stable(settings, tmp_path_factory):
     """A short stable run, whose checkpoints are at 4 and 8."""
-    from configs import base
+    from lmscale_jax.configs import base
 
     workdir = tmp_path_factory.mktemp("runs") / "stable"
     config = base.get_config()

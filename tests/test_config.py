@@ -6,9 +6,17 @@ import pytest
 from conftest import run
 from ml_collections import ConfigDict
 
-from configs.base import get_config
-from lmscale_jax.config import apply_overrides, fingerprint, resolve, validate
-from lmscale_jax.derived import duration, total_steps
+from lmscale_jax.config.durations import total_steps
+from lmscale_jax.config.keys import keys
+from lmscale_jax.config.resolve import (
+    apply_overrides,
+    derived,
+    differences,
+    fingerprint,
+    resolve,
+    validate,
+)
+from lmscale_jax.configs.base import get_config
 from lmscale_jax.errors import InputError
 
 
@@ -121,7 +129,9 @@ def test_remedies_work():
 )
 def test_durations(text, steps):
     # 1,000 steps of 32 x 256 = 8,192 tokens.
-    assert duration(text, get_config()) == steps
+    config = resolve(changed(schedule__warmup=text))
+    assert config.schedule.warmup == steps
+    assert type(config.schedule.warmup) is int
 
 
 def test_tokens_are_rounded_up_to_whole_steps():
@@ -137,8 +147,20 @@ def test_resolving_fills_every_derived_value_and_leaves_the_original():
     assert (model.max_seq_len, model.vocab_size) == (256, 1000)
     assert config.model.d_ff == 0
     # What is derived is a valid config, and derives itself.
-    again = resolve(resolve(config, 1000), 1000)
-    assert again.to_dict() == resolve(config, 1000).to_dict()
+    again = derived(derived(config, 1000), 1000)
+    assert again.to_dict() == derived(config, 1000).to_dict()
+
+
+def test_what_is_recorded_has_the_users_durations_and_what_is_computed_by_has_steps():
+    config = changed(schedule__warmup="1M tokens", mur__mode="loss", mur__ramp="1%")
+    recorded, resolved = derived(config, 1000), resolve(config, 1000)
+    assert recorded.schedule.warmup == "1M tokens"
+    assert (resolved.schedule.warmup, resolved.mur.ramp, resolved.mur.warmup) == (123, 10, 50)
+    changed_paths = differences(recorded.to_dict(), resolved.to_dict())
+    assert changed_paths == [path for path, key in keys() if key.duration]
+    # The name of a run is that of its texts; the other form has none.
+    with pytest.raises(ValueError, match="texts"):
+        fingerprint(resolved)
 
 
 def test_a_vocabulary_below_the_tokenizers_is_refused():
@@ -198,12 +220,21 @@ def test_the_command_refuses_a_bad_flag(tmp_path, flag, said):
 def test_the_command_refuses_a_bad_config_file(tmp_path, line, said):
     file = tmp_path / "bad.py"
     file.write_text(
-        f"from configs import base\ndef get_config():\n    config = base.get_config()\n"
+        f"from lmscale_jax.configs import base\ndef get_config():\n    config = base.get_config()\n"
         f"    {line}\n    return config\n"
     )
     err = refused(tmp_path, f"--config={file}")
     for part in said:
         assert part in err
+
+
+def test_a_config_without_its_groups_is_refused_before_it_is_explained(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 0})\n"
+    )
+    err = refused(tmp_path, f"--config={file}", "--explain")
+    assert "config.model is missing; start from lmscale_jax.configs.base.get_config()" in err
 
 
 @pytest.mark.parametrize("config", ["configs/nosuch.py", ""])

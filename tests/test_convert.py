@@ -9,8 +9,8 @@ import pytest
 from conftest import run
 from safetensors.numpy import load_file, save_file
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, hf
 
@@ -28,7 +28,7 @@ def resolved(**model):
     with config.ignore_type():
         config.model.update({"n_layers": 3, "d_model": 32, "n_heads": 4, "vocab_size": 61} | model)
     config.data.seq_len = 24
-    return configs.resolve(config)
+    return resolve(config)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_what_transformers_does_not_have_is_refused_by_name():
     config.model.bias, config.model.vocab_size = True, 61
     config.parametrization.name, config.parametrization.base_width = "mup", 64
     with pytest.raises(InputError, match=r"parametrization\.name='mup' multiplies"):
-        hf.family(configs.resolve(config))
+        hf.family(resolve(config))
 
 
 def test_a_directory_in_use_is_left_alone(written):

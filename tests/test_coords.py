@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import run
 
-from configs import coord_check as family
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import coord_check as family
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab import coordinates
 from lmscale_jax.model import build
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 def make(name="llama", **changes):
     config = family.get_config(name)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return build.build(configs.resolve(config, 40), platform="cpu")
+    return build.build(resolve(config, 40), platform="cpu")
 
 
 TINY = {"model__d_model": 128, "model__n_heads": 4, "parametrization__base_width": 64}

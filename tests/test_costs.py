@@ -5,8 +5,8 @@ import itertools
 import pytest
 from ml_collections import ConfigDict
 
-from configs.base import get_config
-from lmscale_jax.config import resolve
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs.base import get_config
 from lmscale_jax.lab import layouts
 from lmscale_jax.model import build, chips, costs, memory
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import finish
 
-from configs import base
+from lmscale_jax.configs import base
 from lmscale_jax.data import prepared
 from lmscale_jax.data.order import Mixture, Order
 from lmscale_jax.data.pipeline import TrainBatches

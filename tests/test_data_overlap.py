@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs import base
+from lmscale_jax.configs import base
 from lmscale_jax.data import overlap, prepared
 from lmscale_jax.data.shards import Shards, ShardWriter
 

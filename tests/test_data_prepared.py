@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.base import get_config
+from lmscale_jax.configs.base import get_config
 from lmscale_jax.data import packing, tokenizers
 from lmscale_jax.data.prepared import prepare, prepare_to, vocab_size_of
 from lmscale_jax.data.shards import ShardWriter
@@ -155,7 +155,7 @@ def test_a_damaged_cache_is_made_again(tmp_path):
 
 PREPARE = """
 import sys
-from configs.base import get_config
+from lmscale_jax.configs.base import get_config
 from lmscale_jax.data.prepared import prepare
 data = get_config().data
 data.update(source="text", path=sys.argv[1], cache=sys.argv[2], document="line", vocab_size=300)

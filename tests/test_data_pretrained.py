@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_data_tokenizers import CORPUS, random_texts
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve, validate
+from lmscale_jax.configs import base
 from lmscale_jax.data import prepared, pretrained, tokenizers
 from lmscale_jax.errors import InputError
 
@@ -84,7 +84,7 @@ def test_data_is_prepared_with_it_and_again_when_it_changes(folder, corpus, tmp_
     data = prepared.prepare(config.data, log=lambda line: None)
     ours = pretrained.load(folder)
     assert data.vocab_size == ours.vocab_size == prepared.vocab_size_of(config.data)
-    resolved = configs.resolve(config, data.vocab_size)
+    resolved = resolve(config, data.vocab_size)
     assert resolved.model.vocab_size == ours.vocab_size
     tokens = np.array(data.val.read(0, 2000))
     text = data.tokenizer.decode(tokens)
@@ -171,4 +171,4 @@ def test_other_kinds_are_refused_by_name(folder, tmp_path):
     config = base.get_config()
     config.data.tokenizer = "hf"
     with pytest.raises(InputError, match=r"config\.data\.tokenizer_path=''"):
-        configs.validate(config)
+        validate(config)

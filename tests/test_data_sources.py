@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.base import get_config
+from lmscale_jax.configs.base import get_config
 from lmscale_jax.data import sources
 from lmscale_jax.errors import InputError
 

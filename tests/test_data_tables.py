@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, finish
 
-from configs import base
+from lmscale_jax.configs import base
 from lmscale_jax.data import prepared, presets, sources
 from lmscale_jax.errors import InputError
 
@@ -263,7 +263,7 @@ def test_a_published_tokenizer_by_name(folder, tmp_path, monkeypatch):
 
 PREPARE = """
 import sys, time
-from configs import base
+from lmscale_jax.configs import base
 from lmscale_jax.data import packing, prepared
 packing._BLOCK_CHARACTERS = 3000
 data = base.get_config().data

@@ -74,13 +74,13 @@ def test_eight_devices_train_alike(train, single, tmp_path, grid):
 
 def test_parameters_are_split_as_annotated():
     """From the sizes of a mesh alone, without devices."""
-    from configs import base
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
+    from lmscale_jax.configs import base
     from lmscale_jax.model import build, param
 
     config = base.get_config()
     config.model.head, config.model.value_embeddings = "untied", 2
-    model = build.build(configs.resolve(config, 50257), platform="cpu")
+    model = build.build(resolve(config, 50257), platform="cpu")
     sizes = {"data": 1, "fsdp": 2, "tensor": 2}
     found = {path: partition(spec, sizes) for path, spec in param.named(model.specs).items()}
     assert found["blocks/attention/query/weight"] == P(None, "fsdp", "tensor", None)

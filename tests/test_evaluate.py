@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import record, run
 
-from configs import base
+from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import agreement, mur_stats, redundancy, suites
 from lmscale_jax.reports import compared, pairs
@@ -224,7 +224,7 @@ def model(settings):
 
 def test_a_mask_drops_what_deleting_drops(model):
     """Against models whose blocks were taken out, and influence against the taps."""
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model.build import build
 
     setup, params = model
@@ -239,7 +239,7 @@ def test_a_mask_drops_what_deleting_drops(model):
         kept = jnp.array([layer for layer in range(4) if layer not in drop])
         with smaller.unlocked():
             smaller.model.n_layers = len(kept)
-        other = build(configs.resolve(smaller), platform="cpu", boundary=setup.data.boundary)
+        other = build(resolve(smaller), platform="cpu", boundary=setup.data.boundary)
         left = params | {"blocks": jax.tree.map(lambda x, k=kept: x[k], params["blocks"])}
         total = sum(float(other.losses(left, *batch).sum()) for batch in batches)
         row = found.drops.index(drop)
@@ -282,14 +282,14 @@ def test_rank_correlations():
 
 
 def test_when_training_looks(small):
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
 
     config = small(
         train__steps=100, eval__redundancy_every="30", eval__redundancy_early="5",
         eval__redundancy_until="20",
     )  # fmt: skip
-    assert sorted(redundancy.steps(configs.resolve(config, 256))) == [5, 10, 15, 20, 50, 80, 100]
-    assert redundancy.steps(configs.resolve(small(), 256)) == frozenset()
+    assert sorted(redundancy.steps(resolve(config, 256))) == [5, 10, 15, 20, 50, 80, 100]
+    assert redundancy.steps(resolve(small(), 256)) == frozenset()
     every = small(train__steps=100, eval__redundancy_every="40")
-    assert sorted(redundancy.steps(configs.resolve(every, 256))) == [40, 80, 100]
+    assert sorted(redundancy.steps(resolve(every, 256))) == [40, 80, 100]
     assert redundancy.contiguous(2) == []

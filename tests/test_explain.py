@@ -8,7 +8,7 @@ import jax
 import pytest
 from conftest import ROOT, flags, run
 
-from lmscale_jax.config import resolve
+from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data import prepared
 from lmscale_jax.model import build
 from lmscale_jax.optim import schedules

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from configs.base import get_config
-from lmscale_jax.config import resolve
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs.base import get_config
 from lmscale_jax.model import build, flops
 
 
@@ -32,7 +32,7 @@ def described(config) -> build.Model:
 
 
 def test_named_models_train_on_the_web_or_on_this_machine():
-    from configs import llama_100m
+    from lmscale_jax.configs import llama_100m
     from lmscale_jax.errors import InputError
 
     web, embedded = llama_100m.get_config(), llama_100m.get_config("embedded")
@@ -59,7 +59,7 @@ def test_named_models_train_on_the_web_or_on_this_machine():
     ],
 )
 def test_named_configs_have_exactly_the_published_counts(name, total):
-    config = importlib.import_module(f"configs.{name}").get_config()
+    config = importlib.import_module(f"lmscale_jax.configs.{name}").get_config()
     n = flops.counts(described(resolve(config, config.data.vocab_size)).specs)
     assert n["total"] == total
     assert n["embedding"] + n["non_embedding"] == total

@@ -7,8 +7,8 @@ import pytest
 from conftest import finish, train_losses
 from test_model import Oracle, make, tokens
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import attention_stats
 from lmscale_jax.model import build, flops, param
@@ -133,7 +133,7 @@ def test_rows_of_the_table(kind, role, multiplier, lr, optimizer):
         config.model.d_model, config.model.n_heads, config.model.attn_gate = 128, 8, kind
         config.model.vocab_size, config.optim.name = 40, name
         config.parametrization.name, config.parametrization.base_width = "mup", 32
-        model = build.build(configs.resolve(config), platform="cpu")
+        model = build.build(resolve(config), platform="cpu")
         leaf = "free" if kind == "const" else "weight"
         row = model.rows[f"blocks/attention/gate/{leaf}"]
         assert row.spec.role == role and row.multiplier == multiplier

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import flags, run
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.model import build
 
 torch = pytest.importorskip("torch", reason="needs PyTorch")
@@ -59,7 +59,7 @@ def ours(directory):
     with config.ignore_type():
         config.model.update(hf.read_config(directory))
     config.data.seq_len = T
-    config = configs.resolve(config)
+    config = resolve(config)
     model = build.build(config, platform="cpu")
     return config, model, hf.read_params(directory, config.model, model.specs)
 

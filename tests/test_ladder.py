@@ -18,7 +18,7 @@ from lmscale_jax.study import plan
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 CONFIG = """
-from configs import base, laddering
+from lmscale_jax.configs import base, laddering
 
 def get_config():
     run = base.get_config()

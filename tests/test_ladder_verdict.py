@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from configs import base, laddering
+from lmscale_jax.configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.fleet import conduct
 from lmscale_jax.fleet.executors import Ended

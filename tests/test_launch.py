@@ -17,8 +17,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from configs.base import SPEC
-from lmscale_jax.config import keys
+from lmscale_jax.config.keys import keys
+from lmscale_jax.configs.base import SPEC
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

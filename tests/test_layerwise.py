@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
@@ -21,7 +21,7 @@ def made(n_layers=4, **changes):
     sizes = {"model.n_layers": n_layers, "model.d_model": 8, "model.n_heads": 2}
     sizes |= {"optim.weight_decay": 0.1, "train.steps": 40, "schedule.warmup": "1"}
     config.update_from_flattened_dict(sizes | {k.replace("__", "."): v for k, v in changes.items()})
-    config = configs.resolve(config, 12)
+    config = resolve(config, 12)
     return config, build.build(config, platform="cpu")
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.model import build, param
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -22,7 +22,7 @@ def make(platform="cpu", boundary=0, **changes):
     for name, value in (sizes | changes).items():
         config.model[name] = value
     config.data.seq_len = T
-    config = configs.resolve(config)
+    config = resolve(config)
     model = build.build(config, platform=platform, boundary=boundary)
     # Gains and biases away from 1 and 0, and larger matrices: so that no term is idle.
     chance = np.random.default_rng(1)

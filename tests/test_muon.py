@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from optax import contrib
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import muon, schedules
@@ -25,7 +25,7 @@ def made(**changes):
     config = base.get_config()
     sizes = {"model.n_layers": 3, "model.d_model": 16, "model.n_heads": 2, "optim.name": "muon"}
     config.update_from_flattened_dict(sizes | {k.replace("__", "."): v for k, v in changes.items()})
-    config = configs.resolve(config, 20)
+    config = resolve(config, 20)
     return config, build.build(config, platform="cpu")
 
 

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import mur_forms
-from configs import base
-from lmscale_jax import config as configs
-from lmscale_jax import derived
+from lmscale_jax.config.blocks import mur_layers
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.data.pipeline import Batch
 from lmscale_jax.model.build import build
 from lmscale_jax.mur import objective, utility
@@ -63,7 +63,7 @@ def setup(changes):
     config = base.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict(BASE | changes)
-    config = configs.resolve(config, 32)
+    config = resolve(config, 32)
     model = build(config, platform="cpu", boundary=0)
     # Larger than the usual beginning, so that attention and norms matter.
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
@@ -104,7 +104,7 @@ def oracle(config, model, params, batch, key=None):
         share = (part.targets_BxT >= 0).sum() / n
         # The whole is share * (loss + λ/(accum share) * hinges), added up.
         lam = mur.lambda_max / accum / share
-        function = mur_forms.two_pass(config, model, how, lam, derived.mur_layers(config), weigh)
+        function = mur_forms.two_pass(config, model, how, lam, mur_layers(config), weigh)
         grads = jax.tree.map(lambda g, s=share: s * g, jax.jit(function)(params, part, key)[1])
         total = grads if total is None else jax.tree.map(jnp.add, total, grads)
     return total
@@ -142,7 +142,7 @@ def test_it_is_not_the_gradient_of_the_loss_alone():
 def test_one_combined_pull_back_is_the_same():
     config, model, params, batch = setup({})
     weigh = functools.partial(utility.weights, "mean", key=None, k=1, share=1.0)
-    how, layers = utility.Measure("cos", 1e-6), derived.mur_layers(config)
+    how, layers = utility.Measure("cos", 1e-6), mur_layers(config)
     both = (
         f(config, model, how, 30.0, layers, weigh) for f in (mur_forms.combined, mur_forms.two_pass)
     )
@@ -167,7 +167,7 @@ METRICS = ["cos", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pro
 def test_finite_differences_of_the_objective_with_g_held(metric):
     config, model, params, batch = setup({"mur.metric": metric, "mur.lambda_max": 1.0})
     mur, n = config.mur, (batch.targets_BxT >= 0).sum()
-    how, layers = utility.Measure(metric, mur.eps), derived.mur_layers(config)
+    how, layers = utility.Measure(metric, mur.eps), mur_layers(config)
     probes = mur_forms._zeros(config, batch)
     weight_N = utility.weights("mean", batch.tokens_BxT * 0.0, batch.targets_BxT >= 0, None, 1, 1.0)
 

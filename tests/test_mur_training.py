@@ -39,7 +39,7 @@ def update_of(setup):
 
 @pytest.fixture(scope="module")
 def plain_update(settings):
-    from configs import base
+    from lmscale_jax.configs import base
 
     config = base.get_config()
     with config.ignore_type():
@@ -193,15 +193,15 @@ def test_eight_devices_and_a_restart_train_alike(train, tmp_path, mode):
 
 
 def test_strength():
-    from configs import base
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
+    from lmscale_jax.configs import base
     from lmscale_jax.mur import objective
 
     config = base.get_config()
     config.mur.update({"mode": "loss", "warmup": "10", "ramp": "20"})
-    mur = objective.make(configs.resolve(config, 64))
+    mur = objective.make(resolve(config, 64))
     found = [float(mur.strength(jnp.int32(t))) for t in (0, 9, 10, 20, 30, 500)]
     assert found == [0, 0, 0, 0.5, 1, 1]
     config.mur.ramp = "0"
-    mur = objective.make(configs.resolve(config, 64))
+    mur = objective.make(resolve(config, 64))
     assert [float(mur.strength(jnp.int32(t))) for t in (9, 10)] == [0, 1]

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from lmscale_jax.config import resolve, validate
-from lmscale_jax.derived import mur_layers
+from lmscale_jax.config.blocks import mur_layers
+from lmscale_jax.config.resolve import resolve, validate
+from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.mur import utility
 from lmscale_jax.mur.utility import Measure

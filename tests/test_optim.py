@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from lmscale_jax import config as configs
-from lmscale_jax import derived
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
@@ -19,7 +18,7 @@ def resolved(**changes):
         {"model.n_layers": 2, "model.d_model": 16, "model.n_heads": 2}
     )
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return configs.resolve(config, 20)
+    return resolve(config, 20)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
@@ -45,10 +44,12 @@ def test_schedule_values(name):
 
 
 def test_durations():
-    config = resolved(train__steps=500, train__batch_size=10, data__seq_len=100)
     for text, steps in (("20", 20), ("10%", 50), ("20 steps", 20), ("5k tokens", 5),
                         ("0.1M tokens", 100), ("1.5k tokens", 2), ("0", 0)):  # fmt: skip
-        assert derived.duration(text, config) == steps, text
+        config = resolved(
+            train__steps=500, train__batch_size=10, data__seq_len=100, schedule__warmup=text
+        )
+        assert config.schedule.warmup == steps, text
 
 
 @pytest.mark.parametrize("mode", ["independent", "coupled"])

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
 from lmscale_jax.optim import build as optim
@@ -28,7 +28,7 @@ def make(name="mup", vocab=40, **changes):
         changes = {"parametrization__base_depth": 2} | changes
     config.parametrization.name = name
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    config = configs.resolve(config, vocab)
+    config = resolve(config, vocab)
     return config, build.build(config, platform="cpu")
 
 

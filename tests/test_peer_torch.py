@@ -70,11 +70,11 @@ def test_the_peer_has_the_same_loss_and_gradient(name, tmp_path, quick_compiler)
     import jax
     import optax
 
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model.build import build
 
     shape = MODELS[name]
-    config = configs.resolve(config_of(shape, "float32", 1), shape["V"])
+    config = resolve(config_of(shape, "float32", 1), shape["V"])
     model = build(config, platform="cpu")
     rng = np.random.default_rng(0)
     # Far from the initial values, so that every part counts.
@@ -101,14 +101,14 @@ def test_the_peer_has_the_same_loss_and_gradient(name, tmp_path, quick_compiler)
 
 def test_a_shape_says_all_of_a_config():
     from benchmarks.shapes import shape_of
-    from configs import llama_50m
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
+    from lmscale_jax.configs import llama_50m
     from lmscale_jax.errors import InputError
 
     config = llama_50m.get_config()
-    shape = shape_of(configs.resolve(config, 32_000), 4)
+    shape = shape_of(resolve(config, 32_000), 4)
     assert (shape["D"], shape["L"], shape["F"], shape["V"]) == (512, 8, 1408, 32_000)
     assert shape["head"] == "untied" and whole(shape)["B"] == 4
     config.model.qk_norm = "rmsnorm"
     with pytest.raises(InputError, match=r"config\.model\.qk_norm='rmsnorm'"):
-        shape_of(configs.resolve(config, 32_000), 4)
+        shape_of(resolve(config, 32_000), 4)

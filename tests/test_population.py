@@ -110,8 +110,8 @@ def test_wider_is_better_under_mup(tmp_path):
     """The training loss at a fixed step falls with width, at one base learning rate."""
     from ml_collections import ConfigDict
 
-    from configs import lr_transfer
-    from lmscale_jax import config as configs
+    from lmscale_jax.config.resolve import resolve
+    from lmscale_jax.configs import lr_transfer
     from lmscale_jax.data import prepared
     from lmscale_jax.lab.family import resized
 
@@ -120,7 +120,7 @@ def test_wider_is_better_under_mup(tmp_path):
     data = prepared.prepare(config.data, log=print)
     losses = []
     for width in (32, 64, 128, 256):
-        one = configs.resolve(resized(config, "width", width), data.vocab_size)
+        one = resolve(resized(config, "width", width), data.vocab_size)
         members = [ConfigDict(one.to_dict() | {"seed": seed}) for seed in range(3)]
         found = population.train(members, data)
         mean_S = found.train_loss_KxS.mean(axis=0)

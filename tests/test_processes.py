@@ -230,7 +230,7 @@ from lmscale_jax.run import cluster
 changes, folder, port, index = given
 config = base.get_config()
 config.update_from_flattened_dict(changes)
-config = configs.resolve(config, 64)
+config = resolve(config, 64)
 meshes.start(config)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import base
+from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab import sizes
 

@@ -7,8 +7,8 @@ import pytest
 from conftest import finish, train_losses
 from test_model import Oracle, make, tokens
 
-from configs import base, speedrun_gate, speedrun_record26, speedrun_simple
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve, validate
+from lmscale_jax.configs import base, speedrun_gate, speedrun_record26, speedrun_simple
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import suites
 from lmscale_jax.model import attention, build, flops, param, wiring
@@ -213,7 +213,7 @@ def test_rows_that_fill_up_the_vocabulary_get_no_probability(head):
 def test_windows_grow_and_are_whole_at_the_end():
     config = speedrun_record26.get_config()
     config.data.path = ""
-    config = configs.resolve(config)
+    config = resolve(config)
     assert wiring.whole_windows(config.model) == [0, 4, 11]
     assert wiring.value_tables(config.model) == [0, 1, 2, *[-1] * 6, 0, 1, 2]
     at = [
@@ -265,7 +265,7 @@ def test_rows_of_the_table():
     config.parametrization.head_init, config.optim.head_lr_factor = "zeros", 0.5
     config.parametrization.embed_std, config.optim.vector_lr_factor = 1.0, 0.25
     config.model.n_kv_heads = 4
-    rows = build.build(configs.resolve(config), platform="cpu").rows
+    rows = build.build(resolve(config), platform="cpu").rows
     values = rows["embed/values"]
     assert (values.spec.role, values.optimizer, values.init_std) == ("input", "adamw", 1.0)
     assert values.lr_factor == 1 and values.m_out == 4
@@ -279,7 +279,7 @@ def test_rows_of_the_table():
 
 def test_counts_are_those_of_the_originals():
     def counted(module, *arguments):
-        config = configs.resolve(module.get_config(*arguments))
+        config = resolve(module.get_config(*arguments))
         return flops.counts(build.build(config, platform="cpu").specs)
 
     found = counted(speedrun_record26)
@@ -303,7 +303,7 @@ def test_first_losses_of_the_originals(module, loss, within):
     config = module.get_config()
     with config.unlocked():
         config.model.dtype = "float32"
-    config = configs.resolve(config)
+    config = resolve(config)
     model = build.build(config, platform="cpu")
     params = model.init(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50_257, (1, 257)))
@@ -324,12 +324,12 @@ def test_what_makes_no_sense_is_refused():
     config = base.get_config()
     config.model.skips, config.mur.mode = "unet", "diagnose"
     with pytest.raises(InputError, match=r"model\.skips='unet' does not go with mur\.mode"):
-        configs.validate(config)
+        validate(config)
     config.model.skips, config.model.x0_mix = "none", "learned"
-    configs.validate(config)
+    validate(config)
     config.mur.mode = "loss"
     with pytest.raises(InputError, match=r"model\.x0_mix='learned' does not go with mur\.mode"):
-        configs.validate(config)
+        validate(config)
 
 
 def test_suites_that_cannot_measure_a_wiring_are_refused():

@@ -7,8 +7,9 @@ The arms differ in the block; shape, tokens, batch and rate at one size are the 
 totals of the GPT-2 family with GPT-2's tokenizer; each arm's exact counts are in the plan.
 """
 
-from configs import families, laddering
-from configs.ladders.corpora import shards
+from lmscale_jax.config import families
+from lmscale_jax.config.corpora import shards
+from lmscale_jax.configs import laddering
 
 
 def get_config(path: str = "fineweb_edu/*.bin"):

@@ -6,8 +6,8 @@ What the gates cost is taken from d_ff (`rungs.match`), or with "flops" from the
 has the elementwise gate's weights and reads another position.
 """
 
-from configs import laddering
-from configs.ladders.corpora import embedded
+from lmscale_jax.config.corpora import embedded
+from lmscale_jax.configs import laddering
 
 
 def get_config(match: str = "parameters"):

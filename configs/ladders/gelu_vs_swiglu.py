@@ -7,8 +7,8 @@ Sizes are non-embedding parameters and exact to 2 %; the arms match within 0.5 %
 over the learning rate at every anchor, and three seeds vary initialisation and data order alike.
 """
 
-from configs import base, laddering
-from configs.ladders.corpora import shards
+from lmscale_jax.config.corpora import shards
+from lmscale_jax.configs import base, laddering
 
 
 def get_config(path: str = "tinystories/*.bin"):

@@ -4,8 +4,8 @@ python -m lmscale_jax.ladder --config=configs/ladders/isoflop.py --workdir=runs/
 python -m lmscale_jax.fit --input=runs/isoflop --law=isoflop --out=runs/isoflop/isoflop.json
 """
 
-from configs import laddering
-from configs.ladders.corpora import embedded
+from lmscale_jax.config.corpora import embedded
+from lmscale_jax.configs import laddering
 
 
 def get_config():

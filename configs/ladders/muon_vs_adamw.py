@@ -5,8 +5,8 @@
 Every anchor tries three rates in each arm: AdamW's own, and the one that Muon gives the matrices.
 """
 
-from configs import laddering
-from configs.ladders.corpora import embedded
+from lmscale_jax.config.corpora import embedded
+from lmscale_jax.configs import laddering
 
 
 def get_config():

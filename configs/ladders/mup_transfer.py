@@ -6,8 +6,8 @@ Every anchor tries every rate. The held-out width takes the rate that the larges
 so the arm whose rate moves with width pays for it there.
 """
 
-from configs import laddering
-from configs.ladders.corpora import embedded
+from lmscale_jax.config.corpora import embedded
+from lmscale_jax.configs import laddering
 
 
 def get_config():

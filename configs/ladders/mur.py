@@ -5,8 +5,8 @@
 The arms differ in `mur.*` alone; warm-up, sequence length and everything else are the same.
 """
 
-from configs import laddering
-from configs.ladders.corpora import embedded
+from lmscale_jax.config.corpora import embedded
+from lmscale_jax.configs import laddering
 
 _ACTING = {"tau": 0.1, "warmup": "5%", "ramp": "10%"}
 

@@ -5,8 +5,8 @@
 Three sizes of anchors and a held-out one on the Python standard library's source, two seeds.
 """
 
-from configs import laddering
-from configs.ladders.corpora import embedded
+from lmscale_jax.config.corpora import embedded
+from lmscale_jax.configs import laddering
 
 
 def get_config():

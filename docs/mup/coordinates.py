@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from configs import coord_check as family
+from lmscale_jax.configs import coord_check as family
 from lmscale_jax.lab import coordinates
 from lmscale_jax.run import mesh
 

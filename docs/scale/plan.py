@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from configs.base import get_config
-from lmscale_jax.config import resolve
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs.base import get_config
 from lmscale_jax.lab import layouts
 from lmscale_jax.model import build, chips, costs, flops
 
@@ -43,7 +43,7 @@ KINDS = ("H100", "v5p")
 
 
 def config_of(size: Size):
-    """The resolved config of a size, with the recipe of configs/families.py."""
+    """The resolved config of a size, with the recipe of lmscale_jax/config/families.py."""
     config = get_config()
     model = config.model
     model.n_layers, model.d_model, model.d_ff = size.n_layers, size.d_model, size.d_ff

@@ -78,17 +78,19 @@ def prepare(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
     Raises:
         InputError: missing, empty, binary or damaged input; one side of the split would be empty.
     """
-    presets.fetch(data_cfg, cache_root(data_cfg), log)
-    presets.fetch_tokenizer(data_cfg, cache_root(data_cfg), log)
+    cache = cache_root(data_cfg)
+    presets.fetch(data_cfg, cache, log)
+    presets.fetch_tokenizer(data_cfg, cache, log)
     vocab_size = vocab_size or presets.vocab_size(data_cfg)
-    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
+    data_cfg = presets.plain(data_cfg, cache)
     if data_cfg.source == "mixture":
-        prepared = _open_mixture(data_cfg)
+        prepared = _open_mixture(data_cfg, cache)
     elif data_cfg.source == "bin":
-        prepared = _open_bin(data_cfg, vocab_size, log)
+        prepared = _open_bin(data_cfg, vocab_size, cache, log)
     else:
         settings = _settings(data_cfg)
-        prepared = _find_or_build(_place(data_cfg, settings), data_cfg, settings, log)
+        directory = _place(cache, data_cfg, settings)
+        prepared = _find_or_build(directory, data_cfg, settings, cache, log)
     if 0 < vocab_size < prepared.vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size}: the tokenizer has {prepared.vocab_size} ids; set "
@@ -103,13 +105,14 @@ def find_manifest(data_cfg) -> dict | None:
     Raises:
         InputError: nothing is found under data.path.
     """
-    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
+    cache = cache_root(data_cfg)
+    data_cfg = presets.plain(data_cfg, cache)
     if data_cfg.source == "mixture":
-        return _open_mixture(data_cfg).manifest
+        return _open_mixture(data_cfg, cache).manifest
     if data_cfg.source == "bin":
         directory = Path(data_cfg.path).expanduser()
     else:
-        directory = _place(data_cfg, _settings(data_cfg))
+        directory = _place(cache, data_cfg, _settings(data_cfg))
     return manifests.read(directory) if (directory / "manifest.json").is_file() else None
 
 
@@ -119,8 +122,9 @@ def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
     Raises:
         InputError: also if `out_dir` holds anything but exactly this data.
     """
-    presets.fetch_tokenizer(data_cfg, cache_root(data_cfg), log)
-    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
+    cache = cache_root(data_cfg)
+    presets.fetch_tokenizer(data_cfg, cache, log)
+    data_cfg = presets.plain(data_cfg, cache)
     if data_cfg.source in ("bin", "mixture"):
         raise InputError(
             f"data.source={data_cfg.source}: shards are prepared already; name stdlib, text or "
@@ -128,9 +132,9 @@ def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
         )
     out_dir, settings = Path(out_dir).absolute(), _settings(data_cfg)
     occupied = out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()))
-    if occupied and not _find(out_dir, manifests.key(settings), cache_root(data_cfg)):
+    if occupied and not _find(out_dir, manifests.key(settings), cache):
         raise InputError(f"--out={out_dir}: holds something else; name a new or empty directory")
-    return _find_or_build(out_dir, data_cfg, settings, log)
+    return _find_or_build(out_dir, data_cfg, settings, cache, log)
 
 
 def open_directory(directory: Path, notes: Path) -> Prepared:
@@ -165,10 +169,11 @@ def vocab_size_of(data_cfg) -> int:
     """
     if known := presets.vocab_size(data_cfg):
         return known
-    presets.fetch_tokenizer(data_cfg, cache_root(data_cfg), lambda line: None)
-    data_cfg = presets.plain(data_cfg, cache_root(data_cfg))
+    cache = cache_root(data_cfg)
+    presets.fetch_tokenizer(data_cfg, cache, lambda line: None)
+    data_cfg = presets.plain(data_cfg, cache)
     if data_cfg.source == "mixture":
-        return _open_mixture(data_cfg).vocab_size
+        return _open_mixture(data_cfg, cache).vocab_size
     if data_cfg.source == "bin":
         directory = Path(data_cfg.path).expanduser()
         if (directory / "manifest.json").is_file():
@@ -186,16 +191,14 @@ def vocab_size_of(data_cfg) -> int:
 
 
 def cache_root(data_cfg) -> Path:
-    """The directory that prepared data is kept in."""
+    """Returns the directory that prepared data is kept in; each way into this module asks once."""
     named = data_cfg.cache or os.environ.get("LMSCALE_CACHE") or "~/.cache/lmscale_jax"
     return Path(named).expanduser().absolute()
 
 
-def _place(data_cfg, settings: dict) -> Path:
+def _place(cache: Path, data_cfg, settings: dict) -> Path:
     """Where in the cache the data of these settings belongs."""
-    return (
-        cache_root(data_cfg) / f"{data_cfg.source}-{data_cfg.tokenizer}-{manifests.key(settings)}"
-    )
+    return cache / f"{data_cfg.source}-{data_cfg.tokenizer}-{manifests.key(settings)}"
 
 
 # What else decides which documents a source has.
@@ -245,14 +248,14 @@ def _find(directory: Path, key: str, notes: Path) -> Prepared | None:
         return None
 
 
-def _find_or_build(directory: Path, data_cfg, settings: dict, log: Log) -> Prepared:
-    key, notes = manifests.key(settings), cache_root(data_cfg)
-    if found := _find(directory, key, notes):
+def _find_or_build(directory: Path, data_cfg, settings: dict, cache: Path, log: Log) -> Prepared:
+    key = manifests.key(settings)
+    if found := _find(directory, key, cache):
         return found
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_name(f".{directory.name}.lock"), log):
-            if found := _find(directory, key, notes):  # another process was faster
+            if found := _find(directory, key, cache):  # another process was faster
                 return found
             _build(directory, data_cfg, settings, log)
     except OSError as error:
@@ -260,7 +263,7 @@ def _find_or_build(directory: Path, data_cfg, settings: dict, log: Log) -> Prepa
             f"{directory}: cannot be written ({error.strerror or error}); set data.cache (or "
             f"--out) to a place that is writable and has room"
         ) from None
-    return open_directory(directory, notes)
+    return open_directory(directory, cache)
 
 
 @contextlib.contextmanager
@@ -311,12 +314,11 @@ def _build(directory: Path, data_cfg, settings: dict, log: Log) -> None:
     log(f"data: prepared in {directory}")
 
 
-def _open_mixture(data_cfg) -> Prepared:
-    notes = cache_root(data_cfg)
-    return mixtures.open_mixture(data_cfg.path, lambda path: open_directory(path, notes))
+def _open_mixture(data_cfg, cache: Path) -> Prepared:
+    return mixtures.open_mixture(data_cfg.path, lambda path: open_directory(path, cache))
 
 
-def _open_bin(data_cfg, vocab_size: int, log: Log) -> Prepared:
+def _open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
     """Shards used where they lie: a prepared directory, or bare .bin files."""
     directory = Path(data_cfg.path).expanduser()
     if (directory / "manifest.json").is_file():
@@ -325,7 +327,7 @@ def _open_bin(data_cfg, vocab_size: int, log: Log) -> Prepared:
                 f"data.val_path={data_cfg.val_path}: the prepared data.path={data_cfg.path} has "
                 f"its own validation shards; leave data.val_path empty"
             )
-        return open_directory(directory, cache_root(data_cfg))
+        return open_directory(directory, cache)
     if vocab_size <= 0:
         raise InputError(
             f"model.vocab_size={vocab_size}: bare shards (data.path={data_cfg.path}) do not say "
@@ -333,7 +335,7 @@ def _open_bin(data_cfg, vocab_size: int, log: Log) -> Prepared:
         )
     sides = {side: Shards(paths, vocab_size) for side, paths in _bin_paths(data_cfg).items()}
     splits = {
-        side: {"tokens": shards.n_tokens, "fingerprint": _scanned(shards, data_cfg, log)}
+        side: {"tokens": shards.n_tokens, "fingerprint": _scanned(shards, cache, log)}
         for side, shards in sides.items()
     }
     manifest = {
@@ -366,13 +368,10 @@ def _bin_paths(data_cfg) -> dict[str, list[Path]]:
     return {"train": train, "val": val}
 
 
-def _scanned(shards: Shards, data_cfg, log: Log) -> str:
+def _scanned(shards: Shards, cache: Path, log: Log) -> str:
     """`shards.scan()`, remembered in the cache for as long as the files stay as they are."""
     files = [manifests.state(path, str(path.absolute())) for path in shards.paths]
-    note = (
-        cache_root(data_cfg)
-        / f"bin-{manifests.key([manifests.FORMAT, shards.vocab_size, files])}.json"
-    )
+    note = cache / f"bin-{manifests.key([manifests.FORMAT, shards.vocab_size, files])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
     log(f"data: checking {shards.n_tokens:,} tokens in {len(shards.paths)} shards, once")

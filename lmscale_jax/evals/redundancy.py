@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale_jax.derived import duration
 from lmscale_jax.model.build import Model
 from lmscale_jax.mur.utility import mean, norms
 from lmscale_jax.run import mesh as meshes
@@ -157,10 +156,7 @@ def steps(config) -> frozenset[int]:
     eval.redundancy_every, and the last step.
     """
     look, last = config.eval, config.train.steps
-    late, early, until = (
-        duration(text, config)
-        for text in (look.redundancy_every, look.redundancy_early, look.redundancy_until)
-    )
+    late, early, until = look.redundancy_every, look.redundancy_early, look.redundancy_until
     if not late:
         return frozenset()
     until = min(until, last) if early else 0

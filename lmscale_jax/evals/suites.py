@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax import clashes
+from lmscale_jax.config import conflicts
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import agreement, attention_stats, mur_stats, redundancy
 from lmscale_jax.run import record
@@ -46,7 +46,7 @@ def evaluate(
 def check(names: list[str], model) -> None:
     """Raises InputError where a suite cannot measure a model of this kind."""
     for name in {"redundancy", "mur"}.intersection(names):
-        clashes.check_chain(model, f"--suites={name}", clashes.READ_ONLY)
+        conflicts.check_chain(model, f"--suites={name}", conflicts.READ_ONLY)
     if "attention" in names and (model.window_layers != "none" or model.mask == "document"):
         raise InputError(
             f"--suites=attention takes every earlier token for visible, and config.model has "

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
 from lmscale_jax.fleet import executors
@@ -109,7 +109,7 @@ def _epochs(plan: Plan, cell: Cell, manifest: dict | None) -> str:
 
 def memory(plan: Plan, cell: Cell) -> str:
     """Of one process with one device, at the worst moment of a step."""
-    config = configs.resolve(plan.config(cell, Path()), plan.vocab_size)
+    config = resolve(plan.config(cell, Path()), plan.vocab_size)
     platform = "cpu" if executors.on_cpu() else "gpu"
     model = build(config, platform=platform)
     size = budget.sizes(config, model, {}, platform)["total"]

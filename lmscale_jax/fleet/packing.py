@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
 from lmscale_jax.fleet import executors
 from lmscale_jax.study.cells import Cell
 from lmscale_jax.study.plan import Plan
@@ -41,7 +41,7 @@ def key(plan: Plan, cell: Cell) -> str:
     from lmscale_jax.lab import pack
 
     config = plan.config(cell, Path())
-    return f"{cell.role} {pack.signature(configs.resolve(config))}"
+    return f"{cell.role} {pack.signature(resolve(config))}"
 
 
 def faster(cell: Cell) -> bool:

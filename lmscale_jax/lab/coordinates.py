@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.data import pipeline, prepared
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab.family import deliberately_wrong, resized
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
 
 def plan(config: ConfigDict, sweep: str, sizes: list[int], control: str = "none") -> Plan:
     """The configs of a sweep. Raises InputError where a size cannot be made."""
-    configs.validate(config)
+    validate(config)
     if sweep == "depth" and config.parametrization.name == "mup":
         raise InputError(
             "config.parametrization.name='mup' says nothing of depth; "
@@ -50,7 +50,7 @@ def plan(config: ConfigDict, sweep: str, sizes: list[int], control: str = "none"
     made = [resized(config, sweep, size) for size in sizes]
     for one in made:
         deliberately_wrong(one.parametrization, control)
-        configs.validate(one)
+        validate(one)
     return Plan(sweep, sizes, made, control)
 
 
@@ -73,7 +73,7 @@ def check(plan: Plan, n_seeds: int, workdir: Path, say: Callable[[str], None]) -
     tensors: dict[str, list] = {}
     for size, config in zip(plan.sizes, plan.configs, strict=True):
         begin = time.perf_counter()
-        config = configs.resolve(config, data.vocab_size)
+        config = resolve(config, data.vocab_size)
         batch = pipeline.TrainBatches(
             data, config.data.seq_len, config.train.batch_size, config.data.seed
         ).at(0)

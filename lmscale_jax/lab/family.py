@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.base import get_config as base_config
+from lmscale_jax.config.keys import get_config as base_config
 from lmscale_jax.errors import InputError
 
 

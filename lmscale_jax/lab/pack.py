@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.keys import get, keys
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import redundancy
 from lmscale_jax.lab import population
@@ -75,7 +75,7 @@ class Member:
     def open(self, first: int, host: dict, progress) -> None:
         self.clock = SharedClock(host.get("clock"))
         memory = host.get("journal", {})
-        config, workdir = self.setup.config, self.setup.workdir
+        config, workdir = self.setup.recorded, self.setup.workdir
         self.journal = Journal(config, workdir, first, memory, self.clock, self.record.id, progress)
 
     def take(self, first: int, each: dict, last: dict, extra: dict) -> None:
@@ -222,11 +222,7 @@ def _here():
 def signature(config) -> str:
     """What runs must share to be packed, of a resolved config: a text to compare."""
     numbers = (*population.NUMBERS, population.ORDER)
-    kept = {
-        path: configs.get(config, path)
-        for path, key in configs.keys()
-        if key.identity and path not in numbers
-    }
+    kept = {path: get(config, path) for path, key in keys() if key.identity and path not in numbers}
     # Blocks that are drawn by the seed are part of the program.
     drawn = config.seed if config.freeze.mode.startswith("random") else None
     return repr((sorted(kept.items()), drawn))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.keys import get, keys
 from lmscale_jax.data import pipeline
 from lmscale_jax.data.prepared import Prepared
 from lmscale_jax.errors import InputError
@@ -30,8 +30,8 @@ ORDER = "data.seed"
 def check(members: list[ConfigDict]) -> None:
     """Raises InputError where resolved configs cannot be members of one population."""
     first = members[0]
-    for path, key in configs.keys():
-        values = {configs.get(member, path) for member in members}
+    for path, key in keys():
+        values = {get(member, path) for member in members}
         if len(values) > 1 and key.identity and path not in (*NUMBERS, ORDER):
             raise InputError(
                 f"config.{path} is {' and '.join(sorted(map(repr, values)))} in members of one "
@@ -60,19 +60,16 @@ class Population:
     def __init__(self, members: list[ConfigDict]):
         check(members)
         self.config = members[0]
-        self._in_steps = steps.in_steps(self.config)
         self._mesh = meshes.make(self.config)
         self._platform = self._mesh.devices.flat[0].platform
         self.model = build(self.config, platform=self._platform)
         self._numbers = {
-            path: np.array([configs.get(member, path) for member in members])
+            path: np.array([get(member, path) for member in members])
             for path in NUMBERS
-            if len({configs.get(member, path) for member in members}) > 1
+            if len({get(member, path) for member in members}) > 1
         }
         self._shared = {
-            path: n
-            for path, n in steps.numbers(self._in_steps).items()
-            if path not in self._numbers
+            path: n for path, n in steps.numbers(self.config).items() if path not in self._numbers
         }
         self._size = len(members)
         self._run = jax.jit(self._advance, static_argnames="measure", donate_argnums=0)
@@ -97,7 +94,7 @@ class Population:
 
     def _advance(self, state_K, batches_KxSxBxT, numbers_K, shared, measure):
         def member(numbers, state, batches_SxBxT):
-            config = steps.with_numbers(self._in_steps, numbers | shared)
+            config = steps.with_numbers(self.config, numbers | shared)
             one = steps.pure(config, self.model, self._transform(config), self._mesh)
 
             def take(state, batch):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import build
@@ -94,7 +94,7 @@ def matched(config: ConfigDict, target: float, measure: str, vocab_size: int = 0
 
     def spent(d_ff: int) -> float:
         config.model.d_ff = d_ff
-        counts, per_token = described(configs.resolve(config, vocab_size))
+        counts, per_token = described(resolve(config, vocab_size))
         return per_token if measure == "flops" else counts["non_embedding"]
 
     config = ConfigDict(config.to_dict())
@@ -124,7 +124,7 @@ def resized(config: ConfigDict, shape: Shape) -> ConfigDict:
 
 def count(config: ConfigDict, vocab_size: int = 0) -> dict[str, int]:
     """{"total", "non_embedding", "embedding"} of an unresolved config, without allocating it."""
-    return described(configs.resolve(config, vocab_size))[0]
+    return described(resolve(config, vocab_size))[0]
 
 
 _known: dict[str, tuple[dict, float]] = {}
@@ -158,7 +158,7 @@ def _candidates(
             return count(made, vocab_size)[convention]
 
         probe = resized(config, Shape(1, width, heads, 0))
-        rule = configs.resolve(probe, vocab_size).model.d_ff
+        rule = resolve(probe, vocab_size).model.d_ff
         one, two, wider = counted(1), counted(2), counted(1, rule + 1)
         block, each = two - one, wider - one
         for depth in range(1, MAX_DEPTH + 1):

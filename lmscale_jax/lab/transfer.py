@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.data import prepared
 from lmscale_jax.lab import population
 from lmscale_jax.lab.family import deliberately_wrong, resized
@@ -20,7 +20,7 @@ from lmscale_jax.run import record
 
 def arms(config: ConfigDict, widths: list[int]) -> dict[str, list[ConfigDict]]:
     """{parametrization: a config for each width}: sp beside the config's own."""
-    configs.validate(config)
+    validate(config)
     own = [resized(config, "width", width) for width in widths]
     plain = [ConfigDict(one.to_dict()) for one in own]
     for one in plain:
@@ -30,7 +30,7 @@ def arms(config: ConfigDict, widths: list[int]) -> dict[str, list[ConfigDict]]:
     }  # fmt: skip
     for several in made.values():
         for one in several:
-            configs.validate(one)
+            validate(one)
     return made
 
 
@@ -57,7 +57,7 @@ def sweep(
         for width, one in zip(widths, several, strict=True):
             begin = time.perf_counter()
             members = [
-                configs.resolve(_at_rate(one, 2.0**e, seed), data.vocab_size)
+                resolve(_at_rate(one, 2.0**e, seed), data.vocab_size)
                 for e in log_lrs
                 for seed in seeds
             ]

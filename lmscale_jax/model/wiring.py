@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale_jax.derived import duration
 from lmscale_jax.model.attention import rope_tables
 
 
@@ -106,7 +105,7 @@ def windows(config, step=None) -> tuple | None:
         return None
     block = model.window_block
     full = -(-model.window // block)
-    growth = duration(model.window_growth, config)
+    growth = model.window_growth
     if step is None or not growth:
         return full, max(1, full // 2)
     tokens = jnp.minimum(1.0, step / growth) * model.window
@@ -132,7 +131,7 @@ def described(config) -> dict[str, str]:
     if model.window_layers != "none":
         whole, half = windows(config)
         blocks = "" if model.window_block == 1 else f" blocks of {model.window_block}"
-        grow = duration(model.window_growth, config)
+        grow = model.window_growth
         lines["windows"] = (
             f"{whole}{blocks or ' tokens'} in block {', '.join(map(str, whole_windows(model)))}, "
             f"else {half}" + (f"; growing over {grow} steps" if grow else "")

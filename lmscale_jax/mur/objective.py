@@ -10,7 +10,7 @@ mean. λ(t) and s(t) are 0 during mur.warmup and then rise in a line over mur.ra
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.derived import duration, mur_layers
+from lmscale_jax.config.blocks import mur_layers
 from lmscale_jax.mur import streams
 from lmscale_jax.mur.utility import Measure
 
@@ -28,7 +28,7 @@ class Objective:
         self.layers = mur_layers(config)
         self._parts = PARTS[mur.granularity]
         self._accum = config.train.accum
-        self._begin, self._ramp = duration(mur.warmup, config), duration(mur.ramp, config)
+        self._begin, self._ramp = mur.warmup, mur.ramp
         self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
         # What is taken in every step, and remembered.
         kept = {"absolute": (), "quantile": ("quantile",), "stderr": ("stderr",)}[mur.tau_kind]
@@ -180,10 +180,10 @@ def choices(config) -> dict[str, str]:
     mur, layers = config.mur, mur_layers(config)
     if mur.mode == "diagnose":
         return {"mur": f"diagnose: {mur.metric} utility of every block, nothing is changed"}
-    begin, ramp = duration(mur.warmup, config), duration(mur.ramp, config)
+    begin, end = mur.warmup, mur.warmup + mur.ramp
     where = f"blocks {layers.start} to {layers.stop - 1} of {config.model.n_layers}"
     what = f"λ {mur.lambda_max:g}" if mur.mode == "loss" else f"s {mur.alpha:g} on {mur.apply_to}"
-    said = f"{mur.mode}: {mur.metric}, {where}, {what} from step {begin} to {begin + ramp}"
+    said = f"{mur.mode}: {mur.metric}, {where}, {what} from step {begin} to {end}"
     if mur.apply_to == "grads":
         said += f"; {config.optim.name} cancels a factor of the gradients"
     return {"mur": said}

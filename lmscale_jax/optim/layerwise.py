@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmscale_jax.derived import block_numbers, duration
+from lmscale_jax.config.blocks import block_numbers
 
 NEVER = np.iinfo(np.int32).max
 
@@ -57,7 +57,7 @@ def thaw_steps(config) -> np.ndarray | None:
             "random": chance.permutation(n),
         }[freeze.order]
         begins = np.zeros(n, np.int32)
-        begins[order] = np.arange(n) * duration(freeze.every, config)
+        begins[order] = np.arange(n) * freeze.every
         return begins
     if freeze.mode == "fixed":
         frozen = block_numbers(freeze.blocks)

@@ -5,8 +5,6 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale_jax.derived import duration
-
 
 def make(config, xp=jnp) -> Callable:
     """Step (from 0) -> factor of the peak. `xp` is jax.numpy inside the step, numpy to explain it.
@@ -16,8 +14,8 @@ def make(config, xp=jnp) -> Callable:
     traced.
     """
     schedule, total = config.schedule, config.train.steps
-    warmup = duration(schedule.warmup, config)
-    cooldown = duration(schedule.cooldown, config) if schedule.name == "wsd" else total - warmup
+    warmup = schedule.warmup
+    cooldown = schedule.cooldown if schedule.name == "wsd" else total - warmup
     shape = {
         "cosine": lambda x: (1 + xp.cos(np.pi * x)) / 2,
         "linear": lambda x: 1 - x,
@@ -38,7 +36,7 @@ def make(config, xp=jnp) -> Callable:
 
 def momentum(config) -> Callable:
     """Step -> decay of Muon's momentum, rising linearly to optim.momentum."""
-    optim, length = config.optim, duration(config.optim.momentum_warmup, config)
+    optim, length = config.optim, config.optim.momentum_warmup
 
     def decay(step):
         share = jnp.minimum(1.0, jnp.asarray(step, jnp.float32) / jnp.maximum(1, length))

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from lmscale_jax.config import differences, get
+from lmscale_jax.config.keys import get
+from lmscale_jax.config.resolve import differences
 from lmscale_jax.reports import layers, pairs, plots
 from lmscale_jax.reports.page import Page
 

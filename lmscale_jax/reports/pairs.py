@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmscale_jax.config import differences, get
+from lmscale_jax.config.keys import get
+from lmscale_jax.config.resolve import differences
 from lmscale_jax.errors import InputError
 from lmscale_jax.run.record import read_record
 from lmscale_jax.run.writers import read_metrics

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmscale_jax.config import differences, get, keys
-from lmscale_jax.derived import duration, tokens_per_step
+from lmscale_jax.config.durations import in_steps, steps_of, tokens_per_step
+from lmscale_jax.config.keys import get, keys
+from lmscale_jax.config.resolve import differences
 from lmscale_jax.errors import InputError
 from lmscale_jax.optim import schedules
 from lmscale_jax.run.checkpoint import Checkpoints
@@ -30,7 +31,7 @@ STATE = ("log.spectral_every",)
 
 
 def find(config) -> dict | None:
-    """The parent of a resolved config as run.json names it, or None where there is none.
+    """The parent of a `derived` config as run.json names it, or None where there is none.
 
     {"workdir", "name", "config_hash", "step", "data_fingerprint"}. Raises InputError where it is no
     run, has no such checkpoint, or would not have come to the same state under this config.
@@ -79,10 +80,11 @@ def _check_same(config, parent, workdir: Path) -> None:
             f"{_value(parent, path)!r} as in {workdir}; a branch may change schedule.* and "
             f"train.steps"
         )
+    lengths, theirs = steps_of(config), steps_of(parent)
     for path, key in keys():
         if not key.duration or path in OWN or path.split(".")[0] in OWN_GROUPS:
             continue
-        here, there = duration(get(config, path), config), duration(get(parent, path), parent)
+        here, there = lengths[path], theirs[path]
         if here != there and not _unused(config, key):
             raise InputError(
                 f"config.{path}={get(config, path)!r} is {here} steps here and {there} in the "
@@ -94,7 +96,8 @@ def _check_same(config, parent, workdir: Path) -> None:
 def _check_rates(config, parent, step: int) -> None:
     """The schedule up to the branch must be the one that the parent followed."""
     steps = np.arange(step)
-    ours, theirs = (np.atleast_1d(schedules.make(c, np)(steps)) for c in (config, parent))
+    both = in_steps(config), in_steps(parent)
+    ours, theirs = (np.atleast_1d(schedules.make(c, np)(steps)) for c in both)
     wrong = np.flatnonzero(np.abs(ours - theirs) > 1e-6)
     if len(wrong):
         at, schedule = int(wrong[0]), config.schedule
@@ -102,7 +105,7 @@ def _check_rates(config, parent, step: int) -> None:
             f"config.schedule.name={schedule.name!r} with warmup={schedule.warmup!r} has another "
             f"rate at step {at} ({ours[at]:.4g} of the peak) than the parent had "
             f"({theirs[at]:.4g}), before train.parent_step={step}; name='wsd' with "
-            f"warmup='{duration(parent.schedule.warmup, parent)}' and "
+            f"warmup='{both[1].schedule.warmup}' and "
             f"cooldown='{config.train.steps - step}' would work off a parent still at its peak"
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from lmscale_jax.derived import tokens_per_step
+from lmscale_jax.config.durations import tokens_per_step
 from lmscale_jax.model import build, costs, flops, memory
 from lmscale_jax.optim import build as optim
 

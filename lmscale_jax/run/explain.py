@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs.base import get_config as base_config
-from lmscale_jax.config import get, keys, resolve
+from lmscale_jax.config.durations import in_steps, tokens_per_step
+from lmscale_jax.config.keys import get, keys
+from lmscale_jax.config.keys import get_config as base_config
+from lmscale_jax.config.resolve import derived, validate
 from lmscale_jax.data import prepared
-from lmscale_jax.derived import duration, tokens_per_step
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, flops
 from lmscale_jax.mur import objective as mur
@@ -54,13 +55,15 @@ def explain(
     Raises:
         InputError: the config is bad, or does not fit the devices.
     """
-    resolved = resolve(config, prepared.vocab_size_of(config.data))
+    validate(config)
+    recorded = derived(config, prepared.vocab_size_of(config.data))
+    resolved = in_steps(recorded)
     if not resolved.model.vocab_size:
         raise InputError(
             f"config.model.vocab_size=0: bare shards (data.path={config.data.path}) do not say how "
             f"many ids they use; set model.vocab_size, for example 50257 for GPT-2's tokenizer"
         )
-    branch.find(resolved)
+    branch.find(recorded)
     chips = topologies.find(topology) if topology else None
     if chips:
         # Nothing is asked of this machine's devices, which may be busy.
@@ -74,9 +77,9 @@ def explain(
     model = build.build(resolved, platform=platform, mesh=mesh)
     where = origins(config_file, overrides, config)
     for path, _ in keys():
-        if get(resolved, path) != (given := get(config, path)):
+        if get(recorded, path) != (given := get(config, path)):
             where[path] = "derived" if where[path] == "base" else f"{where[path]} gave {given:g}"
-    print(page(resolved, where, model, mesh, prepared.find_manifest(config.data)))
+    print(page(resolved, recorded, where, model, mesh, prepared.find_manifest(config.data)))
     if devices:
         mesh = meshes.make(resolved, devices)
         model = build.build(resolved, platform=platform, mesh=mesh)
@@ -99,11 +102,14 @@ def origins(config_file: str, overrides: dict, config) -> dict[str, str]:
     return found
 
 
-def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: dict | None) -> str:
-    """The whole text, for a resolved config.
+def page(
+    config, recorded, origins: dict[str, str], model: build.Model, mesh, manifest: dict | None
+) -> str:
+    """The whole text.
 
     Args:
         config: resolved.
+        recorded: the same with the user's durations, which are shown.
         origins: where the value of each key came from.
         model: as `build.build` describes it.
         mesh: the device mesh.
@@ -112,7 +118,7 @@ def page(config, origins: dict[str, str], model: build.Model, mesh, manifest: di
     chosen = model.choices | optim.choices(config, mesh.devices.flat[0].platform)
     chosen |= mur.choices(config)
     sections = [
-        ("config (* set by the config file or a flag)", _config(config, origins)),
+        ("config (* set by the config file or a flag)", _config(recorded, origins)),
         ("schedule", _schedule(config)),
         ("parameters", _parameters(model, mesh, config.optim.decay_mode)),
         ("counts", _counts(model)),
@@ -140,7 +146,7 @@ def jumps(config) -> list[tuple[int, int, float, float]]:
     Steps first..last each change it by more than one step of warm-up does (without warm-up: by more
     than 2 % of the peak). `before` and `after` are learning rates. The rate before step 0 is 0.
     """
-    warmup = duration(config.schedule.warmup, config)
+    warmup = config.schedule.warmup
     # The schedule is float32; the last term is its rounding.
     limit = (1.01 / warmup if warmup > 1 else 0.02) + 5e-7
     factor, total = schedules.make(config, np), config.train.steps
@@ -217,13 +223,13 @@ def _config(config, origins: dict[str, str]) -> list[str]:
 
 def _schedule(config) -> list[str]:
     schedule, total = config.schedule, config.train.steps
-    warmup = duration(schedule.warmup, config)
+    warmup = schedule.warmup
     factor = schedules.make(config, np)
     named = {0: "first", total // 2: "middle", total - 1: "last"}
     if warmup > 1:
         named[warmup - 1] = "warm-up done"
     if schedule.name == "wsd":
-        named[total - duration(schedule.cooldown, config)] = "cooldown begins"
+        named[total - schedule.cooldown] = "cooldown begins"
     lines = [f"{schedule.name}, {total:,} steps of {tokens_per_step(config):,} tokens"]
     for step in sorted(s for s in named if s < total):
         lines.append(

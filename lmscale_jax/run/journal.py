@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.derived import tokens_per_step
+from lmscale_jax.config.durations import tokens_per_step
 from lmscale_jax.errors import RunFailed
 from lmscale_jax.run import writers
 from lmscale_jax.run.clock import Clock

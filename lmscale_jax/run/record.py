@@ -10,7 +10,8 @@ import platform
 import subprocess
 from pathlib import Path
 
-from lmscale_jax.config import differences, get
+from lmscale_jax.config.keys import get, has
+from lmscale_jax.config.resolve import differences
 from lmscale_jax.errors import InputError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -42,7 +43,7 @@ def check(workdir: Path, config) -> dict | None:
     if changed:
         first = changed[0]
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        was = get(before, first) if _has(before, first) else "absent"
+        was = get(before, first) if has(before, first) else "absent"
         raise InputError(
             f"--workdir={workdir} holds a run of another config: {first} is {was!r} there and "
             f"{get(config, first)!r} here{more}; name a new --workdir"
@@ -61,14 +62,6 @@ def read_record(workdir: Path) -> dict:
     except (ValueError, AssertionError, AttributeError):
         raise InputError(f"--workdir={workdir}: run.json is no run record") from None
     return record
-
-
-def _has(config: dict, path: str) -> bool:
-    try:
-        get(config, path)
-    except (KeyError, TypeError):
-        return False
-    return True
 
 
 class Lock:

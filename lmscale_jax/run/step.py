@@ -10,8 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from lmscale_jax.config import get, keys
-from lmscale_jax.derived import duration
+from lmscale_jax.config.keys import get
 from lmscale_jax.model.build import Model
 from lmscale_jax.model.placement import BATCH
 from lmscale_jax.mur import objective as mur
@@ -84,7 +83,6 @@ class Step:
 
     def __init__(self, config, model: Model, mesh: Mesh, placed: State):
         platform = mesh.devices.flat[0].platform
-        config = in_steps(config)
         self.numbers = numbers(config)
 
         def step(state, batch, numbers, measure):
@@ -104,16 +102,8 @@ class Step:
         return self._run.lower(state, batch, self.numbers, measure=measure)
 
 
-def in_steps(config) -> ConfigDict:
-    """The config with every duration as a number of steps."""
-    return with_numbers(
-        config,
-        {path: duration(get(config, path), config) for path, key in keys() if key.duration},
-    )
-
-
 def numbers(config) -> dict[str, int | float]:
-    """NUMBERS and LENGTHS of a config `in_steps`, by path."""
+    """NUMBERS and LENGTHS of a resolved config, by path."""
     # Something that is multiplied by 0 is left out of the program.
     given = {path: n for path in NUMBERS if (n := get(config, path))}
     return given | {path: get(config, path) for path in LENGTHS}
@@ -137,8 +127,7 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
     """`step(state, batch, measure=()) -> (state, metrics)`.
 
     Metrics also hold what `measure` names (see `measures.due`). Each combination is compiled apart,
-    so that other steps do not pay for it. NUMBERS in the config may be traced, and LENGTHS where it
-    is `in_steps`.
+    so that other steps do not pay for it. NUMBERS and LENGTHS in the config may be traced.
     """
     gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
     dropout = jax.random.key(config.seed) if config.model.dropout else None

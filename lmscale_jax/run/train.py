@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import jax
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.durations import in_steps
+from lmscale_jax.config.resolve import derived, fingerprint
 from lmscale_jax.data import pipeline, prepared
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.evals import perplexity, redundancy
@@ -29,9 +30,14 @@ from lmscale_jax.run.watchdog import Stop, Watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything of a run that does not change while it runs; `parent` as in `branch.find`."""
+    """Everything of a run that does not change while it runs.
+
+    `config` is resolved, `recorded` the same with the user's durations (see `config.durations`),
+    `parent` as in `branch.find`.
+    """
 
     config: object
+    recorded: object
     workdir: Path
     data: prepared.Prepared
     mesh: jax.sharding.Mesh
@@ -53,9 +59,8 @@ class Setup:
         """Loss and its kin on the held-out tokens."""
         n_tokens = self.config.eval.tokens
         n_bytes = pipeline.val_bytes(self.data, n_tokens)
-        return perplexity.evaluate(
-            self.eval_sums, params, self.held_out(n_tokens), self.mesh, n_bytes
-        )
+        held_out = self.held_out(n_tokens)
+        return perplexity.evaluate(self.eval_sums, params, held_out, self.mesh, n_bytes)
 
     def held_out(self, n_tokens: int) -> Iterator[pipeline.Batch]:
         """The first tokens of the validation split, as many at once as in training."""
@@ -68,13 +73,9 @@ class Setup:
 
     def redundancy(self, params) -> dict:
         """Block Influence and layer drop, for a line of metrics.jsonl."""
-        return redundancy.over_training(
-            self.drop_sums,
-            params,
-            self.held_out(self.config.eval.redundancy_tokens),
-            self.mesh,
-            self.config.model.n_layers,
-        )
+        held_out = self.held_out(self.config.eval.redundancy_tokens)
+        n_layers = self.config.model.n_layers
+        return redundancy.over_training(self.drop_sums, params, held_out, self.mesh, n_layers)
 
 
 class Finished(NamedTuple):
@@ -117,14 +118,14 @@ def begin(
     config, workdir: Path, say: Callable[[str], None], notes: dict | None = None
 ) -> Begun | None:
     """Checks everything, then opens the run's directory and its record; None if it is finished."""
-    resolved = configs.resolve(config, prepared.vocab_size_of(config.data))
-    writers.check(resolved)
-    before = cluster.shared(cluster.on_first(lambda: record.check(workdir, resolved)))
+    recorded = derived(config, prepared.vocab_size_of(config.data))
+    writers.check(recorded)
+    before = cluster.shared(cluster.on_first(lambda: record.check(workdir, recorded)))
     if before and before["status"] == "finished":
         say(f"{workdir} is finished: validation loss {before['final']['val_loss']:.4f}")
         return None
     # A branch that has begun needs no second look at its parent, which may have moved on.
-    parent = before.get("parent") if before else branch.find(resolved)
+    parent = before.get("parent") if before else branch.find(recorded)
     setup = dataclasses.replace(prepare(config, workdir, say), parent=parent)
     _check_data(setup)
     lock = cluster.on_first(lambda: record.Lock(workdir))
@@ -178,7 +179,8 @@ def held(begun: Begun):
 def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
     """Data, mesh, model and optimizer of a config; nothing of size is allocated."""
     data = prepared.prepare(config.data, config.model.vocab_size, log=say)
-    config = configs.resolve(config, data.vocab_size)
+    recorded = derived(config, data.vocab_size)
+    config = in_steps(recorded)
     if config.model.mask == "document" and data.boundary is None:
         raise InputError(
             f"config.model.mask='document' needs document marks, which data.source="
@@ -189,15 +191,13 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
     platform = grid.devices.flat[0].platform
     model = build(config, platform=platform, boundary=data.boundary, mesh=grid)
     transform = optim.build(config, model.rows, grid, platform)
+    rows = mesh.host_rows(config.train.batch_size, grid)
     batches = pipeline.TrainBatches(
-        data,
-        config.data.seq_len,
-        config.train.batch_size,
-        config.data.seed,
-        mesh.host_rows(config.train.batch_size, grid),
+        data, config.data.seq_len, config.train.batch_size, config.data.seed, rows
     )
     return Setup(
         config=config,
+        recorded=recorded,
         workdir=workdir,
         data=data,
         mesh=grid,
@@ -226,8 +226,8 @@ def facts(setup: Setup) -> dict:
     per_token = flops.flops_per_token(config, setup.model.specs)
     return {
         "name": setup.workdir.name,
-        "config": config.to_dict(),
-        "config_hash": configs.fingerprint(config),
+        "config": setup.recorded.to_dict(),
+        "config_hash": fingerprint(setup.recorded),
         "seed": config.seed,
         "counts": flops.counts(setup.model.specs),
         "flops_per_token": per_token["model"],
@@ -266,7 +266,7 @@ def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
     state, host = restore_or_begin(setup, checkpoints, say)
     clock = Clock(host.get("clock"))
     memory, where = host.get("journal", {}), setup.workdir if cluster.is_first() else None
-    journal = Journal(config, where, int(state.step), memory, clock, run.id)
+    journal = Journal(setup.recorded, where, int(state.step), memory, clock, run.id)
     stop, watchdog = Stop(), Watchdog(config.log.watchdog)
     try:
         state, final = loop(setup, state, journal, clock, checkpoints, stop, watchdog)

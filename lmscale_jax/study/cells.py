@@ -8,10 +8,19 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from configs.laddering import FREE, LADDER
-from configs.optimizing import SCHEDULE
-from lmscale_jax import config as configs
-from lmscale_jax import derived
+from lmscale_jax.config.durations import in_steps, steps_of, tokens_per_step
+from lmscale_jax.config.keys import get
+from lmscale_jax.config.ladder_keys import FREE, LADDER
+from lmscale_jax.config.optim_keys import SCHEDULE
+from lmscale_jax.config.resolve import (
+    apply_overrides,
+    check_keys,
+    derived,
+    differences,
+    fingerprint,
+    resolve,
+    validate,
+)
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab import family, sizes
 
@@ -78,11 +87,12 @@ def check(ladder: ConfigDict) -> None:
     for name in FREE:
         if not isinstance(ladder.get(name), ConfigDict):
             raise InputError(
-                f"config.{name} is missing; start from configs.laddering.get_config(run)"
+                f"config.{name} is missing; start from "
+                f"lmscale_jax.configs.laddering.get_config(run)"
             )
     fixed = {k: v for k, v in ladder.items() if k not in FREE}
-    configs.check_keys(ConfigDict(fixed), LADDER)
-    configs.validate(ladder.run)
+    check_keys(ConfigDict(fixed), LADDER)
+    validate(ladder.run)
     _check_arms(ladder)
     _check_rungs(ladder)
     _check_numbers("tokens.amounts", ladder.tokens.amounts)
@@ -175,7 +185,7 @@ def make(ladder: ConfigDict, vocab_size: int) -> list[Cell]:
     """All cells, cheapest first within each role.
 
     Args:
-      ladder: as configs/laddering.py describes it.
+      ladder: as config/ladder_keys.py describes it.
       vocab_size: the tokenizer's.
 
     Raises InputError where the config is bad or a size cannot be met.
@@ -239,9 +249,7 @@ def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, Confi
     """{arm: unresolved config of the size}; all have the baseline's depth, width and heads."""
     rungs = ladder.rungs
     names = [ladder.baseline, *(a for a in ladder.arms if a != ladder.baseline)]
-    at = {
-        name: configs.apply_overrides(ladder.run, flat(ladder.arms[name]) | own) for name in names
-    }
+    at = {name: apply_overrides(ladder.run, flat(ladder.arms[name]) | own) for name in names}
     base = at[ladder.baseline]
     if rungs.by in ("width", "depth"):
         at = {name: family.resized(config, rungs.by, int(size)) for name, config in at.items()}
@@ -259,7 +267,7 @@ def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, Confi
 def _shaped(config, base, shape: sizes.Shape, vocab_size: int) -> ConfigDict:
     """An arm at the baseline's shape; its d_ff is stretched as the baseline's is."""
     by_rule = [
-        configs.resolve(sizes.resized(one, shape._replace(d_ff=0)), vocab_size).model.d_ff
+        resolve(sizes.resized(one, shape._replace(d_ff=0)), vocab_size).model.d_ff
         for one in (config, base)
     ]
     d_ff = round(shape.d_ff * by_rule[0] / by_rule[1])
@@ -287,7 +295,7 @@ def _solve(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
 
 
 def _spent(config, measure: str, vocab_size: int) -> float:
-    counts, flops_per_token = sizes.described(configs.resolve(config, vocab_size))
+    counts, flops_per_token = sizes.described(resolve(config, vocab_size))
     return flops_per_token if measure == "flops" else counts["non_embedding"]
 
 
@@ -301,7 +309,7 @@ def _tokens(ladder, size: float, value: float, config, vocab_size: int) -> float
 
 
 def _steps(ladder, tokens: float) -> int:
-    return max(1, round(tokens / derived.tokens_per_step(ladder.run)))
+    return max(1, round(tokens / tokens_per_step(ladder.run)))
 
 
 def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[Cell]:
@@ -312,7 +320,7 @@ def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[
     leaves = [max(1, round(STABLE * end / quantum)) * quantum for end in ends]
     shortest = ConfigDict(ladder.run.to_dict())
     shortest.train.steps, shortest.train.tokens = ends[0], 0.0
-    warmup = str(derived.duration(ladder.run.schedule.warmup, shortest))
+    warmup = str(steps_of(shortest)["schedule.warmup"])
     trunk = make_one(
         role=TRUNK,
         budget=values[-1],
@@ -337,15 +345,13 @@ def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[
 def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab) -> Cell:
     run = ladder.run
     seeds = {"seed": run.seed + seed, "data.seed": run.data.seed + seed, "train.tokens": 0.0}
-    config = configs.apply_overrides(sized, tune | seeds | changes)
-    resolved = configs.resolve(config, vocab)
+    config = apply_overrides(sized, tune | seeds | changes)
+    recorded = derived(config, vocab)
+    resolved = in_steps(recorded)
     counts, flops_per_token = sizes.described(resolved)
-    overrides = {
-        path: configs.get(config, path)
-        for path in configs.differences(run.to_dict(), config.to_dict())
-    }
+    overrides = {path: get(config, path) for path in differences(run.to_dict(), config.to_dict())}
     return Cell(
-        id=configs.fingerprint(resolved),
+        id=fingerprint(recorded),
         arm=arm,
         role=role,
         seed=seed,
@@ -354,7 +360,7 @@ def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab)
         tune=dict(tune),
         shape={name: resolved.model[name] for name in SHAPE},
         counts=counts,
-        tokens=resolved.train.steps * derived.tokens_per_step(resolved),
+        tokens=resolved.train.steps * tokens_per_step(resolved),
         flops_per_token=flops_per_token,
         needs=changes.get("train.parent", ""),
         overrides=overrides,

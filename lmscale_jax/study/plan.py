@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lmscale_jax import config as configs
+from lmscale_jax.config.keys import keys
+from lmscale_jax.config.resolve import apply_overrides
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
 from lmscale_jax.run import record
@@ -62,7 +63,7 @@ class Plan(NamedTuple):
         own = dict(cell.overrides)
         if cell.needs:
             own["train.parent"] = str(run_dir(workdir, cell.needs))
-        return configs.apply_overrides(ConfigDict(self.ladder["run"]), own)
+        return apply_overrides(ConfigDict(self.ladder["run"]), own)
 
 
 def run_dir(workdir: Path, name: str) -> Path:
@@ -130,7 +131,7 @@ def check(plan: Plan, workdir: Path) -> Plan | None:
 
 def _fixed(ladder: dict) -> dict:
     """{dotted key: value} of what may not change as a ladder grows."""
-    machine = {path for path, key in configs.keys() if not key.identity}
+    machine = {path for path, key in keys() if not key.identity}
     return {
         key: value
         for key, value in cells.flat(ladder).items()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs import base, families, speedrun_gate, speedrun_record26
+from lmscale_jax.config import families
+from lmscale_jax.configs import base, speedrun_gate, speedrun_record26
 
 # What every run shares. Values that the families and the speedruns chose for their own data are
 # set back to the defaults.

@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from configs import base
-from configs.ladders import gate, isoflop, muon_vs_adamw, mup_transfer, mur, quickstart
 from lmscale_jax import science
+from lmscale_jax.configs import base
+from lmscale_jax.configs.ladders import gate, isoflop, muon_vs_adamw, mup_transfer, mur, quickstart
 from lmscale_jax.run import mesh, step, train
 from lmscale_jax.study import plan
 from tests.golden import cases

@@ -2,12 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from lmscale_jax.config import keys
 
 
 def embedded() -> ConfigDict:
     """A small decoder of the Llama family on the Python standard library's source."""
-    run = base.get_config()
+    run = keys.get_config()
     run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
     run.data.vocab_size, run.data.seq_len = 1024, 128
     run.optim.lr, run.train.batch_size = 6e-3, 16

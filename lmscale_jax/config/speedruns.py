@@ -2,8 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
-from configs.ladders import corpora
+from lmscale_jax.config import corpora, keys
 
 
 def embedded() -> ConfigDict:
@@ -11,7 +10,7 @@ def embedded() -> ConfigDict:
 
     On the embedded corpus, with as many rows as GPT-2's padded vocabulary.
     """
-    c = base.get_config()
+    c = keys.get_config()
     m = c.model
     m.n_layers, m.d_model, m.n_heads, m.vocab_size = 12, 768, 6, 50_304
     m.mlp, m.norm, m.norm_eps, m.dtype = "relu2", "rmsnorm", 1.2e-7, "bfloat16"

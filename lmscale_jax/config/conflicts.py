@@ -1,11 +1,12 @@
 """Values of a config that are each right and do not go together."""
 
-from lmscale_jax.derived import block_numbers, duration, mur_layers, total_steps
+from lmscale_jax.config.blocks import block_numbers, mur_layers
+from lmscale_jax.config.durations import steps_of, total_steps
 from lmscale_jax.errors import InputError
 
 
 def check(config) -> None:
-    """Raises InputError at the first pair of values that clash."""
+    """Raises InputError at the first pair of values that clash, in a config with texts."""
     _check_model(config)
     model, train, data = config.model, config.train, config.data
     if train.batch_size % train.accum:
@@ -41,9 +42,10 @@ def check(config) -> None:
         every = config.eval.redundancy_every
         check_chain(model, f"eval.redundancy_every={every!r}", READ_ONLY)
     _check_base(config)
-    _check_schedule(config)
-    _check_freeze(config)
-    _check_mur(config)
+    steps = steps_of(config)
+    _check_schedule(config, steps)
+    _check_freeze(config, steps)
+    _check_mur(config, steps)
     if bool(train.parent) != bool(train.parent_step):
         raise InputError(
             f"config.train.parent={train.parent!r} and train.parent_step={train.parent_step} go "
@@ -148,19 +150,18 @@ def _check_base(config) -> None:
         )
 
 
-def _check_schedule(config) -> None:
-    steps = total_steps(config)
-    spent = duration(config.schedule.warmup, config)
+def _check_schedule(config, steps: dict[str, int]) -> None:
+    total, spent = total_steps(config), steps["schedule.warmup"]
     if config.schedule.name == "wsd":
-        spent += duration(config.schedule.cooldown, config)
-    if spent > steps:
+        spent += steps["schedule.cooldown"]
+    if spent > total:
         raise InputError(
             f"config.schedule.warmup={config.schedule.warmup!r} and cooldown take {spent} steps of "
-            f"{steps}; '5%' would work"
+            f"{total}; '5%' would work"
         )
 
 
-def _check_freeze(config) -> None:
+def _check_freeze(config, steps: dict[str, int]) -> None:
     freeze, n = config.freeze, config.model.n_layers
     if freeze.mode == "fixed":
         try:
@@ -179,7 +180,7 @@ def _check_freeze(config) -> None:
             f"{near} would work"
         )
     if freeze.mode == "unfreeze":
-        last = (n - 1) * duration(freeze.every, config)
+        last = (n - 1) * steps["freeze.every"]
         if last >= total_steps(config):
             raise InputError(
                 f"config.freeze.every={freeze.every!r} lets the last of {n} blocks begin at step "
@@ -187,8 +188,8 @@ def _check_freeze(config) -> None:
             )
 
 
-def _check_mur(config) -> None:
-    mur, n, steps = config.mur, config.model.n_layers, total_steps(config)
+def _check_mur(config, steps: dict[str, int]) -> None:
+    mur, n, total = config.mur, config.model.n_layers, total_steps(config)
     if mur.mode != "off":
         read_only = () if mur.mode == "loss" else READ_ONLY
         check_chain(config.model, f"mur.mode={mur.mode!r}", read_only)
@@ -218,9 +219,9 @@ def _check_mur(config) -> None:
             "config.mur.granularity='branch' has no factor for half a block's update "
             "(mur.mode='update'); 'block' would work"
         )
-    if duration(mur.warmup, config) >= steps:
+    if steps["mur.warmup"] >= total:
         raise InputError(
-            f"config.mur.warmup={mur.warmup!r} is {duration(mur.warmup, config)} steps of {steps}, "
+            f"config.mur.warmup={mur.warmup!r} is {steps['mur.warmup']} steps of {total}, "
             f"so nothing would ever happen; '5%' would work"
         )
 

@@ -11,7 +11,7 @@ import math
 
 from ml_collections import ConfigDict
 
-from configs.base import get_config as base
+from lmscale_jax.config.keys import get_config as base
 from lmscale_jax.errors import InputError
 
 # Where the tokens come from: FineWeb-Edu off the hub, or the standard library's source, 30 MB of

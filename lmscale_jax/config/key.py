@@ -1,4 +1,4 @@
-"""What the specification of configs/base.py says of one key."""
+"""What the specification says of one key."""
 
 import dataclasses
 from typing import Any

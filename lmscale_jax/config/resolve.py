@@ -1,39 +1,23 @@
-"""Validates, derives, compares and names configs. What keys there are stands in configs/base.py."""
+"""Validates, derives, compares and names configs. What keys there are: keys.py."""
 
 import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from configs.base import SPEC, Key
-from lmscale_jax import clashes
-from lmscale_jax.derived import DURATION, total_steps
+from lmscale_jax.config import conflicts
+from lmscale_jax.config.durations import DURATION, in_steps, total_steps
+from lmscale_jax.config.key import Key
+from lmscale_jax.config.keys import SPEC, get, keys
 from lmscale_jax.errors import InputError
-
-
-def keys(spec: dict = SPEC, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """Every (dotted path, Key) of the specification, in its order."""
-    for name, entry in spec.items():
-        if isinstance(entry, Key):
-            yield prefix + name, entry
-        else:
-            yield from keys(entry, f"{prefix}{name}.")
-
-
-def get(config, path: str):
-    """The value at a dotted path."""
-    for name in path.split("."):
-        config = config[name]
-    return config
 
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError at the first unknown, mistyped, out-of-range, unused or clashing key."""
     check_keys(config, SPEC)
-    clashes.check(config)
+    conflicts.check(config)
 
 
 def check_keys(config, spec: dict) -> None:
@@ -59,7 +43,8 @@ def _check_names(config, spec: dict, prefix: str, known: list[str]) -> None:
     for name in spec:
         if name not in config:
             raise InputError(
-                f"config.{prefix}{name} is missing; start from configs.base.get_config()"
+                f"config.{prefix}{name} is missing; start from "
+                f"lmscale_jax.configs.base.get_config()"
             )
 
 
@@ -113,9 +98,19 @@ def _check_used(config, path: str, key: Key) -> None:
 
 
 def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
-    """A validated copy in which every 0 that means "derive it" holds the derived value.
+    """Returns `derived` with durations in whole optimizer steps: the form that a run computes by.
 
-    `vocab_size` is the tokenizer's; 0 leaves model.vocab_size as it is.
+    `vocab_size` as for `derived`. `durations` tells the two forms apart.
+    """
+    return in_steps(derived(config, vocab_size))
+
+
+def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
+    """Returns a validated copy in which every 0 that means "derive it" holds the derived value.
+
+    Durations remain the user's texts: this is the form that run.json records, `fingerprint` hashes
+    and runs are compared by. `vocab_size` is the tokenizer's; 0 leaves model.vocab_size as it is.
+    Raises InputError.
     """
     validate(config)
     config = ConfigDict(config.to_dict())
@@ -169,8 +164,13 @@ def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """Twelve hex digits that name the run: a hash of all keys that can change its numbers."""
+    """Returns twelve hex digits that name the run: a hash of all keys that can change its numbers.
+
+    Raises ValueError for a config in steps, whose hash would be another than that of its texts.
+    """
     chosen = {path: get(config, path) for path, key in keys() if key.identity}
+    if not all(isinstance(chosen[path], str) for path, key in keys() if key.duration):
+        raise ValueError("fingerprint() takes a config whose durations are texts")
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -1,6 +1,6 @@
-"""The group `model` of the specification in configs/base.py."""
+"""The group `model` of the specification (keys.py)."""
 
-from configs.key import Key
+from lmscale_jax.config.key import Key
 
 _GATED = {"model.attn_gate": ("headwise", "elementwise", "const")}
 _READING = {"model.attn_gate": ("headwise", "elementwise")}

@@ -1,0 +1,60 @@
+"""Durations of a config, from the user's texts to whole optimizer steps.
+
+A user gives a duration as a text: "200" (steps), "5%" (of the run) or "50M tokens". There are two
+forms of a config:
+
+- with texts, as the user gave them: `resolve.derived`, the identity of a run. run.json records it,
+  `resolve.fingerprint` hashes it, and a continued run or a branch is compared by it.
+- in whole steps: `resolve.resolve`, which is `in_steps` of the former. Everything that computes
+  (schedules, optimizers, freezing, marginal utility, windows, evaluation) reads it, and finds ints.
+
+`steps_of` is the one place that reads the texts.
+"""
+
+import re
+
+from ml_collections import ConfigDict
+
+from lmscale_jax.config.keys import get, has, keys
+
+SCALES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|(?:([kmbt]?)\s*(steps?|tokens?))?)")
+
+
+def steps_of(config) -> dict[str, int]:
+    """Returns every duration of a config with texts in optimizer steps, {dotted path: steps}.
+
+    A duration that the config lacks is left out: a run may have been recorded before the key was.
+    """
+    paths = [path for path, key in keys() if key.duration and has(config, path)]
+    return {path: _steps(get(config, path), config) for path in paths}
+
+
+def in_steps(config) -> ConfigDict:
+    """Returns a locked copy of a config with texts in which durations are optimizer steps, int."""
+    copy = ConfigDict(config.to_dict())
+    with copy.ignore_type():
+        copy.update_from_flattened_dict(steps_of(config))
+    return copy.lock()
+
+
+def tokens_per_step(config) -> int:
+    """Returns the tokens of one optimizer step."""
+    return config.train.batch_size * config.data.seq_len
+
+
+def total_steps(config) -> int:
+    """Returns the optimizer steps of the whole run."""
+    return config.train.steps or int(-(-config.train.tokens // tokens_per_step(config)))
+
+
+def _steps(text: str, config) -> int:
+    """Converts one duration into whole optimizer steps, rounded up."""
+    number, percent, scale, unit = DURATION.fullmatch(text.strip().lower()).groups()
+    if percent:
+        amount = float(number) / 100 * total_steps(config)
+    else:
+        amount = float(number) * SCALES[scale or ""]
+        if unit and unit.startswith("token"):
+            amount /= tokens_per_step(config)
+    return int(-(-amount // 1))
