@@ -1,7 +1,10 @@
 """Values of a config that are each right and do not go together."""
 
-from lmscale_jax.derived import block_numbers, duration, mur_layers, total_steps
+from lmscale_jax.derived import duration, mur_layers, total_steps
 from lmscale_jax.errors import InputError
+from lmscale_jax.optim.freezing import FREEZING
+from lmscale_jax.optim.schedules import cooldown_steps
+from lmscale_jax.parametrization.schemes import scheme
 
 
 def check(config) -> None:
@@ -42,7 +45,7 @@ def check(config) -> None:
         check_chain(model, f"eval.redundancy_every={every!r}", READ_ONLY)
     _check_base(config)
     _check_schedule(config)
-    _check_freeze(config)
+    FREEZING[config.freeze.mode].check(config)
     _check_mur(config)
     if bool(train.parent) != bool(train.parent_step):
         raise InputError(
@@ -107,25 +110,26 @@ def _check_wiring(model, head_dim: int) -> None:
         )
 
 
+# A usual size of the model whose learning rate is tuned.
+_TUNED_AT = {"base_width": 256, "base_depth": 4}
+
+
 def _check_base(config) -> None:
     base, model = config.parametrization, config.model
-    if base.name == "sp":
+    if not scheme(config).has_base:
         return
     if model.logit_scale != "one":
         raise InputError(
             f"config.model.logit_scale={model.logit_scale!r} would scale the logits by width twice "
             f"with parametrization.name={base.name!r}; 'one' would work"
         )
-    if not base.base_width:
-        raise InputError(
-            f"config.parametrization.base_width=0 must be given for {base.name}; the width at "
-            f"which the learning rate was tuned, such as 256"
-        )
-    if base.name == "completep" and not base.base_depth:
-        raise InputError(
-            "config.parametrization.base_depth=0 must be given for completep; the depth at which "
-            "the learning rate was tuned, such as 4"
-        )
+    for key in scheme(config).base_keys:
+        if not base[key]:
+            raise InputError(
+                f"config.parametrization.{key}=0 must be given for {base.name}; the "
+                f"{key.removeprefix('base_')} at which the learning rate was tuned, such as "
+                f"{_TUNED_AT[key]}"
+            )
     size = model.head_dim or model.d_model // model.n_heads
     base_size = base.base_head_dim or size
     for path, width, unit in (
@@ -150,41 +154,12 @@ def _check_base(config) -> None:
 
 def _check_schedule(config) -> None:
     steps = total_steps(config)
-    spent = duration(config.schedule.warmup, config)
-    if config.schedule.name == "wsd":
-        spent += duration(config.schedule.cooldown, config)
+    spent = duration(config.schedule.warmup, config) + (cooldown_steps(config) or 0)
     if spent > steps:
         raise InputError(
             f"config.schedule.warmup={config.schedule.warmup!r} and cooldown take {spent} steps of "
             f"{steps}; '5%' would work"
         )
-
-
-def _check_freeze(config) -> None:
-    freeze, n = config.freeze, config.model.n_layers
-    if freeze.mode == "fixed":
-        try:
-            numbers = block_numbers(freeze.blocks)
-        except ValueError:
-            numbers = []
-        if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= b < n for b in numbers):
-            raise InputError(
-                f"config.freeze.blocks={freeze.blocks!r} must name different blocks from 0 to "
-                f"{n - 1}; '0' would work"
-            )
-    near = max(1, round(n * freeze.near_input)) if freeze.mode == "random_near_input" else n
-    if freeze.mode in ("random", "random_near_input") and freeze.count > near:
-        raise InputError(
-            f"config.freeze.count={freeze.count} is more than the {near} block(s) to draw from; "
-            f"{near} would work"
-        )
-    if freeze.mode == "unfreeze":
-        last = (n - 1) * duration(freeze.every, config)
-        if last >= total_steps(config):
-            raise InputError(
-                f"config.freeze.every={freeze.every!r} lets the last of {n} blocks begin at step "
-                f"{last} of {total_steps(config)}; '{(total_steps(config) - 1) // n}' would work"
-            )
 
 
 def _check_mur(config) -> None:

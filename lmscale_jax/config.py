@@ -12,6 +12,7 @@ from configs.base import SPEC, Key
 from lmscale_jax import clashes
 from lmscale_jax.derived import DURATION, total_steps
 from lmscale_jax.errors import InputError
+from lmscale_jax.parametrization.schemes import scheme
 
 
 def keys(spec: dict = SPEC, prefix: str = "") -> Iterator[tuple[str, Key]]:
@@ -122,7 +123,7 @@ def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     model = config.model
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.head_dim = model.head_dim or model.d_model // model.n_heads
-    if config.parametrization.name != "sp":
+    if scheme(config).has_base:
         _resolve_base(config)
     model.d_ff = model.d_ff or _mlp_width(model, model.d_model)
     if model.positions == "learned":

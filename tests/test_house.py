@@ -23,8 +23,8 @@ ABOVE = {"lab", "study", "reports", "fleet"}
 FORBIDDEN = {
     "data": {"model", "parametrization", "optim", "mur", "run", "evals", "science"} | ABOVE,
     "model": {"data", "optim", "mur", "run", "evals", "science"} | ABOVE,
-    "parametrization": {"data", "optim", "mur", "run", "science"} | ABOVE,
-    "optim": {"data", "mur", "run", "evals", "science"} | ABOVE,
+    "parametrization": {"data", "mur", "run", "science"} | ABOVE,
+    "optim": {"data", "parametrization", "mur", "run", "evals", "science"} | ABOVE,
     "mur": {"run", "science"} | ABOVE,
     "science": {"data", "model", "parametrization", "optim", "mur", "run", "evals"} | ABOVE,
     "run": {"science"} | ABOVE,

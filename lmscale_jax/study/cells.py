@@ -13,6 +13,7 @@ from lmscale_jax import config as configs
 from lmscale_jax import derived
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab import family, sizes, sweep
+from lmscale_jax.optim import schedules
 
 ANCHOR, HELD_OUT, TRUNK = "anchor", "held_out", "trunk"
 SHAPE = ("n_layers", "d_model", "n_heads", "head_dim", "n_kv_heads", "d_ff")
@@ -85,7 +86,7 @@ def check(ladder: ConfigDict) -> None:
     _check_arms(ladder)
     _check_rungs(ladder)
     _check_numbers("tokens.amounts", ladder.tokens.amounts)
-    if ladder.tokens.trunk == "shared" and ladder.run.schedule.name != "wsd":
+    if ladder.tokens.trunk == "shared" and schedules.cooldown_steps(ladder.run) is None:
         raise InputError(
             f"config.tokens.trunk='shared' with run.schedule.name={ladder.run.schedule.name!r}: "
             f"only a rate that has not begun to fall can be branched off; 'wsd' would work"
