@@ -2,6 +2,7 @@
 
 from lmscale_jax.derived import duration, mur_layers, total_steps
 from lmscale_jax.errors import InputError
+from lmscale_jax.mur.settings import GRANULARITIES, MODES, THRESHOLDS
 from lmscale_jax.optim.freezing import FREEZING
 from lmscale_jax.optim.schedules import cooldown_steps
 from lmscale_jax.parametrization.schemes import scheme
@@ -164,10 +165,11 @@ def _check_schedule(config) -> None:
 
 def _check_mur(config) -> None:
     mur, n, steps = config.mur, config.model.n_layers, total_steps(config)
-    if mur.mode != "off":
-        read_only = () if mur.mode == "loss" else READ_ONLY
+    mode = MODES[mur.mode]
+    if mode.measures:
+        read_only = () if mode.adds_hinge else READ_ONLY
         check_chain(config.model, f"mur.mode={mur.mode!r}", read_only)
-    if mur.mode not in ("loss", "update"):
+    if not mode.acts:
         return
     for name in ("first_block", "last_block"):
         if mur[name] >= n:
@@ -183,15 +185,15 @@ def _check_mur(config) -> None:
             f"config.mur.start={mur.start} is not below mur.end={mur.end}; 0.0 with 1.0 takes all "
             f"blocks"
         )
-    if mur.tau_kind == "quantile" and not 0 < mur.tau < 1:
+    if not THRESHOLDS[mur.tau_kind].allows(mur.tau):
         raise InputError(
             f"config.mur.tau={mur.tau} is no quantile strictly between 0 and 1 "
-            f"(mur.tau_kind='quantile'); 0.5 would work"
+            f"(mur.tau_kind={mur.tau_kind!r}); 0.5 would work"
         )
-    if mur.mode == "update" and mur.granularity == "branch":
+    if mode.scales_updates and len(GRANULARITIES[mur.granularity].names) > 1:
         raise InputError(
-            "config.mur.granularity='branch' has no factor for half a block's update "
-            "(mur.mode='update'); 'block' would work"
+            f"config.mur.granularity={mur.granularity!r} has no factor for half a block's update "
+            f"(mur.mode={mur.mode!r}); 'block' would work"
         )
     if duration(mur.warmup, config) >= steps:
         raise InputError(
