@@ -71,7 +71,7 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     config.optim.name = "muon"
     config = resolve(config, shape["V"])
     model = build(config, platform="cpu")
-    steps, tokens = len(muon.COEFFICIENTS[config.optim.muon_coefficients]), batch * shape["T"]
+    steps, tokens = len(muon.COEFFICIENTS[config.optim.muon_coefficients].steps), batch * shape["T"]
     spent = 0.0
     for row in model.rows.values():
         if row.optimizer == "muon":

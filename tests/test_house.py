@@ -27,8 +27,8 @@ FORBIDDEN = {
     "data": {"config", "model", "parametrization", "optim", "mur", "run", "evals", "science"}
     | ABOVE,
     "model": {"data", "optim", "mur", "run", "evals", "science"} | ABOVE,
-    "parametrization": {"data", "optim", "mur", "run", "science"} | ABOVE,
-    "optim": {"data", "mur", "run", "evals", "science"} | ABOVE,
+    "parametrization": {"data", "mur", "run", "science"} | ABOVE,
+    "optim": {"data", "parametrization", "mur", "run", "evals", "science"} | ABOVE,
     "mur": {"run", "science"} | ABOVE,
     "science": {"config", "data", "model", "parametrization", "optim", "mur", "run", "evals"}
     | ABOVE,

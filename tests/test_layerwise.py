@@ -9,7 +9,7 @@ from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
-from lmscale_jax.optim import layerwise
+from lmscale_jax.optim import freezing
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -86,7 +86,7 @@ def test_a_late_block_learns_like_an_early_one(name):
         optim__weight_decay=0.0, schedule__name="constant", schedule__warmup="0",
         **({"optim__momentum_warmup": "0"} if name == "muon" else {}),
     )  # fmt: skip
-    assert layerwise.thaw_steps(late).tolist() == [0, 5]
+    assert freezing.thaw_steps(late).tolist() == [0, 5]
     params, state, update = begun(late, model)
 
     def alike(tree):
@@ -106,10 +106,10 @@ def test_a_late_block_learns_like_an_early_one(name):
 def test_which_blocks_learn_when():
     def steps(**changes):
         named = {f"freeze__{k}": v for k, v in changes.items()}
-        found = layerwise.thaw_steps(made(n_layers=8, **named)[0])
-        return ["never" if b == layerwise.NEVER else int(b) for b in found]
+        found = freezing.thaw_steps(made(n_layers=8, **named)[0])
+        return ["never" if b == freezing.NEVER else int(b) for b in found]
 
-    assert layerwise.thaw_steps(made()[0]) is None
+    assert freezing.thaw_steps(made()[0]) is None
     assert steps(mode="fixed", blocks="0, 6") == ["never"] + [0] * 5 + ["never", 0]
     chosen = [steps(mode="random", count=3, seed=s) for s in range(20)]
     assert all(c.count("never") == 3 for c in chosen) and len(set(map(tuple, chosen))) > 10

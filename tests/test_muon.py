@@ -13,6 +13,7 @@ from lmscale_jax.configs import base
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import muon, schedules
+from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.parametrization import rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -53,8 +54,9 @@ def conditioned(m, n, smallest, seed=0):
 def test_singular_values_end_in_their_range(name, dtype):
     """The image of [0.002, 1]: scalars first, then matrices of known spectrum."""
     low, high = RANGES[name]
-    s = np.geomspace(2e-3 / muon.MARGIN[name], 1 / muon.MARGIN[name], 2000)
-    for a, b, c in muon.COEFFICIENTS[name]:
+    iteration = muon.COEFFICIENTS[name]
+    s = np.geomspace(2e-3 / iteration.margin, 1 / iteration.margin, 2000)
+    for a, b, c in iteration.steps:
         s = a * s + b * s**3 + c * s**5
     assert low <= s.min() and s.max() <= high
     # Rounding to bfloat16, 2^-8 of a step's largest term, is not part of the map.
@@ -113,7 +115,7 @@ def test_transposed_matrices_get_the_transposed_update(name):
         "tall": param.Spec(("layers", "mlp", "embed"), (3, 24, 8), 1, "hidden"),
     }
     rows = rules.table(specs, specs, config)
-    transform = muon.scale_by_muon(rows, config)
+    transform = OPTIMIZERS[name].direction(config, rows, None, "cpu")
     wide = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 24)), jnp.float32)
     grads = {"wide": wide, "tall": wide.swapaxes(1, 2)}
     out, _ = jax.jit(transform.update)(grads, transform.init(grads), step=0)
@@ -241,7 +243,7 @@ def test_every_parameter_is_in_one_group(name, head):
         path = next((p for p in model.rows if names.endswith(p)), None)
         if path and leaf.shape == model.rows[path].spec.shape:
             kept[path] = kept.get(path, 0) + 1
-    assert kept == {path: optim.MOMENTS[row.optimizer] for path, row in model.rows.items()}
+    assert kept == {path: OPTIMIZERS[row.optimizer].moments for path, row in model.rows.items()}
     table = {entry["path"]: entry["optimizer"] for entry in rules.as_json(model.rows)}
     assert table == shares
 
@@ -259,7 +261,7 @@ def test_learning_rate_factors_keep_the_spectral_condition(scale, m):
             assert row.update_scale == 1.0, path
             continue
         norm, at_base = (
-            rules.update_scale(scale, spec) * math.sqrt(spec.fan_in / spec.fan_out)
+            muon.SCALES[scale](spec) * math.sqrt(spec.fan_in / spec.fan_out)
             for spec in (row.spec, row.base)
         )
         assert row.lr_factor * norm == pytest.approx(at_base), path

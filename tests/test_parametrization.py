@@ -12,6 +12,7 @@ from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
 from lmscale_jax.optim import build as optim
+from lmscale_jax.optim.optimizers import OPTIMIZERS, Ratios
 from lmscale_jax.parametrization import rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -68,7 +69,8 @@ def test_every_class_gets_its_row(m, m_L):
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_factors_of_the_other_optimizers(m):
     def lr(optimizer, role, m_in, m_out):
-        return rules.factors(optimizer, role, m_in, m_out)[0]
+        name = OPTIMIZERS[optimizer].others if role != "hidden" else None
+        return OPTIMIZERS[name or optimizer].lr_factor(Ratios(role, m_in, m_out))
 
     assert lr("sgd", "input", 1, m) == m and lr("sgd", "vector", 1, m) == m
     assert lr("sgd", "hidden", m, m) == 1 and lr("sgd", "hidden", 1, m) == m

@@ -2,6 +2,7 @@
 
 from lmscale_jax.config.blocks import block_numbers, mur_layers
 from lmscale_jax.config.durations import steps_of, total_steps
+from lmscale_jax.config.keys import is_used
 from lmscale_jax.errors import InputError
 
 
@@ -111,7 +112,7 @@ def _check_wiring(model, head_dim: int) -> None:
 
 def _check_base(config) -> None:
     base, model = config.parametrization, config.model
-    if base.name == "sp":
+    if not is_used(config, "parametrization.base_width"):
         return
     if model.logit_scale != "one":
         raise InputError(
@@ -123,10 +124,10 @@ def _check_base(config) -> None:
             f"config.parametrization.base_width=0 must be given for {base.name}; the width at "
             f"which the learning rate was tuned, such as 256"
         )
-    if base.name == "completep" and not base.base_depth:
+    if is_used(config, "parametrization.base_depth") and not base.base_depth:
         raise InputError(
-            "config.parametrization.base_depth=0 must be given for completep; the depth at which "
-            "the learning rate was tuned, such as 4"
+            f"config.parametrization.base_depth=0 must be given for {base.name}; the depth at "
+            "which the learning rate was tuned, such as 4"
         )
     size = model.head_dim or model.d_model // model.n_heads
     base_size = base.base_head_dim or size
@@ -152,7 +153,7 @@ def _check_base(config) -> None:
 
 def _check_schedule(config, steps: dict[str, int]) -> None:
     total, spent = total_steps(config), steps["schedule.warmup"]
-    if config.schedule.name == "wsd":
+    if is_used(config, "schedule.cooldown"):
         spent += steps["schedule.cooldown"]
     if spent > total:
         raise InputError(
@@ -163,7 +164,7 @@ def _check_schedule(config, steps: dict[str, int]) -> None:
 
 def _check_freeze(config, steps: dict[str, int]) -> None:
     freeze, n = config.freeze, config.model.n_layers
-    if freeze.mode == "fixed":
+    if is_used(config, "freeze.blocks"):
         try:
             numbers = block_numbers(freeze.blocks)
         except ValueError:
@@ -173,13 +174,13 @@ def _check_freeze(config, steps: dict[str, int]) -> None:
                 f"config.freeze.blocks={freeze.blocks!r} must name different blocks from 0 to "
                 f"{n - 1}; '0' would work"
             )
-    near = max(1, round(n * freeze.near_input)) if freeze.mode == "random_near_input" else n
-    if freeze.mode in ("random", "random_near_input") and freeze.count > near:
+    near = max(1, round(n * freeze.near_input)) if is_used(config, "freeze.near_input") else n
+    if is_used(config, "freeze.count") and freeze.count > near:
         raise InputError(
             f"config.freeze.count={freeze.count} is more than the {near} block(s) to draw from; "
             f"{near} would work"
         )
-    if freeze.mode == "unfreeze":
+    if is_used(config, "freeze.every"):
         last = (n - 1) * steps["freeze.every"]
         if last >= total_steps(config):
             raise InputError(
@@ -190,10 +191,10 @@ def _check_freeze(config, steps: dict[str, int]) -> None:
 
 def _check_mur(config, steps: dict[str, int]) -> None:
     mur, n, total = config.mur, config.model.n_layers, total_steps(config)
-    if mur.mode != "off":
-        read_only = () if mur.mode == "loss" else READ_ONLY
+    if is_used(config, "mur.metric"):
+        read_only = () if is_used(config, "mur.lambda_max") else READ_ONLY
         check_chain(config.model, f"mur.mode={mur.mode!r}", read_only)
-    if mur.mode not in ("loss", "update"):
+    if not is_used(config, "mur.warmup"):
         return
     for name in ("first_block", "last_block"):
         if mur[name] >= n:
@@ -214,7 +215,7 @@ def _check_mur(config, steps: dict[str, int]) -> None:
             f"config.mur.tau={mur.tau} is no quantile strictly between 0 and 1 "
             f"(mur.tau_kind='quantile'); 0.5 would work"
         )
-    if mur.mode == "update" and mur.granularity == "branch":
+    if is_used(config, "mur.alpha") and mur.granularity == "branch":
         raise InputError(
             "config.mur.granularity='branch' has no factor for half a block's update "
             "(mur.mode='update'); 'block' would work"

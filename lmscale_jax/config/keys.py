@@ -331,6 +331,12 @@ def get(config, path: str):
     return config
 
 
+def is_used(config, path: str) -> bool:
+    """Says whether the other keys of a config let this one matter: all that its `when` asks for."""
+    when = dict(keys())[path].when
+    return all(get(config, other) in allowed for other, allowed in when.items())
+
+
 def has(config, path: str) -> bool:
     """Says whether a config has a dotted path."""
     try:

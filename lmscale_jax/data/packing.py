@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from lmscale_jax.data import overlap, pretrained, sources, tokenizers
 from lmscale_jax.data.manifest import SIDES
 from lmscale_jax.data.shards import Shards, ShardWriter
 from lmscale_jax.errors import InputError
+from lmscale_jax.modes import Modes
 
 _BLOCK_CHARACTERS = 2_000_000
 # Characters that a BPE is trained on: more change few merges, and the trainer holds their words.
@@ -44,7 +46,7 @@ def pack(directory: Path, data_cfg, log: Log) -> dict:
     counts = journal.get("source") or journal.put("source", _count(data_cfg, log))
     if journal.get("tokenizer") is None:
         started = time.monotonic()
-        tokenizer = _make_tokenizer(data_cfg, counts["characters"])
+        tokenizer = TOKENIZER_KINDS[data_cfg.tokenizer].make(data_cfg, counts["characters"])
         tokenizer.save(directory)
         journal.put("tokenizer", tokenizer.name)
         log(f"data: {tokenizer.name} tokenizer ready, {time.monotonic() - started:.1f} s")
@@ -119,7 +121,7 @@ def _count(data_cfg, log: Log) -> dict:
     for text in _unique_documents(data_cfg, counts, skipped.append):
         counts["characters"] += len(text)
         counts["documents"] += 1
-        if data_cfg.split == "hash":
+        if SPLITS[data_cfg.split].by_content:
             sides.add(_side(text, data_cfg))
         rate.say(f"read {counts['documents']:,} documents", counts["characters"])
     if not counts["characters"]:
@@ -129,7 +131,7 @@ def _count(data_cfg, log: Log) -> dict:
         f"{counts['characters']:,} characters; {counts['duplicates']:,} duplicates dropped, "
         f"{len(skipped)} files skipped"
     )
-    if data_cfg.split == "tail":
+    if not SPLITS[data_cfg.split].by_content:
         sides = {side for side, _ in split_documents(data_cfg, counts["characters"])}
     if set(SIDES) - sides:
         _refuse_split(data_cfg, counts, min(set(SIDES) - sides))
@@ -174,17 +176,55 @@ def split_documents(data_cfg, n_characters: int) -> Iterator[tuple[str, str]]:
         data_cfg: the config group `data`.
         n_characters: of all unique documents together; decides where the tail begins.
     """
+    return SPLITS[data_cfg.split].divide(_unique_documents(data_cfg), data_cfg, n_characters)
+
+
+def _by_hash(texts: Iterator[str], data_cfg, n_characters: int) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        yield _side(text, data_cfg), text
+
+
+def _by_tail(texts: Iterator[str], data_cfg, n_characters: int) -> Iterator[tuple[str, str]]:
     # In this form 0.1 gives nanoGPT's int(n * 0.9), rounded as it rounds.
     before_tail = int(n_characters * (1 - data_cfg.val_fraction))
-    for text in _unique_documents(data_cfg):
-        if data_cfg.split == "hash":
-            yield _side(text, data_cfg), text
-            continue
+    for text in texts:
         if head := text[: max(0, before_tail)]:
             yield "train", head
         if tail := text[len(head) :]:
             yield "val", tail
         before_tail -= len(text)
+
+
+class Split(NamedTuple):
+    """How documents are divided into training and validation.
+
+    Attributes:
+      divide: (texts, data_cfg, characters of all texts) -> (side, text) of each.
+      by_content: a document's side depends on its own content alone.
+      remedy: (data_cfg) -> what helps where one side stays empty.
+    """
+
+    divide: Callable
+    by_content: bool
+    remedy: Callable
+
+
+def _hash_remedy(data_cfg) -> str:
+    whole_files = data_cfg.source == "text" and data_cfg.document == "file"
+    return "set data.split=tail" + (" or data.document=paragraph" if whole_files else "")
+
+
+SPLITS = Modes(
+    "data.split",
+    {
+        "hash": Split(_by_hash, by_content=True, remedy=_hash_remedy),
+        "tail": Split(
+            _by_tail,
+            by_content=False,
+            remedy=lambda data_cfg: "give more text or set data.val_fraction=0.1",
+        ),
+    },
+)
 
 
 def _side(text: str, data_cfg) -> str:
@@ -211,30 +251,63 @@ def _digest(text: str) -> bytes:
 
 
 def _refuse_split(data_cfg, counts: Counter, empty: str) -> None:
-    remedy = "set data.split=tail"
-    if data_cfg.split == "tail":
-        remedy = "give more text or set data.val_fraction=0.1"
-    elif data_cfg.source == "text" and data_cfg.document == "file":
-        remedy += " or data.document=paragraph"
+    remedy = SPLITS[data_cfg.split].remedy(data_cfg)
     raise InputError(
         f"data.split={data_cfg.split}: nothing falls on the {empty} side (documents: "
         f"{counts['documents']}, characters: {counts['characters']}); {remedy}"
     )
 
 
-def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
-    match data_cfg.tokenizer:
-        case "bytes":
-            return tokenizers.Bytes()
-        case "char":
-            return char_tokenizer(data_cfg)
-        case "bpe":
-            split = split_documents(data_cfg, n_characters)
-            train = (text for side, text in split if side == "train")
-            texts = _first((p for text in train for p in tokenizers.pieces(text)), _TRAINED_ON)
-            return tokenizers.BytePairs.train(texts, data_cfg.vocab_size)
-        case "hf":
-            return pretrained.load(Path(data_cfg.tokenizer_path).expanduser())
+def _trained(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
+    split = split_documents(data_cfg, n_characters)
+    train = (text for side, text in split if side == "train")
+    texts = _first((p for text in train for p in tokenizers.pieces(text)), _TRAINED_ON)
+    return tokenizers.BytePairs.train(texts, data_cfg.vocab_size)
+
+
+def _published(data_cfg) -> tokenizers.Tokenizer:
+    return pretrained.load(Path(data_cfg.tokenizer_path).expanduser())
+
+
+def _published_files(data_cfg) -> list[Path]:
+    files = sorted(Path(data_cfg.tokenizer_path).expanduser().glob("*.*"))
+    return [path for path in files if path.is_file()]
+
+
+class TokenizerKind(NamedTuple):
+    """A way to a tokenizer.
+
+    Attributes:
+      make: (data_cfg, characters of the source) -> the tokenizer.
+      vocab_size: data_cfg -> its ids, before anything is prepared.
+      keys: of `data` that decide it.
+      files: data_cfg -> files that decide it, or None where it has none.
+    """
+
+    make: Callable
+    vocab_size: Callable
+    keys: tuple[str, ...] = ()
+    files: Callable = lambda data_cfg: None
+
+
+TOKENIZER_KINDS = Modes(
+    "data.tokenizer",
+    {
+        "bytes": TokenizerKind(
+            lambda data_cfg, n: tokenizers.Bytes(), lambda data_cfg: tokenizers.Bytes.vocab_size
+        ),
+        "char": TokenizerKind(
+            lambda data_cfg, n: char_tokenizer(data_cfg),
+            lambda data_cfg: char_tokenizer(data_cfg).vocab_size,
+        ),
+        "bpe": TokenizerKind(_trained, lambda data_cfg: data_cfg.vocab_size, keys=("vocab_size",)),
+        "hf": TokenizerKind(
+            lambda data_cfg, n: _published(data_cfg),
+            lambda data_cfg: _published(data_cfg).vocab_size,
+            files=_published_files,
+        ),
+    },
+)
 
 
 def _first(texts: Iterator[str], n_characters: int) -> Iterator[str]:

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.data import manifest as manifests
-from lmscale_jax.data import mixtures, packing, presets, pretrained, sources, tokenizers
+from lmscale_jax.data import mixtures, packing, presets, sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
 
@@ -179,15 +179,7 @@ def vocab_size_of(data_cfg) -> int:
         if (directory / "manifest.json").is_file():
             return manifests.read(directory)["tokenizer"]["vocab_size"]
         return 0
-    match data_cfg.tokenizer:
-        case "bytes":
-            return tokenizers.Bytes.vocab_size
-        case "bpe":
-            return data_cfg.vocab_size
-        case "char":
-            return packing.char_tokenizer(data_cfg).vocab_size
-        case "hf":
-            return pretrained.load(Path(data_cfg.tokenizer_path).expanduser()).vocab_size
+    return packing.TOKENIZER_KINDS[data_cfg.tokenizer].vocab_size(data_cfg)
 
 
 def cache_root(data_cfg) -> Path:
@@ -216,7 +208,7 @@ def _settings(data_cfg) -> dict:
     """Everything that decides the content of the shards."""
     keys = ["source", "tokenizer", "split", "val_fraction", "shard_tokens", "overlap"]
     keys += _OWN_KEYS[data_cfg.source]
-    keys += ["vocab_size"] if data_cfg.tokenizer == "bpe" else []
+    keys += packing.TOKENIZER_KINDS[data_cfg.tokenizer].keys
     paths = sources.files(data_cfg)
     base = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
     return {
@@ -232,12 +224,10 @@ def _settings(data_cfg) -> dict:
 
 def _tokenizer_files(data_cfg) -> dict:
     """What changes when a published tokenizer does."""
-    if data_cfg.tokenizer != "hf":
+    files = packing.TOKENIZER_KINDS[data_cfg.tokenizer].files(data_cfg)
+    if files is None:
         return {}
-    files = sorted(Path(data_cfg.tokenizer_path).expanduser().glob("*.*"))
-    return {
-        "tokenizer_files": [manifests.state(path, path.name) for path in files if path.is_file()]
-    }
+    return {"tokenizer_files": [manifests.state(path, path.name) for path in files]}
 
 
 def _find(directory: Path, key: str, notes: Path) -> Prepared | None:

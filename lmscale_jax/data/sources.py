@@ -17,13 +17,17 @@ from pathlib import Path
 
 from lmscale_jax.data import tables
 from lmscale_jax.errors import InputError
+from lmscale_jax.modes import Modes
 
-_DOCUMENT_PATTERNS = {
-    "file": re.compile(r".+", re.DOTALL),
-    # Up to the blank lines that end it, which belong to it.
-    "paragraph": re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL),
-    "line": re.compile(r"[^\n]*\n|[^\n]+"),
-}
+DOCUMENT_PATTERNS = Modes(
+    "data.document",
+    {
+        "file": re.compile(r".+", re.DOTALL),
+        # Up to the blank lines that end it, which belong to it.
+        "paragraph": re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL),
+        "line": re.compile(r"[^\n]*\n|[^\n]+"),
+    },
+)
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 _JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
 
@@ -56,7 +60,7 @@ def _documents(data_cfg, on_skip) -> Iterator[str]:
             case "stdlib":
                 yield from _library_documents(path, on_skip)
             case "text":
-                yield from _DOCUMENT_PATTERNS[data_cfg.document].findall(_read_text(path))
+                yield from DOCUMENT_PATTERNS[data_cfg.document].findall(_read_text(path))
             case "jsonl":
                 yield from _json_documents(path, data_cfg.field)
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale_jax.model.build import PARTS, Model
+from lmscale_jax.model.build import Model
 from lmscale_jax.mur import streams
+from lmscale_jax.mur.settings import GRANULARITIES
 from lmscale_jax.mur.utility import Measure
 from lmscale_jax.run import mesh as meshes
 
@@ -33,7 +34,7 @@ def make(model: Model, config, granularity: str, mesh) -> Callable:
     """The jitted (params, batch) -> utility, |δ| and |g| of every token as [L, P, 3, B, T], and
     which of them have a label, [B, T]."""
     taking = streams.Taking(Measure(config.mur.metric, config.mur.eps), ())
-    n_layers, parts = config.model.n_layers, len(PARTS[granularity])
+    n_layers, parts = config.model.n_layers, len(GRANULARITIES[granularity].names)
 
     def tokens(params, batch):
         labelled_BxT = batch.targets_BxT >= 0
@@ -53,7 +54,7 @@ def make(model: Model, config, granularity: str, mesh) -> Callable:
 
 def measure(tokens: Callable, params, batches: Iterable, mesh, granularity: str) -> Found:
     """Runs over host batches; "block" has one part, "branch" attention and MLP."""
-    names = {"block": ("block",), "branch": ("attention", "mlp")}[granularity]
+    names = GRANULARITIES[granularity].names
     parts, windows, begin = [], [], 0
     for batch in batches:
         values, labelled_BxT = jax.device_get(tokens(params, meshes.put_batch(batch, mesh)))

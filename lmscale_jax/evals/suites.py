@@ -9,6 +9,8 @@ import numpy as np
 from lmscale_jax.config import conflicts
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import agreement, attention_stats, mur_stats, redundancy
+from lmscale_jax.mur.settings import GRANULARITIES, THRESHOLDS
+from lmscale_jax.mur.utility import METRICS
 from lmscale_jax.run import record
 from lmscale_jax.run.load import Loaded, load
 
@@ -145,18 +147,20 @@ def utilities(loaded: Loaded, n_tokens: int) -> tuple[dict, mur_stats.Found]:
     """Marginal utility of the blocks, and of their branches apart."""
     setup, config = loaded.setup, loaded.setup.config
     mur, found = config.mur, {}
-    for granularity in ("block", "branch"):
+    for granularity in GRANULARITIES:
         tokens = mur_stats.make(setup.model, config, granularity, setup.mesh)
         batches = setup.held_out(n_tokens)
         found[granularity] = mur_stats.measure(
             tokens, loaded.params, batches, setup.mesh, granularity
         )
-    tau = mur.tau if mur.tau_kind == "absolute" else 0.0
+    tau = mur.tau if THRESHOLDS[mur.tau_kind].is_utility else 0.0
     about = {"metric": mur.metric, "tau": tau, "tokens": len(found["block"].window)}
     # Cosines with a random direction have this standard deviation.
-    about["noise_floor"] = config.model.d_model**-0.5 if mur.metric == "cos" else None
+    about["noise_floor"] = METRICS[mur.metric].noise_floor(config.model.d_model)
     fields = about | mur_stats.summary(found["block"], "block", tau)
-    branches = {p: mur_stats.summary(found["branch"], p, tau) for p in ("attention", "mlp")}
+    branches = {
+        p: mur_stats.summary(found["branch"], p, tau) for p in GRANULARITIES["branch"].names
+    }
     return {"mur": fields | branches}, found["block"]
 
 

@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.modes import Modes
 from lmscale_jax.run.mesh import ACCELERATORS
 
 Job = list[str]
@@ -32,8 +34,7 @@ class Ended(NamedTuple):
 
 def make(settings, workdir: Path):
     """The executor of a ladder's `executor` group. Raises InputError where it is not installed."""
-    kinds = {"local": Local, "ray": Ray, "slurm": Slurm}
-    return kinds[settings["name"]](settings, workdir)
+    return EXECUTORS[settings["name"]].make(settings, workdir)
 
 
 def slots(settings) -> int:
@@ -41,9 +42,10 @@ def slots(settings) -> int:
 
     Raises InputError where the executor cannot be had here.
     """
-    if settings["name"] != "local":
-        _need({"ray": "ray", "slurm": "submitit"}[settings["name"]], settings["name"])
-        return settings["workers"] or 1
+    return EXECUTORS[settings["name"]].slots(settings)
+
+
+def _slots_here(settings) -> int:
     each, available = settings["cpus"], cores()
     wanted = settings["workers"] or (max(1, available // each) if on_cpu() else 1)
     if on_cpu() and wanted * each > available:
@@ -265,3 +267,33 @@ def _need(package: str, extra: str) -> None:
             f"config.executor.name needs the {package} package, which pip install "
             f"'lmscale_jax[{extra}]' brings; 'local' works without"
         )
+
+
+def _slots_elsewhere(package: str, extra: str) -> Callable:
+    def slots(settings) -> int:
+        _need(package, extra)
+        return settings["workers"] or 1
+
+    return slots
+
+
+class Executor(NamedTuple):
+    """A way to run jobs.
+
+    Attributes:
+      make: (settings, workdir) -> the executor.
+      slots: settings -> processes at a time; raises InputError where it cannot be had here.
+    """
+
+    make: Callable
+    slots: Callable
+
+
+EXECUTORS = Modes(
+    "executor.name",
+    {
+        "local": Executor(Local, _slots_here),
+        "ray": Executor(Ray, _slots_elsewhere("ray", "ray")),
+        "slurm": Executor(Slurm, _slots_elsewhere("submitit", "slurm")),
+    },
+)

@@ -1,9 +1,12 @@
 """Which cells train together in one program."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.fleet import executors
+from lmscale_jax.modes import Modes
 from lmscale_jax.study.cells import Cell
 from lmscale_jax.study.plan import Plan
 
@@ -20,16 +23,12 @@ def jobs(plan: Plan, cells: list[Cell], slots: int) -> list[list[str]]:
     Never so many that one of `slots` processes would have nothing to do.
     """
     settings = plan.ladder["pack"]
-    if settings["mode"] == "never":
-        return [[cell.id] for cell in cells]
+    mode = PACK_MODES[settings["mode"]]
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        alone = settings["mode"] == "auto" and not faster(cell)
-        groups.setdefault(cell.id if alone or cell.needs else key(plan, cell), []).append(cell)
-    most = settings["most"]
-    if settings["mode"] == "auto" and executors.on_cpu():
-        most = min(most, CPU_MOST)
-    most = max(1, min(most, len(cells) // slots))
+        alone = cell.needs or not mode.takes(cell)
+        groups.setdefault(cell.id if alone else key(plan, cell), []).append(cell)
+    most = max(1, min(mode.most(settings["most"]), len(cells) // slots))
     found = []
     for group in groups.values():
         found += [[c.id for c in group[i : i + most]] for i in range(0, len(group), most)]
@@ -49,3 +48,28 @@ def faster(cell: Cell) -> bool:
     if executors.on_cpu():
         return cell.shape["d_model"] <= CPU_WIDTH
     return cell.counts["total"] <= ACCELERATOR_PARAMETERS
+
+
+class PackMode(NamedTuple):
+    """Which cells share a program.
+
+    Attributes:
+      takes: cell -> whether it may be packed.
+      most: pack.most -> the runs in one program.
+    """
+
+    takes: Callable
+    most: Callable = lambda most: most
+
+
+PACK_MODES = Modes(
+    "pack.mode",
+    {
+        "auto": PackMode(
+            lambda cell: faster(cell),
+            lambda most: min(most, CPU_MOST) if executors.on_cpu() else most,
+        ),
+        "always": PackMode(lambda cell: True),
+        "never": PackMode(lambda cell: False),
+    },
+)

@@ -22,6 +22,7 @@ from lmscale_jax.model.build import Model, build
 from lmscale_jax.model.param import named
 from lmscale_jax.optim import build as optim
 from lmscale_jax.parametrization import coords
+from lmscale_jax.parametrization.schemes import scheme
 from lmscale_jax.run import record
 
 
@@ -42,9 +43,9 @@ class Plan(NamedTuple):
 def plan(config: ConfigDict, sweep: str, sizes: list[int], control: str = "none") -> Plan:
     """The configs of a sweep. Raises InputError where a size cannot be made."""
     validate(config)
-    if sweep == "depth" and config.parametrization.name == "mup":
+    if sweep == "depth" and scheme(config).has_base and not scheme(config).follows_depth:
         raise InputError(
-            "config.parametrization.name='mup' says nothing of depth; "
+            f"config.parametrization.name={config.parametrization.name!r} says nothing of depth; "
             "--config.parametrization.name=completep with base_depth=2 would work"
         )
     made = [resized(config, sweep, size) for size in sizes]

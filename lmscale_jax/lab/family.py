@@ -4,6 +4,7 @@ from ml_collections import ConfigDict
 
 from lmscale_jax.config.keys import get_config as base_config
 from lmscale_jax.errors import InputError
+from lmscale_jax.parametrization.schemes import scheme
 
 
 def resized(config: ConfigDict, sweep: str, size: int) -> ConfigDict:
@@ -22,7 +23,7 @@ def resized(config: ConfigDict, sweep: str, size: int) -> ConfigDict:
     model.d_ff = round(model.d_ff * width / model.d_model)
     if sweep == "head_dim":
         base = config.parametrization
-        if base.name != "sp" and not base.base_head_dim:
+        if scheme(config).has_base and not base.base_head_dim:
             base.base_head_dim = head_dim
         model.head_dim = size
     else:

@@ -16,6 +16,7 @@ from lmscale_jax.config.keys import get, keys
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import redundancy
 from lmscale_jax.lab import population
+from lmscale_jax.optim.freezing import FREEZING
 from lmscale_jax.run import measures, step, train, watchdog, writers
 from lmscale_jax.run.checkpoint import Checkpoints
 from lmscale_jax.run.clock import Clock
@@ -224,5 +225,5 @@ def signature(config) -> str:
     numbers = (*population.NUMBERS, population.ORDER)
     kept = {path: get(config, path) for path, key in keys() if key.identity and path not in numbers}
     # Blocks that are drawn by the seed are part of the program.
-    drawn = config.seed if config.freeze.mode.startswith("random") else None
+    drawn = config.seed if FREEZING[config.freeze.mode].draws else None
     return repr((sorted(kept.items()), drawn))

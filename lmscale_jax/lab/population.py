@@ -19,6 +19,7 @@ from lmscale_jax.data.prepared import Prepared
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.build import build
 from lmscale_jax.optim import build as optim
+from lmscale_jax.optim.freezing import FREEZING
 from lmscale_jax.run import mesh as meshes
 from lmscale_jax.run import step as steps
 from lmscale_jax.run.step import NUMBERS
@@ -42,7 +43,7 @@ def check(members: list[ConfigDict]) -> None:
             f"config.train.parent={first.train.parent!r} cannot begin a population, whose members "
             f"have initial values of their own; '' with train.parent_step=0 would work"
         )
-    if first.freeze.mode.startswith("random") and len({m.seed for m in members}) > 1:
+    if FREEZING[first.freeze.mode].draws and len({m.seed for m in members}) > 1:
         raise InputError(
             f"config.freeze.mode={first.freeze.mode!r} draws other blocks for each seed, which one "
             f"population cannot freeze; 'fixed' would work"

@@ -10,6 +10,7 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import build
+from lmscale_jax.modes import Modes
 
 TOLERANCE = 0.02
 # Of arms that are compared at one size.
@@ -17,6 +18,17 @@ MATCH = 0.005
 MAX_DEPTH = 256
 # ln of how far d_ff may be from its rule.
 STRETCH = math.log(1.3)
+
+
+# (counts, FLOPs per token) -> what arms at one size spend alike; None: no more than the shape.
+MEASURES = Modes(
+    "rungs.match",
+    {
+        "none": None,
+        "parameters": lambda counts, flops_per_token: counts["non_embedding"],
+        "flops": lambda counts, flops_per_token: flops_per_token,
+    },
+)
 
 
 class Shape(NamedTuple):
@@ -95,7 +107,7 @@ def matched(config: ConfigDict, target: float, measure: str, vocab_size: int = 0
     def spent(d_ff: int) -> float:
         config.model.d_ff = d_ff
         counts, per_token = described(resolve(config, vocab_size))
-        return per_token if measure == "flops" else counts["non_embedding"]
+        return MEASURES[measure](counts, per_token)
 
     config = ConfigDict(config.to_dict())
     # Both measures are linear in d_ff.

@@ -14,7 +14,7 @@ from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.data import prepared
 from lmscale_jax.lab import population
 from lmscale_jax.lab.family import deliberately_wrong, resized
-from lmscale_jax.parametrization.rules import ORTHOGONAL
+from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.run import record
 
 
@@ -84,8 +84,9 @@ def sweep(
 def _at_rate(config: ConfigDict, lr: float, seed: int) -> ConfigDict:
     """A copy with that peak rate and seed; muon_lr keeps its ratio to lr."""
     config = ConfigDict(config.to_dict())
-    if config.optim.name in ORTHOGONAL:
-        config.optim.muon_lr *= lr / config.optim.lr
+    peak = OPTIMIZERS[config.optim.name].peak
+    if peak != "lr":
+        config.optim[peak] *= lr / config.optim.lr
     config.optim.lr, config.seed = float(lr), seed
     return config
 

@@ -113,10 +113,12 @@ def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | No
         return jnp.where(filling_V, -jnp.inf, z_NxV)
 
     def logits(params, tokens_BxT, key=None):
+        params = rules.multiplied(rows, params)
         x_NxD, *_ = body(params, tokens_BxT, key, call=call._replace(place=Place()))
         return of_tokens(readout(params), x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None, around=None, step=None):
+        params = rules.multiplied(rows, params)
         x_NxD, _, rest = body(params, tokens_BxT, key, call=call, around=around, step=step)
         entropy = call.ops.cross_entropy
         nll_BxT = token_losses(
@@ -125,6 +127,7 @@ def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | No
         return nll_BxT if around is None else around.close(nll_BxT, rest)
 
     def taps(params, tokens_BxT, keep):
+        params = rules.multiplied(rows, params)
         x_NxD, kept, _ = body(params, tokens_BxT, None, call=call, keep=keep)
         return kept | {"logits": keep("logits", read(readout(params), x_NxD))}
 

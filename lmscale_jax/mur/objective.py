@@ -7,14 +7,18 @@ constant; the utility is that of a micro-batch, and the objective its mean over 
 mean. λ(t) and s(t) are 0 during mur.warmup and then rise in a line over mur.ramp.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from lmscale_jax.config.blocks import mur_layers
+from lmscale_jax.modes import Modes
 from lmscale_jax.mur import streams
-from lmscale_jax.mur.utility import Measure
+from lmscale_jax.mur.settings import GRANULARITIES, MODES, THRESHOLDS
+from lmscale_jax.mur.utility import REDUCTIONS, Measure
 
-PARTS = {"block": ("",), "branch": ("attention/", "mlp/")}
 REPORTED = ("mean", "p10", "p50", "p90", "frac_below_tau", "delta_norm", "grad_norm", "stderr")
 _STREAM = 0x6D7572
 
@@ -24,15 +28,15 @@ class Objective:
 
     def __init__(self, config):
         mur, n = config.mur, config.model.n_layers
-        self._mur, self._n, self.mode = mur, n, mur.mode
+        self._mur, self._n, self.mode = mur, n, MODES[mur.mode]
         self.layers = mur_layers(config)
-        self._parts = PARTS[mur.granularity]
+        self._parts = GRANULARITIES[mur.granularity].prefixes
         self._accum = config.train.accum
         self._begin, self._ramp = mur.warmup, mur.ramp
         self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
         # What is taken in every step, and remembered.
-        kept = {"absolute": (), "quantile": ("quantile",), "stderr": ("stderr",)}[mur.tau_kind]
-        self._kept = kept + (("utility",) if self.mode == "update" else ())
+        self._threshold = THRESHOLDS[mur.tau_kind]
+        self._kept = self._threshold.kept + (("utility",) if self.mode.scales_updates else ())
 
     def begin(self) -> dict:
         """The running means before the first step: {"weight", "sums": {statistic: [L, P]}}."""
@@ -43,7 +47,7 @@ class Objective:
 
     def ask(self, memory: dict, step: jax.Array, measure: tuple[str, ...]) -> "Asked | None":
         """What to take out of the backward pass of this step; None: nothing."""
-        if self.mode == "diagnose" and "mur" not in measure:
+        if not self.mode.acts and "mur" not in measure:
             return None
         return Asked(self, memory, step, REPORTED if "mur" in measure else ())
 
@@ -67,16 +71,9 @@ class Objective:
         root of the second moment, which holds the same factor; Lion and Muon drop the scale at
         once. What is left of it is a larger share of the norm that gradients are clipped by.
         """
-        if self.mode != "update":
+        if not self.mode.scales_updates:
             return grads, {}
-        factor_L = self.factors(memory, step)
-        if self._mur.apply_to == "updates":
-            return grads, {"block_factors": factor_L}
-
-        def one(g):
-            return g * factor_L.reshape(-1, *[1] * (g.ndim - 1))
-
-        return grads | {"blocks": jax.tree.map(one, grads["blocks"])}, {}
+        return TARGETS[self._mur.apply_to].scale(grads, self.factors(memory, step))
 
     def strength(self, step: jax.Array) -> jax.Array:
         """Share of λ or s in force after `step` steps, from 0 to 1."""
@@ -87,22 +84,31 @@ class Objective:
 
     def weight(self, step: jax.Array) -> jax.Array:
         """λ(t), 0 but in loss mode."""
-        return self._mur.lambda_max * self.strength(step) if self.mode == "loss" else jnp.zeros(())
+        hinge = self.mode.adds_hinge
+        return self._mur.lambda_max * self.strength(step) if hinge else jnp.zeros(())
 
     def tau(self, memory: dict) -> jax.Array:
-        """[L, P]."""
-        mur, shape = self._mur, (self._n, len(self._parts))
-        if mur.tau_kind == "absolute":
-            return jnp.full(shape, mur.tau)
-        if mur.tau_kind == "stderr":
-            return mur.tau * _mean(memory, "stderr")
+        """[L, P], the thresholds in force."""
+        return self._threshold.value(self, memory)
+
+    def fixed_tau(self) -> jax.Array:
+        """[L, P]: mur.tau itself."""
+        return jnp.full((self._n, len(self._parts)), self._mur.tau)
+
+    def stderr_tau(self, memory: dict) -> jax.Array:
+        """[L, P]: mur.tau times the running standard error of each layer's utility."""
+        return self._mur.tau * _mean(memory, "stderr")
+
+    def quantile_tau(self, memory: dict) -> jax.Array:
+        """[L, P]: the mean running quantile of the layers acted on."""
         inside = jnp.where(self._chosen()[:, None], _mean(memory, "quantile"), 0.0).sum()
+        shape = (self._n, len(self._parts))
         return jnp.broadcast_to(inside / (len(self.layers) * len(self._parts)), shape)
 
     def metrics(self, asked: "Asked", taken: dict, memory: dict, step: jax.Array) -> dict:
         """{"mur/STATISTIC" or "mur/BRANCH/STATISTIC": [L]}; not a number where not measured."""
         values = {name: taken[name] for name in asked.names} | {"tau": asked.tau_LxP}
-        if self.mode == "loss":
+        if self.mode.adds_hinge:
             values["hinge"] = taken["hinge"]
             values = {k: jnp.where(self._chosen()[:, None], v, jnp.nan) for k, v in values.items()}
         found = {
@@ -110,9 +116,9 @@ class Objective:
             for number, part in enumerate(self._parts)
             for name, value_LxP in values.items()
         }
-        if self.mode == "loss":
+        if self.mode.adds_hinge:
             found["mur/lambda"] = self.weight(step)
-        if self.mode == "update":
+        if self.mode.scales_updates:
             found["mur/multiplier"] = self.factors(memory, step)
         return found
 
@@ -137,8 +143,8 @@ class Asked:
         self._key = jax.random.fold_in(objective._key, step)
         each = len(objective.layers) * len(objective._parts) * objective._accum
         self._gain = objective.weight(step) / each
-        level = mur.tau if mur.tau_kind == "quantile" else 0.5
-        wanted = (*names, *objective._kept, *(("hinge",) if mode == "loss" else ()))
+        level = objective._threshold.level(mur.tau)
+        wanted = (*names, *objective._kept, *(("hinge",) if mode.adds_hinge else ()))
         self._taking = streams.Taking(
             Measure(mur.metric, mur.eps, level),
             tuple(dict.fromkeys(wanted)),
@@ -150,16 +156,17 @@ class Asked:
 
     def around(self, slots, targets_BxT, n_targets, index) -> streams.Watch:
         """What micro-batch `index` puts around its blocks."""
+        draws = REDUCTIONS[self._taking.reduce].draws
         known = streams.Known(
             targets_BxT >= 0,
             n_targets,
             self.tau_LxP,
             self._gain,
-            jax.random.fold_in(self._key, index) if self._taking.reduce == "sample_k" else None,
+            jax.random.fold_in(self._key, index) if draws else None,
         )
         o = self._objective
-        layers = o.layers if o.mode == "loss" else range(o._n)
-        kind = streams.Paired if o.mode == "loss" else streams.Watch
+        layers = o.layers if o.mode.adds_hinge else range(o._n)
+        kind = streams.Paired if o.mode.adds_hinge else streams.Watch
         return kind(self._taking, slots, known, layers, o._mur.granularity)
 
     def taken(self, slot_bars) -> dict:
@@ -168,25 +175,58 @@ class Asked:
         return {name: values_LxPxS[..., i] for i, name in enumerate(self._taking.names)}
 
 
+class Target(NamedTuple):
+    """What a layer's factor multiplies.
+
+    Attributes:
+      scale: (gradients, factor [L]) -> (gradients, keywords of the optimizer's update).
+      remark: what is said of it to people, where there is something to say of {optimizer}.
+    """
+
+    scale: Callable
+    remark: str = ""
+
+
+def _scale_updates(grads: dict, factor_L: jax.Array) -> tuple[dict, dict]:
+    return grads, {"block_factors": factor_L}
+
+
+def _scale_gradients(grads: dict, factor_L: jax.Array) -> tuple[dict, dict]:
+    def one(g):
+        return g * factor_L.reshape(-1, *[1] * (g.ndim - 1))
+
+    return grads | {"blocks": jax.tree.map(one, grads["blocks"])}, {}
+
+
+TARGETS = Modes(
+    "mur.apply_to",
+    {
+        "updates": Target(_scale_updates),
+        "grads": Target(_scale_gradients, "; {optimizer} cancels a factor of the gradients"),
+    },
+)
+
+
 def make(config) -> Objective | None:
-    """None where mur.mode is "off"."""
-    return None if config.mur.mode == "off" else Objective(config)
+    """None where nothing is measured."""
+    return Objective(config) if MODES[config.mur.mode].measures else None
 
 
 def choices(config) -> dict[str, str]:
     """What is done, in a line, by name; {} where nothing is."""
-    if config.mur.mode == "off":
+    mode = MODES[config.mur.mode]
+    if not mode.measures:
         return {}
     mur, layers = config.mur, mur_layers(config)
-    if mur.mode == "diagnose":
-        return {"mur": f"diagnose: {mur.metric} utility of every block, nothing is changed"}
-    begin, end = mur.warmup, mur.warmup + mur.ramp
+    if not mode.acts:
+        return {"mur": f"{mur.mode}: {mur.metric} utility of every block, nothing is changed"}
+    begin, ramp = mur.warmup, mur.ramp
     where = f"blocks {layers.start} to {layers.stop - 1} of {config.model.n_layers}"
-    what = f"λ {mur.lambda_max:g}" if mur.mode == "loss" else f"s {mur.alpha:g} on {mur.apply_to}"
-    said = f"{mur.mode}: {mur.metric}, {where}, {what} from step {begin} to {end}"
-    if mur.apply_to == "grads":
-        said += f"; {config.optim.name} cancels a factor of the gradients"
-    return {"mur": said}
+    strengths = [f"λ {mur.lambda_max:g}"] if mode.adds_hinge else []
+    strengths += [f"s {mur.alpha:g} on {mur.apply_to}"] if mode.scales_updates else []
+    what = " and ".join(strengths)
+    line = f"{mur.mode}: {mur.metric}, {where}, {what} from step {begin} to {begin + ramp}"
+    return {"mur": line + TARGETS[mur.apply_to].remark.format(optimizer=config.optim.name)}
 
 
 def _mean(memory: dict, name: str) -> jax.Array:

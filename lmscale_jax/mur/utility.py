@@ -6,10 +6,13 @@ much the token's δ lowers the loss. With the summed loss nothing here depends o
 share a batch. All of it is float32.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from lmscale_jax.modes import Modes
 
 FLOAT = jnp.float32
 
@@ -43,9 +46,9 @@ def utilities(how: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labelled_N: 
     """
     g_NxD, delta_NxD = g_NxD.astype(FLOAT), delta_NxD.astype(FLOAT)
     raw_N = -(g_NxD * delta_NxD).sum(axis=-1)
-    if how.metric == "raw":
+    size_N = METRICS[how.metric].denominator(g_NxD, delta_NxD)
+    if size_N is None:
         return raw_N
-    size_N = norms(g_NxD) * norms(g_NxD if how.metric == "proj" else delta_NxD)
     floor = how.eps * mean(size_N, labelled_N)
     sound_N = size_N > 0
     return jnp.where(sound_N, raw_N / jnp.maximum(jnp.where(sound_N, size_N, 1.0), floor), 0.0)
@@ -56,6 +59,31 @@ def norms(x_NxD: jax.Array) -> jax.Array:
     square_N = jnp.square(x_NxD.astype(FLOAT)).sum(axis=-1)
     sound_N = square_N > 0
     return jnp.where(sound_N, jnp.sqrt(jnp.where(sound_N, square_N, 1.0)), 0.0)
+
+
+class Metric(NamedTuple):
+    """A unit of utility.
+
+    Attributes:
+      denominator: (g [N, D], δ [N, D]) -> [N], what -<g, δ> is divided by, or None.
+      noise_floor: width -> standard deviation of the utility in a random direction; None: no
+        number of its own.
+    """
+
+    denominator: Callable
+    noise_floor: Callable = lambda width: None
+
+
+METRICS = Modes(
+    "mur.metric",
+    {
+        "cos": Metric(
+            lambda g_NxD, delta_NxD: norms(g_NxD) * norms(delta_NxD), lambda width: width**-0.5
+        ),
+        "proj": Metric(lambda g_NxD, delta_NxD: norms(g_NxD) * norms(g_NxD)),
+        "raw": Metric(lambda g_NxD, delta_NxD: None),
+    },
+)
 
 
 def mean(values_N: jax.Array, labelled_N: jax.Array) -> jax.Array:
@@ -71,18 +99,47 @@ def weights(
     "mean": all labelled ones. "sample_k": `k` of each sequence, drawn without replacement, or all
     where fewer are labelled. "top_loss": the `share` of them all with the highest loss.
     """
-    if reduce == "sample_k":
-        draw_BxT = jnp.where(labelled_BxT, jax.random.uniform(key, nll_BxT.shape), -1.0)
-        least_Bx1 = jax.lax.top_k(draw_BxT, min(k, nll_BxT.shape[1]))[0][:, -1:]
-        chosen_BxT = labelled_BxT & (draw_BxT >= least_Bx1)
-    elif reduce == "top_loss":
-        loss_BxT = jnp.where(labelled_BxT, nll_BxT, -jnp.inf)
-        count = jnp.ceil(share * labelled_BxT.sum()).astype(jnp.int32)
-        least = jnp.sort(loss_BxT.ravel())[loss_BxT.size - jnp.maximum(1, count)]
-        chosen_BxT = labelled_BxT & (loss_BxT >= least)
-    else:
-        chosen_BxT = labelled_BxT
+    chosen_BxT = REDUCTIONS[reduce].choose(nll_BxT, labelled_BxT, key, k, share)
     return chosen_BxT.astype(FLOAT) / jnp.maximum(1, chosen_BxT.sum())
+
+
+def _all(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
+    return labelled_BxT
+
+
+def _drawn(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
+    draw_BxT = jnp.where(labelled_BxT, jax.random.uniform(key, nll_BxT.shape), -1.0)
+    least_Bx1 = jax.lax.top_k(draw_BxT, min(k, nll_BxT.shape[1]))[0][:, -1:]
+    return labelled_BxT & (draw_BxT >= least_Bx1)
+
+
+def _highest(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
+    loss_BxT = jnp.where(labelled_BxT, nll_BxT, -jnp.inf)
+    count = jnp.ceil(share * labelled_BxT.sum()).astype(jnp.int32)
+    least = jnp.sort(loss_BxT.ravel())[loss_BxT.size - jnp.maximum(1, count)]
+    return labelled_BxT & (loss_BxT >= least)
+
+
+class Reduction(NamedTuple):
+    """Which tokens a layer's utility is the mean of.
+
+    Attributes:
+      choose: (nll [B, T], labelled [B, T], key, k, share) -> [B, T] bool, some of the labelled.
+      draws: it needs a key.
+    """
+
+    choose: Callable
+    draws: bool = False
+
+
+REDUCTIONS = Modes(
+    "mur.reduce",
+    {
+        "mean": Reduction(_all),
+        "sample_k": Reduction(_drawn, draws=True),
+        "top_loss": Reduction(_highest),
+    },
+)
 
 
 def hinge(how: Measure, g_NxD, delta_NxD, labelled_N, weight_N, tau) -> jax.Array:

@@ -5,12 +5,20 @@ import jax.numpy as jnp
 import optax
 
 from lmscale_jax.model.param import map_named
-from lmscale_jax.optim import layerwise, muon, schedules
-from lmscale_jax.optim.average import average_weights
-from lmscale_jax.parametrization.rules import ORTHOGONAL
+from lmscale_jax.modes import Modes
+from lmscale_jax.optim import freezing, layerwise, schedules
+from lmscale_jax.optim.average import average_weights, averaged
+from lmscale_jax.optim.optimizers import DECAY_MODES, OPTIMIZERS
 
-# Arrays of a parameter's size that each optimizer remembers.
-MOMENTS = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1, "normuon": 1}
+# (shrinkage, direction, parameter) -> shrinkage of the entries that decay. "cautious": only those
+# that the direction moves towards 0 (Chen et al. 2025, arXiv 2510.12402).
+SHRINKING = Modes(
+    "optim.decay_where",
+    {
+        "everywhere": lambda shrink, u, p: shrink,
+        "cautious": lambda shrink, u, p: jnp.where(u * p >= 0, shrink, 0.0),
+    },
+)
 
 
 def build(
@@ -37,7 +45,7 @@ def build(
         )
     clip = [clip_by_global_norm(optim.clip)] if optim.clip else []
     parts = [*clip, inner, scale_and_decay(config, rows)]
-    thaw_L = layerwise.thaw_steps(config)
+    thaw_L = freezing.thaw_steps(config)
     if thaw_L is not None:
         parts = [layerwise.hold(optax.chain(*parts), thaw_L)]
     parts.append(layerwise.scale_blocks(layerwise.factors(config)))
@@ -47,25 +55,16 @@ def build(
 
 
 def _direction(name: str, config, rows: dict, mesh, platform: str):
-    """One optimizer before learning rate and decay.
-
-    AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Lion: Chen et al. 2023, arXiv 2302.06675.
-    """
-    optim = config.optim
-    if name in ORTHOGONAL:
-        own = {path: row for path, row in rows.items() if row.optimizer == name}
-        return muon.scale_by_muon(own, config, mesh, platform)
-    if name == "sgd":
-        return optax.trace(decay=optim.momentum)
-    if name == "lion":
-        return optax.scale_by_lion(b1=optim.beta1, b2=optim.beta2)
-    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
-    if config.freeze.mode != "none":
+    """One optimizer before learning rate and decay, for the parameters whose row names it."""
+    optimizer = OPTIMIZERS[name]
+    own_rows = {path: row for path, row in rows.items() if row.optimizer == name}
+    direction = optimizer.direction(config, own_rows, mesh, platform)
+    if optimizer.counts_steps and freezing.thaw_steps(config) is not None:
         # The correction of a block's young moments counts from its own first step.
-        adam = layerwise.per_block(adam)
-    if any(row.eps_factor != 1.0 for row in rows.values() if row.optimizer == name):
-        return optax.chain(divide_by_eps_factor(rows), adam)
-    return adam
+        direction = layerwise.per_block(direction)
+    if any(row.eps_factor != 1.0 for row in own_rows.values()):
+        return optax.chain(divide_by_eps_factor(rows), direction)
+    return direction
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -98,8 +97,8 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
     """Turns a direction u into the update -(lr(t) f u + decay(t) p) of each parameter p.
 
     f is the row's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
-    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch. "cautious": only
-    the entries of p that u moves towards 0 decay (Chen et al. 2025, arXiv 2510.12402).
+    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch. The directions of
+    an optimizer that applies its rate itself are passed on.
     """
     factor = schedules.make(config)
     optim = config.optim
@@ -112,15 +111,15 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
 
         def one(path, u):
             row, p = rows[path], _at(params, path)
-            peak = optim.muon_lr if row.optimizer in ORTHOGONAL else optim.lr
-            rate = s * (peak * row.lr_factor)
-            decay = s if optim.decay_mode == "independent" else rate
+            optimizer = OPTIMIZERS[row.optimizer]
+            if optimizer.applies_rate:
+                return u
+            rate = s * (optim[optimizer.peak] * row.lr_factor)
+            decay = DECAY_MODES[optim.decay_mode].rate(s, rate)
             change = rate * u
             if row.decay and decays:
                 shrink = decay * (optim.weight_decay * row.decay) * p
-                if optim.decay_where == "cautious":
-                    shrink = jnp.where(u * p >= 0, shrink, 0.0)
-                change = change + shrink
+                change = change + SHRINKING[optim.decay_where](shrink, u, p)
             return -change
 
         return map_named(one, updates), state
@@ -130,15 +129,17 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
 
 def choices(config, platform: str) -> dict[str, str]:
     """What the optimizer of a resolved config chose or drew, by name, for people to read."""
-    found = {}
-    if config.optim.name in ORTHOGONAL:
-        dtype = muon.products_dtype(config, platform)
-        found["muon"] = f"Newton-Schulz {config.optim.muon_coefficients} in {dtype}"
-    thaw_L = layerwise.thaw_steps(config)
+    lines = OPTIMIZERS[config.optim.name].described(config, platform)
+    thaw_L = freezing.thaw_steps(config)
     if thaw_L is not None:
-        begins = ["never" if b == layerwise.NEVER else f"step {b:,}" for b in thaw_L]
-        found["freeze"] = "blocks learn from: " + ", ".join(begins)
-    return found
+        begins = ["never" if b == freezing.NEVER else f"step {b:,}" for b in thaw_L]
+        lines = lines | {"freeze": "blocks learn from: " + ", ".join(begins)}
+    return lines
+
+
+def evaluated(config, params: dict, opt_state) -> tuple[dict, dict | None]:
+    """The parameters to evaluate, and their running mean; None where none is kept."""
+    return OPTIMIZERS[config.optim.name].evaluated(params, opt_state), averaged(opt_state)
 
 
 def _at(tree: dict, path: str) -> jax.Array:

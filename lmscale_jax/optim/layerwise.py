@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lmscale_jax.config.blocks import block_numbers
-
-NEVER = np.iinfo(np.int32).max
+from lmscale_jax.optim.freezing import thaw_steps
 
 
 def scale_blocks(factors: Callable | None) -> optax.GradientTransformationExtraArgs:
@@ -42,31 +40,6 @@ def factors(config) -> Callable | None:
     if thaw_L is None:
         return None if config.optim.block_lr_decay == 1 else lambda step: jnp.asarray(decay_L)
     return lambda step: jnp.where(step >= thaw_L, decay_L, 0.0)
-
-
-def thaw_steps(config) -> np.ndarray | None:
-    """[layers] int32, the step from which each block learns, NEVER if none; None: all from 0."""
-    freeze, n = config.freeze, config.model.n_layers
-    if freeze.mode == "none":
-        return None
-    chance = np.random.default_rng(freeze.seed)
-    if freeze.mode == "unfreeze":
-        order = {
-            "input": np.arange(n),
-            "output": np.arange(n)[::-1],
-            "random": chance.permutation(n),
-        }[freeze.order]
-        begins = np.zeros(n, np.int32)
-        begins[order] = np.arange(n) * freeze.every
-        return begins
-    if freeze.mode == "fixed":
-        frozen = block_numbers(freeze.blocks)
-    else:
-        near = max(1, round(n * freeze.near_input)) if freeze.mode == "random_near_input" else n
-        frozen = chance.choice(near, freeze.count, replace=False)
-    begins = np.zeros(n, np.int32)
-    begins[list(frozen)] = NEVER
-    return begins
 
 
 def hold(inner, thaw_L: np.ndarray) -> optax.GradientTransformationExtraArgs:

@@ -16,22 +16,81 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.param import HEADS, Spec, map_named, named
+from lmscale_jax.modes import Modes
 from lmscale_jax.optim import schedules
 
-# (a, b, c) of each step X <- a X + (b A + c A A) X with A = X X', and what the Frobenius norm is
-# multiplied by before: Polar Express needs room above the largest singular value.
-COEFFICIENTS = {
-    "quintic": ((3.4445, -4.7750, 2.0315),) * 5,
-    "polar_express": (
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-    ),
-    "stable": ((2.0, -1.5, 0.5),) * 12,
-}
-MARGIN = {"quintic": 1.0, "polar_express": 1.02, "stable": 1.0}
+
+class Iteration(NamedTuple):
+    """A Newton-Schulz iteration.
+
+    Attributes:
+      steps: (a, b, c) of each step X <- a X + (b A + c A A) X with A = X X'.
+      margin: what the Frobenius norm is multiplied by before: Polar Express needs room above the
+        largest singular value.
+    """
+
+    steps: tuple[tuple[float, float, float], ...]
+    margin: float
+
+
+COEFFICIENTS = Modes(
+    "optim.muon_coefficients",
+    {
+        "quintic": Iteration(((3.4445, -4.7750, 2.0315),) * 5, margin=1.0),
+        "polar_express": Iteration(
+            (
+                (8.156554524902461, -22.48329292557795, 15.878769915207462),
+                (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+                (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+                (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+                (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+            ),
+            margin=1.02,
+        ),
+        "stable": Iteration(((2.0, -1.5, 0.5),) * 12, margin=1.0),
+    },
+)
+# Spec -> what an orthogonal matrix is multiplied by to be the update of a parameter. "spectral":
+# the spectral condition (Yang et al. 2023); "kj": Jordan et al. 2024; "moonlight": Liu et al. 2025
+# (arXiv 2502.16982), the root mean square of a typical update by AdamW.
+SCALES = Modes(
+    "optim.muon_scale",
+    {
+        "spectral": lambda spec: math.sqrt(spec.fan_out / spec.fan_in),
+        "kj": lambda spec: math.sqrt(max(1.0, spec.fan_out / spec.fan_in)),
+        "moonlight": lambda spec: 0.2 * math.sqrt(max(spec.fan_in, spec.fan_out)),
+    },
+)
+
+
+class Unit(NamedTuple):
+    """What is made orthogonal as one matrix.
+
+    Attributes:
+      batch_axes: names of the axes whose every entry has a matrix of its own.
+      count: Spec -> how many matrices a layer's parameter is cut into.
+    """
+
+    batch_axes: tuple[str, ...]
+    count: Callable
+
+
+UNITS = Modes(
+    "optim.muon_unit",
+    {
+        "matrix": Unit((), lambda spec: 1),
+        "head": Unit(HEADS, lambda spec: spec.n_heads),
+    },
+)
+# Platform -> type of Newton-Schulz products; "auto": bfloat16 where chips have units for it.
+PRODUCT_DTYPES = Modes(
+    "optim.muon_dtype",
+    {
+        "auto": lambda platform: "float32" if platform == "cpu" else "bfloat16",
+        "float32": lambda platform: "float32",
+        "bfloat16": lambda platform: "bfloat16",
+    },
+)
 # Far below any gradient's norm; only keeps a gradient of zero from becoming 0 / 0.
 TINY = 1e-12
 
@@ -70,8 +129,7 @@ def matrices(spec: Spec, unit: str) -> Matrices:
     """The matrices of an annotation; with unit "head" each head of attention is one of its own."""
     batch = [0] if spec.axes[:1] == ("layers",) else []
     first_out = len(batch) + spec.n_in
-    if unit == "head":
-        batch += [i for i, axis in enumerate(spec.axes) if axis in HEADS]
+    batch += [i for i, axis in enumerate(spec.axes) if axis in UNITS[unit].batch_axes]
     ins = [i for i in range(first_out) if i not in batch]
     outs = [i for i in range(first_out, len(spec.axes)) if i not in batch]
 
@@ -91,7 +149,8 @@ def newton_schulz(x_Bxmxn: jax.Array, coefficients: str, dtype) -> jax.Array:
     # Norms and sums in float32: the coefficients cancel, so that their rounding to bfloat16 shows.
     x = x_Bxmxn.astype(jnp.float32)
     norm = jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True))
-    x = (x / (MARGIN[coefficients] * norm + TINY)).astype(dtype)
+    iteration = COEFFICIENTS[coefficients]
+    x = (x / (iteration.margin * norm + TINY)).astype(dtype)
 
     def product(form, x, y):
         return jnp.einsum(form, x, y, preferred_element_type=jnp.float32)
@@ -104,7 +163,7 @@ def newton_schulz(x_Bxmxn: jax.Array, coefficients: str, dtype) -> jax.Array:
         return (a * x + product("bmk,bkn->bmn", series, x)).astype(dtype), None
 
     with jax.named_scope("newton_schulz"):
-        return jax.lax.scan(step, x, jnp.asarray(COEFFICIENTS[coefficients], jnp.float32))[0]
+        return jax.lax.scan(step, x, jnp.asarray(iteration.steps, jnp.float32))[0]
 
 
 class MuonState(NamedTuple):
@@ -118,10 +177,15 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    rows: dict, config, mesh: Mesh | None = None, platform: str = "cpu"
+    rows: dict,
+    config,
+    mesh: Mesh | None = None,
+    platform: str = "cpu",
+    beta2: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of Muon, or of NorMuon, for the matrices of a resolved config.
+    """The direction of Muon for the matrices of a resolved config; with `beta2` that of NorMuon.
 
+    `beta2` is the decay of the mean square of each neuron's direction (see `even_out`).
     `update` takes the keyword `step`, for the momentum's warm-up. With a mesh every device makes
     whole matrices orthogonal: they are dealt out before the iteration and come back after it.
     """
@@ -134,7 +198,7 @@ def scale_by_muon(
 
     def init(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
-        if optim.name != "normuon":
+        if beta2 is None:
             return MuonState(zeros, {})
 
         def squares(path, p):
@@ -154,7 +218,7 @@ def scale_by_muon(
         found = orthogonal({p: layouts[p].cut(x) for p, x in ahead.items()}, iterate, mesh)
         squares = named(state.squares)
         for path in found if squares else ():
-            found[path], squares[path] = even_out(found[path], squares[path], optim.muon_beta2)
+            found[path], squares[path] = even_out(found[path], squares[path], beta2)
         directions = {
             path: layouts[path].join(x, ahead[path].shape) * rows[path].update_scale
             for path, x in found.items()
@@ -166,10 +230,8 @@ def scale_by_muon(
 
 
 def products_dtype(config, platform: str) -> str:
-    """The type of Newton-Schulz products; "auto": bfloat16 where chips have units for it."""
-    if config.optim.muon_dtype != "auto":
-        return config.optim.muon_dtype
-    return "float32" if platform == "cpu" else "bfloat16"
+    """The type of Newton-Schulz products of a resolved config."""
+    return PRODUCT_DTYPES[config.optim.muon_dtype](platform)
 
 
 def orthogonal(

@@ -6,6 +6,8 @@ numbers only.
 
 import numpy as np
 
+from lmscale_jax.parametrization.schemes import CONTROLS
+
 # Bounds on |slope| in log-log. "change" is x_t - x_1, which also shows a model that learns too
 # little: there activations stay flat because nothing moves.
 THRESHOLDS = {
@@ -21,12 +23,9 @@ THRESHOLDS = {
 CHANGE = "change/"
 
 # Where each deliberate mistake must show from step 2 on: {how a tensor's name ends: slope beyond}.
-# Theory: +1/2 for the logits of logits_sqrt, about +1 for each matrix that learns too fast.
 PREDICTED = {
     "sp": {"attention": 0.4, "mlp": 0.4, "logits": 0.4},
-    "logits_sqrt": {"logits": 0.35},
-    "no_lr_scaling": {"attention": 0.4, "mlp": 1.0},
-}
+} | {name: control.slopes for name, control in CONTROLS.items() if control.slopes}
 
 
 def slopes(sizes, values_WxTxS: np.ndarray) -> list[dict]:

@@ -27,23 +27,27 @@ multiplier enters its gradient and its output, and L branches add up.
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lmscale_jax.model.param import Spec, named
+from lmscale_jax.model.param import Spec, map_named, named
+from lmscale_jax.modes import Modes
+from lmscale_jax.optim.optimizers import DECAY_MODES, DECAYING, OPTIMIZERS, Ratios, optimizer_of
+from lmscale_jax.parametrization.schemes import CONTROLS, Scales, scheme
 
-ORTHOGONAL = ("muon", "normuon")
-
-
-class Scales(NamedTuple):
-    """Forward multipliers: of embedding, logits, each branch, q·k, and readouts in blocks."""
-
-    embed: float
-    logits: float
-    branch: float
-    attention: float
-    gate: float
+# Projections into the residual stream: (std of the others, blocks that are counted) -> std.
+RESIDUAL_INITS = Modes(
+    "parametrization.residual_init",
+    {
+        "depth_scaled": lambda std, n_layers: std / math.sqrt(2 * n_layers),
+        "plain": lambda std, n_layers: std,
+        "zeros": lambda std, n_layers: 0.0,
+    },
+)
+# An untied readout: std of the others -> std.
+HEAD_INITS = Modes(
+    "parametrization.head_init", {"normal": lambda std: std, "zeros": lambda std: 0.0}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +57,15 @@ class Row:
     Attributes:
       spec, base: its annotation here and at the base size.
       init_std: of its initial values, where they are drawn.
-      multiplier: what its product is multiplied by in the forward pass.
+      multiplier: what its product is multiplied by in the forward pass, `matrix_multiplier`
+        included.
       lr_factor: of the learning rate.
       eps_factor: of Adam's epsilon.
       decay: 1 where it decays, else 0.
       optimizer: the one that updates it: only hidden matrices are made orthogonal.
       update_scale: of the direction that comes from it; other than 1 for orthogonal ones only.
+      matrix_multiplier: the part of `multiplier` that the parametrization gives this parameter
+        alone, beside `scales`.
     """
 
     spec: Spec
@@ -70,6 +77,7 @@ class Row:
     decay: float
     optimizer: str
     update_scale: float
+    matrix_multiplier: float = 1.0
 
     @property
     def m_in(self) -> float:
@@ -81,9 +89,9 @@ class Row:
 
 
 def base_model(config):
-    """The model group of a resolved config at its base size; itself under `sp`."""
+    """The model group of a resolved config at its base size; itself where sizes have no base."""
     model, base = ConfigDict(config.model.to_dict()), config.parametrization
-    if base.name == "sp":
+    if not scheme(config).has_base:
         return model
     group = model.n_heads // model.n_kv_heads
     model.d_model, model.d_ff = base.base_width, base.base_d_ff
@@ -92,33 +100,9 @@ def base_model(config):
     return model
 
 
-def depth(config) -> tuple[float, float]:
-    """(m_L, a): the ratio of depths and the exponent of the branch multiplier."""
-    base = config.parametrization
-    if base.name != "completep":
-        return 1.0, 1.0
-    return config.model.n_layers / base.base_depth, base.depth_exponent
-
-
 def scales(config) -> Scales:
     """The forward multipliers of a resolved config."""
-    base, model = config.parametrization, config.model
-    size = model.head_dim
-    if base.name == "sp":
-        logits = model.d_model**-0.5 if model.logit_scale == "inverse_sqrt_width" else 1.0
-        attention = base.attention_scale * size**-0.5
-        return Scales(embed=1.0, logits=logits, branch=1.0, attention=attention, gate=1.0)
-    m_L, a = depth(config)
-    inverse_m = base.base_width / model.d_model
-    return Scales(
-        embed=base.embed_scale,
-        logits=base.output_scale
-        * (math.sqrt(inverse_m) if base.control == "logits_sqrt" else inverse_m),
-        branch=m_L**-a,
-        # At the base head size exactly what sp uses.
-        attention=base.attention_scale * size**-0.5 * math.sqrt(base.base_head_dim / size),
-        gate=inverse_m,
-    )
+    return scheme(config).scales(config)
 
 
 def table(specs: dict, base_specs: dict, config) -> dict[str, Row]:
@@ -133,33 +117,42 @@ def table(specs: dict, base_specs: dict, config) -> dict[str, Row]:
 
 
 def _row(path: str, spec: Spec, base: Spec, config) -> Row:
+    optim, rules = config.optim, config.parametrization
     m_in, m_out = spec.fan_in / base.fan_in, spec.fan_out / base.fan_out
-    m_L, a = depth(config)
+    m_L, a = scheme(config).depth(config)
     inside = spec.axes[0] == "layers"
-    name, scaled = config.optim.name, 1.0
-    optimizer = "adamw" if name in ORTHOGONAL and spec.role != "hidden" else name
-    lr, eps = factors(optimizer, spec.role, m_in, m_out, m_L if inside else 1.0, a, inside)
-    if optimizer in ORTHOGONAL:
-        scaled = update_scale(config.optim.muon_scale, spec)
-        lr *= _excess(config.optim, base) / _excess(config.optim, spec)
-    if spec.role == "input" and config.parametrization.name != "sp":
-        lr *= m_out**config.parametrization.embed_lr_exponent
-    if config.parametrization.control == "no_lr_scaling":
-        lr = 1.0
-    lr *= _own_factor(config.optim, spec)
+    name = optimizer_of(optim.name, spec)
+    optimizer = OPTIMIZERS[name]
+    ratios = Ratios(spec.role, m_in, m_out, m_L if inside else 1.0, a, inside)
+    lr = optimizer.lr_factor(ratios) * (optimizer.norm(optim, base) / optimizer.norm(optim, spec))
+    if spec.role == "input" and scheme(config).has_base:
+        lr *= m_out**rules.embed_lr_exponent
+    lr = CONTROLS[rules.control].lr_factor(lr) * _own_factor(optim, spec)
     scale = scales(config)
     readout = scale.gate if inside else scale.logits
     multiplier = {"input": scale.embed, "output": readout}.get(spec.role, 1.0)
     if spec.residual:
         multiplier = scale.branch
-    decaying = {
-        "matrices": ("input", "hidden", "output"),
-        "hidden": ("hidden",),
-        "all": ("input", "hidden", "output", "vector", "scalar"),
-    }[config.optim.decay_on]
-    decay = float(spec.role in decaying)
-    std = _std(spec, m_in, config)
-    return Row(spec, base, std, multiplier, lr, eps, decay, optimizer, scaled)
+    alone = scheme(config).matrix_multiplier(spec, base, config)
+    return Row(
+        spec,
+        base,
+        init_std=_std(spec, m_in, config),
+        multiplier=multiplier * alone,
+        lr_factor=lr,
+        eps_factor=optimizer.eps_factor(ratios),
+        decay=float(spec.role in DECAYING[optim.decay_on]),
+        optimizer=name,
+        update_scale=optimizer.update_scale(optim, spec),
+        matrix_multiplier=alone,
+    )
+
+
+def multiplied(rows: dict[str, Row], params: dict) -> dict:
+    """The parameters times their `matrix_multiplier`, as the forward pass reads them."""
+    if all(row.matrix_multiplier == 1.0 for row in rows.values()):
+        return params
+    return map_named(lambda path, p: p * rows[path].matrix_multiplier, params)
 
 
 def _own_factor(optim, spec: Spec) -> float:
@@ -177,79 +170,17 @@ def _is_head(spec: Spec) -> bool:
     return spec.role == "output" and spec.axes[0] != "layers"
 
 
-def update_scale(name: str, spec: Spec) -> float:
-    """What an orthogonal matrix is multiplied by to be the update of a parameter.
-
-    "spectral": the spectral condition (Yang et al. 2023); "kj": Jordan et al. 2024; "moonlight":
-    Liu et al. 2025 (arXiv 2502.16982), the root mean square of a typical update by AdamW.
-    """
-    return {
-        "spectral": math.sqrt(spec.fan_out / spec.fan_in),
-        "kj": math.sqrt(max(1.0, spec.fan_out / spec.fan_in)),
-        "moonlight": 0.2 * math.sqrt(max(spec.fan_in, spec.fan_out)),
-    }[name]
-
-
-def _excess(optim, spec: Spec) -> float:
-    """By how much the spectral norm of an update may exceed sqrt(fan_out / fan_in).
-
-    H blocks that are orthogonal each have together at most sqrt(H) times the norm of one.
-    """
-    blocks = spec.n_heads if optim.muon_unit == "head" else 1
-    target = update_scale("spectral", spec)
-    return update_scale(optim.muon_scale, spec) / target * math.sqrt(blocks)
-
-
 def _std(spec: Spec, m_in: float, config) -> float:
     rules = config.parametrization
-    zeros = spec.residual and rules.residual_init == "zeros"
-    if spec.init != "normal" or zeros or (_is_head(spec) and rules.head_init == "zeros"):
+    if spec.init != "normal":
         return 0.0
     std = (spec.role == "input" and rules.embed_std) or rules.init_std
-    if spec.residual and rules.residual_init == "depth_scaled":
-        # CompleteP scales the branch instead; GPT-2's factor stays that of the base depth.
-        layers = rules.base_depth if rules.name == "completep" else config.model.n_layers
-        std /= math.sqrt(2 * layers)
+    if spec.residual:
+        n_layers = scheme(config).init_layers(config)
+        std = RESIDUAL_INITS[rules.residual_init](std, n_layers)
+    if _is_head(spec):
+        std = HEAD_INITS[rules.head_init](std)
     return std * m_in**-0.5 if spec.role == "hidden" else std
-
-
-def factors(
-    optimizer: str,
-    role: str,
-    m_in: float,
-    m_out: float,
-    m_L: float = 1.0,
-    a: float = 1.0,
-    inside: bool = True,
-) -> tuple[float, float]:
-    """(learning rate, epsilon) of one class of parameters, relative to the base size.
-
-    `optimizer` is "adamw", "lion" (which normalises each entry too, without an epsilon), "sgd", or
-    "muon" and "normuon", for updates of the spectral norm sqrt(fan_out / fan_in). `inside`: it
-    belongs to a block.
-    """
-    if optimizer in ORTHOGONAL and role == "hidden":
-        return m_L ** (a - 1), 1.0
-    depth_sgd = m_L ** (2 * a - 1)
-    by_role = {
-        "adamw": {
-            "input": (1.0, 1.0),
-            "hidden": (m_L ** (a - 1) / m_in, m_L**-a / m_in),
-            "output": (1.0, 1.0),
-            "vector": (m_L ** (a - 1), m_L**-a / m_out if inside else 1.0),
-            "scalar": (1.0, 1.0),
-        },
-        "sgd": {
-            "input": (m_out, 1.0),
-            "hidden": (depth_sgd * m_out / m_in, 1.0),
-            "output": (m_in, 1.0),
-            "vector": (depth_sgd * m_out, 1.0),
-            "scalar": (1.0, 1.0),
-        },
-    }
-    if optimizer == "lion":
-        return by_role["adamw"][role][0], 1.0
-    return by_role["adamw" if optimizer in ORTHOGONAL else optimizer][role]
 
 
 def as_json(
@@ -277,7 +208,7 @@ def as_json(
             "init_std": row.init_std,
             "multiplier": row.multiplier,
             "lr_factor": row.lr_factor,
-            "wd_factor": row.decay / (row.lr_factor if decay_mode == "independent" else 1.0),
+            "wd_factor": row.decay * DECAY_MODES[decay_mode].wd_factor(row.lr_factor),
             "eps_factor": row.eps_factor,
             "decay": row.decay,
             "optimizer": row.optimizer,

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 from lmscale_jax.config.durations import tokens_per_step
 from lmscale_jax.model import build, costs, flops, memory
-from lmscale_jax.optim import build as optim
+from lmscale_jax.optim.optimizers import OPTIMIZERS
 
 
 def moments(config, model: build.Model) -> dict[str, int]:
     """{path: arrays of its size that the optimizer keeps}."""
     mean = 1 if config.optim.ema_decay else 0
-    return {path: optim.MOMENTS[row.optimizer] + mean for path, row in model.rows.items()}
+    return {path: OPTIMIZERS[row.optimizer].moments + mean for path, row in model.rows.items()}
 
 
 def sizes(config, model: build.Model, axes: Mapping[str, int], platform: str) -> dict[str, int]:

@@ -22,6 +22,7 @@ from lmscale_jax.model import build, flops
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
+from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.parametrization import rules
 from lmscale_jax.run import ahead, branch, budget
 from lmscale_jax.run import mesh as meshes
@@ -228,15 +229,17 @@ def _schedule(config) -> list[str]:
     named = {0: "first", total // 2: "middle", total - 1: "last"}
     if warmup > 1:
         named[warmup - 1] = "warm-up done"
-    if schedule.name == "wsd":
-        named[total - schedule.cooldown] = "cooldown begins"
+    cooldown = schedules.cooldown_steps(config)
+    if cooldown is not None:
+        named[total - cooldown] = "cooldown begins"
     lines = [f"{schedule.name}, {total:,} steps of {tokens_per_step(config):,} tokens"]
     for step in sorted(s for s in named if s < total):
         lines.append(
             f"step {step:>10,}  lr {config.optim.lr * float(factor(step)):<10.4g} {named[step]}"
         )
-    if config.optim.name in rules.ORTHOGONAL:
-        lines.append(f"orthogonal updates: the same with a peak of {config.optim.muon_lr:.4g}")
+    peak = OPTIMIZERS[config.optim.name].peak
+    if peak != "lr":
+        lines.append(f"orthogonal updates: the same with a peak of {config.optim[peak]:.4g}")
     if config.train.parent:
         begin = config.train.parent_step
         lines.append(f"steps 0 to {begin - 1:,} are those of {config.train.parent}")

@@ -44,7 +44,7 @@ class Journal:
         self._timing = open(workdir / "timing.jsonl", "a")
         if config.log.tensorboard:
             self._others.append(writers.TensorBoard(workdir, step))
-        if config.log.wandb != "off":
+        if writers.WANDB_MODES[config.log.wandb]:
             self._others.append(writers.Wandb(workdir, config, run_id))
         self.progress = progress or writers.Progress(config.train.steps, step)
 

@@ -6,6 +6,7 @@ import optax
 
 from lmscale_jax.model.build import Model
 from lmscale_jax.model.param import named
+from lmscale_jax.mur.settings import MODES
 from lmscale_jax.parametrization import spectral
 
 
@@ -17,7 +18,7 @@ def due(config, done: int) -> tuple[str, ...]:
         "norms": log.every if log.per_layer else 0,
         "activations": log.activations_every,
         "spectral": log.spectral_every,
-        "mur": log.every if config.mur.mode != "off" else 0,
+        "mur": log.every if MODES[config.mur.mode].measures else 0,
     }
     return tuple(name for name, n in every.items() if n and done % n == 0)
 

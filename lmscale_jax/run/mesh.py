@@ -14,6 +14,7 @@ from lmscale_jax.data.prepared import cache_root
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import map_named, named
 from lmscale_jax.model.placement import AXES, BATCH, ROWS, partition
+from lmscale_jax.mur.settings import MODES
 
 # Packages that bring another backend than CPU.
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
@@ -124,7 +125,8 @@ def _check_batch(config, sizes: dict[str, int]) -> None:
             f"config.data.seq_len={config.data.seq_len} cannot be split over mesh.sequence="
             f"{pieces}; {-(-config.data.seq_len // pieces) * pieces} would work"
         )
-    if pieces > 1 and (config.mur.mode != "off" or config.eval.redundancy_every != "0"):
+    measures = MODES[config.mur.mode].measures or config.eval.redundancy_every != "0"
+    if pieces > 1 and measures:
         raise InputError(
             f"config.mesh.sequence={pieces}: marginal utility and redundancy look at whole windows "
             f"(mur.mode={config.mur.mode!r}, eval.redundancy_every="

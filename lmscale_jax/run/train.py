@@ -20,7 +20,6 @@ from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
-from lmscale_jax.optim.average import averaged
 from lmscale_jax.parametrization import rules
 from lmscale_jax.run import branch, checkpoint, cluster, measures, mesh, record, step, writers
 from lmscale_jax.run.clock import Clock
@@ -51,9 +50,9 @@ class Setup:
 
     def score(self, state: step.State) -> dict:
         """`validate` of the weights, and val_loss_ema of their running mean where one is kept."""
-        mean = averaged(state.opt_state)
+        params, mean = optim.evaluated(self.config, state.params, state.opt_state)
         beside = {} if mean is None else {"val_loss_ema": self.validate(mean)["val_loss"]}
-        return self.validate(state.params) | beside
+        return self.validate(params) | beside
 
     def validate(self, params) -> dict:
         """Loss and its kin on the held-out tokens."""

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.modes import Modes
 from lmscale_jax.run.record import finite
 
 
@@ -50,9 +51,13 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in _lines(path)]
 
 
+# What wandb.init is given as its mode; None: nothing is sent there.
+WANDB_MODES = Modes("log.wandb", {"off": None, "offline": "offline", "online": "online"})
+
+
 def check(config) -> None:
     """Raises InputError where a writer that the config asks for is not installed."""
-    if config.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
+    if WANDB_MODES[config.log.wandb] and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"config.log.wandb={config.log.wandb!r} needs the wandb package, which "
             f"pip install 'lmscale_jax[wandb]' brings; 'off' works without"
@@ -98,7 +103,7 @@ class Wandb:
             id=run_id,
             name=workdir.name,
             resume="allow",
-            mode=config.log.wandb,
+            mode=WANDB_MODES[config.log.wandb],
             config=config.to_dict(),
         )
 

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -18,11 +18,13 @@ from lmscale_jax.config.resolve import (
     derived,
     differences,
     fingerprint,
-    resolve,
     validate,
 )
 from lmscale_jax.errors import InputError
 from lmscale_jax.lab import family, sizes
+from lmscale_jax.modes import Modes
+from lmscale_jax.optim import schedules
+from lmscale_jax.study.rungs import SIZES, TOKEN_RULES, shaped, spent, tokens_of
 
 ANCHOR, HELD_OUT, TRUNK = "anchor", "held_out", "trunk"
 SHAPE = ("n_layers", "d_model", "n_heads", "head_dim", "n_kv_heads", "d_ff")
@@ -96,7 +98,7 @@ def check(ladder: ConfigDict) -> None:
     _check_arms(ladder)
     _check_rungs(ladder)
     _check_numbers("tokens.amounts", ladder.tokens.amounts)
-    if ladder.tokens.trunk == "shared" and ladder.run.schedule.name != "wsd":
+    if TRUNKS[ladder.tokens.trunk].branches and schedules.cooldown_steps(ladder.run) is None:
         raise InputError(
             f"config.tokens.trunk='shared' with run.schedule.name={ladder.run.schedule.name!r}: "
             f"only a rate that has not begun to fall can be branched off; 'wsd' would work"
@@ -227,8 +229,9 @@ def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Ite
     if beyond:
         values = (ladder.tokens.held_out or max(values),)
     for arm, sized in arms.items():
-        reference = sized if ladder.tokens.rule == "flops" else arms[ladder.baseline]
-        tokens = [_tokens(ladder, size, value, reference, vocab_size) for value in values]
+        by_arm = TOKEN_RULES[ladder.tokens.rule].by_arm
+        reference = sized if by_arm else arms[ladder.baseline]
+        tokens = [tokens_of(ladder, size, value, reference, vocab_size) for value in values]
         tried = flat(ladder.tune.get(ALL, {})) | flat(ladder.tune.get(arm, {}))
         for combination in itertools.product(*tried.values()):
             tune = dict(zip(tried, combination, strict=True))
@@ -236,13 +239,17 @@ def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Ite
                 make_one = functools.partial(
                     _cell, ladder, sized, arm, size=size, tune=tune, seed=seed, vocab=vocab_size
                 )
-                if ladder.tokens.trunk == "shared" and not beyond:
-                    yield from _branches(ladder, make_one, tokens, values)
-                    continue
-                for value, n_tokens in zip(values, tokens, strict=True):
-                    steps = _steps(ladder, n_tokens)
-                    role = HELD_OUT if beyond else ANCHOR
-                    yield make_one(role=role, budget=value, changes={"train.steps": steps})
+                if beyond:
+                    yield from _separate(ladder, make_one, tokens, values, HELD_OUT)
+                else:
+                    yield from TRUNKS[ladder.tokens.trunk].cells(ladder, make_one, tokens, values)
+
+
+def _separate(ladder, make_one, tokens: list[float], values, role: str = ANCHOR) -> Iterator[Cell]:
+    """A run of its own for each budget."""
+    for value, n_tokens in zip(values, tokens, strict=True):
+        changes = {"train.steps": _steps(ladder, n_tokens)}
+        yield make_one(role=role, budget=value, changes=changes)
 
 
 def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, ConfigDict]:
@@ -250,62 +257,18 @@ def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, Confi
     rungs = ladder.rungs
     names = [ladder.baseline, *(a for a in ladder.arms if a != ladder.baseline)]
     at = {name: apply_overrides(ladder.run, flat(ladder.arms[name]) | own) for name in names}
-    base = at[ladder.baseline]
-    if rungs.by in ("width", "depth"):
+    base, solve = at[ladder.baseline], SIZES[rungs.by].solve
+    if solve is None:
         at = {name: family.resized(config, rungs.by, int(size)) for name, config in at.items()}
     else:
-        shape = _solve(ladder, base, size, vocab_size)
-        at = {name: _shaped(config, base, shape, vocab_size) for name, config in at.items()}
-    if rungs.match != "none":
-        target = _spent(at[ladder.baseline], rungs.match, vocab_size)
+        shape = solve(ladder, base, size, vocab_size)
+        at = {name: shaped(config, base, shape, vocab_size) for name, config in at.items()}
+    if sizes.MEASURES[rungs.match]:
+        target = spent(at[ladder.baseline], rungs.match, vocab_size)
         for name in names[1:]:
-            if _spent(at[name], rungs.match, vocab_size) != target:
+            if spent(at[name], rungs.match, vocab_size) != target:
                 at[name] = sizes.matched(at[name], target, rungs.match, vocab_size)
     return at
-
-
-def _shaped(config, base, shape: sizes.Shape, vocab_size: int) -> ConfigDict:
-    """An arm at the baseline's shape; its d_ff is stretched as the baseline's is."""
-    by_rule = [
-        resolve(sizes.resized(one, shape._replace(d_ff=0)), vocab_size).model.d_ff
-        for one in (config, base)
-    ]
-    d_ff = round(shape.d_ff * by_rule[0] / by_rule[1])
-    return sizes.resized(config, shape._replace(d_ff=d_ff))
-
-
-def _solve(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
-    rungs = ladder.rungs
-    how = {"aspect": rungs.aspect, "head_dim": rungs.head_dim, "vocab_size": vocab_size}
-    if rungs.by != "flops":
-        return sizes.solve(config, size, rungs.by, **how)
-    if ladder.tokens.rule != "ratio" or len(ladder.tokens.amounts) > 1:
-        raise InputError(
-            f"config.rungs.by='flops' takes one ratio of tokens to parameters, not tokens.rule="
-            f"{ladder.tokens.rule!r} with {len(ladder.tokens.amounts)} values; 'ratio' with "
-            f"(20.0,) would work"
-        )
-    # C is nearly 6 n d, with d in proportion to n; what else costs FLOPs is found by iteration.
-    n = math.sqrt(size / (6 * ladder.tokens.amounts[0]))
-    for _ in range(4):
-        shape = sizes.solve(config, n, "non_embedding", **how)
-        each = _spent(sizes.resized(config, shape), "flops", vocab_size)
-        n *= math.sqrt(size / (each * ladder.tokens.amounts[0] * shape.n))
-    return shape
-
-
-def _spent(config, measure: str, vocab_size: int) -> float:
-    counts, flops_per_token = sizes.described(resolve(config, vocab_size))
-    return flops_per_token if measure == "flops" else counts["non_embedding"]
-
-
-def _tokens(ladder, size: float, value: float, config, vocab_size: int) -> float:
-    rule = ladder.tokens.rule
-    if rule == "budgets":
-        return value
-    if rule == "flops" or ladder.rungs.by == "flops":
-        return (value if rule == "flops" else size) / _spent(config, "flops", vocab_size)
-    return value * _spent(config, "parameters", vocab_size)
 
 
 def _steps(ladder, tokens: float) -> int:
@@ -365,3 +328,18 @@ def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab)
         needs=changes.get("train.parent", ""),
         overrides=overrides,
     )
+
+
+class Trunk(NamedTuple):
+    """How the budgets of one size are trained.
+
+    Attributes:
+      cells: (ladder, make_one, tokens, amounts) -> the cells.
+      branches: runs leave a shared one before its rate falls.
+    """
+
+    cells: Callable
+    branches: bool
+
+
+TRUNKS = Modes("tokens.trunk", {"own": Trunk(_separate, False), "shared": Trunk(_branches, True)})

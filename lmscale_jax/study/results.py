@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.modes import Modes
 from lmscale_jax.study import records
 from lmscale_jax.study.cells import ANCHOR, HELD_OUT, TRUNK
 from lmscale_jax.study.plan import Plan
@@ -114,10 +115,14 @@ def _place(row: dict) -> tuple:
     return row["variant"], row["size"], row["budget"]
 
 
+# Column of results.csv that is the laws' N.
+N_COLUMNS = Modes("fit.n", {"non_embedding": "n_non_embedding", "total": "n_total"})
+
+
 def table(found: list[dict], n: str) -> dict[str, list]:
     """Columns for `lmscale_jax.science`; `n` is "non_embedding" or "total"."""
     return {
-        "n": [row[f"n_{n}"] for row in found],
+        "n": [row[N_COLUMNS[n]] for row in found],
         "d": [row["tokens"] for row in found],
         "c": [row["flops"] for row in found],
         "loss": [row["val_loss"] for row in found],

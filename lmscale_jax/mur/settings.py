@@ -1,0 +1,90 @@
+"""What the choices of `mur.*` stand for. Imports no JAX: configs are checked without it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lmscale_jax.modes import Modes
+
+
+class Mode(NamedTuple):
+    """What is done with utilities.
+
+    Attributes:
+      measures: they are taken out of the backward pass of steps that write a line.
+      acts: they change what is trained, so they are taken in every step.
+      adds_hinge: a hinge on them is part of the objective.
+      scales_updates: a factor that follows their running mean multiplies a layer's update, or its
+        gradient, by mur.apply_to.
+    """
+
+    measures: bool
+    acts: bool = False
+    adds_hinge: bool = False
+    scales_updates: bool = False
+
+
+MODES = Modes(
+    "mur.mode",
+    {
+        "off": Mode(measures=False),
+        "diagnose": Mode(measures=True),
+        "loss": Mode(measures=True, acts=True, adds_hinge=True),
+        "update": Mode(measures=True, acts=True, scales_updates=True),
+    },
+)
+
+
+class Granularity(NamedTuple):
+    """The parts of a block that have a utility each.
+
+    Attributes:
+      names: of the parts.
+      prefixes: of their statistics in metrics.jsonl.
+    """
+
+    names: tuple[str, ...]
+    prefixes: tuple[str, ...]
+
+
+GRANULARITIES = Modes(
+    "mur.granularity",
+    {
+        "block": Granularity(("block",), ("",)),
+        "branch": Granularity(("attention", "mlp"), ("attention/", "mlp/")),
+    },
+)
+
+
+class Threshold(NamedTuple):
+    """What mur.tau is a number of.
+
+    Attributes:
+      value: (objective, memory) -> [L, P], the thresholds in force.
+      kept: statistics whose running means it needs.
+      level: mur.tau -> level of the statistic "quantile".
+      allows: mur.tau -> whether it is in range.
+      is_utility: mur.tau is a utility, known before the run.
+    """
+
+    value: Callable
+    kept: tuple[str, ...] = ()
+    level: Callable = lambda tau: 0.5
+    allows: Callable = lambda tau: True
+    is_utility: bool = False
+
+
+THRESHOLDS = Modes(
+    "mur.tau_kind",
+    {
+        "absolute": Threshold(lambda objective, memory: objective.fixed_tau(), is_utility=True),
+        "quantile": Threshold(
+            lambda objective, memory: objective.quantile_tau(memory),
+            kept=("quantile",),
+            level=lambda tau: tau,
+            allows=lambda tau: 0 < tau < 1,
+        ),
+        "stderr": Threshold(
+            lambda objective, memory: objective.stderr_tau(memory), kept=("stderr",)
+        ),
+    },
+)

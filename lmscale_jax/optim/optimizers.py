@@ -1,0 +1,200 @@
+"""The optimizers: one entry holds everything that depends on `optim.name`.
+
+Sources: AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Lion: Chen et al. 2023, arXiv
+2302.06675. The learning-rate factors are derived in `parametrization.rules`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+from lmscale_jax.model.param import Spec
+from lmscale_jax.modes import Modes
+from lmscale_jax.optim import muon
+
+
+class Ratios(NamedTuple):
+    """A parameter's size relative to the base.
+
+    Attributes:
+      role: its `Spec.role`.
+      m_in, m_out: ratios of its fans.
+      m_L, a: ratio of depths (1 outside blocks) and exponent of the branch multiplier.
+      inside: it belongs to a block.
+    """
+
+    role: str
+    m_in: float
+    m_out: float
+    m_L: float = 1.0
+    a: float = 1.0
+    inside: bool = True
+
+
+def _lr_per_entry(r: Ratios) -> float:
+    """The learning-rate factor where each entry's update is normalised: Adam, Lion."""
+    of_depth = r.m_L ** (r.a - 1)
+    return {"hidden": of_depth / r.m_in, "vector": of_depth}.get(r.role, 1.0)
+
+
+def _lr_of_gradient(r: Ratios) -> float:
+    """The learning-rate factor where the update is proportional to the gradient."""
+    of_depth = r.m_L ** (2 * r.a - 1)
+    return {
+        "input": r.m_out,
+        "hidden": of_depth * r.m_out / r.m_in,
+        "output": r.m_in,
+        "vector": of_depth * r.m_out,
+        "scalar": 1.0,
+    }[r.role]
+
+
+def _lr_orthogonal(r: Ratios) -> float:
+    """The learning-rate factor where an update has the spectral norm sqrt(fan_out / fan_in)."""
+    return r.m_L ** (r.a - 1)
+
+
+def _eps_factor(r: Ratios) -> float:
+    of_depth = r.m_L**-r.a
+    vector = of_depth / r.m_out if r.inside else 1.0
+    return {"hidden": of_depth / r.m_in, "vector": vector}.get(r.role, 1.0)
+
+
+class Optimizer(NamedTuple):
+    """What one optimizer is.
+
+    Attributes:
+      direction: (config, rows of its parameters, mesh, platform) -> the optax transformation from
+        gradients to directions; its `update` takes the keyword `step` if it likes.
+      lr_factor: Ratios -> factor of the learning rate.
+      moments: float32 arrays of a parameter's size that it keeps.
+      others: optimizer of the parameters that are no hidden matrices; None: itself.
+      peak: key of the group `optim` that holds its peak learning rate.
+      divides_by_eps: it takes optim.eps, and so a factor of it by `_eps_factor`: gradients are
+        divided by the factor before they reach it.
+      counts_steps: its corrections depend on the number of its steps, which under freezing is one
+        for each block.
+      applies_rate: its directions are updates already: learning rate and decay are its own.
+      update_scale, norm: (optim, Spec) -> what its direction is multiplied by, and by how much the
+        spectral norm of an update may exceed sqrt(fan_out / fan_in).
+      evaluated: (params, the optimizer's state) -> parameters to evaluate.
+      described: (config, platform) -> {name: text} for people to read.
+    """
+
+    direction: Callable
+    lr_factor: Callable
+    moments: int
+    others: str | None = None
+    peak: str = "lr"
+    divides_by_eps: bool = False
+    counts_steps: bool = False
+    applies_rate: bool = False
+    update_scale: Callable = lambda optim, spec: 1.0
+    norm: Callable = lambda optim, spec: 1.0
+    evaluated: Callable = lambda params, state: params
+    described: Callable = lambda config, platform: {}
+
+    def eps_factor(self, ratios: Ratios) -> float:
+        """The factor of epsilon relative to the base size; 1 where it has no epsilon."""
+        return _eps_factor(ratios) if self.divides_by_eps else 1.0
+
+
+def _adam(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+    optim = config.optim
+    return optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
+
+
+def _sgd(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+    return optax.trace(decay=config.optim.momentum)
+
+
+def _lion(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+    return optax.scale_by_lion(b1=config.optim.beta1, b2=config.optim.beta2)
+
+
+def _muon(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+    return muon.scale_by_muon(rows, config, mesh, platform)
+
+
+def _normuon(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+    return muon.scale_by_muon(rows, config, mesh, platform, beta2=config.optim.muon_beta2)
+
+
+def _update_scale(optim, spec: Spec) -> float:
+    return muon.SCALES[optim.muon_scale](spec)
+
+
+def _norm(optim, spec: Spec) -> float:
+    """H blocks that are orthogonal each have together at most sqrt(H) times the norm of one."""
+    blocks = muon.UNITS[optim.muon_unit].count(spec)
+    return _update_scale(optim, spec) / muon.SCALES["spectral"](spec) * math.sqrt(blocks)
+
+
+def _described(config, platform: str) -> dict[str, str]:
+    dtype = muon.products_dtype(config, platform)
+    return {"muon": f"Newton-Schulz {config.optim.muon_coefficients} in {dtype}"}
+
+
+# Of Muon's kind: matrices inside blocks are made orthogonal, adamw takes the rest.
+_orthogonal = functools.partial(
+    Optimizer,
+    lr_factor=_lr_orthogonal,
+    moments=1,
+    others="adamw",
+    peak="muon_lr",
+    update_scale=_update_scale,
+    norm=_norm,
+    described=_described,
+)
+
+OPTIMIZERS = Modes(
+    "optim.name",
+    {
+        "adamw": Optimizer(_adam, _lr_per_entry, moments=2, divides_by_eps=True, counts_steps=True),
+        "sgd": Optimizer(_sgd, _lr_of_gradient, moments=1),
+        "lion": Optimizer(_lion, _lr_per_entry, moments=1),
+        "muon": _orthogonal(_muon),
+        "normuon": _orthogonal(_normuon),
+    },
+)
+
+
+class DecayMode(NamedTuple):
+    """How weight decay follows the learning rate.
+
+    Attributes:
+      rate: (schedule's factor, learning rate of the parameter) -> what the coefficient multiplies.
+      wd_factor: learning-rate factor -> factor of the coefficient in PyTorch's form,
+        p - lr * wd * p.
+    """
+
+    rate: Callable
+    wd_factor: Callable
+
+
+DECAY_MODES = Modes(
+    "optim.decay_mode",
+    {
+        "independent": DecayMode(lambda s, rate: s, lambda lr_factor: 1 / lr_factor),
+        "coupled": DecayMode(lambda s, rate: rate, lambda lr_factor: 1.0),
+    },
+)
+
+# Roles of the parameters that decay.
+DECAYING = Modes(
+    "optim.decay_on",
+    {
+        "matrices": ("input", "hidden", "output"),
+        "hidden": ("hidden",),
+        "all": ("input", "hidden", "output", "vector", "scalar"),
+    },
+)
+
+
+def optimizer_of(name: str, spec: Spec) -> str:
+    """The name of the optimizer that takes a parameter where optim.name is `name`."""
+    others = OPTIMIZERS[name].others
+    return name if others is None or spec.role == "hidden" else others

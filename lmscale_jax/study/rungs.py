@@ -1,0 +1,118 @@
+"""What the size of a rung and the amounts of tokens mean: shapes, and tokens of a run."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.errors import InputError
+from lmscale_jax.lab import sizes
+from lmscale_jax.modes import Modes
+
+
+def shaped(config, base, shape: sizes.Shape, vocab_size: int) -> ConfigDict:
+    """An arm at the baseline's shape; its d_ff is stretched as the baseline's is."""
+    by_rule = [
+        resolve(sizes.resized(one, shape._replace(d_ff=0)), vocab_size).model.d_ff
+        for one in (config, base)
+    ]
+    d_ff = round(shape.d_ff * by_rule[0] / by_rule[1])
+    return sizes.resized(config, shape._replace(d_ff=d_ff))
+
+
+def _solve_parameters(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
+    return _nearest(ladder, config, size, ladder.rungs.by, vocab_size)
+
+
+def _nearest(ladder, config, n: float, convention: str, vocab_size: int) -> sizes.Shape:
+    rungs = ladder.rungs
+    return sizes.solve(config, n, convention, rungs.aspect, rungs.head_dim, vocab_size)
+
+
+def _solve_flops(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
+    if not TOKEN_RULES[ladder.tokens.rule].is_ratio or len(ladder.tokens.amounts) > 1:
+        raise InputError(
+            f"config.rungs.by='flops' takes one ratio of tokens to parameters, not tokens.rule="
+            f"{ladder.tokens.rule!r} with {len(ladder.tokens.amounts)} values; 'ratio' with "
+            f"(20.0,) would work"
+        )
+    # C is nearly 6 n d, with d in proportion to n; what else costs FLOPs is found by iteration.
+    n = math.sqrt(size / (6 * ladder.tokens.amounts[0]))
+    for _ in range(4):
+        shape = _nearest(ladder, config, n, "non_embedding", vocab_size)
+        each = spent(sizes.resized(config, shape), "flops", vocab_size)
+        n *= math.sqrt(size / (each * ladder.tokens.amounts[0] * shape.n))
+    return shape
+
+
+def spent(config, measure: str, vocab_size: int) -> float:
+    counts, flops_per_token = sizes.described(resolve(config, vocab_size))
+    return sizes.MEASURES[measure](counts, flops_per_token)
+
+
+def tokens_of(ladder, size: float, value: float, config, vocab_size: int) -> float:
+    return TOKEN_RULES[ladder.tokens.rule].tokens(ladder, size, value, config, vocab_size)
+
+
+def _by_ratio(ladder, size: float, value: float, config, vocab_size: int) -> float:
+    if SIZES[ladder.rungs.by].is_budget:
+        return size / spent(config, "flops", vocab_size)
+    return value * spent(config, "parameters", vocab_size)
+
+
+def _by_budget(ladder, size: float, value: float, config, vocab_size: int) -> float:
+    return value
+
+
+def _by_flops(ladder, size: float, value: float, config, vocab_size: int) -> float:
+    return value / spent(config, "flops", vocab_size)
+
+
+class TokenRule(NamedTuple):
+    """What tokens.amounts are.
+
+    Attributes:
+      tokens: (ladder, size, amount, config, vocab_size) -> tokens of a run.
+      by_arm: each arm gets what its own config makes of the amount, not what the baseline's does.
+      is_ratio: amounts are ratios to a size's parameters.
+    """
+
+    tokens: Callable
+    by_arm: bool = False
+    is_ratio: bool = False
+
+
+TOKEN_RULES = Modes(
+    "tokens.rule",
+    {
+        "ratio": TokenRule(_by_ratio, is_ratio=True),
+        "budgets": TokenRule(_by_budget),
+        "flops": TokenRule(_by_flops, by_arm=True),
+    },
+)
+
+
+class Size(NamedTuple):
+    """What a rung's size is.
+
+    Attributes:
+      solve: (ladder, config, size, vocab_size) -> Shape; None: a dimension of the model itself.
+      is_budget: the size is the FLOPs of a run, so that it decides its tokens.
+    """
+
+    solve: Callable | None
+    is_budget: bool = False
+
+
+SIZES = Modes(
+    "rungs.by",
+    {
+        "non_embedding": Size(_solve_parameters),
+        "total": Size(_solve_parameters),
+        "width": Size(None),
+        "depth": Size(None),
+        "flops": Size(_solve_flops, is_budget=True),
+    },
+)
