@@ -81,11 +81,12 @@ def tokens(config, seed=0):
 def ours(config, model, params, batch, key=None, measure=()):
     """(gradient of loss mode, what was taken)."""
     mur = objective.make(config)
-    gradient = step.make_gradient(config, model, mesh.make(config, jax.devices()[:1]))
+    grid, n_targets = mesh.make(config, jax.devices()[:1]), step.count_targets(batch)
     # The keys of draws are functions of step and micro-batch.
     asked = mur.ask(mur.begin(), jnp.int32(3), measure)
-    _, grads, taken = jax.jit(lambda *given: gradient(*given, asked))(params, batch, key)
-    return grads, taken
+    gradient = step.make_gradient(config, model, grid, n_targets, asked)
+    _, (grads, slot_bars) = jax.jit(gradient)(params, asked.slots, *batch, key)
+    return grads, asked.taken(slot_bars)
 
 
 def oracle(config, model, params, batch, key=None):
@@ -267,9 +268,9 @@ for more in ({}, {"model.stack": "scan", "mur.granularity": "branch"}):
     params = jax.device_put(params, mesh.param_shardings(model.specs, grid))
     batch = jax.device_put(batch, jax.sharding.NamedSharding(grid, mesh.BATCH))
     mur = objective.make(config)
-    gradient = step.make_gradient(config, model, grid)
     asked = mur.ask(mur.begin(), jnp.int32(3), ("mur",))
-    _, grads, _ = jax.jit(lambda p, b: gradient(p, b, None, asked))(params, batch)
+    gradient = step.make_gradient(config, model, grid, step.count_targets(batch), asked)
+    _, (grads, _) = jax.jit(gradient)(params, asked.slots, *batch, None)
     print(len(jax.devices()), t.relative(jax.device_get(grads), jax.device_get(wanted)))
 """
 

@@ -221,7 +221,7 @@ def _here():
 
 def signature(config) -> str:
     """What runs must share to be packed, of a resolved config: a text to compare."""
-    numbers = (*population.NUMBERS, population.ORDER)
+    numbers = (*population.TRACED_HPARAMS, population.ORDER)
     kept = {
         path: configs.get(config, path)
         for path, key in configs.keys()

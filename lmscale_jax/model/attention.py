@@ -58,7 +58,7 @@ class Attention(nnx.Module):
         return self.gated("output", self.out(o_NxC, context), x_NxD, context)
 
     def with_table_rows(self, v_BxTxKxd: jax.Array, context: ForwardContext) -> jax.Array:
-        """Returns the values, mixed with a table's rows in blocks that have one (modded-nanogpt)."""
+        """Returns the values, mixed with a table's rows if the block has one (modded-nanogpt)."""
         if not hasattr(self, "value_share"):
             return v_BxTxKxd
         v = self.value_share[...].astype(v_BxTxKxd.dtype) * v_BxTxKxd
@@ -67,7 +67,7 @@ class Attention(nnx.Module):
         return v + (self.row_share[...] * context.values_BxTxKxd).astype(v.dtype)
 
     def gated(self, place: str, y: jax.Array, x_NxD: jax.Array, context: ForwardContext):
-        """Returns y, gated if the gate is at this place; x is the input of the block's attention."""
+        """Returns y, gated if the gate is at this place; x is the input of attention."""
         if self.gate is None or self.gate_place != place:
             return y
         return self.gate(y, x_NxD, context)
@@ -100,9 +100,9 @@ FREQUENCIES = Modes("model.rope_channels", {"all": _all_channels, "half": _half_
 def rope_tables(
     length: int, size: int, theta: float, channels: str = "all"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns cosines and sines, each [length, size / 2] float32 (Su et al. 2021, arXiv 2104.09864).
+    """Returns cosines and sines, each [length, size / 2] float32.
 
-    `channels` is a choice of model.rope_channels.
+    Su et al. 2021, arXiv 2104.09864. `channels` is a choice of model.rope_channels.
     """
     frequency = FREQUENCIES[channels](size, np.float32(theta))
     # Arrays of numpy, which are constants of the program: XLA would take the sines of an expression

@@ -69,33 +69,25 @@ def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None
     rows = rules.table(specs, _declare(rules.base_model(config), kernel)[1], config)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
     fixed, head = model_context(config, platform, sharding), HEADS[model.head]
+    unsharded = fixed.replace(sharding=ShardingContext())
     begin = functools.partial(_begin, defs=defs, config=config, bos_id=bos_id)
     run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
-
-    def hidden(params, h_NxD, context):
-        """Normalises the residual stream after the last block, [N, D] in the compute type."""
-        return nnx.merge(defs["readout"], params["readout"]).norm(h_NxD, context)
-
-    def matrix(params):
-        return params[head.path[0]][head.path[1]]
-
+    final_norm = functools.partial(_final_norm, defs["readout"])
     read, read_tokens = _readout(config, fixed, head)
 
     def logits(params, tokens_BxT, key=None):
-        h_NxD, context = begin(
-            params, tokens_BxT, fixed.replace(sharding=ShardingContext(), key=key)
-        )
+        h_NxD, context = begin(params, tokens_BxT, unsharded.replace(key=key))
         h_NxD, *_ = run(params["blocks"], h_NxD, context)
-        x_NxD = hidden(params, h_NxD, context)
-        return read_tokens(matrix(params), x_NxD).reshape(*tokens_BxT.shape, -1)
+        x_NxD = final_norm(params, h_NxD, context)
+        return read_tokens(head.of(params), x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None):
         h_NxD, context = begin(params, tokens_BxT, fixed.replace(key=key), step=step)
         h_NxD, _, rest = run(params["blocks"], h_NxD, context, wrapper=wrapper)
-        spec, entropy = specs[head.path[0]][head.path[1]], fixed.ops.cross_entropy
-        x_NxD = hidden(params, h_NxD, context)
+        spec, entropy = head.of(specs), fixed.ops.cross_entropy
+        x_NxD = final_norm(params, h_NxD, context)
         nll_BxT = token_losses(
-            sharding, model, read_tokens, matrix(params), spec, x_NxD, targets_BxT, entropy
+            sharding, model, read_tokens, head.of(params), spec, x_NxD, targets_BxT, entropy
         )
         return nll_BxT if wrapper is None else wrapper.close(nll_BxT, rest)
 
@@ -104,7 +96,7 @@ def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None
         stored = {"embed": keep("embed", h_NxD)}
         h_NxD, stored["blocks"], _ = run(params["blocks"], h_NxD, context)
         stored["final"] = keep("final", h_NxD)
-        z_NxV = read(matrix(params), hidden(params, h_NxD, context))
+        z_NxV = read(head.of(params), final_norm(params, h_NxD, context))
         return stored | {"logits": keep("logits", z_NxV)}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
@@ -113,8 +105,13 @@ def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None
     return Model(specs, rows, init, logits, losses, taps, choices)
 
 
+def _final_norm(definition, params, h_NxD, context: ForwardContext):
+    """Normalises the residual stream after the last block, [N, D] in the compute type."""
+    return nnx.merge(definition, params["readout"]).norm(h_NxD, context)
+
+
 def _check_choices(model) -> None:
-    """Raises InputError where a choice is not implemented, even if other keys make it irrelevant."""
+    """Raises InputError if a choice is not implemented, even if other keys make it irrelevant."""
     for path, tables in TABLES.items():
         group, _, name = path.partition(".")
         for table in tables if group == "model" else ():

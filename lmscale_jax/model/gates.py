@@ -116,9 +116,9 @@ class ElementwiseGate(nnx.Module):
 
     def gates(self, x_NxD: jax.Array, context: ForwardContext) -> jax.Array:
         """Returns [N, heads, head_dim or 1] or [N, D] float32."""
-        x_NxD, weight = self.input(x_NxD, context), self.weight
-        z_NxG = context.sharding.dense(context.ops.dense, x_NxD, weight[...], weight.spec)
-        z_NxG = self.scaled(z_NxG.astype(jnp.float32), context)
+        x_NxD = self.input(x_NxD, context)
+        product, w = context.sharding.bind(context.ops.dense, self.weight[...], self.weight.spec)
+        z_NxG = self.scaled(product(x_NxD, w).astype(jnp.float32), context)
         if hasattr(self, "bias"):
             z_NxG = z_NxG + self.bias[...].reshape(-1)
         return self.activation(z_NxG + self.shift).reshape(-1, *self.shape)

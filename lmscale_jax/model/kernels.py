@@ -44,7 +44,8 @@ def _plain(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
 
 def _keeping_probabilities(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
     return ops.cpu.attention(
-        q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=context.scales.attention, segments_BxT=context.segments_BxT,
+        q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=context.scales.attention,
+        segments_BxT=context.segments_BxT,
         window=context.window, window_block=context.window_block, first=context.first,
     )  # fmt: skip
 
@@ -229,7 +230,7 @@ CHOICES = Modes(
 
 
 def choose(config, platform: str, sharding: ShardingContext | None = None) -> tuple[str, str]:
-    """Returns the kernel that model.attention names, or for "auto" the best that can serve, and why.
+    """Returns the kernel of model.attention, which is the best that can serve for "auto", and why.
 
     Raises:
       InputError: the kernel that is named cannot serve, with the reason.

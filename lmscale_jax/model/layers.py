@@ -72,8 +72,8 @@ class Dense(nnx.Module):
             self.bias = param.vector("zeros", **fan_out)
 
     def __call__(self, x_NxI: jax.Array, context: ForwardContext) -> jax.Array:
-        weight = self.weight
-        y_NxO = context.sharding.dense(context.product, x_NxI, weight[...], weight.spec)
+        product, w = context.sharding.bind(context.product, self.weight[...], self.weight.spec)
+        y_NxO = product(x_NxI, w)
         if hasattr(self, "bias"):
             y_NxO = y_NxO + self.bias[...].reshape(-1).astype(y_NxO.dtype)
         return y_NxO

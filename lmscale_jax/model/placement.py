@@ -86,11 +86,12 @@ class ShardingContext(NamedTuple):
             x_N = x_N.reshape(pieces, batch, length // pieces, *rest).swapaxes(0, 1)
         return x_N.reshape(batch, length, *rest)
 
-    def dense(self, product: Callable, x_NxI: jax.Array, w: jax.Array, spec: Spec) -> jax.Array:
-        """[N, O]: `product` of flat activations and a weight of that annotation."""
+    def bind(self, product: Callable, w: jax.Array, spec: Spec) -> tuple[Callable, jax.Array]:
+        """Returns (f, w) such that f(x_NxI, w) is the `product` of flat activations and a weight of
+        that annotation, [N, O]."""
         if self.mesh is None:
-            return product(x_NxI, w.reshape(x_NxI.shape[-1], -1))
-        return _dense(self, product, spec, x_NxI, w)
+            return product, w.reshape(spec.fan_in, -1)
+        return functools.partial(_dense, self, product, spec), w
 
     def lookup(self, table: jax.Array, tokens_BxT: jax.Array, spec: Spec) -> jax.Array:
         """The rows of a table over the vocabulary, [B, T, ...]; what precedes that axis stays in

@@ -1,8 +1,8 @@
-"""How the blocks run: one loop, its segments, and what the caller puts around some of the blocks."""
+"""How the blocks run: one loop over segments, some of them wrapped by the caller."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -169,15 +169,22 @@ def run_blocks(
         return REMAT[model.remat].wrap(body)
 
     plan = segments(model, wrapper)
-    runs = runners(params_blocks, stack, [segment.size for segment in plan])
+    runs = cut_layers(params_blocks, stack, [segment.size for segment in plan])
     rest, streams, taps = None, None, []
     for segment, run in zip(plan, runs, strict=True):
         if segment.wrapped:
-            body = _wrapped_body(wrapper, part, context, model.remat)
-            h_NxD, rest = wrapper.end(run(body, wrapper.begin(h_NxD))[0])
+            carry, body = wrapper.begin(h_NxD), _wrapped_body(wrapper, part, context, model.remat)
         else:
             here = context.replace(skips_SxNxD=streams if segment.takes_in else None)
-            h_NxD, (taps_of_segment, handed_out) = run(body_of(segment, here), h_NxD)
+            carry, body = h_NxD, body_of(segment, here)
+        outs = []
+        for apply, layers in run(body):
+            carry, out = apply(carry, layers)
+            outs.append(out)
+        if segment.wrapped:
+            h_NxD, rest = wrapper.end(carry)
+        else:
+            h_NxD, (taps_of_segment, handed_out) = carry, RUNNERS[stack].joined(outs)
             streams = handed_out if segment.hands_out else streams
             taps.append(taps_of_segment)
     if len(taps) > 1:
@@ -199,49 +206,41 @@ def _wrapped_body(wrapper: BlockWrapper, part, context: ForwardContext, remat: s
     return body
 
 
-class Layers(NamedTuple):
-    """The parameters of all blocks, cut in pieces.
-
-    Attributes:
-      tree: structure of the parameters of the blocks.
-      split: for each leaf its pieces.
-    """
-
-    tree: jax.tree_util.PyTreeDef
-    split: list
-
-    def piece(self, number: int, of_leaf: Callable = lambda x: x):
-        return self.tree.unflatten([of_leaf(parts[number]) for parts in self.split])
-
-
-def _unroll(layers: Layers, number: int, first: int, size: int, body, carry):
-    outs = []
-    for index in range(first, first + size):
-        layer = layers.piece(index, lambda x: x[0])
-        carry, out = body(carry, (layer, index))
-        outs.append(out)
-    return carry, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outs)
-
-
-def _scan(layers: Layers, number: int, first: int, size: int, body, carry):
-    return jax.lax.scan(body, carry, (layers.piece(number), first + jnp.arange(size)))
-
-
 class Runner(NamedTuple):
-    """How consecutive blocks run.
+    """How consecutive blocks run, by applications (function, layers) in turn.
+
+    `function(carry, layers) -> (carry, out)`; `layers` are parameters and number of one layer, or
+    of several along a leading axis.
 
     Attributes:
-      pieces: sizes of the segments -> those of the pieces that the parameters are cut in.
-      run: (layers, number of the segment, its first block, its size, body, carry) -> (carry, outs).
+      pieces: sizes of the segments -> those of the pieces that the parameters are cut in; [] for
+        one that is all of them.
+      applications: (body, segment's number, first layer, size, number of a piece -> its parameters)
+        -> applications.
+      joined: outs of the applications of a segment -> outs along a leading axis of layers.
     """
 
     pieces: Callable[[list[int]], list[int]]
-    run: Callable
+    applications: Callable[..., Iterator[tuple]]
+    joined: Callable[[list], Any]
+
+
+def _scan(body, number: int, first: int, size: int, piece: Callable) -> Iterator[tuple]:
+    yield functools.partial(jax.lax.scan, body), (piece(number), first + jnp.arange(size))
+
+
+def _unroll(body, number: int, first: int, size: int, piece: Callable) -> Iterator[tuple]:
+    for index in range(first, first + size):
+        yield body, (jax.tree.map(lambda x: x[0], piece(index)), index)
 
 
 RUNNERS = {
-    "scan": Runner(lambda sizes: sizes if len(sizes) > 1 else [], _scan),
-    "unroll": Runner(lambda sizes: [1] * sum(sizes), _unroll),
+    "scan": Runner(lambda sizes: sizes if len(sizes) > 1 else [], _scan, lambda outs: outs[0]),
+    "unroll": Runner(
+        lambda sizes: [1] * sum(sizes),
+        _unroll,
+        lambda outs: jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outs),
+    ),
 }
 
 
@@ -261,20 +260,23 @@ STACKS = Modes(
 )
 
 
-def runners(params_blocks, stack: str, sizes: list[int]) -> list[Callable]:
-    """Returns for each segment of `sizes` layers: (body, carry) -> (carry, the outs of its layers
-    stacked).
+def cut_layers(params_blocks, stack: str, sizes: list[int]) -> list[Callable]:
+    """Returns for each segment of `sizes` layers: body -> the applications of its runner.
 
-    It calls `body(carry, (params of layer l, l)) -> (carry, out)` for its layers, by a scan or one
-    by one.
+    `body(carry, (params of layer l, l)) -> (carry, out)` is for one layer.
     """
     runner, (leaves, tree) = RUNNERS[stack], jax.tree.flatten(params_blocks)
     # lax.split is undone by one concatenation in the backward pass; slicing each layer would add L
     # zero-padded arrays of the full size.
     pieces = runner.pieces(sizes)
     split = [jax.lax.split(leaf, pieces) if pieces else [leaf] for leaf in leaves]
-    firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+
+    def piece(number: int):
+        return tree.unflatten([parts[number] for parts in split])
+
     return [
-        functools.partial(runner.run, Layers(tree, split), number, first, size)
-        for number, (first, size) in enumerate(zip(firsts, sizes, strict=True))
+        functools.partial(
+            runner.applications, number=n, first=sum(sizes[:n]), size=size, piece=piece
+        )
+        for n, size in enumerate(sizes)
     ]

@@ -90,6 +90,10 @@ class Head(NamedTuple):
     vocab_axis: int
     table: Callable | None
 
+    def of(self, tree: dict):
+        """Returns the matrix of a tree of parameters, or what a tree like it has in its place."""
+        return tree[self.path[0]][self.path[1]]
+
 
 def _own_table(model):
     return param.weight({"embed": model.d_model}, {"vocab": model.vocab_size}, "output")
