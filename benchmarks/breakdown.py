@@ -59,14 +59,17 @@ def parts(shape: dict, dtype: str, folder: Path) -> tuple[list, dict]:
     mesh.start(config)
     of = inside.program(config)
     params, batch = of.initial().params, of.batch()
-    gradient = step.make_gradient(config, of.model, of.grid)
     losses = of.model.losses
 
     def forward(params, batch):
         return losses(params, *batch).mean()
 
     def both(params, batch):
-        return gradient(params, batch, None)[:2]
+        n_targets = step.count_targets(batch)
+        loss, (grads, _) = step.make_gradient(config, of.model, of.grid, n_targets)(
+            params, (), *batch, None
+        )
+        return loss, grads
 
     batches, done = _reader(folder, shape), 0
 

@@ -50,8 +50,8 @@ def program(config, devices: list | None = None) -> Program:
     grid = mesh.make(config, devices)
     platform = grid.devices.flat[0].platform
     # Where documents are masked, token 0 marks their beginning; some batches hold several.
-    boundary = 0 if config.model.mask == "document" else None
-    model = build(config, platform=platform, boundary=boundary, mesh=grid)
+    bos_id = 0 if config.model.mask == "document" else None
+    model = build(config, platform=platform, bos_id=bos_id, mesh=grid)
     transform = optim.build(config, model.rows, grid, platform)
     placed = step.shardings(config, model, transform, grid)
     size = (8, config.train.batch_size, config.data.seq_len + 1)
@@ -70,9 +70,9 @@ class Steps(Turns):
         super().__init__(label, self._steps)
         self._batch, self._state = of.batch(), of.initial()
         take = step.Step(of.config, of.model, of.grid, of.placed)
-        self._take, self._numbers = (
+        self._take, self._hparams = (
             take.lower(self._state, self._batch, measure).compile(),
-            take.numbers,
+            take.hparams,
         )
         memory = self._take.memory_analysis()
         self.bytes = memory.temp_size_in_bytes if memory else None
@@ -80,7 +80,7 @@ class Steps(Turns):
 
     def _steps(self, steps: int) -> float:
         for _ in range(steps):
-            self._state, metrics = self._take(self._state, self._batch, self._numbers)
+            self._state, metrics = self._take(self._state, self._batch, self._hparams)
         return float(metrics["train_loss"])
 
 

@@ -50,14 +50,14 @@ class Form(interleave.Turns):
         setup, measure, gradient = _setup(shape, *FORMS[label])
         config, model, transform, grid = setup
         if gradient is not None:
-            ours, step.make_gradient = step.make_gradient, lambda *_: gradient
+            ours, step.make_gradient = step.make_gradient, lambda *_: _as_ours(gradient)
         placed = step.shardings(config, model, transform, grid)
         self._batch = _batch(shape, grid)
         begin = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
         self._state = begin()
         take = step.Step(config, model, grid, placed)
         self._step = take.lower(self._state, self._batch, measure=measure).compile()
-        self._numbers = take.numbers
+        self._hparams = take.hparams
         if gradient is not None:
             step.make_gradient = ours
         memory = self._step.memory_analysis()
@@ -67,8 +67,20 @@ class Form(interleave.Turns):
 
     def _steps(self, steps: int) -> float:
         for _ in range(steps):
-            self._state, metrics = self._step(self._state, self._batch, self._numbers)
+            self._state, metrics = self._step(self._state, self._batch, self._hparams)
         return float(metrics["train_loss"])
+
+
+def _as_ours(gradient):
+    """Returns a function of `mur_forms` with the signature of what `step.make_gradient` makes."""
+
+    def same(params, slots, tokens_BxT, targets_BxT, key):
+        from lmscale_jax.data.pipeline import Batch
+
+        loss, grads = gradient(params, Batch(tokens_BxT, targets_BxT), key)[:2]
+        return loss, (grads, slots)
+
+    return same
 
 
 def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):

@@ -45,7 +45,7 @@ def watch() -> None:
             mark("loop, first batch")
             compiled = program.lower(state, batch, measure=measure).compile()
             mark("step compiled")
-            jax.block_until_ready(compiled(state, batch, program.numbers))
+            jax.block_until_ready(compiled(state, batch, program.hparams))
             mark("first step")
             kind = jax.devices()[0].device_kind
             said = MARKS | {"device": {"kind": kind, "count": jax.device_count()}}
@@ -59,13 +59,7 @@ def watch() -> None:
 
 
 def timed() -> None:
-    run = main.run
-
-    def watched(config, workdir):
-        watch()
-        run(config, workdir)
-
-    main.run = watched
+    watch()
     main.main()
 
 

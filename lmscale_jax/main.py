@@ -46,17 +46,13 @@ def main() -> None:
     mesh.start(config, cpu_devices=0 if launch.cluster == "none" else 1)
     same = {"config": fingerprint(config), "lmscale_jax": __version__}
     with cluster.joined(launch, config, same):
-        run(config, Path(WORKDIR.value))
+        from lmscale_jax.run.train import train
 
+        finished = train(config, Path(WORKDIR.value))
+        if finished:
+            from lmscale_jax.reports import closing
 
-def run(config, workdir: Path) -> None:
-    from lmscale_jax.run.train import train
-
-    finished = train(config, workdir)
-    if finished:
-        from lmscale_jax.reports import closing
-
-        closing.show(finished)
+            closing.show(finished)
 
 
 if __name__ == "__main__":

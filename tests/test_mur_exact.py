@@ -64,7 +64,7 @@ def setup(changes):
     with config.ignore_type():
         config.update_from_flattened_dict(BASE | changes)
     config = resolve(config, 32)
-    model = build(config, platform="cpu", boundary=0)
+    model = build(config, platform="cpu", bos_id=0)
     # Larger than the usual beginning, so that attention and norms matter.
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
     return config, model, params, tokens(config)
@@ -81,11 +81,12 @@ def tokens(config, seed=0):
 def ours(config, model, params, batch, key=None, measure=()):
     """(gradient of loss mode, what was taken)."""
     mur = objective.make(config)
-    gradient = step.make_gradient(config, model, mesh.make(config, jax.devices()[:1]))
+    grid, n_targets = mesh.make(config, jax.devices()[:1]), step.count_targets(batch)
     # The keys of draws are functions of step and micro-batch.
     asked = mur.ask(mur.begin(), jnp.int32(3), measure)
-    _, grads, taken = jax.jit(lambda *given: gradient(*given, asked))(params, batch, key)
-    return grads, taken
+    gradient = step.make_gradient(config, model, grid, n_targets, asked)
+    _, (grads, slot_bars) = jax.jit(gradient)(params, asked.slots, *batch, key)
+    return grads, asked.taken(slot_bars)
 
 
 def oracle(config, model, params, batch, key=None):
@@ -267,9 +268,9 @@ for more in ({}, {"model.stack": "scan", "mur.granularity": "branch"}):
     params = jax.device_put(params, mesh.param_shardings(model.specs, grid))
     batch = jax.device_put(batch, jax.sharding.NamedSharding(grid, mesh.BATCH))
     mur = objective.make(config)
-    gradient = step.make_gradient(config, model, grid)
     asked = mur.ask(mur.begin(), jnp.int32(3), ("mur",))
-    _, grads, _ = jax.jit(lambda p, b: gradient(p, b, None, asked))(params, batch)
+    gradient = step.make_gradient(config, model, grid, step.count_targets(batch), asked)
+    _, (grads, _) = jax.jit(gradient)(params, asked.slots, *batch, None)
     print(len(jax.devices()), t.relative(jax.device_get(grads), jax.device_get(wanted)))
 """
 

@@ -1,12 +1,15 @@
 """What attention does, by layer: gates, the mass on the first token, the largest activations."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmscale_jax.errors import InputError
 from lmscale_jax.model.build import Model
+from lmscale_jax.model.gates import ACTIVATIONS
 from lmscale_jax.run import mesh as meshes
 
 BINS = 200
@@ -15,11 +18,24 @@ QUANTILES = (0.1, 0.5, 0.9)
 LARGEST = ("residual", "attention", "mlp", "mlp_hidden", "query", "key", "value")
 
 
-def make(model: Model, mesh) -> Callable:
+def gate_range(model) -> tuple[float, float]:
+    """Returns the range of the histogram of gates: at least 0 to 1, and all that the activation of
+    a model group can make. Raises InputError where that has no bounds."""
+    activation = ACTIVATIONS[model.gate_activation]
+    low, high = min(0.0, activation.low), max(1.0, activation.high)
+    if math.isinf(low) or math.isinf(high):
+        raise InputError(
+            f"--suites=attention counts gates in bins, and those of config.model.gate_activation="
+            f"{model.gate_activation!r} have no bounds; --suites=perplexity would work"
+        )
+    return low, high
+
+
+def make(model: Model, mesh, bounds: tuple[float, float] = (0.0, 1.0)) -> Callable:
     """The jitted (params, batch) -> {name: [L, B, ...]}, each window by itself.
 
-    "gate": counts of gates in BINS equal bins from 0 to 1. "sink": probability on the first token,
-    the mean over heads and later positions. The rest: largest absolute value.
+    "gate": counts of gates in BINS equal bins between `bounds` (`gate_range`). "sink": probability
+    on the first token, the mean over heads and later positions. The rest: largest absolute value.
     """
 
     free = "free" in model.specs["blocks"]["attention"].get("gate", {})
@@ -33,7 +49,7 @@ def make(model: Model, mesh) -> Callable:
                 x_BxG = (
                     jnp.broadcast_to(x.reshape(1, -1), (B, x.size)) if free else x.reshape(B, -1)
                 )
-                return _counts(x_BxG)
+                return _counts(x_BxG, *bounds)
             if name == "scores":
                 return _sink(x, T)
             if name in LARGEST:
@@ -47,9 +63,10 @@ def make(model: Model, mesh) -> Callable:
     return jax.jit(measure, out_shardings=replicated)
 
 
-def _counts(gate_BxG) -> jax.Array:
+def _counts(gate_BxG, low: float, high: float) -> jax.Array:
     """[B, BINS]."""
-    bins_BxG = jnp.clip((gate_BxG * BINS).astype(jnp.int32), 0, BINS - 1)
+    share_BxG = (gate_BxG - low) / (high - low)
+    bins_BxG = jnp.clip((share_BxG * BINS).astype(jnp.int32), 0, BINS - 1)
     return jax.vmap(lambda row: jnp.bincount(row, length=BINS))(bins_BxG)
 
 
@@ -61,9 +78,16 @@ def _sink(scores_BxHxP: jax.Array, T: int) -> jax.Array:
     return p_BxHxTxT[:, :, 1:, 0].mean(axis=(1, 2))
 
 
-def evaluate(measure: Callable, params, batches: Iterable, mesh) -> dict:
-    """Over host batches, lists by layer: {"sink", "largest": {name}, "gate": {"mean", "p10", "p50",
-    "p90", "frac_below_0.1"}}, the last where there is one. Windows of padding do not count."""
+def evaluate(
+    measure: Callable,
+    params,
+    batches: Iterable,
+    mesh,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> dict:
+    """Lists by layer over host batches: {"sink", "largest": {name}, "gate": {"mean", "p10", "p50",
+    "p90", "frac_below_0.1"}}, the last where there is one. Windows of padding do not count.
+    `bounds` are those of `make`."""
     kept: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         real_B = (np.asarray(batch.targets_BxT) >= 0).any(axis=1)
@@ -76,16 +100,18 @@ def evaluate(measure: Callable, params, batches: Iterable, mesh) -> dict:
         "largest": {name: whole[name].max(axis=1).tolist() for name in LARGEST},
         "windows": int(whole["scores"].shape[1]),
     }
-    return result | ({"gate": summary(whole["gate"].sum(axis=1))} if "gate" in whole else {})
+    return result | (
+        {"gate": summary(whole["gate"].sum(axis=1), *bounds)} if "gate" in whole else {}
+    )
 
 
-def summary(counts_LxQ: np.ndarray) -> dict:
-    """Statistics of gates from their histograms, good to half a bin."""
-    centres_Q = (np.arange(BINS) + 0.5) / BINS
+def summary(counts_LxQ: np.ndarray, low: float = 0.0, high: float = 1.0) -> dict:
+    """Statistics of gates from their histograms between two bounds, good to half a bin."""
+    centres_Q = low + (high - low) * ((np.arange(BINS) + 0.5) / BINS)
     share_LxQ = counts_LxQ / counts_LxQ.sum(axis=1, keepdims=True)
     below_LxQ = share_LxQ.cumsum(axis=1)
     result = {
         f"p{round(100 * q)}": centres_Q[(below_LxQ < q).sum(axis=1)].tolist() for q in QUANTILES
     }
-    shut = share_LxQ[:, : round(SHUT * BINS)].sum(axis=1)
+    shut = share_LxQ[:, centres_Q < SHUT].sum(axis=1)
     return result | {"mean": (share_LxQ @ centres_Q).tolist(), "frac_below_0.1": shut.tolist()}

@@ -49,6 +49,8 @@ def check(names: list[str], model) -> None:
     """Raises InputError where a suite cannot measure a model of this kind."""
     for name in {"redundancy", "mur"}.intersection(names):
         conflicts.check_chain(model, f"--suites={name}", conflicts.READ_ONLY)
+    if "attention" in names:
+        attention_stats.gate_range(model)
     if "attention" in names and (model.window_layers != "none" or model.mask == "document"):
         raise InputError(
             f"--suites=attention takes every earlier token for visible, and config.model has "
@@ -98,11 +100,13 @@ def run(names: list[str], loaded: Loaded, n_tokens: int, say: Callable[[str], No
         say(f"{fields['mur']['metric']} utility          {_line(fields['mur']['mean'])}")
     if "attention" in names:
         setup = loaded.setup
+        bounds = attention_stats.gate_range(setup.config.model)
         result["attention"] = attention_stats.evaluate(
-            attention_stats.make(setup.model, setup.mesh),
+            attention_stats.make(setup.model, setup.mesh, bounds),
             loaded.params,
             setup.held_out(n_tokens),
             setup.mesh,
+            bounds,
         )
         say(f"attention sink       {_line(result['attention']['sink'])}")
     if len(measures) > 1:

@@ -222,7 +222,7 @@ def _here():
 
 def signature(config) -> str:
     """What runs must share to be packed, of a resolved config: a text to compare."""
-    numbers = (*population.NUMBERS, population.ORDER)
+    numbers = (*population.TRACED_HPARAMS, population.ORDER)
     kept = {path: get(config, path) for path, key in keys() if key.identity and path not in numbers}
     # Blocks that are drawn by the seed are part of the program.
     drawn = config.seed if FREEZING[config.freeze.mode].draws else None

@@ -1,8 +1,8 @@
 """Trains runs that differ only in numbers as one compiled program, by `vmap` over its members.
 
-The members' configs are the same but for NUMBERS, which the program takes as arrays, and for the
-order of the data. A scan takes several steps at a time, so that small models do not wait for the
-host. Member k computes what a run of its own config would, up to rounding.
+The members' configs are the same but for TRACED_HPARAMS, which the program takes as arrays, and for
+the order of the data. A scan takes several steps at a time, so that small models do not wait for
+the host. Member k computes what a run of its own config would, up to rounding.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.freezing import FREEZING
 from lmscale_jax.run import mesh as meshes
 from lmscale_jax.run import step as steps
-from lmscale_jax.run.step import NUMBERS
+from lmscale_jax.run.step import TRACED_HPARAMS
 
 CHUNK = 25
 ORDER = "data.seed"
@@ -33,10 +33,10 @@ def check(members: list[ConfigDict]) -> None:
     first = members[0]
     for path, key in keys():
         values = {get(member, path) for member in members}
-        if len(values) > 1 and key.identity and path not in (*NUMBERS, ORDER):
+        if len(values) > 1 and key.identity and path not in (*TRACED_HPARAMS, ORDER):
             raise InputError(
                 f"config.{path} is {' and '.join(sorted(map(repr, values)))} in members of one "
-                f"population, which may differ in {', '.join((*NUMBERS, ORDER))} only"
+                f"population, which may differ in {', '.join((*TRACED_HPARAMS, ORDER))} only"
             )
     if first.train.parent:
         raise InputError(
@@ -66,11 +66,13 @@ class Population:
         self.model = build(self.config, platform=self._platform)
         self._numbers = {
             path: np.array([get(member, path) for member in members])
-            for path in NUMBERS
+            for path in TRACED_HPARAMS
             if len({get(member, path) for member in members}) > 1
         }
         self._shared = {
-            path: n for path, n in steps.numbers(self.config).items() if path not in self._numbers
+            path: n
+            for path, n in steps.traced_hparams(self.config).items()
+            if path not in self._numbers
         }
         self._size = len(members)
         self._run = jax.jit(self._advance, static_argnames="measure", donate_argnums=0)
@@ -79,7 +81,7 @@ class Population:
         """The members' states before the first step, stacked along a leading axis."""
 
         def one(numbers, _):
-            config = steps.with_numbers(self.config, numbers)
+            config = steps.with_hparams(self.config, numbers)
             return steps.initial(config, self.model, self._transform(config), config.seed)
 
         # The second argument gives the axis its length where no number differs.
@@ -95,11 +97,11 @@ class Population:
 
     def _advance(self, state_K, batches_KxSxBxT, numbers_K, shared, measure):
         def member(numbers, state, batches_SxBxT):
-            config = steps.with_numbers(self.config, numbers | shared)
-            one = steps.pure(config, self.model, self._transform(config), self._mesh)
+            hparams = numbers | shared
+            train_step = steps.make_train_step(self.config, self.model, self._transform, self._mesh)
 
             def take(state, batch):
-                state, metrics = one(state, batch)
+                state, metrics = train_step(state, batch, hparams)
                 return state, {name: metrics[name] for name in ("train_loss", "bad")}
 
             early, last = (
@@ -107,7 +109,7 @@ class Population:
                 for part in (slice(0, -1), -1)
             )
             state, each = jax.lax.scan(take, state, early)
-            state, metrics = one(state, last, measure=measure)
+            state, metrics = train_step(state, last, hparams, measure)
             return state, {k: jnp.append(v, metrics[k]) for k, v in each.items()} | {
                 "last": metrics
             }

@@ -188,7 +188,8 @@ def _transposed_product(a_BxNxI, b_BxNxO):
 @jax.custom_vjp
 def _cpu_dense(x_NxI, w_IxO):
     """As `dense`, but the gradient of w is float32 before it gets w's type."""
-    return _product(x_NxI, w_IxO.astype(x_NxI.dtype), ((1,), (0,))).astype(x_NxI.dtype)
+    w_IxO, contract = w_IxO.astype(x_NxI.dtype), (((1,), (0,)), ((), ()))
+    return lax.dot_general(x_NxI, w_IxO, contract, preferred_element_type=FLOAT).astype(x_NxI.dtype)
 
 
 def _dense_forward(x_NxI, w_IxO):

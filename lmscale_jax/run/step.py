@@ -1,5 +1,6 @@
 """One optimizer step: (state, batch) -> (state, metrics), a pure function under one jit."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,9 +21,9 @@ from lmscale_jax.run import measures
 from lmscale_jax.run import mesh as meshes
 
 # Keys that are numbers to the program, and decide neither shapes nor what is computed. They and
-# LENGTHS are arguments of the compiled step, so that runs that differ in nothing else compile it
-# once: a rung of a ladder at each of its budgets, seeds and learning rates.
-NUMBERS = (
+# TRACED_DURATIONS are arguments of the compiled step, so that runs that differ in nothing else
+# compile it once: a rung of a ladder at each of its budgets, seeds and learning rates.
+TRACED_HPARAMS = (
     "seed",
     "optim.lr",
     "optim.muon_lr",
@@ -31,7 +32,7 @@ NUMBERS = (
     "mur.alpha",
 )
 # The same, in steps.
-LENGTHS = (
+TRACED_DURATIONS = (
     "train.steps",
     "schedule.warmup",
     "schedule.cooldown",
@@ -75,46 +76,48 @@ def shardings(config, model: Model, transform, mesh: Mesh) -> State:
     return meshes.state_shardings(shapes, model.specs, mesh)
 
 
-class Step:
-    """The jitted `step(state, batch, measure=())`; the state given is consumed.
+class Step(functools.partial):
+    """The jitted `step(state, batch, measure=())`; the state that it gets is consumed.
 
-    What `lower` compiles to is called with (state, batch, numbers).
+    What `lower` compiles to is called with (state, batch, hparams).
     """
 
-    def __init__(self, config, model: Model, mesh: Mesh, placed: State):
+    def __new__(cls, config, model: Model, mesh: Mesh, placed: State):
         platform = mesh.devices.flat[0].platform
-        self.numbers = numbers(config)
 
-        def step(state, batch, numbers, measure):
-            own = with_numbers(config, numbers)
-            transform = optim.build(own, model.rows, mesh, platform)
-            return pure(own, model, transform, mesh)(state, batch, measure)
+        def optimizer(config):
+            return optim.build(config, model.rows, mesh, platform)
 
-        self._run = jax.jit(
-            step, static_argnames="measure", donate_argnums=0, out_shardings=(placed, None)
+        jitted = jax.jit(
+            make_train_step(config, model, optimizer, mesh),
+            static_argnames="measure",
+            donate_argnums=0,
+            out_shardings=(placed, None),
         )
+        return super().__new__(cls, jitted, hparams=traced_hparams(config))
 
-    def __call__(self, state: State, batch, measure: tuple[str, ...] = ()):
-        return self._run(state, batch, self.numbers, measure=measure)
+    @property
+    def hparams(self) -> dict[str, int | float]:
+        return self.keywords["hparams"]
 
     def lower(self, state: State, batch, measure: tuple[str, ...] = ()):
-        """As `jax.jit`'s, for arrays or their descriptions."""
-        return self._run.lower(state, batch, self.numbers, measure=measure)
+        """Lowers as `jax.jit` does, for arrays or their descriptions."""
+        return self.func.lower(state, batch, self.hparams, measure=measure)
 
 
-def numbers(config) -> dict[str, int | float]:
-    """NUMBERS and LENGTHS of a resolved config, by path."""
+def traced_hparams(config) -> dict[str, int | float]:
+    """Returns TRACED_HPARAMS and TRACED_DURATIONS of a resolved config, by path."""
     # Something that is multiplied by 0 is left out of the program.
-    given = {path: n for path in NUMBERS if (n := get(config, path))}
-    return given | {path: get(config, path) for path in LENGTHS}
+    nonzero = {path: n for path in TRACED_HPARAMS if (n := get(config, path))}
+    return nonzero | {path: get(config, path) for path in TRACED_DURATIONS}
 
 
-def with_numbers(config, numbers: dict) -> ConfigDict:
-    """The config with other values, which may be traced."""
-    own = ConfigDict(config.to_dict())
-    with own.ignore_type():
-        own.update_from_flattened_dict(numbers)
-    return own
+def with_hparams(config, hparams: dict) -> ConfigDict:
+    """Returns the config with other values, which may be traced."""
+    changed = ConfigDict(config.to_dict())
+    with changed.ignore_type():
+        changed.update_from_flattened_dict(hparams)
+    return changed
 
 
 def begin(config, model: Model, transform, placed: State) -> State:
@@ -123,20 +126,31 @@ def begin(config, model: Model, transform, placed: State) -> State:
     return first(config.seed)
 
 
-def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
-    """`step(state, batch, measure=()) -> (state, metrics)`.
+def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Callable:
+    """Returns `train_step(state, batch, hparams=None, measure=()) -> (state, metrics)`.
 
     Metrics also hold what `measure` names (see `measures.due`). Each combination is compiled apart,
-    so that other steps do not pay for it. NUMBERS and LENGTHS in the config may be traced.
-    """
-    gradient, factor = make_gradient(config, model, mesh), schedules.make(config)
-    dropout = jax.random.key(config.seed) if config.model.dropout else None
-    objective = mur.make(config)
+    so that other steps do not pay for it.
 
-    def step(state: State, batch, measure: tuple[str, ...] = ()):
+    Args:
+      config: resolved.
+      model: of the config.
+      optimizer: config -> the optax transformation.
+      mesh: that batches are split over.
+    """
+
+    def train_step(state: State, batch, hparams=None, measure: tuple[str, ...] = ()):
+        # Values of keys by path, which may be traced.
+        traced = with_hparams(config, hparams or {})
+        transform, factor = optimizer(traced), schedules.make(traced)
+        dropout = jax.random.key(traced.seed) if traced.model.dropout else None
+        objective = mur.make(traced)
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
         asked = objective and objective.ask(state.utility, state.step, measure)
-        loss, grads, taken = gradient(state.params, batch, key, asked, state.step)
+        n_targets, slots = count_targets(batch), asked.slots if asked else ()
+        gradient = make_gradient(config, model, mesh, n_targets, asked, state.step)
+        loss, (grads, slot_bars) = gradient(state.params, slots, *batch, key)
+        taken = asked.taken(slot_bars) if asked else {}
         norm = optax.tree.norm(grads)
         utility, more = state.utility, {"step": state.step}
         if asked:
@@ -155,58 +169,58 @@ def pure(config, model: Model, transform, mesh: Mesh) -> Callable:
         metrics = {
             "train_loss": loss,
             "grad_norm": norm,
-            "lr": config.optim.lr * factor(state.step),
+            "lr": traced.optim.lr * factor(state.step),
             "bad": bad,
             "skipped": skipped,
         }
-        seen, memory = measures.take(
+        measured, memory = measures.take(
             measure, model, batch, grads, state.params, updates, state.memory
         )
         if asked and asked.names:
-            seen |= objective.metrics(asked, taken, utility, state.step)
+            measured |= objective.metrics(asked, taken, utility, state.step)
         after = State(state.step + 1, params, opt_state, bad, skipped, memory, utility)
-        return after, metrics | seen
+        return after, metrics | measured
 
-    return step
+    return train_step
 
 
-def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
-    """(params, batch, key, asked=None, step=None) -> (mean loss over targets, gradient, taken).
+def count_targets(batch) -> jax.Array:
+    """Returns the number of tokens with a label, at least 1."""
+    return jnp.maximum(1, (batch.targets_BxT >= 0).sum())
 
-    Micro-batches are added up by a scan; each is divided by the targets of the whole batch, so
-    cutting the batch changes no number. `taken` is what a `mur.objective.Asked` takes out of the
-    backward pass; in loss mode the gradient is that of its objective, the loss is not.
+
+def make_gradient(
+    config, model: Model, mesh: Mesh, n_targets: jax.Array, asked=None, step=None
+) -> Callable:
+    """Returns (params, slots, tokens_BxT, targets_BxT, key) -> (loss, (gradient, slot_bars)).
+
+    The loss is the sum over tokens, divided by `n_targets`, those of the whole batch. Micro-batches
+    are added up by a scan, so cutting the batch changes no number. What a `mur.objective.Asked`
+    takes out of the backward pass is the "gradient" of its slots, () without one; in loss mode the
+    gradient is that of its objective, the loss is not.
     """
-    accum = config.train.accum
-    rows = NamedSharding(mesh, P(None, *BATCH))
+    accum, rows = config.train.accum, NamedSharding(mesh, P(None, *BATCH))
+
+    def mean_loss(params, slots, tokens_BxT, targets_BxT, key, index=0):
+        wrapper = asked and asked.around(slots, targets_BxT, n_targets, index)
+        nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key, wrapper, step)
+        return nll_BxT.sum() / n_targets
+
+    gradient = jax.value_and_grad(mean_loss, argnums=(0, 1))
 
     def cut(x):
         micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])
         return jax.lax.with_sharding_constraint(micro, rows)
 
-    def gradient(params, batch, key, asked=None, step=None):
-        slots = asked.slots if asked else ()
-        n_targets = jnp.maximum(1, (batch.targets_BxT >= 0).sum())
-
-        def mean_loss(params, slots, tokens_BxT, targets_BxT, key, index=0):
-            around = asked and asked.around(slots, targets_BxT, n_targets, index)
-            nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key, around, step)
-            return nll_BxT.sum() / n_targets
-
-        function = jax.value_and_grad(mean_loss, argnums=(0, 1))
-
-        def one(total, micro):
+    def accumulated(params, slots, tokens_BxT, targets_BxT, key):
+        def add(total, micro):
             index, parts = micro
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            part = function(params, slots, *parts, micro_key, index)
+            part = gradient(params, slots, *parts, micro_key, index)
             return jax.tree.map(jnp.add, total, part), None
 
-        if accum == 1:
-            loss, (grads, bars) = function(params, slots, *batch, key)
-        else:
-            zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, slots)))
-            parts = jax.tree.map(cut, tuple(batch))
-            (loss, (grads, bars)), _ = jax.lax.scan(one, zero, (jnp.arange(accum), parts))
-        return loss, grads, asked.taken(bars) if asked else {}
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, slots)))
+        parts = jax.tree.map(cut, (tokens_BxT, targets_BxT))
+        return jax.lax.scan(add, zero, (jnp.arange(accum), parts))[0]
 
-    return gradient
+    return gradient if accum == 1 else accumulated

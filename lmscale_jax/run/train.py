@@ -109,8 +109,37 @@ def train(
     if begun is None:
         return None
     with held(begun):
-        params = _run(begun.setup, begun.record, say)
-    return Finished(begun.record, begun.setup, params)
+        setup, run, config = begun.setup, begun.record, begun.setup.config
+        checkpoints = checkpoint.Checkpoints(
+            workdir, config.checkpoint.keep, config.checkpoint.keep_every
+        )
+        state, host = restore_or_begin(setup, checkpoints, say)
+        clock, memory = Clock(host.get("clock")), host.get("journal", {})
+        folder = workdir if cluster.is_first() else None
+        journal = Journal(setup.recorded, folder, int(state.step), memory, clock, run.id)
+        stop, watchdog = Stop(), Watchdog(config.log.watchdog)
+        try:
+            state, final = loop(setup, state, journal, clock, checkpoints, stop, watchdog)
+        finally:
+            watchdog.stop()
+            journal.close()
+            stop.restore()
+        if stop.agreed and int(state.step) < config.train.steps:
+            _leave_early(run, stop.agreed, int(state.step), config.train.steps, checkpoints, say)
+        finish(setup, run, state, final or setup.score(state), clock)
+        checkpoints.close()
+    return Finished(run, setup, state.params)
+
+
+def _leave_early(run, signal_name: str, done: int, steps: int, checkpoints, say) -> None:
+    """Notes that a signal has stopped the run and raises SystemExit with the status for it."""
+    run.update(interrupted=f"{signal_name} after step {done}")
+    say(
+        f"stopped by {signal_name}: step {done} of {steps} is saved; the same command goes on from "
+        f"there"
+    )
+    checkpoints.close()
+    raise SystemExit(128 + signal.Signals[signal_name])
 
 
 def begin(
@@ -188,7 +217,7 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
         )
     grid = mesh.make(config)
     platform = grid.devices.flat[0].platform
-    model = build(config, platform=platform, boundary=data.boundary, mesh=grid)
+    model = build(config, platform=platform, bos_id=data.boundary, mesh=grid)
     transform = optim.build(config, model.rows, grid, platform)
     rows = mesh.host_rows(config.train.batch_size, grid)
     batches = pipeline.TrainBatches(
@@ -255,35 +284,6 @@ def facts(setup: Setup) -> dict:
         "throughput": {"tokens_per_second": None, "mfu": None, "data_wait": None},
         **record.provenance(),
     }
-
-
-def _run(setup: Setup, run: record.Record, say: Callable[[str], None]) -> dict:
-    config = setup.config
-    checkpoints = checkpoint.Checkpoints(
-        setup.workdir, config.checkpoint.keep, config.checkpoint.keep_every
-    )
-    state, host = restore_or_begin(setup, checkpoints, say)
-    clock = Clock(host.get("clock"))
-    memory, where = host.get("journal", {}), setup.workdir if cluster.is_first() else None
-    journal = Journal(setup.recorded, where, int(state.step), memory, clock, run.id)
-    stop, watchdog = Stop(), Watchdog(config.log.watchdog)
-    try:
-        state, final = loop(setup, state, journal, clock, checkpoints, stop, watchdog)
-    finally:
-        watchdog.stop()
-        journal.close()
-        stop.restore()
-    if stop.agreed and int(state.step) < config.train.steps:
-        run.update(interrupted=f"{stop.agreed} after step {int(state.step)}")
-        say(
-            f"stopped by {stop.agreed}: step {int(state.step)} of {config.train.steps} is saved; "
-            f"the same command goes on from there"
-        )
-        checkpoints.close()
-        raise SystemExit(128 + signal.Signals[stop.agreed])
-    finish(setup, run, state, final or setup.score(state), clock)
-    checkpoints.close()
-    return state.params
 
 
 def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
