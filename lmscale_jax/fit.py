@@ -136,7 +136,7 @@ def _settings() -> dict:
 
 
 def _fitted(table):
-    from lmscale_jax.science import advice, describe
+    from lmscale_jax.science import advice, describe, figures
     from lmscale_jax.science import fit as fit_law
     from lmscale_jax.science.forecast import of as forecast
 
@@ -157,7 +157,7 @@ def _fitted(table):
         written["plan"] = advice.plan(result, BUDGET.value)
         lines += describe.plan_lines(written["plan"])
     print("\n".join(lines))
-    return written, result.plot
+    return written, lambda path: figures.fit(result, path)
 
 
 def _compared(table):
@@ -229,7 +229,7 @@ def _write(paths, written: dict, draw) -> None:
 
 def _named() -> None:
     """--dataset: lists the named data sets, or fits one, several or all of them side by side."""
-    from lmscale_jax.science import describe, sources
+    from lmscale_jax.science import describe, figures, sources
     from lmscale_jax.science import fit as fit_law
 
     if not DATASETS.value:
@@ -262,7 +262,7 @@ def _named() -> None:
     print("\n".join(describe.side_by_side(found)))
     first = next(iter(found.values()))
     shown = {name: result.to_json() for name, result in found.items()}
-    _write(paths, first.to_json() | {"datasets": shown}, first.plot)
+    _write(paths, first.to_json() | {"datasets": shown}, lambda path: figures.fit(first, path))
 
 
 if __name__ == "__main__":

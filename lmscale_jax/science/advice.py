@@ -33,7 +33,7 @@ def plan(result: FitResult, budget: float, level: float | None = None) -> dict:
             f"{result.params['beta']:.3g}; both must be positive, see the fit's warnings"
         )
     table = result.table
-    k = float(np.median(table.c / (table.n * table.d)))
+    k = table.flops_factor
     found = _optimum(result.params, budget / k)
     level = result.level if level is None else level
     spans = {}
@@ -47,9 +47,7 @@ def plan(result: FitResult, budget: float, level: float | None = None) -> dict:
 
 
 def _optimum(params: dict, product) -> dict:
-    compound = laws.compound(params)
-    n = compound["G"] * product ** compound["a"]
-    d = product / n
+    n, d = laws.compute_optimum(params, product)
     loss = params["E"] + params["A"] / n ** params["alpha"] + params["B"] / d ** params["beta"]
     return {"n": n, "d": d, "tokens_per_parameter": d / n, "loss": loss}
 
@@ -84,7 +82,7 @@ def advise(
     table = result.table
     target, target_c = _sensitivity(result, n, d, c)
     cells = _grid(table, budget) if cells is None else np.asarray(cells, float).reshape(-1, 2)
-    costs = cells[:, 0] * cells[:, 1] * _per(table)
+    costs = table.flops(cells[:, 0], cells[:, 1])
     cells, costs = cells[costs <= budget], costs[costs <= budget]
     if not len(cells):
         raise InputError(f"--budget={budget:g} pays for no cell; {table.c.min():.2g} pays for one")
@@ -123,17 +121,10 @@ def _covariance(result: FitResult) -> tuple[float, np.ndarray]:
     return variance, variance * np.linalg.pinv(J_RxP.T @ J_RxP, rcond=1e-14)
 
 
-def _per(table) -> float:
-    """FLOPs per parameter and token."""
-    if table.n is None or table.d is None:
-        return 6.0
-    return float(np.median(table.c / (table.n * table.d)))
-
-
 def _sensitivity(result: FitResult, n, d, c) -> tuple[np.ndarray, float]:
     """(d ln L / d theta [P], FLOPs) at one run."""
     if c is None and n is not None and d is not None:
-        c = n * d * _per(result.table)
+        c = result.table.flops(n, d)
     given = {"n": n, "d": d, "c": c}
     lacks = [k for k in result.law.columns if given[k] is None]
     if lacks:
@@ -148,7 +139,7 @@ def _sensitivity(result: FitResult, n, d, c) -> tuple[np.ndarray, float]:
         x = np.log(given[column]) - result.problem.centre[column]
         rows.append((index, np.array([[1.0, -x]])))
     at = dataclasses.replace(result.problem, y=np.zeros(1), weight=np.ones(1), blocks=tuple(rows))
-    return solve.jacobian(at, result.solution.theta)[0], float(c or n * d * 6.0)
+    return solve.jacobian(at, result.solution.theta)[0], float(c)
 
 
 def _grid(table, budget: float) -> np.ndarray:

@@ -263,7 +263,7 @@ def cells(table: Table) -> np.ndarray:
     return np.array(["|".join(row) for row in zip(*parts, strict=True)])
 
 
-def largest_left_out(problem: Problem, theta_P, delta: float, table: Table):
+def largest_left_out(problem: Problem, delta: float, table: Table):
     """Error in ln L at the largest size, of a fit without it."""
     column = "n" if "n" in problem.law.columns else "c"
     x = np.log(table.column(column))

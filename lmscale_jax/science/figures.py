@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.science import intervals, laws
+from lmscale_jax.science.isoflop import DEGREES
+from lmscale_jax.science.table import FLOPS_FACTOR
 
 SIZES = 5
 POINTS = 80
@@ -24,8 +26,6 @@ def fit(result, path: Path) -> Path:
 
 def isoflop(summary: dict, curves: dict, path: Path) -> Path:
     """Loss against size at each budget with parabola and cubic, and N* against compute."""
-    from lmscale_jax.science.isoflop import DEGREES
-
     plt = _pyplot()
     table, surface = curves["table"], curves["surface"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
@@ -38,7 +38,8 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
             if len(rows) > degree:
                 p = np.polyfit(np.log(n) - x.mean(), table.loss[rows], degree)
                 left.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
-        left.plot(np.exp(x), surface.predict(n=np.exp(x), d=c / 6 / np.exp(x)), color=colour, lw=1)
+        smooth = surface.predict(n=np.exp(x), d=c / FLOPS_FACTOR / np.exp(x))
+        left.plot(np.exp(x), smooth, color=colour, lw=1)
     left.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token",
              title="parabola dotted, cubic dashed, surface solid")  # fmt: skip
     left.legend(frameon=False, fontsize=7)
@@ -92,7 +93,8 @@ def _data(axis, result) -> None:
         for n in np.quantile(np.unique(table.n), np.linspace(0, 1, SIZES)):
             own = table.n == table.n[np.abs(np.log(table.n / n)).argmin()]
             d = np.geomspace(table.d[own].min() / 2, table.d[own].max() * 2, POINTS)
-            axis.plot(6 * n * d, result.predict(n=n, d=d), lw=0.8, color="tab:blue", alpha=0.6)
+            loss = result.predict(n=n, d=d)
+            axis.plot(table.flops(n, d), loss, lw=0.8, color="tab:blue", alpha=0.6)
         if columns:
             label = "compute-optimal"
             axis.plot(c, result.predict(**columns), color="tab:red", label=label)
@@ -108,9 +110,8 @@ def _data(axis, result) -> None:
 
 def _optimal(result, c: np.ndarray) -> dict | None:
     """n and d of the fitted optimum at budgets; None where there is none."""
-    compound = laws.compound(result.params)
-    n = compound["G"] * (c / 6) ** compound["a"]
-    return {"n": n, "d": c / 6 / n} if np.isfinite(n).all() else None
+    n, d = laws.compute_optimum(result.params, c / result.table.flops_factor)
+    return {"n": n, "d": d} if np.isfinite(n).all() else None
 
 
 def _residuals(axis, result) -> None:

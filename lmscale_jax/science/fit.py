@@ -2,12 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.science import diagnose, intervals, laws, solve
+from lmscale_jax.science.describe import as_json
 from lmscale_jax.science.intervals import Draws, Profile
 from lmscale_jax.science.laws import Law, Problem
 from lmscale_jax.science.table import Table, as_table, warning
@@ -71,7 +71,7 @@ class FitResult:
 
     def _columns(self, n, d, c, unique) -> dict:
         if c is None and n is not None and d is not None:
-            c = 6.0 * np.asarray(n, float) * np.asarray(d, float)
+            c = self.table.flops(np.asarray(n, float), np.asarray(d, float))
         given = {"n": n, "d": d, "c": c}
         lacks = [k for k in self.law.columns if given[k] is None]
         if lacks:
@@ -88,15 +88,7 @@ class FitResult:
 
     def to_json(self) -> dict:
         """What `fit --out` writes; plain values, None for what is not finite."""
-        from lmscale_jax.science.describe import as_json
-
         return as_json(self)
-
-    def plot(self, path) -> Path:
-        """Writes a PNG: data with law and band, residuals, profile of the floor."""
-        from lmscale_jax.science import figures
-
-        return figures.fit(self, Path(path))
 
 
 def fit(
@@ -277,7 +269,7 @@ def _diagnosed(result: FitResult) -> FitResult:
         _named("terms", *diagnose.terms(problem, theta, table)),
         diagnose.condition(problem, theta),
         diagnose.residuals(problem, theta, table),
-        diagnose.largest_left_out(problem, theta, result.delta, table),
+        diagnose.largest_left_out(problem, result.delta, table),
         _starts(result.solution),
     ):
         numbers |= values

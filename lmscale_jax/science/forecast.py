@@ -77,7 +77,8 @@ def of(result: FitResult, n=None, d=None, c=None, level: float = 0.9, found=None
         if value is not None and not (value > 0 and np.isfinite(value)):
             raise InputError(f"--forecast_{name}={value} must be a positive number; 1e9 would work")
     table = result.table
-    c = _flops(table, n, d) if c is None else c
+    if c is None and n is not None and d is not None:
+        c = table.flops(n, d)
     if c is None or ("n" in result.law.columns and (n is None or d is None)):
         raise InputError(
             f"--law={result.law.name} forecasts from {', '.join(result.law.columns)}; give "
@@ -123,14 +124,6 @@ def _spread(result: FitResult, n, d, c) -> float:
     drawn = np.log(result.predict_draws(n=n, d=d, c=c))
     low, high = np.nanpercentile(drawn, [15.87, 84.13])
     return float(high - low) / 2
-
-
-def _flops(table: Table, n, d) -> float | None:
-    if n is None or d is None:
-        return None
-    if table.n is None or table.d is None:
-        return 6.0 * n * d
-    return float(n * d * np.median(table.c / (table.n * table.d)))
 
 
 def _quantile(level: float, result: FitResult) -> float:

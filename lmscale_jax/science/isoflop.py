@@ -12,7 +12,7 @@ from lmscale_jax.science import laws
 from lmscale_jax.science.describe import plain
 from lmscale_jax.science.fit import fit
 from lmscale_jax.science.intervals import percentiles
-from lmscale_jax.science.table import Table, as_table, warning
+from lmscale_jax.science.table import FLOPS_FACTOR, Table, as_table, warning
 
 DEGREES = {"parabola": 2, "cubic": 3}
 # Runs of one budget: neighbours in ln C closer than this.
@@ -62,7 +62,7 @@ def isoflop(
             )
         else:
             methods[name] = found
-            warnings += _warnings(table, groups, name, found)
+            warnings += _warnings(name, found)
     methods["surface"] = _surface(surface, [_budget(table, g) for g in groups])
     if len(methods) == 1:
         raise InputError(
@@ -121,7 +121,7 @@ def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | Non
     a, ln_k, stars = _chain(table, groups, degree, table.loss)
     if not np.isfinite(a):
         return None
-    smooth = surface.predict(n=table.n, d=table.c / (6 * table.n))
+    smooth = surface.predict(n=table.n, d=table.c / (FLOPS_FACTOR * table.n))
     _, _, on_surface = _chain(table, groups, degree, smooth)
     true = np.log([surface_star(surface, _budget(table, g)) for g in groups])
     drawn = []
@@ -146,27 +146,26 @@ def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | Non
 
 def surface_star(surface, c: float) -> float:
     """N* of a fitted law in n and d at a budget, with c = 6 n d."""
-    compound = laws.compound(surface.params)
-    return float(compound["G"] * (c / 6) ** compound["a"])
+    return float(laws.compute_optimum(surface.params, c / FLOPS_FACTOR)[0])
 
 
 def _surface(surface, budgets: list[float]) -> dict:
     stars = [{"c": c, "n_star": surface_star(surface, c), "bias": 1.0} for c in budgets]
-    k = surface.compound["G"] / 6 ** surface.compound["a"]
+    k = surface.compound["G"] / FLOPS_FACTOR ** surface.compound["a"]
     spans = {"a": surface.intervals.get("a")}
     return {"a": surface.compound["a"], "k": k, "intervals": spans, "budgets": stars}
 
 
-def _warnings(table: Table, groups, name: str, found: dict) -> list[dict]:
+def _warnings(name: str, found: dict) -> list[dict]:
     warnings = []
     dropped = [b["c"] for b in found["budgets"] if not np.isfinite(b["n_star"])]
     if dropped:
         warnings.append(
             warning(
                 "minimum_at_edge",
-                f"the {name} has no minimum inside the sizes at {len(dropped)} of {len(groups)} "
-                f"budgets (first {dropped[0]:.3g} FLOPs), which are left out; add sizes beyond "
-                "that edge",
+                f"the {name} has no minimum inside the sizes at {len(dropped)} of "
+                f"{len(found['budgets'])} budgets (first {dropped[0]:.3g} FLOPs), which are left "
+                "out; add sizes beyond that edge",
             )
         )
     bias = [b["bias"] for b in found["budgets"] if np.isfinite(b["bias"])]

@@ -179,6 +179,16 @@ def compound(found: dict) -> dict:
         return {"a": beta / total, "b": alpha / total, "gamma": alpha * beta / total, "G": scale}
 
 
+def compute_optimum(params: dict, product):
+    """Finds the n and d that minimise the loss where n d equals `product`.
+
+    Source: Hoffmann et al. 2022, eq. 4. NaN where no optimum exists.
+    """
+    exponents = compound(params)
+    n = exponents["G"] * product ** exponents["a"]
+    return n, product / n
+
+
 def evaluate(law: Law, found: dict, **columns) -> np.ndarray:
     """Loss in nats/token at natural parameters and columns n, d or c, which broadcast."""
     total = found.get("E", 0.0)

@@ -13,7 +13,6 @@ from lmscale_jax.science import diagnose, laws, solve
 from lmscale_jax.science.table import Table
 
 TAUS = np.linspace(-4.0, 4.0, 65)
-BASELINES = ("power", "quadratic", "cubic", "floor", "surface")
 DEGREE = {"power": 1, "quadratic": 2, "cubic": 3}
 # Below this p the law misses cell means by more than seeds explain, and cells become the unit.
 LACK = 0.1

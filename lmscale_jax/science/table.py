@@ -16,7 +16,9 @@ NUMBERS = ("n", "d", "c", "loss", "weight", "unique")
 TEXTS = ("run_id", "variant", "seed")
 # FLOPs counted with attention and a large readout are some ten times 6 n d for the smallest
 # models; a slip of units is a thousand times and more.
-MAX_FLOPS_FACTOR = 100.0
+MAX_FLOPS_RATIO = 100.0
+# FLOPs per parameter and token: 2 forward, 4 backward (Kaplan et al. 2020).
+FLOPS_FACTOR = 6.0
 FLOPS_TOLERANCE = 0.02
 
 
@@ -62,6 +64,17 @@ class Table:
 
     def variants(self) -> list[str]:
         return sorted(set(self.variant))
+
+    @property
+    def flops_factor(self) -> float:
+        """FLOPs per parameter and token: the median of c / (n d); 6 where n or d is missing."""
+        if self.n is None or self.d is None:
+            return FLOPS_FACTOR
+        return float(np.median(self.c / (self.n * self.d)))
+
+    def flops(self, n, d):
+        """Estimates the FLOPs of runs with n parameters and d tokens by the table's own factor."""
+        return n * d * self.flops_factor
 
     def column(self, name: str) -> np.ndarray:
         """A column that a law needs. Raises InputError where the table has none."""
@@ -250,7 +263,7 @@ def _finish(columns: dict, notes: list, name: str, points: str) -> Table:
     n, d = columns.get("n"), columns.get("d")
     c = columns.get("c")
     if c is None:
-        c = 6.0 * n * d
+        c = FLOPS_FACTOR * n * d
     elif n is not None and d is not None:
         notes += _check_units(n, d, c, columns["run_id"], name)
     notes += _copied_arms(columns, c)
@@ -272,9 +285,9 @@ def _finish(columns: dict, notes: list, name: str, points: str) -> Table:
 
 
 def _check_units(n, d, c, run_id, name: str) -> list[dict]:
-    ratio = c / (6.0 * n * d)
+    ratio = c / (FLOPS_FACTOR * n * d)
     worst = int(np.argmax(np.abs(np.log(ratio))))
-    if not 1 / MAX_FLOPS_FACTOR < ratio[worst] < MAX_FLOPS_FACTOR:
+    if not 1 / MAX_FLOPS_RATIO < ratio[worst] < MAX_FLOPS_RATIO:
         raise InputError(
             f"column 'c' of {name} is {c[worst]:.3g} at {run_id[worst]!r}, {ratio[worst]:.3g} "
             "times 6 n d; are n or d in millions or billions? They must be numbers of parameters "
