@@ -76,11 +76,11 @@ def _check_flags() -> None:
         )
     single = {"--forecast_n": FORECAST_N, "--forecast_d": FORECAST_D, "--forecast_c": FORECAST_C,
               "--budget": BUDGET, "--advise": ADVISE}  # fmt: skip
-    given = [name for name, flag in single.items() if flag.value is not None]
-    if given and (COMPARE.value is not None or LAW.value == "isoflop"):
+    single_flags = [name for name, flag in single.items() if flag.value is not None]
+    if single_flags and (COMPARE.value is not None or LAW.value == "isoflop"):
         other = "--compare" if COMPARE.value is not None else "--law=isoflop"
-        raise InputError(f"{given[0]} does nothing with {other}; leave one out")
-    if ADVISE.value is not None and not any(name.startswith("--forecast") for name in given):
+        raise InputError(f"{single_flags[0]} does nothing with {other}; leave one out")
+    if ADVISE.value is not None and not any(name.startswith("--forecast") for name in single_flags):
         raise InputError("--advise needs the run to predict; add --forecast_n and --forecast_d")
     if TARGET_C.value is not None and COMPARE.value is None:
         raise InputError("--target_c does nothing without --compare=ARM_A,ARM_B")
@@ -88,13 +88,13 @@ def _check_flags() -> None:
 
 def _pairs(flag: str, values: list[str]) -> dict:
     """{our name: theirs} of a flag's list of NAME:VALUE."""
-    found = {}
+    pairs = {}
     for value in values:
         name, colon, theirs = value.partition(":")
         if not colon:
             raise InputError(f"--{flag}={value} must be NAME:VALUE, as in n:params")
-        found[name] = theirs
-    return found
+        pairs[name] = theirs
+    return pairs
 
 
 def _paths() -> tuple[Path, Path] | None:
@@ -145,13 +145,13 @@ def _fitted(table):
     lines = describe.lines(result)
     target = {"n": FORECAST_N.value, "d": FORECAST_D.value, "c": FORECAST_C.value}
     if any(v is not None for v in target.values()):
-        made = forecast(result, **target, level=FORECAST_LEVEL.value)
-        written["forecast"] = made
-        known = {w["code"] for w in written["warnings"]}
-        written["warnings"] += [w for w in made["warnings"] if w["code"] not in known]
-        lines += describe.forecast_lines(made, known)
+        prediction = forecast(result, **target, level=FORECAST_LEVEL.value)
+        written["forecast"] = prediction
+        printed_codes = {w["code"] for w in written["warnings"]}
+        written["warnings"] += [w for w in prediction["warnings"] if w["code"] not in printed_codes]
+        lines += describe.forecast_lines(prediction, printed_codes)
         if ADVISE.value is not None:
-            written["advice"] = advice.advise(result, ADVISE.value, **target, tau=made["tau"])
+            written["advice"] = advice.advise(result, ADVISE.value, **target, tau=prediction["tau"])
             lines += describe.advice_lines(written["advice"])
     if BUDGET.value is not None:
         written["plan"] = advice.plan(result, BUDGET.value)
@@ -243,25 +243,25 @@ def _named() -> None:
         return
     everything = DATASET.value == ["all"]
     names = list(sources.DATASETS) if everything else DATASET.value
-    paths, found = _paths(), {}
+    paths, results = _paths(), {}
     points = POINTS.value if flags.FLAGS["points"].present else "curve"
     for name in names:
         try:
             table = sources.dataset(name, DATASETS.value, points, SKIP.value)
-            found[name] = fit_law(table, law=LAW.value, **_settings())
+            results[name] = fit_law(table, law=LAW.value, **_settings())
         except InputError as error:
             # One bad set of many is no reason to lose the others; asked for alone, it is an error.
             if len(names) == 1:
                 raise
             print(f"{name}: not fitted: {' '.join(str(error).split())}")
-    for name, result in found.items():
+    for name, result in results.items():
         print(f"{name}:")
         print("\n".join(describe.lines(result)))
-    if not found:
+    if not results:
         raise InputError(f"--datasets={DATASETS.value}: no data set could be fitted")
-    print("\n".join(describe.side_by_side(found)))
-    first = next(iter(found.values()))
-    shown = {name: result.to_json() for name, result in found.items()}
+    print("\n".join(describe.side_by_side(results)))
+    first = next(iter(results.values()))
+    shown = {name: result.to_json() for name, result in results.items()}
     _write(paths, first.to_json() | {"datasets": shown}, lambda path: figures.fit(first, path))
 
 

@@ -133,12 +133,12 @@ def _fits(data: Arms) -> dict[str, Estimate]:
         kinds = ["surface"]
     else:
         kinds = ["quadratic", "cubic", "floor"]
-    found = {k: shift.estimate(k, data) for k in kinds}
-    found = {k: v for k, v in found.items() if v is not None}
-    if not found:
+    fits = {k: shift.estimate(k, data) for k in kinds}
+    fits = {k: v for k, v in fits.items() if v is not None}
+    if not fits:
         linear = shift.estimate("power", data)
-        found = {} if linear is None else {"power": linear}
-    return found
+        fits = {} if linear is None else {"power": linear}
+    return fits
 
 
 def _main(fits: dict, table: Table, first: str, second: str) -> Estimate:
@@ -161,10 +161,10 @@ def smallest(main: Estimate, level: float) -> float:
 def _checks(fits: dict, main: Estimate, data: Arms, level: float) -> list[dict]:
     """Whether s stays with another baseline and without the smallest and the largest budget."""
     checks = []
-    for name, found in fits.items():
-        if found is not main:
-            holds = found.s * main.s > 0 and found.p < 2 * (1 - level)
-            checks.append(_check(f"{name} baseline", found, holds))
+    for name, refit in fits.items():
+        if refit is not main:
+            holds = refit.s * main.s > 0 and refit.p < 2 * (1 - level)
+            checks.append(_check(f"{name} baseline", refit, holds))
     # A curve of law's form gives no more to compare where the polynomials are the main view.
     size = data.ln_n if data.ln_n is not None else data.x
     ends = {"without the smallest size": size > size.min() + 0.05,
@@ -172,23 +172,23 @@ def _checks(fits: dict, main: Estimate, data: Arms, level: float) -> list[dict]:
     for name, rows in ends.items():
         if main.baseline == "surface" or shift.budgets(data.take(rows)) >= 3:
             kind = main.baseline if main.baseline in ("surface", "power") else "quadratic"
-            found = shift.estimate(kind, data.take(rows))
+            refit = shift.estimate(kind, data.take(rows))
         else:
-            found = shift.estimate("power", data.take(rows))
-        if found is not None:
-            checks.append(_check(name, found, found.s * main.s > 0))
+            refit = shift.estimate("power", data.take(rows))
+        if refit is not None:
+            checks.append(_check(name, refit, refit.s * main.s > 0))
     return checks
 
 
-def _check(name: str, found: Estimate, holds: bool) -> dict:
-    return {"check": name, "s": found.s, "se": found.se, "p": found.p, "holds": bool(holds)}
+def _check(name: str, refit: Estimate, holds: bool) -> dict:
+    return {"check": name, "s": refit.s, "se": refit.se, "p": refit.p, "holds": bool(holds)}
 
 
 def _verdict(main, checks, level, effect, detectable, p_wild, names) -> tuple[str, str]:
     """(verdict, sentence)."""
     alpha = 1 - level
     low, high = main.interval(level)
-    said = (
+    finding = (
         f"the exponent ratio is 1 {main.s:+.3f} ({100 * level:g} % interval {low:+.3f} to "
         f"{high:+.3f}, p = {main.p:.2g})"
     )
@@ -196,23 +196,23 @@ def _verdict(main, checks, level, effect, detectable, p_wild, names) -> tuple[st
     significant = main.p < alpha and (p_wild is None or p_wild < 2 * alpha)
     if significant and not failed:
         gains = "gains" if main.s > 0 else "loses"
-        return EXPONENT, f"{names[1]} {gains} with scale: {said}, and every check agrees"
+        return EXPONENT, f"{names[1]} {gains} with scale: {finding}, and every check agrees"
     if main.p < alpha:
         why = f"not {', not '.join(failed)}" if failed else f"not by bootstrap (p = {p_wild:.2g})"
-        return UNDETERMINED, f"{said}, but it does not hold: {why}"
+        return UNDETERMINED, f"{finding}, but it does not hold: {why}"
     if detectable > effect:
         return UNDETERMINED, (
-            f"{said}; these runs would have shown a shift of {detectable:.2g} or more, and "
+            f"{finding}; these runs would have shown a shift of {detectable:.2g} or more, and "
             f"{effect:.2g} was asked for; next_runs lists what would settle it"
         )
     ln_k, k_low, k_high = (float(v) for v in main.log_gain(np.array(0.0), level))
     factor = f"{np.exp(ln_k):.3g} ({np.exp(k_low):.3g} to {np.exp(k_high):.3g})"
     if k_low > 0 or k_high < 0:
         return OFFSET, (
-            f"{names[0]} needs {factor} times the compute of {names[1]} at every scale; {said}, "
+            f"{names[0]} needs {factor} times the compute of {names[1]} at every scale; {finding}, "
             f"and a shift of {detectable:.2g} would have shown"
         )
-    return NOTHING, f"compute factor {factor} and {said}; {detectable:.2g} would have shown"
+    return NOTHING, f"compute factor {factor} and {finding}; {detectable:.2g} would have shown"
 
 
 def _gain_points(data: Arms, target_c: float | None) -> np.ndarray:
@@ -241,7 +241,7 @@ def _overlap(data: Arms, first: str, second: str) -> list[dict]:
     ]
 
 
-def settle(main: Estimate, data: Arms, effect: float, level: float, most: int = 3) -> list[dict]:
+def settle(main: Estimate, data: Arms, effect: float, level: float, max_options: int = 3) -> list[dict]:
     """The cheapest additions after which a shift of `effect` would show, by FLOPs.
 
     Tried are further seeds of every run and up to four larger sizes, each twice the compute of the
@@ -249,7 +249,7 @@ def settle(main: Estimate, data: Arms, effect: float, level: float, most: int = 
     """
     if smallest(main, level) <= effect:
         return []
-    wanted = effect / (main.t(level) + 0.84)
+    target_se = effect / (main.t(level) + 0.84)
     base = shift.information(main, data)
     per_seed = shift.information(main, _one_each(data))
     cost = float(np.exp(_one_each(data).x + data.ln_c0).sum())
@@ -263,12 +263,12 @@ def settle(main: Estimate, data: Arms, effect: float, level: float, most: int = 
             repeats = 1 + seeds
             total = base + seeds * per_seed + repeats * at_rungs
             se = float(np.sqrt(np.linalg.pinv(total)[-1, -1]))
-            if se > wanted or (main.unit == "cells" and seeds):
+            if se > target_se or (main.unit == "cells" and seeds):
                 continue
             flops = seeds * cost + repeats * rung_cost
             options.append(_option(data, sizes, seeds, se, flops, main, level))
             break
-    return sorted(options, key=lambda o: o["flops"])[:most]
+    return sorted(options, key=lambda o: o["flops"])[:max_options]
 
 
 def _option(data, sizes, seeds, se, flops, main, level) -> dict:
@@ -294,8 +294,8 @@ def _rungs(data: Arms, sizes: int) -> Arms:
     top = int(data.x.argmax())
     rows = np.full(2 * max(sizes, 1), top)
     step = np.repeat(np.arange(1, max(sizes, 1) + 1), 2) * np.log(2.0)
-    made = data.take(rows)
-    grown = {"x": made.x + step, "z": np.tile([0.0, 1.0], max(sizes, 1))}
-    if made.ln_n is not None and made.ln_d is not None:
-        grown |= {"ln_n": made.ln_n + step / 2, "ln_d": made.ln_d + step / 2}
-    return replace(made, **grown)
+    rungs = data.take(rows)
+    grown = {"x": rungs.x + step, "z": np.tile([0.0, 1.0], max(sizes, 1))}
+    if rungs.ln_n is not None and rungs.ln_d is not None:
+        grown |= {"ln_n": rungs.ln_n + step / 2, "ln_d": rungs.ln_d + step / 2}
+    return replace(rungs, **grown)

@@ -28,55 +28,55 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
     """Loss against size at each budget with parabola and cubic, and N* against compute."""
     plt = _pyplot()
     table, surface = curves["table"], curves["surface"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (loss_axis, size_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
     colours = plt.cm.viridis(np.linspace(0, 0.9, len(curves["groups"])))
     for rows, colour in zip(curves["groups"], colours, strict=True):
         n, c = table.n[rows], float(np.exp(np.log(table.c[rows]).mean()))
-        left.plot(n, table.loss[rows], "o", ms=3, color=colour, label=f"{c:.2g} FLOPs")
+        loss_axis.plot(n, table.loss[rows], "o", ms=3, color=colour, label=f"{c:.2g} FLOPs")
         x = np.linspace(np.log(n.min()), np.log(n.max()), POINTS)
         for degree, style in zip(DEGREES.values(), (":", "--"), strict=True):
             if len(rows) > degree:
                 p = np.polyfit(np.log(n) - x.mean(), table.loss[rows], degree)
-                left.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
+                loss_axis.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
         smooth = surface.predict(n=np.exp(x), d=c / FLOPS_FACTOR / np.exp(x))
-        left.plot(np.exp(x), smooth, color=colour, lw=1)
-    left.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token",
+        loss_axis.plot(np.exp(x), smooth, color=colour, lw=1)
+    loss_axis.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token",
              title="parabola dotted, cubic dashed, surface solid")  # fmt: skip
-    left.legend(frameon=False, fontsize=7)
+    loss_axis.legend(frameon=False, fontsize=7)
     for name, method in summary["methods"].items():
         points = [(b["c"], b["n_star"]) for b in method["budgets"] if b["n_star"]]
         c, n = np.array(points).T
-        right.plot(c, n, "o-", ms=4, lw=1, label=f"{name}: a = {method['a']:.3f}")
-    right.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="compute-optimal parameters")
-    right.legend(frameon=False)
+        size_axis.plot(c, n, "o-", ms=4, lw=1, label=f"{name}: a = {method['a']:.3f}")
+    size_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="compute-optimal parameters")
+    size_axis.legend(frameon=False)
     return _save(figure, path)
 
 
 def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
     """Both arms' losses, with their laws where those are laws in c; and k(C) with its band."""
     plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (loss_axis, gain_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
     for arm, colour in zip(verdict["arms"], ("tab:blue", "tab:red"), strict=True):
         rows = table.arm(arm)
-        left.plot(rows.c, rows.loss, "o", ms=4, color=colour, label=arm)
+        loss_axis.plot(rows.c, rows.loss, "o", ms=4, color=colour, label=arm)
         if arm in fits and fits[arm].law.columns == ("c",):
             c = np.geomspace(rows.c.min(), rows.c.max() * 3, POINTS)
-            left.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
-    left.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
+            loss_axis.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
+    loss_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
              title=verdict["verdict"])  # fmt: skip
-    _plain_ticks(left)
-    left.legend(frameon=False)
+    _plain_ticks(loss_axis)
+    loss_axis.legend(frameon=False)
     gain = sorted(verdict["gain"], key=lambda row: row["c"])
     c, k, low, high = (np.array([row[x] for row in gain]) for x in ("c", "k", "low", "high"))
     level = verdict["shift"]["level"]
-    right.plot(c, k, color="tab:green")
-    right.fill_between(c, low, high, alpha=0.2, color="tab:green", label=f"{100 * level:g} %")
-    right.axhline(1, color="0.5", lw=0.8)
+    gain_axis.plot(c, k, color="tab:green")
+    gain_axis.fill_between(c, low, high, alpha=0.2, color="tab:green", label=f"{100 * level:g} %")
+    gain_axis.axhline(1, color="0.5", lw=0.8)
     first, second = verdict["arms"]
-    right.set(xscale="log", yscale="log", xlabel="FLOPs", title="at equal loss")
-    _plain_ticks(right)
-    right.set_ylabel(f"compute of {first} / compute of {second}")
-    right.legend(frameon=False)
+    gain_axis.set(xscale="log", yscale="log", xlabel="FLOPs", title="at equal loss")
+    _plain_ticks(gain_axis)
+    gain_axis.set_ylabel(f"compute of {first} / compute of {second}")
+    gain_axis.legend(frameon=False)
     return _save(figure, path)
 
 
@@ -91,8 +91,8 @@ def _data(axis, result) -> None:
     else:
         columns = _optimal(result, c)
         for n in np.quantile(np.unique(table.n), np.linspace(0, 1, SIZES)):
-            own = table.n == table.n[np.abs(np.log(table.n / n)).argmin()]
-            d = np.geomspace(table.d[own].min() / 2, table.d[own].max() * 2, POINTS)
+            same_size = table.n == table.n[np.abs(np.log(table.n / n)).argmin()]
+            d = np.geomspace(table.d[same_size].min() / 2, table.d[same_size].max() * 2, POINTS)
             loss = result.predict(n=n, d=d)
             axis.plot(table.flops(n, d), loss, lw=0.8, color="tab:blue", alpha=0.6)
         if columns:

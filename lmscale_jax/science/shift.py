@@ -15,9 +15,9 @@ from lmscale_jax.science.table import Table
 TAUS = np.linspace(-4.0, 4.0, 65)
 DEGREE = {"power": 1, "quadratic": 2, "cubic": 3}
 # Below this p the law misses cell means by more than seeds explain, and cells become the unit.
-LACK = 0.1
+MAX_LACK_P = 0.1
 # Spread of ln(d / n) within an arm, at equal C, beyond which its runs lie on no one curve in C.
-ON_A_CURVE = 0.25
+MAX_RATIO_SPREAD = 0.25
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _surface(shape, data: Arms, k):
     return f, np.stack(parts, axis=-1), -(alpha * p[1] + beta * p[2]) / 2
 
 
-def descend(baseline, theta, data: Arms, y=None, held=(), floor=None, steps: int = 60):
+def descend(baseline, theta, data: Arms, y=None, fixed=(), floor=None, steps: int = 60):
     """Least squares by Levenberg-Marquardt: (theta [B, P], SSR [B]).
 
     Args:
@@ -166,7 +166,7 @@ def descend(baseline, theta, data: Arms, y=None, held=(), floor=None, steps: int
     theta = np.array(theta, float)
     y = np.broadcast_to(data.y if y is None else y, (len(theta), len(data)))
     free = np.ones(theta.shape[1])
-    free[list(held)] = 0.0
+    free[list(fixed)] = 0.0
     damping = np.full(len(theta), 1e-3)
     f, J = model(baseline, theta, data, floor)
     ssr = (data.weight * (y - f) ** 2).sum(axis=1)
@@ -183,11 +183,11 @@ def descend(baseline, theta, data: Arms, y=None, held=(), floor=None, steps: int
         step /= np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / 2)
         trial = theta + step
         f2, J2 = model(baseline, trial, data, floor)
-        fresh = (data.weight * (y - f2) ** 2).sum(axis=1)
-        better = fresh < ssr
+        trial_ssr = (data.weight * (y - f2) ** 2).sum(axis=1)
+        better = trial_ssr < ssr
         theta = np.where(better[:, None], trial, theta)
         f, J = np.where(better[:, None], f2, f), np.where(better[:, None, None], J2, J)
-        ssr = np.where(better, fresh, ssr)
+        ssr = np.where(better, trial_ssr, ssr)
         damping = np.where(better, np.maximum(damping / 10, 1e-10), damping * 10)
     return theta, ssr
 
@@ -243,7 +243,7 @@ def estimate(baseline: str, data: Arms) -> Estimate | None:
     size = len(start)
     if len(data) <= size or budgets(data) <= DEGREE.get(baseline, 2):
         return None
-    null, ssr0 = descend(baseline, start[None], data, held=[size - 1])
+    null, ssr0 = descend(baseline, start[None], data, fixed=[size - 1])
     starts = np.stack([null[0] + np.eye(size)[-1] * v for v in (0.0, -0.1, 0.1)])
     thetas, ssrs = descend(baseline, starts, data)
     theta, ssr = thetas[ssrs.argmin()], float(ssrs.min())
@@ -280,11 +280,11 @@ def off_curve(data: Arms) -> bool:
     if data.ln_n is None or data.ln_d is None:
         return False
     for arm in (0.0, 1.0):
-        own = data.z == arm
-        ratio = (data.ln_d - data.ln_n)[own]
-        if own.sum() > 3:
-            trend = np.polyfit(data.x[own], ratio, 1)
-            if np.std(ratio - np.polyval(trend, data.x[own])) > ON_A_CURVE:
+        in_arm = data.z == arm
+        ratio = (data.ln_d - data.ln_n)[in_arm]
+        if in_arm.sum() > 3:
+            trend = np.polyfit(data.x[in_arm], ratio, 1)
+            if np.std(ratio - np.polyval(trend, data.x[in_arm])) > MAX_RATIO_SPREAD:
                 return True
     return False
 
@@ -310,31 +310,31 @@ def _variance(data: Arms, r: np.ndarray, size: int) -> tuple[float, int, str]:
     free, lack_free = len(r) - len(count), len(count) - size
     if free >= 1 and lack_free >= 1 and within > 0:
         ratio = (between / lack_free) / (within / free)
-        if f_distribution.sf(ratio, lack_free, free) < LACK:
+        if f_distribution.sf(ratio, lack_free, free) < MAX_LACK_P:
             return between / lack_free, lack_free, "cells"
     return (within + between) / max(len(r) - size, 1), len(r) - size, "runs"
 
 
-def wild(found: Estimate, data: Arms, count: int, seed: int = 0) -> float:
+def wild(fitted: Estimate, data: Arms, count: int, seed: int = 0) -> float:
     """p of s = 0 by a wild bootstrap under the constant factor: residuals' signs drawn by unit."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    f0 = model(found.baseline, found.null[None], data)[0][0]
-    size = len(found.null)
+    f0 = model(fitted.baseline, fitted.null[None], data)[0][0]
+    size = len(fitted.null)
     r = (data.y - f0) * np.sqrt(len(data) / max(len(data) - size + 1, 1))
-    unit = data.cell if found.unit == "cells" else np.arange(len(data))
+    unit = data.cell if fitted.unit == "cells" else np.arange(len(data))
     signs = rng.choice([-1.0, 1.0], (count, unit.max() + 1))[:, unit]
     y = f0 + r * signs
-    start = np.broadcast_to(found.null, (count, size))
-    null, ssr0 = descend(found.baseline, start, data, y, held=[size - 1], steps=12)
-    _, ssr = descend(found.baseline, null, data, y, steps=12)
+    start = np.broadcast_to(fitted.null, (count, size))
+    null, ssr0 = descend(fitted.baseline, start, data, y, fixed=[size - 1], steps=12)
+    _, ssr = descend(fitted.baseline, null, data, y, steps=12)
     drawn = (ssr0 - ssr) / np.maximum(ssr, 1e-300)
-    _, own0 = descend(found.baseline, found.null[None], data, held=[size - 1])
-    own = (float(own0[0]) - found.ssr) / max(found.ssr, 1e-300)
-    return float((1 + (drawn >= own).sum()) / (1 + count))
+    _, observed_ssr0 = descend(fitted.baseline, fitted.null[None], data, fixed=[size - 1])
+    observed = (float(observed_ssr0[0]) - fitted.ssr) / max(fitted.ssr, 1e-300)
+    return float((1 + (drawn >= observed).sum()) / (1 + count))
 
 
-def information(found: Estimate, data: Arms) -> np.ndarray:
+def information(fitted: Estimate, data: Arms) -> np.ndarray:
     """J^T J / variance [P, P] of runs at data's x and z, at the fitted parameters."""
-    _, J = model(found.baseline, found.theta[None], data)
+    _, J = model(fitted.baseline, fitted.theta[None], data)
     X = J[0] * np.sqrt(data.weight)[:, None]
-    return X.T @ X / found.variance
+    return X.T @ X / fitted.variance
