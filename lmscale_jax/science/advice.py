@@ -25,9 +25,11 @@ def plan(result: FitResult, budget: float, level: float | None = None) -> dict:
         InputError: the law is not a law in n and d, or an exponent has the wrong sign.
     """
     if "alpha" not in result.params:
-        raise InputError(f"--budget={budget:g} does not apply to --law={result.law.name}; use --law=chinchilla")
+        raise InputError(
+            f"--budget={budget:g} does not apply to --law={result.law.name}; use --law=chinchilla"
+        )
     if not (budget > 0 and np.isfinite(budget)):
-        raise InputError(f"--budget={budget} must be positive FLOPs; 1e18 would work")
+        raise InputError(f"--budget={budget} must be positive FLOPs; use 1e18")
     if min(result.params["alpha"], result.params["beta"]) <= 0:
         raise InputError(
             f"--budget={budget:g} has no optimum: alpha {result.params['alpha']:.3g} and beta "
@@ -80,7 +82,7 @@ def advise(
         InputError: the target is incomplete, or no cell is within the budget.
     """
     if not (budget > 0 and np.isfinite(budget)):
-        raise InputError(f"--budget={budget} must be positive FLOPs; 1e18 would work")
+        raise InputError(f"--advise={budget} must be positive FLOPs; use 1e18")
     table = result.table
     target, target_c = _sensitivity(result, n, d, c)
     cells = _grid(table) if cells is None else np.asarray(cells, float).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Second views of two arms: speed-up at pinned floors, and nested joint laws."""
+"""Alternative comparisons of two arms: the shift at pinned floors, and nested joint laws."""
 
 from dataclasses import replace
 
@@ -13,10 +13,11 @@ FLOORS = 12
 
 
 def pinned_floors(data: Arms, level: float) -> list[dict] | None:
-    """The shift with a power law above each floor E that the data do not reject.
+    """Estimates the shift with a power law above each floor E that the data do not reject.
 
-    Rows of E, s, se and k at the lowest, middle and highest compute: how far the answer depends on
-    a floor that nobody knows. None where the runs are too few for a floor.
+    Returns:
+        Rows of E, s, se and k at the lowest, middle and highest compute, which show how much the
+        result depends on the unidentified floor. None with too few runs for a floor.
     """
     sweep = _swept(data, level)
     if sweep is None:
@@ -32,7 +33,7 @@ def pinned_floors(data: Arms, level: float) -> list[dict] | None:
 
 
 def floor_check(data: Arms, main: Estimate, level: float) -> dict | None:
-    """Whether s keeps its sign at every floor that the data do not reject."""
+    """Checks that s keeps its sign at every floor that the data do not reject."""
     sweep = _swept(data, level)
     if sweep is None:
         return None
@@ -49,9 +50,9 @@ def floor_check(data: Arms, main: Estimate, level: float) -> dict | None:
 
 
 def _swept(data: Arms, level: float):
-    """(E [G], theta [G, P], se of s [G], which are not rejected [G]) over pinned floors.
+    """Fits pinned floors: (E [G], theta [G, P], se of s [G], mask of compatible floors [G]).
 
-    Once over all floors below the smallest loss, then over the neighbourhood of those that fit.
+    A coarse grid covers all floors below the smallest loss; a finer one the compatible range.
     """
     if len(data) <= 5 or shift.budgets(data) < 3 or shift.off_curve(data):
         return None
@@ -63,7 +64,7 @@ def _swept(data: Arms, level: float):
 
 
 def _at_floors(data: Arms, E: np.ndarray, level: float):
-    """(theta [G, P], se of s [G], which are not rejected [G]); P counts ln a, b, tau, s."""
+    """Fits each floor: (theta [G, 4] of ln a, b, tau, s; se of s [G]; mask not rejected [G])."""
     from scipy.stats import f as f_distribution
 
     ln_E = np.log(np.maximum(E, 1e-12))[:, None]
@@ -84,11 +85,11 @@ def _at_floors(data: Arms, E: np.ndarray, level: float):
 
 
 def nested(table: Table, first: str, second: str) -> dict | None:
-    """Four joint laws of both arms, by AICc and by the error at the largest size left out.
+    """Compares four joint laws of both arms by AICc and by the error at the largest size held out.
 
-    `same`: one law; `offsets`: own coefficients; `exponents`: own coefficients and exponents, one
-    floor; `separate`: own floor too. In n and d where they vary apart, else in c. None where the
-    runs are too few.
+    `same`: one law; `offsets`: coefficients differ between the arms; `exponents`: coefficients and
+    exponents differ; `separate`: the floors differ too. The law is in n and d if they vary
+    independently, otherwise in c. None with too few runs.
     """
     both = table.take((table.variant == first) | (table.variant == second))
     z = (both.variant == second).astype(float)
@@ -120,6 +121,7 @@ def nested(table: Table, first: str, second: str) -> dict | None:
 
 
 def _joint_law(both: Table) -> Law:
+    """Selects the law in n and d if they vary independently, otherwise the law in c."""
     if both.n is not None and both.d is not None and len(both) >= 14:
         n, d = np.log(both.n), np.log(both.d)
         if np.ptp(n) > 0 and np.ptp(d) > 0 and abs(np.corrcoef(n, d)[0, 1]) < 0.95:
@@ -128,7 +130,7 @@ def _joint_law(both: Table) -> Law:
 
 
 def _joint(base: Problem, z: np.ndarray, model: str) -> Problem:
-    """The base problem with contrasts of the second arm appended to its coordinates."""
+    """Appends contrasts of the second arm to the coordinates of the base problem."""
     blocks, low, high = [], list(base.low), list(base.high)
 
     def add(limit: float) -> int:
@@ -153,13 +155,14 @@ def _joint(base: Problem, z: np.ndarray, model: str) -> Problem:
 
 
 def _least(problem: Problem, base_theta: np.ndarray) -> tuple[np.ndarray, float]:
-    """Least squares from the law without contrasts: (theta, SSR)."""
+    """Minimises the sum of squares, starting without contrasts: (theta, SSR)."""
     start = np.concatenate([base_theta, np.zeros(problem.size - len(base_theta))])
     theta, F = solve.minimise(problem, start[None], np.inf)
     return theta[0], 2 * float(F[0])
 
 
 def _left_out(problem: Problem, base_theta: np.ndarray, held_out: np.ndarray) -> float | None:
+    """Computes the RMS error at the held-out rows of a fit to the others; None with too few."""
     train = problem.take(~held_out)
     if (~held_out).sum() <= problem.size:
         return None

@@ -158,8 +158,8 @@ def verdict_lines(verdict: dict) -> list[str]:
         output.append(f"  {check['check']}: s {check['s']:+.3f} ± {check['se']:.3f}, {outcome}")
     for option in verdict["next_runs"]:
         output.append(
-            f"  would settle it: {option['add']} ({option['runs']} runs, {option['flops']:.3g} "
-            f"FLOPs; detects {option['detectable']:.2g})"
+            f"  next runs: {option['add']} ({option['runs']} runs, {option['flops']:.3g} FLOPs; "
+            f"detects {option['detectable']:.2g})"
         )
     return output + warning_lines(verdict["warnings"])
 

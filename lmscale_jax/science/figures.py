@@ -1,4 +1,4 @@
-"""Figures of fits and comparisons, as PNG."""
+"""Plots fits, isoFLOP minima and comparisons of two arms as PNG files."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ POINTS = 80
 
 
 def fit(result, path: Path) -> Path:
-    """Data with law and band, residuals, and the profile of the floor where it is free."""
+    """Plots the data with the law and its band, the residuals, and the profile of a free floor."""
     plt = _pyplot()
     panels = 3 if result.profile is not None else 2
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.2))
@@ -25,7 +25,7 @@ def fit(result, path: Path) -> Path:
 
 
 def isoflop(summary: dict, curves: dict, path: Path) -> Path:
-    """Loss against size at each budget with parabola and cubic, and N* against compute."""
+    """Plots loss against size at each budget with the fitted curves, and N* against compute."""
     plt = _pyplot()
     table, surface = curves["table"], curves["surface"]
     figure, (loss_axis, size_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
@@ -40,8 +40,8 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
                 loss_axis.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
         smooth = surface.predict(n=np.exp(x), d=c / FLOPS_FACTOR / np.exp(x))
         loss_axis.plot(np.exp(x), smooth, color=colour, lw=1)
-    loss_axis.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token",
-             title="parabola dotted, cubic dashed, surface solid")  # fmt: skip
+    loss_axis.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token")
+    loss_axis.set_title("parabola dotted, cubic dashed, surface solid")
     loss_axis.legend(frameon=False, fontsize=7)
     for name, method in summary["methods"].items():
         points = [(b["c"], b["n_star"]) for b in method["budgets"] if b["n_star"]]
@@ -53,7 +53,7 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
 
 
 def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
-    """Both arms' losses, with their laws where those are laws in c; and k(C) with its band."""
+    """Plots both arms' losses with their laws in c, and the compute factor k(C) with its band."""
     plt = _pyplot()
     figure, (loss_axis, gain_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
     for arm, colour in zip(verdict["arms"], ("tab:blue", "tab:red"), strict=True):
@@ -62,8 +62,8 @@ def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
         if arm in fits and fits[arm].law.columns == ("c",):
             c = np.geomspace(rows.c.min(), rows.c.max() * 3, POINTS)
             loss_axis.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
-    loss_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
-             title=verdict["verdict"])  # fmt: skip
+    loss_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token")
+    loss_axis.set_title(verdict["verdict"])
     _plain_ticks(loss_axis)
     loss_axis.legend(frameon=False)
     gain = sorted(verdict["gain"], key=lambda row: row["c"])
@@ -81,7 +81,7 @@ def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
 
 
 def _data(axis, result) -> None:
-    """Loss against compute; a law in n and d by curves of fixed n, and its optimum with a band."""
+    """Plots loss against compute: data, law and band; laws in n and d as curves of fixed n."""
     table = result.table
     axis.plot(table.c, table.loss, "o", ms=3, color="0.4", label="runs")
     c = np.geomspace(table.c.min(), table.c.max() * 3, POINTS)
@@ -109,12 +109,13 @@ def _data(axis, result) -> None:
 
 
 def _optimal(result, c: np.ndarray) -> dict | None:
-    """n and d of the fitted optimum at budgets; None where there is none."""
+    """Computes n and d of the optimum at budgets c; None if there is no optimum."""
     n, d = laws.compute_optimum(result.params, c / result.table.flops_factor)
     return {"n": n, "d": d} if np.isfinite(n).all() else None
 
 
 def _residuals(axis, result) -> None:
+    """Plots the residuals in per cent of the loss, coloured by size."""
     r = 100 * result.residuals()
     axis.axhline(0, color="0.5", lw=0.8)
     colour = np.log10(result.table.n if result.table.n is not None else result.table.c)
@@ -128,6 +129,7 @@ def _residuals(axis, result) -> None:
 
 
 def _profile(axis, result) -> None:
+    """Plots the objective at pinned floors with the interval of E."""
     p = result.profile
     axis.plot(p.E, p.objective, color="tab:purple")
     axis.axvspan(p.low, p.high, color="tab:purple", alpha=0.15, label=f"{100 * result.level:g} %")
@@ -138,7 +140,7 @@ def _profile(axis, result) -> None:
 
 
 def _plain_ticks(axis) -> None:
-    """Losses span less than a decade: 3.2, not a power of ten."""
+    """Labels the loss axis with plain numbers: losses span less than a decade."""
     from matplotlib.ticker import ScalarFormatter
 
     axis.yaxis.set_major_formatter(ScalarFormatter())

@@ -143,9 +143,7 @@ def _number(value) -> bool:
 
 def _check_shape(columns: dict, name: str) -> None:
     if "loss" not in columns:
-        raise InputError(
-            f"column 'loss' is missing in {name}; map it with --columns=loss:NAME"
-        )
+        raise InputError(f"column 'loss' is missing in {name}; map it with --columns=loss:NAME")
     if "c" not in columns and not {"n", "d"} <= set(columns):
         lacks = "n" if "n" not in columns else "d"
         raise InputError(
