@@ -268,17 +268,17 @@ def settle(main: Estimate, data: Arms, effect: float, level: float) -> list[dict
     cost = float(np.exp(_run_per_cell(data).x + data.ln_c0).sum())
     options = []
     for sizes in range(5):
-        rung = _larger_budgets(data, sizes)
-        at_rungs = shift.information(main, rung) if sizes else np.zeros_like(base)
-        rung_cost = float(np.exp(rung.x + data.ln_c0).sum()) if sizes else 0.0
+        larger = _larger_budgets(data, sizes)
+        per_larger = shift.information(main, larger) if sizes else np.zeros_like(base)
+        larger_cost = float(np.exp(larger.x + data.ln_c0).sum()) if sizes else 0.0
         for seeds in range(13):
             # New sizes get one run, plus as many seeds as are added to the other cells.
             repeats = 1 + seeds
-            total = base + seeds * per_seed + repeats * at_rungs
+            total = base + seeds * per_seed + repeats * per_larger
             se = float(np.sqrt(np.linalg.pinv(total)[-1, -1]))
             if se > target_se or (main.unit == "cells" and seeds):
                 continue
-            flops = seeds * cost + repeats * rung_cost
+            flops = seeds * cost + repeats * larger_cost
             options.append(_option(data, sizes, seeds, se, flops, main, level))
             break
     return sorted(options, key=lambda o: o["flops"])[:MAX_OPTIONS]
@@ -308,8 +308,8 @@ def _larger_budgets(data: Arms, sizes: int) -> Arms:
     top = int(data.x.argmax())
     rows = np.full(2 * max(sizes, 1), top)
     step = np.repeat(np.arange(1, max(sizes, 1) + 1), 2) * np.log(2.0)
-    rungs = data.take(rows)
-    grown = {"x": rungs.x + step, "z": np.tile([0.0, 1.0], max(sizes, 1))}
-    if rungs.ln_n is not None and rungs.ln_d is not None:
-        grown |= {"ln_n": rungs.ln_n + step / 2, "ln_d": rungs.ln_d + step / 2}
-    return replace(rungs, **grown)
+    larger = data.take(rows)
+    grown = {"x": larger.x + step, "z": np.tile([0.0, 1.0], max(sizes, 1))}
+    if larger.ln_n is not None and larger.ln_d is not None:
+        grown |= {"ln_n": larger.ln_n + step / 2, "ln_d": larger.ln_d + step / 2}
+    return replace(larger, **grown)

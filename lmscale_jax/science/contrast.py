@@ -19,7 +19,7 @@ def pinned_floors(data: Arms, level: float) -> list[dict] | None:
         Rows of E, s, se and k at the lowest, middle and highest compute, which show how much the
         result depends on the unidentified floor. None with too few runs for a floor.
     """
-    sweep = _swept(data, level)
+    sweep = _sweep_floors(data, level)
     if sweep is None:
         return None
     E, theta, se, compatible = sweep
@@ -34,7 +34,7 @@ def pinned_floors(data: Arms, level: float) -> list[dict] | None:
 
 def floor_check(data: Arms, main: Estimate, level: float) -> dict | None:
     """Checks that s keeps its sign at every floor that the data do not reject."""
-    sweep = _swept(data, level)
+    sweep = _sweep_floors(data, level)
     if sweep is None:
         return None
     E, theta, se, compatible = sweep
@@ -49,7 +49,7 @@ def floor_check(data: Arms, main: Estimate, level: float) -> dict | None:
     }
 
 
-def _swept(data: Arms, level: float):
+def _sweep_floors(data: Arms, level: float):
     """Fits pinned floors: (E [G], theta [G, P], se of s [G], mask of compatible floors [G]).
 
     A coarse grid covers all floors below the smallest loss; a finer one the compatible range.
@@ -57,13 +57,13 @@ def _swept(data: Arms, level: float):
     if len(data) <= 5 or shift.budgets(data) < 3 or shift.off_curve(data):
         return None
     E = np.linspace(0.0, 0.98, FLOORS) * np.exp(data.y.min())
-    compatible = np.flatnonzero(_at_floors(data, E, level)[-1])
+    compatible = np.flatnonzero(_fit_floors(data, E, level)[-1])
     low, high = E[max(compatible[0] - 1, 0)], E[min(compatible[-1] + 1, FLOORS - 1)]
     E = np.linspace(low, high, FLOORS)
-    return E, *_at_floors(data, E, level)
+    return E, *_fit_floors(data, E, level)
 
 
-def _at_floors(data: Arms, E: np.ndarray, level: float):
+def _fit_floors(data: Arms, E: np.ndarray, level: float):
     """Fits each floor: (theta [G, 4] of ln a, b, tau, s; se of s [G]; mask not rejected [G])."""
     from scipy.stats import f as f_distribution
 

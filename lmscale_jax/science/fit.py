@@ -111,13 +111,13 @@ def fit(
     """Fits a law by minimising Huber's loss of ln residuals from many starts.
 
     Args:
-        table: a Table, a mapping of columns or a sequence of mappings (`table.as_table`).
+        table: a Table, a mapping of columns or a sequence of mappings (`as_table`).
         law: "chinchilla", "power" or "power_floor".
         delta: width of Huber's loss in ln L. None: 1.345 standard deviations, estimated from the
             median absolute residual. inf: least squares. Fits at 1e-3 and by least squares are
             always added as alternatives.
         floor: pins E, nats/token.
-        repetition: R* of `laws.effective_tokens`, or "fit"; needs the column `unique`.
+        repetition: R* of `effective_tokens`, or "fit"; needs the column `unique`.
         bootstrap: number of draws for the intervals; 0: no intervals.
         level: level of the intervals.
         cluster: unit of resampling: "run", "size" or "row".
