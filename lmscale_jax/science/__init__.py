@@ -1,7 +1,6 @@
-"""Scaling laws fitted to tables of results, and what such fits can and cannot say.
+"""Fits scaling laws to tables of results, compares arms, and forecasts and plans runs.
 
-The functions here have the names of the modules that define them; within the package a module is
-imported by its full name. They work on a Table, a mapping of columns or a sequence of rows.
+The functions accept a Table, a mapping of columns or a sequence of rows.
 """
 
 from lmscale_jax.science.advice import advise, plan
