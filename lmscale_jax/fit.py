@@ -216,7 +216,7 @@ def _isoflop(table):
 def _write(paths, written: dict, draw) -> None:
     if paths is None:
         return
-    from lmscale_jax.run.record import write_json
+    from lmscale_jax.files import write_json
 
     out, plot = paths
     try:

@@ -15,6 +15,7 @@ from lmscale_jax import config as configs
 from lmscale_jax.data import pipeline, prepared
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.evals import perplexity, redundancy
+from lmscale_jax.files import write_json
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
 from lmscale_jax.mur import objective as mur
@@ -136,7 +137,7 @@ def begin(
     if first:
         split, rows = mesh.split(setup.model.rows, setup.mesh), setup.model.rows
         table = rules.as_json(rows, setup.config.optim.decay_mode, split)
-        record.write_json(workdir / "parametrization.json", table)
+        write_json(workdir / "parametrization.json", table)
     return Begun(setup, run, lock)
 
 
@@ -305,7 +306,7 @@ def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
     if setup.parent:
         say(f"branching off step {setup.parent['step']} of {setup.parent['workdir']}")
         parent = checkpoint.Checkpoints(Path(setup.parent["workdir"]))
-        state, _ = parent.at(setup.parent["step"], abstract)
+        state, _ = parent.restore_step(setup.parent["step"], abstract)
         parent.close()
         return state, {}
     return step.begin(setup.config, setup.model, setup.transform, setup.placed), {}
@@ -329,7 +330,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop,
             clock.leave_out()
         stop.vote()
         if pending:
-            journal.take(*pending)
+            journal.log(*pending)
         watchdog.beat(done - 1)
         pending = (done, metrics)
         evaluate = done == last or due(done, config.eval.every)
@@ -340,7 +341,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop,
         with clock.pause():
             extra = setup.score(state) if evaluate else {}
             extra |= setup.redundancy(state.params) if done in looks else {}
-        journal.take(*pending, extra)
+        journal.log(*pending, extra)
         pending, final = None, extra if done == last else None
         if evaluate:
             journal.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")
