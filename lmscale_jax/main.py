@@ -9,9 +9,7 @@ from lmscale_jax import __version__, command
 from lmscale_jax.errors import InputError
 
 CONFIG = command.config_flag()
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of the run; continues an unfinished one"
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; continues an unfinished one")
 CLUSTER = flags.DEFINE_enum(
     "cluster",
     "none",

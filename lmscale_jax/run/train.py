@@ -15,7 +15,6 @@ from lmscale_jax import config as configs
 from lmscale_jax.data import pipeline, prepared
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.evals import perplexity, redundancy
-from lmscale_jax.files import write_json
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
 from lmscale_jax.mur import objective as mur
@@ -137,7 +136,7 @@ def begin(
     if first:
         split, rows = mesh.split(setup.model.rows, setup.mesh), setup.model.rows
         table = rules.as_json(rows, setup.config.optim.decay_mode, split)
-        write_json(workdir / "parametrization.json", table)
+        record.write_json(workdir / "parametrization.json", table)
     return Begun(setup, run, lock)
 
 
