@@ -50,7 +50,7 @@ def memory(compiled) -> dict[str, int] | None:
 
 
 def rows(config, model: build.Model, mesh) -> list[tuple[str, str]]:
-    """Compiles the training step and formats its `memory` as (name, MiB) rows."""
+    """Compiles the training step and formats its `compiled_memory` as (name, MiB) rows."""
     sizes = memory(lowered(config, model, mesh).compile())
     if sizes is None:
         return [("not known", "this platform's compiler does not count memory")]

@@ -1,7 +1,7 @@
 """Several processes as one run: how each scheduler starts them, what they agree on, how they end.
 
-With one process, which is usual, nothing here does anything. Call `joined` before anything asks JAX
-for a device.
+With one process, which is usual, nothing here does anything. Call `join_processes` before anything
+asks JAX for a device.
 """
 
 import atexit
@@ -75,7 +75,7 @@ def _leave_now(status: int) -> None:
 
 
 def _join(launch: Launch, config, same: dict, say) -> peers.Watch | None:
-    # JAX's service would swallow SIGTERM, which `watchdog.Stop` handles.
+    # JAX's service would swallow SIGTERM, which `watchdog.SignalHandler` handles.
     jax.config.update("jax_enable_preemption_service", False)
     start, grace = config.mesh.start_timeout, config.mesh.peer_timeout
     times = {
@@ -202,7 +202,7 @@ def _local_addresses() -> list[str]:
 
 
 def census_row() -> dict:
-    """Returns the host and devices of this process, for `census` and `missing`."""
+    """Returns the host and devices of this process, for `census` and `missing_devices`."""
     devices = jax.local_devices()
     return {
         "host": platform.node(),

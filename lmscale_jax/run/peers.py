@@ -76,7 +76,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def meet(address: Address, count: int, index: int, facts: dict, timeout: float, grace: float):
-    """Waits until all processes are connected. Returns (facts of all processes, `Watch` over them).
+    """Waits until all processes are connected.
+
+    Returns (facts of all processes in their order, the `PeerWatch` that looks after them).
 
     Args:
       address: of process 0.
@@ -99,7 +101,7 @@ def meet(address: Address, count: int, index: int, facts: dict, timeout: float, 
 def _listen_for_all(
     address: Address, count: int, facts: dict, deadline: float, timeout: float, grace: float
 ):
-    """Process 0's side of `meet`."""
+    """Process 0's side of `meet_peers`."""
     try:
         listener = _listen(address.port)
     except OSError as error:
@@ -183,7 +185,7 @@ def _absent(facts_by_index: dict, count: int, timeout: float, address: Address) 
 def _connect(
     address: Address, count: int, index: int, facts: dict, deadline: float, timeout, grace: float
 ):
-    """The side of `meet` of all processes but 0."""
+    """The side of `meet_peers` of all processes but 0."""
     peer_socket = None
     while peer_socket is None and time.monotonic() < deadline:
         # Names are looked up again: those of pods appear some time after their machines.

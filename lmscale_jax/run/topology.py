@@ -20,7 +20,7 @@ class Topology(NamedTuple):
 
     Attributes:
       name: the text of the flag.
-      chip: one of `chips.CHIPS`.
+      chip: one of `CHIPS`.
       count: number of chips.
       shape: of the torus, as "4x4"; empty where only the number of chips is known.
     """

@@ -1,4 +1,4 @@
-"""Signal handling (`Stop`), and a watchdog for steps that hang."""
+"""Signal handling (`SignalHandler`), and a watchdog for steps that hang."""
 
 import faulthandler
 import signal
