@@ -13,9 +13,7 @@ from lmscale_jax import command
 from lmscale_jax.errors import InputError, RunFailed
 
 CONFIG = command.config_flag()
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "directory of the ladder; an existing one is continued"
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the ladder; continued if it exists")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the cells and their cost, and exit")
 ANCHORS_ONLY = flags.DEFINE_bool("anchors_only", False, "stop after the forecast")
 ONLY = flags.DEFINE_list(

@@ -32,6 +32,7 @@ FORBIDDEN = {
     "study": {"reports", "fleet"},
     "lab": {"study", "fleet"},
     "reports": {"fleet"},
+    "fleet": {"reports"},
 }
 
 

@@ -159,8 +159,8 @@ def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
     ladder.executor.name, ladder.executor.minutes = name, 5 if name == "slurm" else 240
     os.environ["PYTHONPATH"] = str(ROOT)
     kinds = {"slurm": functools.partial(executors.Slurm, cluster="local"), "ray": executors.Ray}
-    write_report = functools.partial(page.write, argv=[])
-    last = conduct.run(ladder, workdir, [], "verdict", write_report, make_executor=kinds[name])
+    report = functools.partial(page.write, argv=[])
+    last = conduct.run(ladder, workdir, [], "verdict", report, make_executor=kinds[name])
     assert "report:" in last and len(losses(workdir)) == 6
 
 

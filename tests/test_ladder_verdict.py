@@ -1,5 +1,6 @@
 """A ladder whose losses follow a known law: plan, forecast, score and verdict without training."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.fleet import conduct
+from lmscale_jax.fleet import conduct, executors, packing, worker
 from lmscale_jax.fleet.executors import Ended
 from lmscale_jax.reports import ladder as page
 from lmscale_jax.study import forecasts, plan, results, verdict
@@ -15,6 +16,7 @@ from lmscale_jax.study import forecasts, plan, results, verdict
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
+REPORT = functools.partial(page.write, argv=["--config=x"])
 
 
 def loss_of(cell, shift=0.0, offset=0.02, rng=None) -> float:
@@ -109,15 +111,9 @@ def ladder(corpus, monkeypatch, tmp_path):
 
 def go(config, workdir, law=loss_of, until="verdict", only=(), fails=()):
     oracle = Oracle(workdir, law, fails)
-    lines = []
-    last = conduct.run(
-        config, workdir, list(only), until, write_report, lines.append, lambda *_: oracle
-    )
-    return oracle, lines, last
-
-
-def write_report(*results):
-    return page.write(*results, argv=["--config=x"])
+    log = []
+    last = conduct.run(config, workdir, list(only), until, REPORT, log.append, lambda *_: oracle)
+    return oracle, log, last
 
 
 def read(path):
@@ -132,8 +128,8 @@ def test_from_a_law_to_a_verdict(ladder, tmp_path):
     ladder_plan = plan.read(workdir)
     assert len(oracle.started) == len(set(oracle.started)) == len(ladder_plan.cells) == 36
     # The held-out rung came last, after the forecast.
-    held = {cell.id for cell in ladder_plan.with_role("held_out")}
-    assert set(oracle.started[-6:]) == held
+    held_out = {cell.id for cell in ladder_plan.with_role("held_out")}
+    assert set(oracle.started[-6:]) == held_out
     forecast = read(workdir / "forecast.json")
     for arm in ("gelu", "swiglu"):
         target = next(c for c in ladder_plan.with_role("held_out") if c.arm == arm)
@@ -189,8 +185,6 @@ def test_a_forecast_cannot_be_written_afterwards(ladder, tmp_path):
 
 
 def test_the_held_out_rung_waits_for_the_forecast(ladder, tmp_path):
-    from lmscale_jax.fleet import worker
-
     workdir = tmp_path / "w"
     go(ladder(), workdir, only=["100k"])
     ladder_plan = plan.read(workdir)
@@ -202,8 +196,8 @@ def test_what_fails_is_left_out_and_tried_again(ladder, tmp_path):
     workdir, config = tmp_path / "w", ladder()
     ladder_plan = plan.make(config, print)
     bad = ladder_plan.with_role("anchor")[0].id
-    _, lines, _ = go(config, workdir, fails={bad})
-    assert any("no memory" in line for line in lines)
+    _, log, _ = go(config, workdir, fails={bad})
+    assert any("no memory" in line for line in log)
     judgement = read(workdir / "verdict.json")
     assert judgement["runs"] == {"finished": 35, "planned": 1}
     assert judgement["left_out"] == [{"run_id": bad, "status": "planned", "why": "no memory"}]
@@ -305,9 +299,9 @@ def test_two_ladders_share_the_cells_they_have_in_common(ladder, tmp_path):
     workdir = tmp_path / "w"
     first, _, _ = go(ladder(seeds=1, rungs__held_out=0.0), workdir)
     assert len(first.started) == 10
-    more = ladder(seeds=2, rungs__held_out=0.0)
-    more.arms.relu2 = {"model": {"mlp": "relu2"}}
-    second, _, last = go(more, workdir)
+    larger = ladder(seeds=2, rungs__held_out=0.0)
+    larger.arms.relu2 = {"model": {"mlp": "relu2"}}
+    second, _, last = go(larger, workdir)
     assert len(second.started) == 20 and not set(first.started) & set(second.started)
     assert "relu2" in last and "swiglu" in last
 
@@ -325,7 +319,7 @@ def test_a_run_that_diverges_is_recorded_and_the_rest_go_on(ladder, tmp_path):
     config, workdir = ladder(seeds=2), tmp_path / "w"
     bad = plan.make(config, print).with_role("anchor")[0].id
     oracle = Diverging(workdir, loss_of)
-    conduct.run(config, workdir, [], "verdict", write_report, lambda line: None, lambda *_: oracle)
+    conduct.run(config, workdir, [], "verdict", REPORT, lambda line: None, lambda *_: oracle)
     judgement = read(workdir / "verdict.json")
     assert judgement["runs"] == {"diverged": 1, "finished": 23}
     assert [run["run_id"] for run in judgement["left_out"]] == [bad]
@@ -343,11 +337,8 @@ def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
     )  # fmt: skip
     oracle, _, _ = go(config, tmp_path / "w")
     ladder_plan = plan.read(tmp_path / "w")
-    trunks, branches = (
-        ladder_plan.with_role("trunk"),
-        [c for c in ladder_plan.with_role("anchor") if c.needs],
-    )
-    assert len(trunks) == 4 and len(branches) == 12 == len(ladder_plan.with_role("anchor"))
+    trunks, branches = ladder_plan.with_role("trunk"), ladder_plan.with_role("anchor")
+    assert len(trunks) == 4 and len(branches) == 12 and all(cell.needs for cell in branches)
     assert set(oracle.started[:4]) == {cell.id for cell in trunks}
     for cell in branches:
         trunk, settings = ladder_plan.cell(cell.needs), ladder_plan.config(cell, tmp_path / "w")
@@ -360,8 +351,8 @@ def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
         assert settings.train.parent_step + cooldown == settings.train.steps
         assert 0.15 < cooldown / settings.train.steps < 0.25
         assert abs(cell.tokens / cell.budget - 1) < 0.15
-    held = ladder_plan.with_role("held_out")
-    assert {cell.needs for cell in held} == {""} and {cell.budget for cell in held} == {8e6}
+    held_out = ladder_plan.with_role("held_out")
+    assert {(cell.needs, cell.budget) for cell in held_out} == {("", 8e6)}
 
 
 def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkeypatch):
@@ -373,9 +364,9 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
     ladder_plan = plan.read(tmp_path / "w")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "150")
-    shown = Progress(ladder_plan, ladder_plan.with_role("anchor"), tmp_path / "w", print)
-    shown.show()
-    shown.close()
+    table = Progress(ladder_plan, ladder_plan.with_role("anchor"), tmp_path / "w", print)
+    table.show()
+    table.close()
     # Once more, in its own place.
     out = capsys.readouterr().err
     assert "\x1b[" in out and "30 of 30" in out and "held out" in out
@@ -384,8 +375,6 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
 
 def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
     """On CPU up to four of the narrowest; never fewer jobs than processes; equal shapes only."""
-    from lmscale_jax.fleet import executors, packing
-
     monkeypatch.setattr(executors, "on_cpu", lambda: True)
     config = ladder(
         rungs__by="width", rungs__sizes=(16.0, 32.0, 64.0), rungs__held_out=0.0,
@@ -397,14 +386,11 @@ def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
     def lengths(slots, mode="auto"):
         ladder_plan.ladder["pack"]["mode"] = mode
         jobs = packing.jobs(ladder_plan, ladder_plan.cells, slots)
-        assert sorted(name for job in jobs for name in job) == sorted(
-            c.id for c in ladder_plan.cells
-        )
-        for job in jobs:
-            assert len({(c.arm, c.size) for c in map(ladder_plan.cell, job)}) == 1
-        return {
-            s: max(len(j) for j in jobs if ladder_plan.cell(j[0]).size == s) for s in (16, 32, 64)
-        }
+        packs = [[ladder_plan.cell(name) for name in job] for job in jobs]
+        ids = sorted(cell.id for cell in ladder_plan.cells)
+        assert sorted(cell.id for cells in packs for cell in cells) == ids
+        assert all(len({(c.arm, c.size) for c in cells}) == 1 for cells in packs)
+        return {s: max(len(cells) for cells in packs if cells[0].size == s) for s in (16, 32, 64)}
 
     assert lengths(2) == {16: 4, 32: 4, 64: 1}
     assert lengths(2, "always") == {16: 8, 32: 8, 64: 8}
