@@ -7,15 +7,15 @@ from pathlib import Path
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.fleet import worker
-from lmscale_jax.study import plan
+from lmscale_jax.study.plan import read
 
 
 def main(workdir: Path, ids: list[str]) -> None:
     """Trains the cells with these ids. Raises InputError where there is no plan or no such cell."""
-    ladder_plan = plan.read(workdir)
-    if ladder_plan is None:
+    plan = read(workdir)
+    if plan is None:
         raise InputError(f"--workdir={workdir} holds no plan.json; run lmscale_jax.ladder first")
-    worker.train(ladder_plan, [ladder_plan.cell(name) for name in ids], workdir)
+    worker.train(plan, [plan.cell(name) for name in ids], workdir)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ ONLY = flags.DEFINE_list(
 
 
 def main() -> None:
-    from lmscale_jax.fleet import conduct
+    from lmscale_jax.fleet import conduct, drive
 
     if DRY_RUN.value:
         print(conduct.preview(CONFIG.value, Path(WORKDIR.value or "."), ONLY.value))
@@ -40,7 +40,7 @@ def main() -> None:
             until="forecast" if ANCHORS_ONLY.value else "verdict",
             write_report=functools.partial(page.write, argv=sys.argv[1:]),
         )
-    except conduct.Stopped as error:
+    except drive.Stopped as error:
         print("stopped: run the same command to continue", flush=True)
         raise SystemExit(error.status) from None
     except OSError as error:

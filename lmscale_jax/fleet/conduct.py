@@ -5,13 +5,10 @@ from pathlib import Path
 
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.fleet import drive, estimate, executors
-from lmscale_jax.fleet.drive import Stopped
 from lmscale_jax.run import record
 from lmscale_jax.study import forecasts, plan, results, verdict
 from lmscale_jax.study.cells import HELD_OUT, Cell
 from lmscale_jax.study.plan import Plan
-
-__all__ = ["Stopped", "WriteReport", "preview", "run"]
 
 # (plan, workdir, rows of results.csv, forecast.json or None, verdict.json) -> path of the page.
 WriteReport = Callable[[Plan, Path, list[dict], dict | None, dict], Path]
@@ -42,7 +39,8 @@ def run(
       until: "forecast" or "verdict", the last step to take.
       write_report: called once, after the verdict is written.
 
-    Raises InputError on bad input, RunFailed where no run finished, and Stopped on a signal.
+    Raises InputError on bad input, RunFailed where no run finished, and
+    Interrupted on SIGTERM and SIGINT.
     """
     ladder_plan = plan.make(config, say)
     previous = plan.check(ladder_plan, workdir)

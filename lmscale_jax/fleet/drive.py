@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lmscale_jax.fleet import packing
 from lmscale_jax.fleet.progress import Progress
-from lmscale_jax.run import record
+from lmscale_jax.run.record import in_use, write_json
 from lmscale_jax.study import records
 from lmscale_jax.study.cells import TRUNK, Cell
 from lmscale_jax.study.plan import Plan, run_dir
@@ -35,7 +35,7 @@ def run(
     """Trains the cells that are neither finished nor diverged: trunks first, then all others.
 
     The runs of a failed pack are retried one by one. A failed run is noted in attempts.jsonl and
-    left for the next call. `every` is the polling interval in seconds. Raises Stopped on SIGTERM
+    left for the next call. `every` is the polling interval in seconds. Raises Interrupted on SIGTERM
     and SIGINT.
     """
     for stage in ([c for c in cells if c.role == TRUNK], [c for c in cells if c.role != TRUNK]):
@@ -65,7 +65,7 @@ class _Stage:
         self._progress = Progress(plan, cells, workdir, say)
 
     def train(self, every: float) -> None:
-        """Runs all jobs to their end. Raises Stopped on SIGTERM and SIGINT."""
+        """Runs all jobs to their end. Raises Interrupted on SIGTERM and SIGINT."""
         signals: list[str] = []
         handlers = {
             s: signal.signal(s, lambda number, _: signals.append(signal.Signals(number).name))
@@ -100,7 +100,7 @@ class _Stage:
         self._waiting = unsubmitted + locked
 
     def _is_locked(self, job: list[str]) -> bool:
-        return any(record.in_use(run_dir(self._workdir, name)) for name in job)
+        return any(in_use(run_dir(self._workdir, name)) for name in job)
 
     def _handle(self, ended) -> None:
         """Notes the failed runs of a job that ended, and retries those of a pack one by one."""
@@ -131,4 +131,4 @@ def _close_record(directory: Path, ended) -> None:
     fields = json.loads(path.read_text())
     if fields["status"] == "running":
         text = f"its process ended with status {ended.status}: {ended.message}"
-        record.write_json(path, fields | {"status": "failed", "error": text})
+        write_json(path, fields | {"status": "failed", "error": text})

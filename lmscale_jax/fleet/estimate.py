@@ -36,7 +36,8 @@ def text(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> str:
                 f"{shape['n_layers']} x {shape['d_model']} ({shape['n_heads']}, {shape['d_ff']})",
                 f"{cell.counts['total']:,}", f"{cell.counts['non_embedding']:,}",
                 f"{cell.tokens:,}", _epochs(plan, cell, manifest), f"{cell.flops:.3g}",
-                str(runs_of(kind)), explain.readable(cell.flops / rate), memory(plan, cell),
+                str(runs_of(kind)), explain.readable(cell.flops / rate),
+                memory(plan, cell),
             )
         )  # fmt: skip
     lines = [plan.ladder["question"] or "(no question)", "", *explain.aligned(rows), ""]

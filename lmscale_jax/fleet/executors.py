@@ -1,9 +1,9 @@
 """Executors of jobs: processes on this machine, Ray tasks, Slurm jobs.
 
-A job is a list of cell ids, trained by one `lmscale_jax.cell` process. All executors have the same
-interface: `submit(jobs)` starts as many as there are free slots and returns the others, `poll()`
-returns the jobs that ended, `stop()` asks all running jobs to save and exit, and `slots` is the
-number that run at a time.
+A job is a list of cell ids, trained by one process `lmscale_jax.cell`.
+All executors have the same interface: `submit(jobs)` starts as many as there are free slots and
+returns the others, `poll()` returns the jobs that ended, `stop()` asks all running jobs to save and
+exit, and `slots` is the number that run at a time.
 """
 
 import contextlib

@@ -64,7 +64,8 @@ class Cell:
     def label(self) -> str:
         """Describes the cell to a reader: arm, size, budget, tuned values, seed."""
         tuned = "".join(f" {k.rpartition('.')[2]}={v:g}" for k, v in self.tune.items())
-        return f"{self.arm} {short(self.size)} x {short(self.budget)}{tuned} seed {self.seed}"
+        rung = f"{short(self.size)} x {short(self.budget)}"
+        return f"{self.arm} {rung}{tuned} seed {self.seed}"
 
 
 def short(number: float) -> str:
