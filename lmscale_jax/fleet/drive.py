@@ -35,8 +35,8 @@ def run(
     """Trains the cells that are neither finished nor diverged: trunks first, then all others.
 
     The runs of a failed pack are retried one by one. A failed run is noted in attempts.jsonl and
-    left for the next call. `every` is the polling interval in seconds. Raises Interrupted on SIGTERM
-    and SIGINT.
+    left for the next call. `every` is the polling interval in seconds. Raises Interrupted on
+    SIGTERM and SIGINT.
     """
     for stage in ([c for c in cells if c.role == TRUNK], [c for c in cells if c.role != TRUNK]):
         stage = [c for c in stage if records.status(workdir, c) not in DONE]
