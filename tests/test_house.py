@@ -37,6 +37,7 @@ FORBIDDEN = {
     "study": {"reports", "fleet"},
     "lab": {"study", "fleet"},
     "reports": {"fleet"},
+    "fleet": {"reports"},
 }
 
 

@@ -13,6 +13,7 @@ from conftest import ROOT, run, start
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.fleet import conduct, executors
+from lmscale_jax.reports import ladder as page
 from lmscale_jax.study import plan
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -93,7 +94,7 @@ def test_killed_and_started_again(config, tmp_path):
         process.send_signal(number)
         process.communicate(timeout=150)
         assert process.returncode in (-9, 143)
-    done = {
+    finished = {
         path.parent.name: path.stat().st_mtime_ns
         for path in workdir.glob("runs/*/run.json")
         if json.loads(path.read_text())["status"] == "finished"
@@ -101,11 +102,13 @@ def test_killed_and_started_again(config, tmp_path):
     status, out, err = run("ladder", *arguments, f"--workdir={workdir}")
     assert status == 0, err
     assert losses(workdir) == losses(tmp_path / "whole") and len(losses(workdir)) == 6
-    for name, when in done.items():
+    for name, when in finished.items():
         assert (workdir / "runs" / name / "run.json").stat().st_mtime_ns == when
-    one, two = (json.loads((w / "verdict.json").read_text()) for w in (workdir, tmp_path / "whole"))
+    cut, whole = (
+        json.loads((w / "verdict.json").read_text()) for w in (workdir, tmp_path / "whole")
+    )
     for key in ("verdict", "answer", "comparisons", "forecast"):
-        assert one[key] == two[key]
+        assert cut[key] == whole[key]
     assert (workdir / "report" / "index.html").stat().st_size > 50_000 and "verdict:" in out
 
 
@@ -124,8 +127,8 @@ def test_packs_and_single_runs_end_alike(config, tmp_path):
         assert loss == pytest.approx(results["never"][name], rel=2e-5)
     packed = json.loads(next(tmp_path.glob("always/runs/*/run.json")).read_text())["packed"]
     assert packed == 3
-    made = json.loads((tmp_path / "always" / "forecast.json").read_text())
-    assert made["arms"].keys() == {"gelu", "relu2"} and made["scores"] is None
+    forecast = json.loads((tmp_path / "always" / "forecast.json").read_text())
+    assert forecast["arms"].keys() == {"gelu", "relu2"} and forecast["scores"] is None
 
 
 @pytest.mark.slow
@@ -138,9 +141,9 @@ def test_branches_off_a_shared_trunk(config, tmp_path):
     ]  # fmt: skip
     status, out, err = run("ladder", f"--config={config}", f"--workdir={workdir}", *changes)
     assert status == 0, err
-    made, found = plan.read(workdir), losses(workdir)
-    branches = [cell for cell in made.of("anchor") if cell.id in found]
-    assert len(branches) == 4 and len(found) == 6 and "trained 6 cell(s)" in out
+    trained = losses(workdir)
+    branches = [cell for cell in plan.read(workdir).with_role("anchor") if cell.id in trained]
+    assert len(branches) == 4 and len(trained) == 6 and "trained 6 cell(s)" in out
     for cell in branches:
         record = json.loads((workdir / "runs" / cell.id / "run.json").read_text())
         assert record["parent"]["config_hash"] == cell.needs
@@ -156,8 +159,9 @@ def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
     ladder.executor.name, ladder.executor.minutes = name, 5 if name == "slurm" else 240
     os.environ["PYTHONPATH"] = str(ROOT)
     kinds = {"slurm": functools.partial(executors.Slurm, cluster="local"), "ray": executors.Ray}
-    said = conduct.run(ladder, workdir, [], "verdict", [], make_executor=kinds[name])
-    assert "report:" in said and len(losses(workdir)) == 6
+    report = functools.partial(page.write, argv=[])
+    last = conduct.run(ladder, workdir, [], "verdict", report, make_executor=kinds[name])
+    assert "report:" in last and len(losses(workdir)) == 6
 
 
 def test_an_executor_that_is_not_there(config, tmp_path):
@@ -166,7 +170,7 @@ def test_an_executor_that_is_not_there(config, tmp_path):
     if executors.importlib.util.find_spec("submitit"):
         pytest.skip("submitit is installed")
     with pytest.raises(InputError, match=r"pip install 'lmscale_jax\[slurm\]'"):
-        conduct.run(ladder, tmp_path / "w", [], "verdict", [])
+        conduct.run(ladder, tmp_path / "w", [], "verdict", page.write)
     assert not (tmp_path / "w").exists()
 
 

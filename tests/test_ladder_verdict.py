@@ -1,5 +1,6 @@
 """A ladder whose losses follow a known law: plan, forecast, score and verdict without training."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,13 +8,15 @@ import pytest
 
 from lmscale_jax.configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.fleet import conduct
+from lmscale_jax.fleet import conduct, executors, packing, worker
 from lmscale_jax.fleet.executors import Ended
+from lmscale_jax.reports import ladder as page
 from lmscale_jax.study import forecasts, plan, results, verdict
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
+REPORT = functools.partial(page.write, argv=["--config=x"])
 
 
 def loss_of(cell, shift=0.0, offset=0.02, rng=None) -> float:
@@ -36,12 +39,12 @@ class Oracle:
         self.started = []
 
     def submit(self, jobs):
-        made = plan.read(self._workdir)
+        ladder_plan = plan.read(self._workdir)
         for job in jobs:
             self.started += job
             for name in job:
                 if name not in self._fails:
-                    self._write(made.cell(name))
+                    self._write(ladder_plan.cell(name))
             status = int(any(name in self._fails for name in job))
             self._ended.append(Ended(job, status, "no memory" if status else ""))
         return []
@@ -97,9 +100,9 @@ def ladder(corpus, monkeypatch, tmp_path):
             for key, value in changes.items():
                 *groups, name = key.split("__")
                 group = c
-                for one in groups:
-                    group[one] = group.get(one, {})
-                    group = group[one]
+                for part in groups:
+                    group[part] = group.get(part, {})
+                    group = group[part]
                 group[name] = value
         return c
 
@@ -108,11 +111,9 @@ def ladder(corpus, monkeypatch, tmp_path):
 
 def go(config, workdir, law=loss_of, until="verdict", only=(), fails=()):
     oracle = Oracle(workdir, law, fails)
-    said = []
-    last = conduct.run(
-        config, workdir, list(only), until, ["--config=x"], said.append, lambda *_: oracle
-    )
-    return oracle, said, last
+    log = []
+    last = conduct.run(config, workdir, list(only), until, REPORT, log.append, lambda *_: oracle)
+    return oracle, log, last
 
 
 def read(path):
@@ -124,26 +125,27 @@ def test_from_a_law_to_a_verdict(ladder, tmp_path):
     workdir = tmp_path / "w"
     oracle, _, last = go(ladder(), workdir)
     assert "verdict: constant offset" in last
-    made = plan.read(workdir)
-    assert len(oracle.started) == len(set(oracle.started)) == len(made.cells) == 36
+    ladder_plan = plan.read(workdir)
+    assert len(oracle.started) == len(set(oracle.started)) == len(ladder_plan.cells) == 36
     # The held-out rung came last, after the forecast.
-    held = {cell.id for cell in made.of("held_out")}
-    assert set(oracle.started[-6:]) == held
+    held_out = {cell.id for cell in ladder_plan.with_role("held_out")}
+    assert set(oracle.started[-6:]) == held_out
     forecast = read(workdir / "forecast.json")
     for arm in ("gelu", "swiglu"):
-        target = next(c for c in made.of("held_out") if c.arm == arm)
+        target = next(c for c in ladder_plan.with_role("held_out") if c.arm == arm)
         score = forecast["scores"][arm]
         assert score["inside"] and score["loss"] == pytest.approx(loss_of(target))
-    found = read(workdir / "verdict.json")
-    assert found["verdict"] == "constant offset" and found["runs"] == {"finished": 36}
-    assert "d_ff at 100000" in found["differences"]["swiglu"]
+    judgement = read(workdir / "verdict.json")
+    assert judgement["verdict"] == "constant offset" and judgement["runs"] == {"finished": 36}
+    assert "d_ff at 100000" in judgement["differences"]["swiglu"]
     header, *lines = (workdir / "results.csv").read_text().splitlines()
     assert len(lines) == 36
     needed = "run_id variant n_total n_non_embedding tokens flops seed val_loss val_loss_sem status"
     assert set(needed.split()) <= set(header.split(","))
-    page = (workdir / "report" / "index.html").read_text()
-    assert "http" not in page.split("<body", 1)[-1].replace("http-equiv", "")
-    assert "<script" not in page and page.count("data:image/png;base64") == 4
+    html = (workdir / "report" / "index.html").read_text()
+    assert "http" not in html.split("<body", 1)[-1].replace("http-equiv", "")
+    assert "<script" not in html and html.count("data:image/png;base64") == 4
+    assert "python -m lmscale_jax.ladder --config=x" in html
 
 
 @pytest.mark.slow
@@ -151,10 +153,11 @@ def test_nothing_is_run_or_forecast_twice(ladder, tmp_path):
     workdir = tmp_path / "w"
     go(ladder(), workdir, until="forecast")
     before = (workdir / "forecast.json").read_bytes()
+    assert not (workdir / "report").exists()
     oracle, _, _ = go(ladder(), workdir)
     assert len(oracle.started) == 6
-    again, _, _ = go(ladder(), workdir)
-    assert again.started == []
+    third, _, _ = go(ladder(), workdir)
+    assert third.started == []
     fixed, after = json.loads(before), read(workdir / "forecast.json")
     assert {k: after[k] for k in forecasts.FIXED} == {k: fixed[k] for k in forecasts.FIXED}
 
@@ -182,28 +185,26 @@ def test_a_forecast_cannot_be_written_afterwards(ladder, tmp_path):
 
 
 def test_the_held_out_rung_waits_for_the_forecast(ladder, tmp_path):
-    from lmscale_jax.fleet import worker
-
     workdir = tmp_path / "w"
     go(ladder(), workdir, only=["100k"])
-    made = plan.read(workdir)
+    ladder_plan = plan.read(workdir)
     with pytest.raises(InputError, match="is not written yet"):
-        worker.train(made, made.of("held_out")[:1], workdir)
+        worker.train(ladder_plan, ladder_plan.with_role("held_out")[:1], workdir)
 
 
 def test_what_fails_is_left_out_and_tried_again(ladder, tmp_path):
     workdir, config = tmp_path / "w", ladder()
-    made = plan.make(config, print)
-    bad = made.of("anchor")[0].id
-    _, said, _ = go(config, workdir, fails={bad})
-    assert any("no memory" in line for line in said)
-    found = read(workdir / "verdict.json")
-    assert found["runs"] == {"finished": 35, "planned": 1}
-    assert found["left_out"] == [{"run_id": bad, "status": "planned", "why": "no memory"}]
-    again, _, _ = go(config, workdir)
-    assert again.started == [bad] and read(workdir / "verdict.json")["left_out"] == []
+    ladder_plan = plan.make(config, print)
+    bad = ladder_plan.with_role("anchor")[0].id
+    _, log, _ = go(config, workdir, fails={bad})
+    assert any("no memory" in line for line in log)
+    judgement = read(workdir / "verdict.json")
+    assert judgement["runs"] == {"finished": 35, "planned": 1}
+    assert judgement["left_out"] == [{"run_id": bad, "status": "planned", "why": "no memory"}]
+    second, _, _ = go(config, workdir)
+    assert second.started == [bad] and read(workdir / "verdict.json")["left_out"] == []
     with pytest.raises(RunFailed, match="no run finished"):
-        go(ladder(rungs__held_out=0.0), tmp_path / "b", fails={c.id for c in made.cells})
+        go(ladder(rungs__held_out=0.0), tmp_path / "b", fails={c.id for c in ladder_plan.cells})
 
 
 def test_each_arm_is_compared_at_its_own_best_rate(ladder, tmp_path):
@@ -216,9 +217,9 @@ def test_each_arm_is_compared_at_its_own_best_rate(ladder, tmp_path):
         return loss_of(cell) + 0.1 * (np.log2(cell.tune["optim.lr"] / best[cell.arm])) ** 2
 
     oracle, _, _ = go(config, tmp_path / "w", law)
-    held = [plan.read(tmp_path / "w").cell(name) for name in oracle.started[-4:]]
-    assert {(c.arm, c.tune["optim.lr"]) for c in held} == set(best.items())
-    assert all(c.role == "held_out" for c in held) and len(oracle.started) == 36 + 4
+    held_out = [plan.read(tmp_path / "w").cell(name) for name in oracle.started[-4:]]
+    assert {(c.arm, c.tune["optim.lr"]) for c in held_out} == set(best.items())
+    assert all(c.role == "held_out" for c in held_out) and len(oracle.started) == 36 + 4
     rows, warnings = results.chosen(
         results.finished(results.rows(plan.read(tmp_path / "w"), tmp_path / "w"))
     )
@@ -233,17 +234,17 @@ def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
     """100 draws of noise: a real shift of 8 % is found in 90; an offset is taken for one in 8."""
     workdir = tmp_path / "w"
     go(ladder(), workdir)
-    made = plan.read(workdir)
-    rows = results.rows(made, workdir)
-    said = []
+    ladder_plan = plan.read(workdir)
+    rows = results.rows(ladder_plan, workdir)
+    verdicts = []
     for draw in range(100):
         rng = np.random.default_rng([draw, int(shift * 100)])
         drawn = [
             row | {"val_loss": loss_of(cell, shift, rng=rng)}
-            for row, cell in zip(rows, made.cells, strict=True)
+            for row, cell in zip(rows, ladder_plan.cells, strict=True)
         ]
-        said.append(verdict.judge(made, workdir, drawn, None)["verdict"])
-    counts = {word: said.count(word) for word in sorted(set(said))}
+        verdicts.append(verdict.judge(ladder_plan, workdir, drawn, None)["verdict"])
+    counts = {word: verdicts.count(word) for word in sorted(set(verdicts))}
     if shift:
         assert counts.get(kind, 0) >= 90, counts
     else:
@@ -252,27 +253,27 @@ def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"rungs__held_out": 5e6}, "held_out=5e+06 is not beyond the anchors, which reach 1e+07"),
         ({"tokens__held_out": 1.0}, "within the anchors' range"),
         ({"rungs__sizes": (1e5, 2.2e2)}, "must be positive numbers, smallest first"),
         ({"rungs__sizes": (10.0,)}, "the nearest has"),
         ({"switch": ("optim.lr",)}, "config.arms.swiglu sets model.mlp, so the arms differ"),
-        ({"baseline": "relu"}, "config.baseline='relu' is no arm"),
+        ({"baseline": "relu"}, "config.baseline='relu' is not an arm (gelu, swiglu)"),
         ({"seeds": 0}, "config.seeds=0 must be at least 1"),
-        ({"tune__optim__lr": (1.0, 2.0)}, "config.tune.all.optim would be tried in every arm"),
+        ({"tune__optim__lr": (1.0, 2.0)}, "use config.tune.all.optim to try it in every arm"),
         ({"rungs__bi": 1}, "config.rungs.bi is not a key"),
-        ({"executor__workers": 99}, "more than the"),
-        ({"max_hours": 1e-9}, "config.max_hours=1e-09: what is left takes about"),
-        ({"tokens__trunk": "shared"}, "'wsd' would work"),
+        ({"executor__workers": 99}, "workers=99 of 1 core(s) need more than the"),
+        ({"max_hours": 1e-9}, "config.max_hours=1e-09 is less than the"),
+        ({"tokens__trunk": "shared"}, "use 'wsd'"),
         ({"run__model__d_modle": 1}, "did you mean model.d_model"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(ladder, tmp_path, changes, said):
+def test_bad_input_is_refused_in_one_line(ladder, tmp_path, changes, message):
     with pytest.raises(InputError) as error:
         go(ladder(**changes), tmp_path / "w")
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "w").exists()
 
 
@@ -298,9 +299,9 @@ def test_two_ladders_share_the_cells_they_have_in_common(ladder, tmp_path):
     workdir = tmp_path / "w"
     first, _, _ = go(ladder(seeds=1, rungs__held_out=0.0), workdir)
     assert len(first.started) == 10
-    more = ladder(seeds=2, rungs__held_out=0.0)
-    more.arms.relu2 = {"model": {"mlp": "relu2"}}
-    second, _, last = go(more, workdir)
+    larger = ladder(seeds=2, rungs__held_out=0.0)
+    larger.arms.relu2 = {"model": {"mlp": "relu2"}}
+    second, _, last = go(larger, workdir)
     assert len(second.started) == 20 and not set(first.started) & set(second.started)
     assert "relu2" in last and "swiglu" in last
 
@@ -316,16 +317,16 @@ def test_a_run_that_diverges_is_recorded_and_the_rest_go_on(ladder, tmp_path):
                 path.write_text(json.dumps(fields))
 
     config, workdir = ladder(seeds=2), tmp_path / "w"
-    bad = plan.make(config, print).of("anchor")[0].id
+    bad = plan.make(config, print).with_role("anchor")[0].id
     oracle = Diverging(workdir, loss_of)
-    conduct.run(config, workdir, [], "verdict", [], lambda line: None, lambda *_: oracle)
-    found = read(workdir / "verdict.json")
-    assert found["runs"] == {"diverged": 1, "finished": 23}
-    assert [run["run_id"] for run in found["left_out"]] == [bad]
+    conduct.run(config, workdir, [], "verdict", REPORT, lambda line: None, lambda *_: oracle)
+    judgement = read(workdir / "verdict.json")
+    assert judgement["runs"] == {"diverged": 1, "finished": 23}
+    assert [run["run_id"] for run in judgement["left_out"]] == [bad]
     assert "it diverged" in (workdir / "report" / "index.html").read_text()
     # It would diverge again.
-    again, _, _ = go(config, workdir)
-    assert again.started == []
+    second, _, _ = go(config, workdir)
+    assert second.started == []
 
 
 def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
@@ -335,13 +336,13 @@ def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
         run__schedule__name="wsd", rungs__sizes=(1e5, 3e5), rungs__held_out=1e6, seeds=1,
     )  # fmt: skip
     oracle, _, _ = go(config, tmp_path / "w")
-    made = plan.read(tmp_path / "w")
-    trunks, branches = made.of("trunk"), [c for c in made.of("anchor") if c.needs]
-    assert len(trunks) == 4 and len(branches) == 12 == len(made.of("anchor"))
+    ladder_plan = plan.read(tmp_path / "w")
+    trunks, branches = ladder_plan.with_role("trunk"), ladder_plan.with_role("anchor")
+    assert len(trunks) == 4 and len(branches) == 12 and all(cell.needs for cell in branches)
     assert set(oracle.started[:4]) == {cell.id for cell in trunks}
     for cell in branches:
-        trunk, settings = made.cell(cell.needs), made.config(cell, tmp_path / "w")
-        shared = made.config(trunk, tmp_path / "w")
+        trunk, settings = ladder_plan.cell(cell.needs), ladder_plan.config(cell, tmp_path / "w")
+        shared = ladder_plan.config(trunk, tmp_path / "w")
         assert (cell.arm, cell.size, cell.seed) == (trunk.arm, trunk.size, trunk.seed)
         assert settings.train.parent_step % shared.checkpoint.keep_every == 0
         assert settings.train.parent_step <= shared.train.steps
@@ -350,8 +351,8 @@ def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
         assert settings.train.parent_step + cooldown == settings.train.steps
         assert 0.15 < cooldown / settings.train.steps < 0.25
         assert abs(cell.tokens / cell.budget - 1) < 0.15
-    held = made.of("held_out")
-    assert {cell.needs for cell in held} == {""} and {cell.budget for cell in held} == {8e6}
+    held_out = ladder_plan.with_role("held_out")
+    assert {(cell.needs, cell.budget) for cell in held_out} == {("", 8e6)}
 
 
 def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkeypatch):
@@ -360,12 +361,12 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
     from lmscale_jax.fleet.progress import Progress
 
     go(ladder(), tmp_path / "w", until="forecast")
-    made = plan.read(tmp_path / "w")
+    ladder_plan = plan.read(tmp_path / "w")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "150")
-    shown = Progress(made, made.of("anchor"), tmp_path / "w", 2, print)
-    shown.show()
-    shown.close()
+    table = Progress(ladder_plan, ladder_plan.with_role("anchor"), tmp_path / "w", print)
+    table.show()
+    table.close()
     # Once more, in its own place.
     out = capsys.readouterr().err
     assert "\x1b[" in out and "30 of 30" in out and "held out" in out
@@ -374,23 +375,22 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
 
 def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
     """On CPU up to four of the narrowest; never fewer jobs than processes; equal shapes only."""
-    from lmscale_jax.fleet import executors, packing
-
     monkeypatch.setattr(executors, "on_cpu", lambda: True)
     config = ladder(
         rungs__by="width", rungs__sizes=(16.0, 32.0, 64.0), rungs__held_out=0.0,
         rungs__match="none", rungs__aspect=64.0, rungs__head_dim=64, seeds=8,
     )  # fmt: skip
     config.run.model.d_model, config.run.model.n_heads, config.run.model.n_layers = 16, 2, 1
-    made = plan.make(config, print)
+    ladder_plan = plan.make(config, print)
 
     def lengths(slots, mode="auto"):
-        made.ladder["pack"]["mode"] = mode
-        jobs = packing.jobs(made, made.cells, slots)
-        assert sorted(name for job in jobs for name in job) == sorted(c.id for c in made.cells)
-        for job in jobs:
-            assert len({(c.arm, c.size) for c in map(made.cell, job)}) == 1
-        return {s: max(len(j) for j in jobs if made.cell(j[0]).size == s) for s in (16, 32, 64)}
+        ladder_plan.ladder["pack"]["mode"] = mode
+        jobs = packing.jobs(ladder_plan, ladder_plan.cells, slots)
+        packs = [[ladder_plan.cell(name) for name in job] for job in jobs]
+        ids = sorted(cell.id for cell in ladder_plan.cells)
+        assert sorted(cell.id for cells in packs for cell in cells) == ids
+        assert all(len({(c.arm, c.size) for c in cells}) == 1 for cells in packs)
+        return {s: max(len(cells) for cells in packs if cells[0].size == s) for s in (16, 32, 64)}
 
     assert lengths(2) == {16: 4, 32: 4, 64: 1}
     assert lengths(2, "always") == {16: 8, 32: 8, 64: 8}

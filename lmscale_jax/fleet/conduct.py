@@ -1,25 +1,26 @@
-"""A ladder from its config to its verdict: plan, anchors, forecast, held-out rung, report."""
+"""Runs a ladder from its config to its verdict: plan, anchors, forecast, held-out rung, report."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.fleet import drive, estimate, executors
-from lmscale_jax.fleet.drive import Stopped
 from lmscale_jax.run import record
 from lmscale_jax.study import forecasts, plan, results, verdict
 from lmscale_jax.study.cells import HELD_OUT, Cell
+from lmscale_jax.study.plan import Plan
 
-__all__ = ["Stopped", "preview", "run"]
+# (plan, workdir, rows of results.csv, forecast.json or None, verdict.json) -> path of the page.
+WriteReport = Callable[[Plan, Path, list[dict], dict | None, dict], Path]
 
 
 def preview(config, workdir: Path, only: list[str]) -> str:
-    """What a ladder would train and cost. Writes nothing but the prepared data."""
-    made = plan.make(config, print)
+    """Describes the cells of a ladder and their cost. Writes nothing but the prepared data."""
+    ladder_plan = plan.make(config, print)
     if (workdir / "plan.json").exists():
-        plan.check(made, workdir)
-    slots = executors.slots(made.ladder["executor"])
-    return estimate.text(made, plan.select(made, only), workdir, slots)
+        plan.check(ladder_plan, workdir)
+    slots = executors.slots(ladder_plan.ladder["executor"])
+    return estimate.text(ladder_plan, plan.select(ladder_plan, only), workdir, slots)
 
 
 def run(
@@ -27,88 +28,97 @@ def run(
     workdir: Path,
     only: list[str],
     until: str,
-    argv: list[str],
+    write_report: WriteReport,
     say: Callable[[str], None] = print,
     make_executor: Callable = executors.make,
 ) -> str:
-    """Goes as far as the forecast or the verdict; returns what to say at the end.
+    """Trains and judges a ladder, and returns a closing message. Finished work is not repeated.
 
-    Everything that is done already is left as it is. Raises InputError on bad input, RunFailed
-    where no arm has enough finished runs, and Stopped.
+    Args:
+      only: terms that select cells, as in --only; with anchors alone, nothing is forecast.
+      until: "forecast" or "verdict", the last step to take.
+      write_report: called once, after the verdict is written.
+
+    Raises InputError on bad input, RunFailed where no run finished, and
+    Interrupted on SIGTERM and SIGINT.
     """
-    made = plan.make(config, say)
-    before = plan.check(made, workdir)
-    chosen = plan.select(made, only)
-    slots = executors.slots(made.ladder["executor"])
-    estimate.check_cap(made, chosen, workdir, slots)
+    ladder_plan = plan.make(config, say)
+    previous = plan.check(ladder_plan, workdir)
+    selected = plan.select(ladder_plan, only)
+    slots = executors.slots(ladder_plan.ladder["executor"])
+    estimate.check_cap(ladder_plan, selected, workdir, slots)
     lock = record.Lock(workdir)
     try:
-        if before and forecasts.begun(before, workdir):
-            _keep_held_out(made, before)
-        plan.write(made, before, workdir)
-        executor = make_executor(made.ladder["executor"], workdir)
-        anchors = [cell for cell in chosen if cell.role != HELD_OUT]
-        drive.run(made, anchors, workdir, executor, say)
-        if only and anchors == chosen:
-            results.write(results.rows(made, workdir), workdir / "results.csv")
-            return f"trained {len(chosen)} cell(s); without --only the ladder goes on"
-        forecast = _forecast(made, workdir, say) if made.of(HELD_OUT) else None
+        if previous and forecasts.begun(previous, workdir):
+            _check_held_out_cells(ladder_plan, previous)
+        plan.write(ladder_plan, previous, workdir)
+        executor = make_executor(ladder_plan.ladder["executor"], workdir)
+        anchors = [cell for cell in selected if cell.role != HELD_OUT]
+        drive.run(ladder_plan, anchors, workdir, executor, say)
+        if only and anchors == selected:
+            results.write(results.rows(ladder_plan, workdir), workdir / "results.csv")
+            return f"trained {len(selected)} cell(s); run without --only to continue the ladder"
+        forecast = None
+        if ladder_plan.with_role(HELD_OUT):
+            forecast = _forecast(ladder_plan, workdir, say)
         if until == "forecast":
             return f"the forecast is in {workdir / 'forecast.json'}"
         if forecast:
-            held = [c for c in _held_out(made, forecast) if c in chosen]
-            drive.run(made, held, workdir, executor, say)
-        return _close(made, workdir, forecast, argv)
+            held_out = [c for c in _held_out(ladder_plan, forecast) if c in selected]
+            drive.run(ladder_plan, held_out, workdir, executor, say)
+        return _conclude(ladder_plan, workdir, forecast, write_report)
     finally:
         lock.release()
 
 
-def _keep_held_out(made: plan.Plan, before: plan.Plan) -> None:
-    """A rung that was forecast and has begun stays the rung that is judged."""
-    lost = {cell.id for cell in before.of(HELD_OUT)} - {cell.id for cell in made.of(HELD_OUT)}
-    if lost:
+def _check_held_out_cells(ladder_plan: Plan, previous: Plan) -> None:
+    """Raises InputError where a plan drops held-out cells of a forecast that is in use."""
+    ids = {cell.id for cell in ladder_plan.with_role(HELD_OUT)}
+    dropped = sorted({cell.id for cell in previous.with_role(HELD_OUT)} - ids)
+    if dropped:
         raise InputError(
-            f"config.tokens.held_out, config.tune or config.seeds would drop {len(lost)} held-out "
-            f"run(s) that the forecast was made for ({sorted(lost)[0]}); leave them as they are, "
-            f"or name a new --workdir"
+            f"config.tokens.held_out, config.tune or config.seeds drops {len(dropped)} held-out "
+            f"run(s) of the forecast ({dropped[0]}); use their previous values, or a new --workdir"
         )
 
 
-def _forecast(made: plan.Plan, workdir: Path, say) -> dict:
-    found = results.rows(made, workdir)
-    results.write(found, workdir / "results.csv")
-    forecast = forecasts.make(made, workdir, found)
+def _forecast(ladder_plan: Plan, workdir: Path, say) -> dict:
+    """Writes results.csv and forecast.json, and prints the forecasts."""
+    rows = results.rows(ladder_plan, workdir)
+    results.write(rows, workdir / "results.csv")
+    forecast = forecasts.make(ladder_plan, workdir, rows)
     say(f"forecast of the held-out rung, fixed {forecast['made']}:")
-    for arm, one in forecast["arms"].items():
+    for arm, predicted in forecast["arms"].items():
         say(
-            f"  {arm}: {one['loss']:.4f} nats/token, {one['low']:.4f} to {one['high']:.4f} "
-            f"({one['level']:.0%}), {one['law']}"
+            f"  {arm}: {predicted['loss']:.4f} nats/token, {predicted['low']:.4f} to "
+            f"{predicted['high']:.4f} ({predicted['level']:.0%}), {predicted['law']}"
         )
     return forecast
 
 
-def _held_out(made: plan.Plan, forecast: dict) -> list[Cell]:
-    """The held-out cells with the tuned values that the largest anchor of their arm found best."""
-    return [c for c in made.of(HELD_OUT) if c.tune == forecast["arms"][c.arm]["tune"]]
+def _held_out(ladder_plan: Plan, forecast: dict) -> list[Cell]:
+    """Returns the held-out cells with the tuned values that the forecast chose for their arm."""
+    held_out = ladder_plan.with_role(HELD_OUT)
+    return [c for c in held_out if c.tune == forecast["arms"][c.arm]["tune"]]
 
 
-def _close(made: plan.Plan, workdir: Path, forecast: dict | None, argv: list[str]) -> str:
-    """Scores, judges and reports on what is finished."""
-    from lmscale_jax.reports import ladder as page
-
-    found = results.rows(made, workdir)
-    results.write(found, workdir / "results.csv")
-    if not results.finished(found):
-        raise RunFailed(f"--workdir={workdir}: no run finished; logs/ and attempts.jsonl say why")
+def _conclude(
+    ladder_plan: Plan, workdir: Path, forecast: dict | None, write_report: WriteReport
+) -> str:
+    """Writes results.csv, scores, verdict.json and the report; returns the closing message."""
+    rows = results.rows(ladder_plan, workdir)
+    results.write(rows, workdir / "results.csv")
+    if not results.finished(rows):
+        raise RunFailed(f"--workdir={workdir}: no run finished; see logs/ and attempts.jsonl")
     if forecast:
-        forecast = forecasts.score(made, workdir, forecast, found)
-    judged = verdict.judge(made, workdir, found, forecast)
-    verdict.write(judged, workdir)
-    path = page.write(made, workdir, found, forecast, judged, argv)
-    scores = [
-        f"{arm}: forecast {forecast['arms'][arm]['loss']:.4f}, came to {one['loss']:.4f} "
-        f"({'inside' if one['inside'] else 'OUTSIDE'} the interval)"
-        for arm, one in (judged["forecast"] or {}).items()
+        forecast = forecasts.score(workdir, forecast, rows)
+    judgement = verdict.judge(ladder_plan, workdir, rows, forecast)
+    verdict.write(judgement, workdir)
+    report = write_report(ladder_plan, workdir, rows, forecast, judgement)
+    lines = [
+        f"{arm}: forecast {forecast['arms'][arm]['loss']:.4f}, measured {score['loss']:.4f} "
+        f"({'inside' if score['inside'] else 'OUTSIDE'} the interval)"
+        for arm, score in (judgement["forecast"] or {}).items()
     ]
-    said = [*scores, f"verdict: {judged['verdict']}", judged["answer"], f"report: {path}"]
-    return "\n".join(said)
+    lines += [f"verdict: {judgement['verdict']}", judgement["answer"], f"report: {report}"]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The grid as a table, with what it costs, before anything is trained."""
+"""Prints a ladder's cells as a table, with their cost, before anything is trained."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ from lmscale_jax.study import records
 from lmscale_jax.study.cells import HELD_OUT, Cell, short
 from lmscale_jax.study.plan import Plan
 
-# By the name that flops.BF16_PEAKS knows.
+# Keys of `flops.BF16_PEAKS`.
 ACCELERATORS = ("H100", "A100", "TPU v5e", "L4")
 
 
 def text(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> str:
-    """The whole table, a row for each kind of cell, and the sums below it."""
+    """Makes the table, a row for each arm, role, size and budget, and the totals below it."""
     rate, basis = speed(plan, workdir)
     manifest = prepared.find_manifest(ConfigDict(plan.ladder["run"]["data"]))
     head = ("arm", "role", "size", "layers x width (heads, d_ff)", "total", "non-emb.", "tokens",
@@ -28,62 +28,66 @@ def text(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> str:
     rows, kinds = [head], {}
     for cell in cells:
         kinds.setdefault((cell.arm, cell.role, cell.size, cell.budget), []).append(cell)
-    for several in kinds.values():
-        cell, s = several[0], several[0].shape
+    for kind in kinds.values():
+        cell, shape = kind[0], kind[0].shape
         rows.append(
             (
                 cell.arm, cell.role, short(cell.size),
-                f"{s['n_layers']} x {s['d_model']} ({s['n_heads']}, {s['d_ff']})",
+                f"{shape['n_layers']} x {shape['d_model']} ({shape['n_heads']}, {shape['d_ff']})",
                 f"{cell.counts['total']:,}", f"{cell.counts['non_embedding']:,}",
                 f"{cell.tokens:,}", _epochs(plan, cell, manifest), f"{cell.flops:.3g}",
-                str(runs_of(several)), explain.readable(cell.flops / rate), memory(plan, cell),
+                str(runs_of(kind)), explain.readable(cell.flops / rate),
+                memory(plan, cell),
             )
         )  # fmt: skip
     lines = [plan.ladder["question"] or "(no question)", "", *explain.aligned(rows), ""]
-    total = sum(c.flops for c in cells if c.role != HELD_OUT)
-    held = _held_flops(cells)
+    anchors = sum(c.flops for c in cells if c.role != HELD_OUT)
+    held_out = _held_out_flops(cells)
     lines.append(
-        f"{sum(c.role != HELD_OUT for c in cells)} runs before the forecast, {total:.3g} FLOPs; "
-        f"{runs_of([c for c in cells if c.role == HELD_OUT])} held out, {held:.3g} FLOPs"
+        f"{sum(c.role != HELD_OUT for c in cells)} runs before the forecast, {anchors:.3g} FLOPs; "
+        f"{runs_of([c for c in cells if c.role == HELD_OUT])} held out, {held_out:.3g} FLOPs"
     )
-    here = explain.readable((total + held) / rate / slots)
-    lines.append(f"here: about {here} in {slots} process(es), at {basis}")
+    duration = explain.readable((anchors + held_out) / rate / slots)
+    lines.append(f"here: about {duration} in {slots} process(es), at {basis}")
     for name in ACCELERATORS:
         peak = flops.peak(name, "bfloat16") * explain.EFFICIENCY
         lines.append(
-            f"one {name}: about {explain.readable((total + held) / peak)}, at "
+            f"one {name}: about {explain.readable((anchors + held_out) / peak)}, at "
             f"{explain.EFFICIENCY:.0%} of its bfloat16 peak, which small models do not reach"
         )
     return "\n".join(lines)
 
 
 def check_cap(plan: Plan, cells: list[Cell], workdir: Path, slots: int) -> None:
-    """Raises InputError where what is left would take longer than config.max_hours."""
+    """Raises InputError where the remaining runs would take longer than config.max_hours."""
     cap = plan.ladder["max_hours"]
     if not cap:
         return
-    left = [c for c in cells if records.status(workdir, c) not in ("finished", "diverged")]
-    anchors = sum(c.flops for c in left if c.role != HELD_OUT)
-    hours = (anchors + _held_flops(left)) / speed(plan, workdir)[0] / slots / 3600
+    remaining = [c for c in cells if records.status(workdir, c) not in ("finished", "diverged")]
+    anchors = sum(c.flops for c in remaining if c.role != HELD_OUT)
+    hours = (anchors + _held_out_flops(remaining)) / speed(plan, workdir)[0] / slots / 3600
     if hours > cap:
         raise InputError(
-            f"config.max_hours={cap:g}: what is left takes about {hours:.3g} hours here; "
-            f"{hours * 1.2:.2g} would do, or smaller config.rungs.sizes"
+            f"config.max_hours={cap:g} is less than the {hours:.3g} hours estimated for the "
+            f"remaining runs; use {hours * 1.2:.2g}, or smaller config.rungs.sizes"
         )
 
 
 def runs_of(cells: list[Cell]) -> int:
-    """Runs that cells stand for: of the tuned values one is taken at the held-out rung."""
+    """Counts the runs of cells; at the held-out rung only one of the tuned values is trained."""
     return len({(c.arm, c.seed, c.size, c.budget, c.role, () if c.role == HELD_OUT else c.id)
                 for c in cells})  # fmt: skip
 
 
-def _held_flops(cells: list[Cell]) -> float:
+def _held_out_flops(cells: list[Cell]) -> float:
     return sum({(c.arm, c.seed): c.flops for c in cells if c.role == HELD_OUT}.values())
 
 
 def speed(plan: Plan, workdir: Path) -> tuple[float, str]:
-    """(FLOP/s of one process, what that rests on): finished runs if there are any, else a probe."""
+    """Estimates one process's FLOP/s: from finished runs if there are any, else by a probe.
+
+    Returns (FLOP/s, the basis of the estimate in words).
+    """
     rates = []
     for cell in plan.cells:
         record = records.record_of(workdir, cell) or {}
@@ -91,7 +95,7 @@ def speed(plan: Plan, workdir: Path) -> tuple[float, str]:
             rates.append(cell.flops / record["wall_seconds"])
     if rates:
         best = sorted(rates)[-max(1, len(rates) // 2)]
-        return best, f"{best / 1e9:.3g} GFLOP/s, as the finished runs here"
+        return best, f"{best / 1e9:.3g} GFLOP/s, the speed of the finished runs here"
     dtype, on_cpu = plan.ladder["run"]["model"]["dtype"], executors.on_cpu()
     rate = explain.probe(dtype, 1024 if on_cpu else 4096)
     share = explain.CPU_EFFICIENCY[dtype] if on_cpu else explain.EFFICIENCY
@@ -108,7 +112,7 @@ def _epochs(plan: Plan, cell: Cell, manifest: dict | None) -> str:
 
 
 def memory(plan: Plan, cell: Cell) -> str:
-    """Of one process with one device, at the worst moment of a step."""
+    """Formats the peak memory of a training step in one process with one device, in MiB."""
     config = resolve(plan.config(cell, Path()), plan.vocab_size)
     platform = "cpu" if executors.on_cpu() else "gpu"
     model = build(config, platform=platform)

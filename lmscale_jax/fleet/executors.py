@@ -1,9 +1,9 @@
-"""Where cells train: processes on this machine, Ray tasks, Slurm jobs.
+"""Executors of jobs: processes on this machine, Ray tasks, Slurm jobs.
 
-Each starts the same command, `lmscale_jax.cell`, as a process with devices of its own, and each
-has the same verbs: `submit` takes as many jobs as there is room for and returns the rest, `poll`
-returns those that have ended, `stop` asks all that run to save and leave, `slots` is how many run
-at a time. A job is a list of cell ids.
+A job is a list of cell ids, trained by one process `lmscale_jax.cell`.
+All executors have the same interface: `submit(jobs)` starts as many as there are free slots and
+returns the others, `poll()` returns the jobs that ended, `stop()` asks all running jobs to save and
+exit, and `slots` is the number that run at a time.
 """
 
 import contextlib
@@ -25,47 +25,49 @@ Job = list[str]
 
 
 class Ended(NamedTuple):
-    """A job that is no longer running; `status` is its exit status, `said` its last line."""
+    """A job that ended: its exit status, and the last line of its log."""
 
     job: Job
     status: int
-    said: str
+    message: str
 
 
 def make(settings, workdir: Path):
-    """The executor of a ladder's `executor` group. Raises InputError where it is not installed."""
+    """Makes the executor of a ladder's `executor` group. Raises InputError without its package."""
     return EXECUTORS[settings["name"]].make(settings, workdir)
 
 
 def slots(settings) -> int:
-    """Processes at a time, as far as can be said without starting anything.
+    """Returns the number of simultaneous processes, without starting anything.
 
-    Raises InputError where the executor cannot be had here.
+    Raises InputError where the executor's package or the cores are missing.
     """
     return EXECUTORS[settings["name"]].slots(settings)
 
 
 def _slots_here(settings) -> int:
     each, available = settings["cpus"], cores()
-    wanted = settings["workers"] or (max(1, available // each) if on_cpu() else 1)
-    if on_cpu() and wanted * each > available:
+    workers = settings["workers"] or (max(1, available // each) if on_cpu() else 1)
+    if on_cpu() and workers * each > available:
         raise InputError(
-            f"config.executor.workers={wanted} of {each} core(s) are more than the {available} of "
-            f"this machine; {max(1, available // each)} would work"
+            f"config.executor.workers={workers} of {each} core(s) need more than the {available} "
+            f"of this machine; use {max(1, available // each)}"
         )
-    return wanted
+    return workers
 
 
 def on_cpu() -> bool:
+    """Returns whether no JAX plugin of an accelerator is installed. Does not start JAX."""
     return not any(importlib.util.find_spec(name) for name in ACCELERATORS)
 
 
 def cores() -> int:
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def command(workdir: Path, job: Job) -> list[str]:
-    """How a job is started, anywhere that sees the same directory."""
+    """Returns the command line of a job, for any machine that sees the same directory."""
     return [
         sys.executable, "-m", "lmscale_jax.cell", f"--workdir={workdir.absolute()}",
         f"--ids={','.join(job)}",
@@ -73,11 +75,12 @@ def command(workdir: Path, job: Job) -> list[str]:
 
 
 def log_path(workdir: Path, job: Job) -> Path:
+    """Returns the file to which a job's stdout and stderr are appended."""
     return workdir / "logs" / f"{job[0]}.log"
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that says something."""
+    """Returns the last line of a log that is not blank, or ""."""
     try:
         lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
     except OSError:
@@ -86,13 +89,13 @@ def last_line(path: Path) -> str:
 
 
 class Local:
-    """Processes on this machine. On CPU each is pinned to cores of its own."""
+    """Runs jobs as processes on this machine. On CPU each is pinned to its own cores."""
 
     def __init__(self, settings, workdir: Path):
         self._workdir, self._running = workdir, {}
         self.slots, each = slots(settings), settings["cpus"]
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-        # Two workers on accelerators have one each, where they would otherwise share all of them.
+        # Each of several workers sees one accelerator: JAX would reserve all of them.
         self._places = [
             {"cores": cores[i * each : (i + 1) * each] if on_cpu() else []}
             | ({"gpu": i} if not on_cpu() and self.slots > 1 else {})
@@ -118,7 +121,7 @@ class Local:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                # Ctrl-C reaches this process alone, which passes on what is meant.
+                # Ctrl-C must reach only this process, which stops the jobs itself.
                 start_new_session=True,
             )
 
@@ -127,43 +130,43 @@ class Local:
         for slot, (job, process) in list(self._running.items()):
             if process.poll() is not None:
                 del self._running[slot]
-                said = last_line(log_path(self._workdir, job))
-                ended.append(Ended(job, process.returncode, said))
+                message = last_line(log_path(self._workdir, job))
+                ended.append(Ended(job, process.returncode, message))
         return ended
 
     def stop(self, seconds: float = 120.0) -> None:
         for _, process in self._running.values():
             process.send_signal(signal.SIGTERM)
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         for _, process in self._running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.1, until - time.monotonic()))
+                process.wait(max(0.1, deadline - time.monotonic()))
 
 
 @contextlib.contextmanager
 def pinned(cores: list[int]):
-    """What is started inside runs on these cores only; an empty list leaves it alone."""
+    """Pins this process and children started inside to these cores; an empty list pins nothing."""
     if not cores:
         yield
         return
-    before = os.sched_getaffinity(0)
+    previous = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        os.sched_setaffinity(0, previous)
 
 
 def _run_job(arguments: list[str], log: str) -> int:
-    """The body of a remote task: the command, its exit status."""
+    """Runs a command as the body of a remote task, and returns its exit status."""
     Path(log).parent.mkdir(exist_ok=True)
     with open(log, "a") as file:
-        done = subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-    return done.returncode
+        process = subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    return process.returncode
 
 
 class Ray:
-    """Tasks of a Ray cluster (the one RAY_ADDRESS names, else one on this machine)."""
+    """Runs jobs as tasks of a Ray cluster: that of RAY_ADDRESS, else one on this machine."""
 
     def __init__(self, settings, workdir: Path):
         import ray
@@ -189,11 +192,11 @@ class Ray:
 
     def _ended(self, reference) -> Ended:
         job = self._running.pop(reference)
-        said = last_line(log_path(self._workdir, job))
+        message = last_line(log_path(self._workdir, job))
         try:
-            return Ended(job, self._ray.get(reference), said)
+            return Ended(job, self._ray.get(reference), message)
         except Exception as error:
-            return Ended(job, 1, said or " ".join(str(error).split())[:200])
+            return Ended(job, 1, message or " ".join(str(error).split())[:200])
 
     def stop(self, seconds: float = 120.0) -> None:
         for reference in self._running:
@@ -202,7 +205,7 @@ class Ray:
 
 
 class Slurm:
-    """A job array by submitit. Its logs are under slurm/ of the ladder's directory."""
+    """Runs jobs as Slurm job arrays through submitit, whose logs are in WORKDIR/slurm/."""
 
     def __init__(self, settings, workdir: Path, cluster: str = "slurm"):
         import submitit
@@ -212,7 +215,7 @@ class Slurm:
             self._executor = submitit.AutoExecutor(str(workdir / "slurm"), cluster=cluster)
         except RuntimeError as error:
             raise InputError(
-                f"config.executor.name='slurm': {error}; 'local' would work here"
+                f"config.executor.name='slurm' does not work here ({error}); use 'local'"
             ) from None
         self.slots = settings["workers"] or 64
         self._executor.update_parameters(
@@ -227,7 +230,7 @@ class Slurm:
     def submit(self, jobs: list[Job]) -> list[Job]:
         if jobs:
             with self._executor.batch():
-                started = [
+                tasks = [
                     self._executor.submit(
                         _run_job,
                         command(self._workdir, job),
@@ -235,7 +238,7 @@ class Slurm:
                     )
                     for job in jobs
                 ]
-            self._running += zip(jobs, started, strict=True)
+            self._running += zip(jobs, tasks, strict=True)
         return []
 
     def poll(self) -> list[Ended]:
@@ -244,28 +247,28 @@ class Slurm:
             if not task.done():
                 continue
             self._running.remove((job, task))
-            said = last_line(log_path(self._workdir, job))
+            message = last_line(log_path(self._workdir, job))
             error = task.exception()
             ended.append(
-                Ended(job, 1, said or " ".join(str(error).split())[-200:])
+                Ended(job, 1, message or " ".join(str(error).split())[-200:])
                 if error
-                else Ended(job, task.result(), said)
+                else Ended(job, task.result(), message)
             )
         return ended
 
     def stop(self, seconds: float = 120.0) -> None:
         for _, task in self._running:
             task.cancel(check=False)
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and not all(task.done() for _, task in self._running):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not all(task.done() for _, task in self._running):
             time.sleep(0.5)
 
 
 def _need(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise InputError(
-            f"config.executor.name needs the {package} package, which pip install "
-            f"'lmscale_jax[{extra}]' brings; 'local' works without"
+            f"config.executor.name='{extra}' needs the package {package}; run pip install "
+            f"'lmscale_jax[{extra}]', or use 'local'"
         )
 
 

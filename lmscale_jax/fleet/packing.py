@@ -1,4 +1,4 @@
-"""Which cells train together in one program."""
+"""Groups cells of equal shape into packs, which train as one program."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +10,17 @@ from lmscale_jax.modes import Modes
 from lmscale_jax.study.cells import Cell
 from lmscale_jax.study.plan import Plan
 
-# On CPU where it was measured to pay: benchmarks/README.md, "Populations". A core is busy with one
-# model already, but for the smallest.
+# Largest d_model and number of runs at which packs were measured to be faster on CPU
+# (benchmarks/README.md, "Populations"): one larger model already keeps a core busy.
 CPU_WIDTH, CPU_MOST = 32, 4
-# Not measured: an accelerator is idle for most of the step of a model this small.
+# Not measured: smaller models are assumed to leave an accelerator idle for most of a step.
 ACCELERATOR_PARAMETERS = 3e7
 
 
 def jobs(plan: Plan, cells: list[Cell], slots: int) -> list[list[str]]:
-    """Cells as jobs, lists of ids, in the order given; several in a list are packed.
+    """Groups cells into jobs, lists of ids, in the order of `cells`; the ids of a job form a pack.
 
-    Never so many that one of `slots` processes would have nothing to do.
+    Packs are small enough to give each of `slots` processes a job.
     """
     settings = plan.ladder["pack"]
     mode = PACK_MODES[settings["mode"]]
@@ -28,15 +28,15 @@ def jobs(plan: Plan, cells: list[Cell], slots: int) -> list[list[str]]:
     for cell in cells:
         alone = cell.needs or not mode.takes(cell)
         groups.setdefault(cell.id if alone else key(plan, cell), []).append(cell)
-    most = max(1, min(mode.most(settings["most"]), len(cells) // slots))
-    found = []
+    size = max(1, min(mode.most(settings["most"]), len(cells) // slots))
+    packs = []
     for group in groups.values():
-        found += [[c.id for c in group[i : i + most]] for i in range(0, len(group), most)]
-    return found
+        packs += [[c.id for c in group[i : i + size]] for i in range(0, len(group), size)]
+    return packs
 
 
 def key(plan: Plan, cell: Cell) -> str:
-    """Equal for cells that can be members of one population."""
+    """Returns a string that is equal for cells that can train as one program."""
     from lmscale_jax.lab import pack
 
     config = plan.config(cell, Path())
@@ -44,7 +44,7 @@ def key(plan: Plan, cell: Cell) -> str:
 
 
 def faster(cell: Cell) -> bool:
-    """Whether packing was measured to be faster for models of this size on such a machine."""
+    """Returns whether packs of such models are faster than single runs on this kind of machine."""
     if executors.on_cpu():
         return cell.shape["d_model"] <= CPU_WIDTH
     return cell.counts["total"] <= ACCELERATOR_PARAMETERS

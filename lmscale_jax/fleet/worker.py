@@ -1,4 +1,4 @@
-"""What a process does that trains cells: alone, or packed into one program."""
+"""The process that trains cells of a ladder: one run, or several as a pack."""
 
 import ctypes
 import platform
@@ -14,32 +14,31 @@ _PR_SET_PDEATHSIG = 1
 
 
 def train(plan: Plan, cells: list[Cell], workdir: Path) -> None:
-    """Trains or goes on with the cells' runs.
+    """Trains the cells' runs, each from its last checkpoint; several cells train as a pack.
 
-    Raises InputError for a held-out cell before its forecast is written.
+    Raises InputError for a held-out cell without a written forecast.
     """
     if not cells:
-        raise InputError("--ids is empty; plan.json lists the cells")
+        raise InputError("--ids is empty; use ids of cells from plan.json")
     leave_with_parent()
     notes = {}
     if any(cell.role == HELD_OUT for cell in cells):
         notes["forecast"] = forecasts.fixed(workdir)
-    configs = [plan.config(cell, workdir) for cell in cells]
+    runs = [(plan.config(cell, workdir), run_dir(workdir, cell.id)) for cell in cells]
     from lmscale_jax.run import mesh
 
-    mesh.start(configs[0])
-    if len(cells) == 1:
-        from lmscale_jax.run.train import train as train_one
+    mesh.start(runs[0][0])
+    if len(runs) == 1:
+        from lmscale_jax.run.train import train as train_run
 
-        train_one(configs[0], run_dir(workdir, cells[0].id), notes=notes)
+        train_run(*runs[0], notes=notes)
         return
     from lmscale_jax.lab import pack
 
-    members = [(c, run_dir(workdir, cell.id)) for c, cell in zip(configs, cells, strict=True)]
-    pack.run(members, notes=notes | {"packed": len(cells)})
+    pack.run(runs, notes=notes | {"packed": len(runs)})
 
 
 def leave_with_parent() -> None:
-    """Asks Linux to send SIGTERM when the parent dies, so that no orphan trains on unseen."""
+    """Asks Linux for SIGTERM when the parent dies, so that no orphaned run continues unnoticed."""
     if platform.system() == "Linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""From a ladder's config to its cells: every run that is to be trained, exactly counted."""
+"""Expands a ladder's config into cells: the runs to train, with exact parameter and FLOP counts."""
 
 import dataclasses
 import functools
@@ -28,9 +28,9 @@ from lmscale_jax.study.rungs import SIZES, TOKEN_RULES, shaped, spent, tokens_of
 
 ANCHOR, HELD_OUT, TRUNK = "anchor", "held_out", "trunk"
 SHAPE = ("n_layers", "d_model", "n_heads", "head_dim", "n_kv_heads", "d_ff")
-# In config.tune, beside the arms.
+# The name in config.tune that stands for every arm.
 ALL = "all"
-# Share of a run's steps before its cooldown, where branches leave a shared trunk.
+# Fraction of a run's steps before its cooldown. Branches leave a shared trunk there.
 STABLE = 0.8
 
 
@@ -39,15 +39,17 @@ class Cell:
     """One run of a ladder.
 
     Attributes:
-      id: hash of its resolved config without keys of machine and logging; its directory's name.
-      arm, role, seed: role is ANCHOR, HELD_OUT or TRUNK.
-      size, budget: of the rung, as the ladder's config names them.
-      tune: {key: value} of config.tune.
-      shape: SHAPE of the model, resolved.
-      counts: as in run.json.
-      tokens, flops_per_token: of the whole run, its trunk's part included.
-      needs: id of the trunk it branches off, or "".
-      overrides: {dotted key: value}: all that differs from the ladder's `run`.
+      id: hash of the resolved config without keys of machine and logging; names the run directory.
+      arm: name in config.arms.
+      role: ANCHOR, HELD_OUT or TRUNK.
+      seed: number added to both seeds of the ladder's `run`.
+      size, budget: the rung's, as the ladder's config states them.
+      tune: {dotted key: value} from config.tune.
+      shape: {key of config.model: value}, resolved, for the keys in SHAPE.
+      counts: parameter counts, as in run.json.
+      tokens, flops_per_token: of the whole run, including the part that its trunk trained.
+      needs: id of the trunk that the run branches off, or "".
+      overrides: {dotted key: value} of every key that differs from the ladder's `run`.
     """
 
     id: str
@@ -66,18 +68,19 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        """Of the whole run."""
+        """Returns the training FLOPs of the whole run."""
         return self.tokens * self.flops_per_token
 
     @property
     def label(self) -> str:
-        """For people: arm, size, what was tuned, seed."""
+        """Describes the cell to a reader: arm, size, budget, tuned values, seed."""
         tuned = "".join(f" {k.rpartition('.')[2]}={v:g}" for k, v in self.tune.items())
-        return f"{self.arm} {short(self.size)} x {short(self.budget)}{tuned} seed {self.seed}"
+        rung = f"{short(self.size)} x {short(self.budget)}"
+        return f"{self.arm} {rung}{tuned} seed {self.seed}"
 
 
 def short(number: float) -> str:
-    """1.2e6 as "1.2M"."""
+    """Formats a number with a suffix: 1.2e6 as "1.2M"."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if scale <= abs(number) < 1e15:
             return f"{number / scale:.3g}{unit}"
@@ -85,7 +88,7 @@ def short(number: float) -> str:
 
 
 def check(ladder: ConfigDict) -> None:
-    """Raises InputError where a ladder's config asks for something that cannot be answered."""
+    """Raises InputError where a ladder's config cannot lead to a fair comparison or a forecast."""
     for name in FREE:
         if not isinstance(ladder.get(name), ConfigDict):
             raise InputError(
@@ -101,42 +104,41 @@ def check(ladder: ConfigDict) -> None:
     if TRUNKS[ladder.tokens.trunk].branches and schedules.cooldown_steps(ladder.run) is None:
         raise InputError(
             f"config.tokens.trunk='shared' with run.schedule.name={ladder.run.schedule.name!r}: "
-            f"only a rate that has not begun to fall can be branched off; 'wsd' would work"
+            f"a branch needs a trunk at constant learning rate; use 'wsd'"
         )
 
 
 def _check_arms(ladder) -> None:
     arms = list(ladder.arms)
     if not arms or ladder.baseline not in arms:
-        works = arms[0] if arms else "gelu, with config.arms.gelu = {}"
+        example = arms[0] if arms else "gelu, with config.arms.gelu = {}"
         raise InputError(
-            f"config.baseline={ladder.baseline!r} is no arm ({', '.join(arms) or 'there is none'}"
-            f"); {works} would work"
+            f"config.baseline={ladder.baseline!r} is not an arm ({', '.join(arms) or 'none'}); "
+            f"use {example}"
         )
     switch = tuple(s for s in ladder.switch if s)
     for arm in arms:
         for key in flat(ladder.arms[arm]):
             if not any(key == s or key.startswith(f"{s}.") for s in switch):
                 raise InputError(
-                    f"config.arms.{arm} sets {key}, so the arms differ in more than the switch "
-                    f"{switch}; switch={(*switch, key)} would say so, or put it into config.run "
-                    f"for all"
+                    f"config.arms.{arm} sets {key}, so the arms differ in more than config.switch="
+                    f"{switch}; use switch={(*switch, key)}, or set config.run.{key} for all arms"
                 )
     for name in ladder.tune:
         if name not in (*arms, ALL):
             raise InputError(
-                f"config.tune.{name} is no arm ({', '.join(arms)}) and not {ALL!r}; "
-                f"config.tune.{ALL}.{name} would be tried in every arm"
+                f"config.tune.{name} is neither an arm ({', '.join(arms)}) nor {ALL!r}; "
+                f"use config.tune.{ALL}.{name} to try it in every arm"
             )
     groups = [(f"tune.{name}", flat(ladder.tune[name])) for name in ladder.tune]
     groups += [("per_rung", flat(ladder.per_rung))]
     groups += [(f"arms.{arm}", flat(ladder.arms[arm])) for arm in arms]
-    for where, cell in groups:
-        for key in cell:
+    for where, settings in groups:
+        for key in settings:
             if key.startswith(("data.", "eval.", "train.")) or key == "seed":
                 raise InputError(
-                    f"config.{where} sets {key}, which must be one for all runs (tokens, held-out "
-                    f"text and seeds are the ladder's own); config.run.{key} would work"
+                    f"config.{where} sets {key}, which must be equal in all runs (the ladder sets "
+                    f"tokens and seeds itself); use config.run.{key}"
                 )
 
 
@@ -146,20 +148,19 @@ def _check_rungs(ladder) -> None:
     if rungs.held_out and rungs.held_out <= max(anchors):
         raise InputError(
             f"config.rungs.held_out={rungs.held_out:g} is not beyond the anchors, which reach "
-            f"{max(anchors):g}; a forecast goes beyond what was seen: {4 * max(anchors):g} would "
-            f"work, or 0 for none"
+            f"{max(anchors):g}; use {4 * max(anchors):g}, or 0 for no held-out rung"
         )
-    values = len(anchors) + bool(rungs.held_out)
-    for key, several in flat(ladder.per_rung).items():
-        if not isinstance(several, (tuple, list)) or len(several) != values:
+    n_rungs = len(anchors) + bool(rungs.held_out)
+    for key, values in flat(ladder.per_rung).items():
+        if not isinstance(values, (tuple, list)) or len(values) != n_rungs:
             raise InputError(
-                f"config.per_rung.{key}={several!r} must have a value for each of {values} rungs, "
-                f"the held-out one last"
+                f"config.per_rung.{key}={values!r} must have one value for each of {n_rungs} "
+                f"rungs; use a tuple of {n_rungs}, the held-out rung last"
             )
-    for key, several in flat(ladder.tune).items():
-        if not isinstance(several, (tuple, list)) or not several:
+    for key, values in flat(ladder.tune).items():
+        if not isinstance(values, (tuple, list)) or not values:
             raise InputError(
-                f"config.tune.{key}={several!r} must be several values; (1e-3, 2e-3) would work"
+                f"config.tune.{key}={values!r} must be a tuple of values; use (1e-3, 2e-3)"
             )
 
 
@@ -168,65 +169,64 @@ def _check_numbers(name: str, values: tuple) -> None:
     if not values or len(numbers) < len(values) or list(values) != sorted(set(values)):
         raise InputError(
             f"config.{name}={tuple(values)} must be positive numbers, smallest first; "
-            f"(1e5, 2e5, 4e5) would work"
+            f"use (1e5, 2e5, 4e5)"
         )
 
 
 def flat(group, prefix: str = "") -> dict:
-    """{dotted key: value} of nested groups."""
-    found = {}
+    """Flattens nested groups to {dotted key: value}."""
+    flattened = {}
     for name, value in group.items():
         if isinstance(value, (ConfigDict, dict)):
-            found |= flat(value, f"{prefix}{name}.")
+            flattened |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            flattened[prefix + name] = value
+    return flattened
 
 
 def make(ladder: ConfigDict, vocab_size: int) -> list[Cell]:
-    """All cells, cheapest first within each role.
+    """Makes all cells: trunks, anchors, held-out rung; the cheapest first within each role.
 
     Args:
       ladder: as config/ladder_keys.py describes it.
       vocab_size: the tokenizer's.
 
-    Raises InputError where the config is bad or a size cannot be met.
+    Raises InputError where the config is invalid or no shape has a size's parameters.
     """
     check(ladder)
     cells: dict[str, Cell] = {}
     rungs = [*ladder.rungs.sizes, *([ladder.rungs.held_out] if ladder.rungs.held_out else [])]
     for index, size in enumerate(rungs):
-        beyond = index == len(ladder.rungs.sizes)
-        for cell in _rung(ladder, index, size, beyond, vocab_size):
+        role = HELD_OUT if index == len(ladder.rungs.sizes) else ANCHOR
+        for cell in _rung(ladder, index, size, role, vocab_size):
             other = cells.setdefault(cell.id, cell)
             if other.arm != cell.arm:
                 raise InputError(
-                    f"config.arms.{other.arm} and config.arms.{cell.arm} are the same run; an arm "
-                    f"must change something under config.switch"
+                    f"config.arms.{other.arm} and config.arms.{cell.arm} are the same run; use "
+                    f"another value of a key under config.switch in one of them"
                 )
-    _check_beyond(list(cells.values()))
+    _check_extrapolation(list(cells.values()))
     order = {TRUNK: 0, ANCHOR: 1, HELD_OUT: 2}
     return sorted(cells.values(), key=lambda c: (order[c.role], c.flops, c.arm, c.seed))
 
 
-def _check_beyond(cells: list[Cell]) -> None:
+def _check_extrapolation(cells: list[Cell]) -> None:
     anchors = [c.flops for c in cells if c.role == ANCHOR]
-    held = [c for c in cells if c.role == HELD_OUT]
-    for cell in held:
-        if cell.flops <= max(anchors):
+    for cell in cells:
+        if cell.role == HELD_OUT and cell.flops <= max(anchors):
             raise InputError(
                 f"config.rungs.held_out={cell.size:g} with {cell.tokens:,} tokens spends "
                 f"{cell.flops:.3g} FLOPs, within the anchors' range, which reaches "
-                f"{max(anchors):.3g}; more tokens.held_out would work"
+                f"{max(anchors):.3g}; use a larger config.tokens.held_out"
             )
 
 
-def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Iterator[Cell]:
-    """The cells of one size."""
-    own = {key: values[index] for key, values in flat(ladder.per_rung).items()}
-    arms = _arms_at(ladder, size, own, vocab_size)
+def _rung(ladder, index: int, size: float, role: str, vocab_size: int) -> Iterator[Cell]:
+    """Makes the cells of one size."""
+    rung_keys = {key: values[index] for key, values in flat(ladder.per_rung).items()}
+    arms = _arms_at(ladder, size, rung_keys, vocab_size)
     values = ladder.tokens.amounts
-    if beyond:
+    if role == HELD_OUT:
         values = (ladder.tokens.held_out or max(values),)
     for arm, sized in arms.items():
         by_arm = TOKEN_RULES[ladder.tokens.rule].by_arm
@@ -236,27 +236,27 @@ def _rung(ladder, index: int, size: float, beyond: bool, vocab_size: int) -> Ite
         for combination in itertools.product(*tried.values()):
             tune = dict(zip(tried, combination, strict=True))
             for seed in range(ladder.seeds):
-                make_one = functools.partial(
+                make_cell = functools.partial(
                     _cell, ladder, sized, arm, size=size, tune=tune, seed=seed, vocab=vocab_size
                 )
-                if beyond:
-                    yield from _separate(ladder, make_one, tokens, values, HELD_OUT)
+                if role == HELD_OUT:
+                    yield from _separate(ladder, make_cell, tokens, values, HELD_OUT)
                 else:
-                    yield from TRUNKS[ladder.tokens.trunk].cells(ladder, make_one, tokens, values)
+                    yield from TRUNKS[ladder.tokens.trunk].cells(ladder, make_cell, tokens, values)
 
 
-def _separate(ladder, make_one, tokens: list[float], values, role: str = ANCHOR) -> Iterator[Cell]:
-    """A run of its own for each budget."""
+def _separate(ladder, make_cell, tokens: list[float], values, role: str = ANCHOR) -> Iterator[Cell]:
+    """Makes a separate run for each budget."""
     for value, n_tokens in zip(values, tokens, strict=True):
         changes = {"train.steps": _steps(ladder, n_tokens)}
-        yield make_one(role=role, budget=value, changes=changes)
+        yield make_cell(role=role, budget=value, changes=changes)
 
 
-def _arms_at(ladder, size: float, own: dict, vocab_size: int) -> dict[str, ConfigDict]:
-    """{arm: unresolved config of the size}; all have the baseline's depth, width and heads."""
+def _arms_at(ladder, size: float, rung_keys: dict, vocab_size: int) -> dict[str, ConfigDict]:
+    """Returns {arm: unresolved config}; all arms have the baseline's depth, width and heads."""
     rungs = ladder.rungs
     names = [ladder.baseline, *(a for a in ladder.arms if a != ladder.baseline)]
-    at = {name: apply_overrides(ladder.run, flat(ladder.arms[name]) | own) for name in names}
+    at = {name: apply_overrides(ladder.run, flat(ladder.arms[name]) | rung_keys) for name in names}
     base, solve = at[ladder.baseline], SIZES[rungs.by].solve
     if solve is None:
         at = {name: family.resized(config, rungs.by, int(size)) for name, config in at.items()}
@@ -275,16 +275,18 @@ def _steps(ladder, tokens: float) -> int:
     return max(1, round(tokens / tokens_per_step(ladder.run)))
 
 
-def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[Cell]:
-    """A trunk at constant rate and a branch for each budget, which leave it at multiples of a step
-    of which the trunk keeps every checkpoint."""
+def _branches(ladder, make_cell, tokens: list[float], values: tuple) -> Iterator[Cell]:
+    """Makes a trunk at constant learning rate and a branch for each budget.
+
+    Branches leave at multiples of `quantum` steps, where the trunk keeps its checkpoints.
+    """
     ends = [_steps(ladder, n) for n in tokens]
     quantum = max(1, round(STABLE * ends[0] / 4))
     leaves = [max(1, round(STABLE * end / quantum)) * quantum for end in ends]
     shortest = ConfigDict(ladder.run.to_dict())
     shortest.train.steps, shortest.train.tokens = ends[0], 0.0
     warmup = str(steps_of(shortest)["schedule.warmup"])
-    trunk = make_one(
+    trunk = make_cell(
         role=TRUNK,
         budget=values[-1],
         changes={
@@ -302,7 +304,7 @@ def _branches(ladder, make_one, tokens: list[float], values: tuple) -> Iterator[
             "schedule.warmup": warmup, "schedule.cooldown": str(end - leave), "train.steps": end,
             "train.parent": trunk.id, "train.parent_step": leave,
         }  # fmt: skip
-        yield make_one(role=ANCHOR, budget=value, changes=changes)
+        yield make_cell(role=ANCHOR, budget=value, changes=changes)
 
 
 def _cell(ladder, sized, arm, *, role, size, budget, tune, seed, changes, vocab) -> Cell:

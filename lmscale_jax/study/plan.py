@@ -1,7 +1,7 @@
-"""plan.json: what a ladder's directory is for, fixed before its first run starts.
+"""Makes, checks, reads and writes plan.json, which is written before a ladder's first run starts.
 
-A ladder may grow: more seeds, anchors, budgets or arms join the cells that are there. What the runs
-have in common, and what an arm means, may not change.
+A ladder may grow by seeds, anchors, budgets or arms. The config that its runs share, and the
+settings of an arm, may not change.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from lmscale_jax.files import write_json
 from lmscale_jax.study import cells
 from lmscale_jax.study.cells import Cell
 
-# Keys of a ladder that may differ from those of the plan that its directory holds.
+# Keys that may differ from those of the plan in the same directory.
 GROWS = (
     "seeds", "rungs.sizes", "tokens.amounts", "tokens.held_out", "question", "max_hours", "switch",
 )  # fmt: skip
@@ -30,10 +30,12 @@ GROW_GROUPS = ("tune", "arms", "per_rung", "executor", "pack", "fit")
 
 
 class Plan(NamedTuple):
-    """Attributes:
-    ladder: the ladder's config as a plain dict.
-    cells: in the order in which they are trained.
-    vocab_size: the tokenizer's.
+    """A ladder's config and its cells.
+
+    Attributes:
+      ladder: the config as a plain dict.
+      cells: in training order.
+      vocab_size: the tokenizer's.
     """
 
     ladder: dict
@@ -42,36 +44,41 @@ class Plan(NamedTuple):
 
     @property
     def id(self) -> str:
-        """Twelve hex digits of everything that decides what is trained and judged."""
+        """Returns 12 hex digits that identify the cells and the settings of their comparison."""
         machine = ("executor", "pack", "max_hours")
-        chosen = {k: v for k, v in self.ladder.items() if k not in machine}
-        text = json.dumps([chosen, [cell.id for cell in self.cells]], sort_keys=True)
+        identity = {k: v for k, v in self.ladder.items() if k not in machine}
+        text = json.dumps([identity, [cell.id for cell in self.cells]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def of(self, *roles: str) -> list[Cell]:
+    def with_role(self, *roles: str) -> list[Cell]:
+        """Returns the cells of these roles."""
         return [cell for cell in self.cells if cell.role in roles]
 
     def cell(self, name: str) -> Cell:
-        """The cell of that id. Raises InputError."""
+        """Returns the cell with that id. Raises InputError where there is none."""
         for cell in self.cells:
             if cell.id == name:
                 return cell
-        raise InputError(f"--ids={name} is no cell of the plan; plan.json lists them")
+        raise InputError(f"--ids={name} is not a cell of the plan; use an id from plan.json")
 
     def config(self, cell: Cell, workdir: Path) -> ConfigDict:
-        """The unresolved config of a cell's run under that directory."""
-        own = dict(cell.overrides)
+        """Returns the unresolved config of a cell's run in a ladder's directory."""
+        overrides = dict(cell.overrides)
         if cell.needs:
-            own["train.parent"] = str(run_dir(workdir, cell.needs))
-        return apply_overrides(ConfigDict(self.ladder["run"]), own)
+            overrides["train.parent"] = str(run_dir(workdir, cell.needs))
+        return apply_overrides(ConfigDict(self.ladder["run"]), overrides)
 
 
 def run_dir(workdir: Path, name: str) -> Path:
+    """Returns the run directory of the cell with that id."""
     return workdir / "runs" / name
 
 
 def make(ladder: ConfigDict, say: Callable[[str], None]) -> Plan:
-    """The plan of a ladder's config; prepares the data, whose vocabulary counts as parameters."""
+    """Makes the plan of a ladder's config.
+
+    Prepares the data where its vocabulary size is unknown: parameter counts depend on it.
+    """
     cells.check(ladder)
     vocab_size = prepared.vocab_size_of(ladder.run.data)
     if not vocab_size:
@@ -80,57 +87,60 @@ def make(ladder: ConfigDict, say: Callable[[str], None]) -> Plan:
 
 
 def _plain(value):
-    """Tuples as lists, so that a plan reads back from JSON equal to what was written."""
+    """Turns tuples into lists, so that a plan read from JSON equals the one that was written."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def read(workdir: Path) -> Plan | None:
-    """The plan that a directory holds, or None. Raises InputError where it cannot be read."""
+    """Reads a directory's plan; None where there is none. Raises InputError where it is invalid."""
     path = workdir / "plan.json"
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text())
-        return Plan(found["ladder"], [Cell(**cell) for cell in found["cells"]], found["vocab_size"])
+        fields = json.loads(path.read_text())
+        plan_cells = [Cell(**cell) for cell in fields["cells"]]
+        return Plan(fields["ladder"], plan_cells, fields["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--workdir={workdir}: plan.json is no plan ({error})") from None
+        raise InputError(
+            f"--workdir={workdir}: plan.json is not a plan ({error}); use a new --workdir"
+        ) from None
 
 
 def check(plan: Plan, workdir: Path) -> Plan | None:
-    """The plan that is there already, if this one may go on with it. Writes nothing.
+    """Returns the plan that the directory holds, or None. Writes nothing.
 
-    Raises InputError where the directory holds something else, or a ladder that disagrees.
+    Raises InputError where it holds other files, or a plan that this one does not extend.
     """
     if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is a file; name a directory")
-    before = read(workdir)
-    if before is None:
+        raise InputError(f"--workdir={workdir} is a file; use a directory")
+    previous = read(workdir)
+    if previous is None:
         if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise InputError(
-                f"--workdir={workdir} holds files but no plan.json; name an empty or new directory"
+                f"--workdir={workdir} holds files but no plan.json; use an empty or new directory"
             )
         return None
-    ours, theirs = (_fixed(one.ladder) for one in (plan, before))
+    ours, theirs = _fixed(plan.ladder), _fixed(previous.ladder)
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             raise InputError(
                 f"--workdir={workdir} holds a ladder that disagrees: {key} is {theirs.get(key)!r} "
-                f"there and {ours.get(key)!r} here; name a new --workdir"
+                f"there and {ours.get(key)!r} here; use a new --workdir"
             )
-    for arm in plan.ladder["arms"].keys() & before.ladder["arms"].keys():
-        if plan.ladder["arms"][arm] != before.ladder["arms"][arm]:
+    for arm in plan.ladder["arms"].keys() & previous.ladder["arms"].keys():
+        if plan.ladder["arms"][arm] != previous.ladder["arms"][arm]:
             raise InputError(
                 f"--workdir={workdir} holds a ladder that disagrees: arm {arm!r} is "
-                f"{before.ladder['arms'][arm]} there and {plan.ladder['arms'][arm]} here; give the "
-                f"new arm another name, or name a new --workdir"
+                f"{previous.ladder['arms'][arm]} there and {plan.ladder['arms'][arm]} here; use "
+                f"another name for the new arm, or a new --workdir"
             )
-    return before
+    return previous
 
 
 def _fixed(ladder: dict) -> dict:
-    """{dotted key: value} of what may not change as a ladder grows."""
+    """Returns {dotted key: value} of the keys that must not change while a ladder grows."""
     machine = {path for path, key in keys() if not key.identity}
     return {
         key: value
@@ -141,14 +151,14 @@ def _fixed(ladder: dict) -> dict:
     }
 
 
-def write(plan: Plan, before: Plan | None, workdir: Path) -> None:
-    """Writes plan.json; one that another plan replaces is kept under plans/."""
-    if before is not None and before.id == plan.id and before.ladder == plan.ladder:
+def write(plan: Plan, previous: Plan | None, workdir: Path) -> None:
+    """Writes plan.json; keeps a different previous plan as plans/ID.json."""
+    if previous is not None and previous.id == plan.id and previous.ladder == plan.ladder:
         return
     path = workdir / "plan.json"
-    if before is not None and before.id != plan.id:
+    if previous is not None and previous.id != plan.id:
         (workdir / "plans").mkdir(exist_ok=True)
-        (workdir / "plans" / f"{before.id}.json").write_bytes(path.read_bytes())
+        (workdir / "plans" / f"{previous.id}.json").write_bytes(path.read_bytes())
     write_json(
         path,
         {
@@ -162,14 +172,15 @@ def write(plan: Plan, before: Plan | None, workdir: Path) -> None:
 
 
 def now() -> str:
+    """Returns the present time in UTC, in ISO 8601 to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def select(plan: Plan, terms: list[str]) -> list[Cell]:
-    """The cells that the terms of --only name: arms, ids, roles, sizes ("100k") or "seed=1".
+    """Selects cells by the terms of --only: arms, ids, roles, sizes ("100k") or "seed=1".
 
-    Terms of one kind add up; kinds narrow each other. Trunks that are needed come too. Raises
-    InputError.
+    A cell must match one term of every kind that is present. The trunks of selected branches are
+    included. Raises InputError for a term that matches nothing.
     """
     kinds = {
         "arm": lambda cell: cell.arm,
@@ -178,13 +189,13 @@ def select(plan: Plan, terms: list[str]) -> list[Cell]:
         "size": lambda cell: cells.short(cell.size),
         "seed": lambda cell: f"seed={cell.seed}",
     }
-    wanted: dict[str, set] = {}
+    terms_by_kind: dict[str, set] = {}
     for term in terms:
         kind = next((k for k, f in kinds.items() if any(f(c) == term for c in plan.cells)), None)
         if kind is None:
             names = sorted({f(c) for k, f in kinds.items() if k != "id" for c in plan.cells})
-            raise InputError(f"--only={term} names no cell; one of {', '.join(names)} would work")
-        wanted.setdefault(kind, set()).add(term)
-    chosen = [c for c in plan.cells if all(kinds[k](c) in v for k, v in wanted.items())]
-    needed = {cell.needs for cell in chosen} | {cell.id for cell in chosen}
-    return [cell for cell in plan.cells if cell.id in needed]
+            raise InputError(f"--only={term} matches no cell; use one of {', '.join(names)}")
+        terms_by_kind.setdefault(kind, set()).add(term)
+    matches = [c for c in plan.cells if all(kinds[k](c) in v for k, v in terms_by_kind.items())]
+    ids = {cell.needs for cell in matches} | {cell.id for cell in matches}
+    return [cell for cell in plan.cells if cell.id in ids]

@@ -1,4 +1,4 @@
-"""What has become of a plan's cells: their records, and the attempts that left none."""
+"""Reads the cells' run records, and reads and writes the log of failed attempts."""
 
 import json
 from pathlib import Path
@@ -11,41 +11,45 @@ ATTEMPTS = "attempts.jsonl"
 
 
 def status(workdir: Path, cell: Cell) -> str:
-    """The status in a cell's run.json; "planned" where it has not begun."""
-    found = record_of(workdir, cell)
-    return found["status"] if found else "planned"
+    """Returns the status in a cell's run.json, or "planned" where there is none."""
+    record = record_of(workdir, cell)
+    return record["status"] if record else "planned"
 
 
 def record_of(workdir: Path, cell: Cell) -> dict | None:
-    """A cell's run.json, or None."""
+    """Reads a cell's run.json; None where there is none. Raises InputError where it is invalid."""
     path = run_dir(workdir, cell.id) / "run.json"
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"{path} is no run record ({error})") from None
+        raise InputError(
+            f"{path} is not a run record ({error}); delete its directory to train it anew"
+        ) from None
 
 
-def note(workdir: Path, names: list[str], status: int, said: str) -> None:
-    """A line in attempts.jsonl for each run that did not end well."""
+def note(workdir: Path, names: list[str], status: int, message: str) -> None:
+    """Appends a line to attempts.jsonl for each of the failed cells (ids)."""
     with open(workdir / ATTEMPTS, "a") as file:
         for name in names:
-            line = {"id": name, "ended": now(), "exit_status": status, "said": said}
+            line = {"id": name, "ended": now(), "exit_status": status, "said": message}
             file.write(json.dumps(line) + "\n")
 
 
 def failures(workdir: Path) -> dict[str, str]:
-    """{id: what its last failed attempt said}."""
+    """Returns {cell id: message of its last failed attempt}."""
     try:
         lines = (workdir / ATTEMPTS).read_text().splitlines()
     except FileNotFoundError:
         return {}
-    found = {}
+    messages = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            found[entry["id"]] = entry["said"]
+            messages[entry["id"]] = entry["said"]
         except (ValueError, KeyError):
-            raise InputError(f"{workdir / ATTEMPTS} holds a line that is no attempt") from None
-    return found
+            raise InputError(
+                f"{workdir / ATTEMPTS} has an invalid line, {line!r}; delete that line"
+            ) from None
+    return messages

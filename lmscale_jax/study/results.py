@@ -1,4 +1,4 @@
-"""results.csv: one row a run, from the records alone; and the rows that arms are judged by."""
+"""Makes results.csv, one row a run, from the records; selects the rows that compare the arms."""
 
 import csv
 import io
@@ -23,12 +23,15 @@ COLUMNS = (
 
 
 def rows(plan: Plan, workdir: Path) -> list[dict]:
-    """A row for each cell; what is not known yet is None. `tune` holds the tuned keys."""
-    found = []
+    """Makes a row for each cell: COLUMNS, and `tune` as a dict. Missing results are None.
+
+    Raises InputError where runs were evaluated on different tokens.
+    """
+    cell_rows = []
     for cell in plan.cells:
         record = records.record_of(workdir, cell) or {}
         final, data = record.get("final") or {}, record.get("data") or {}
-        found.append(
+        cell_rows.append(
             {
                 "run_id": cell.id,
                 "variant": cell.arm,
@@ -51,67 +54,67 @@ def rows(plan: Plan, workdir: Path) -> list[dict]:
                 "tune": cell.tune,
             }
         )
-    _check_one_text(found)
-    return found
+    _check_same_held_out_tokens(cell_rows)
+    return cell_rows
 
 
-def _check_one_text(found: list[dict]) -> None:
-    """Losses on different held-out tokens must not be compared."""
-    texts = {(row["val_fingerprint"], row["val_tokens"]) for row in found if row["val_loss"]}
+def _check_same_held_out_tokens(rows: list[dict]) -> None:
+    """Raises InputError where losses were measured on different tokens and cannot be compared."""
+    texts = {(row["val_fingerprint"], row["val_tokens"]) for row in rows if row["val_loss"]}
     if len(texts) > 1:
         raise InputError(
             f"the runs were evaluated on {len(texts)} different sets of held-out tokens "
-            f"({', '.join(sorted(str(t[0]) for t in texts))}); a new --workdir would work"
+            f"({', '.join(sorted(str(t[0]) for t in texts))}); use a new --workdir"
         )
 
 
-def write(found: list[dict], path: Path) -> None:
-    """results.csv; a tuned key has a column of its name."""
-    tuned = sorted({key for row in found for key in row["tune"]})
+def write(rows: list[dict], path: Path) -> None:
+    """Writes results.csv, with a column for each tuned key; trunks are left out."""
+    tuned = sorted({key for row in rows for key in row["tune"]})
     text = io.StringIO()
     writer = csv.DictWriter(text, [*COLUMNS, *tuned], extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(row | row["tune"] for row in found if row["role"] != TRUNK)
+    writer.writerows(row | row["tune"] for row in rows if row["role"] != TRUNK)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text.getvalue())
     os.replace(temporary, path)
 
 
-def finished(found: list[dict], *roles: str) -> list[dict]:
-    """Finished rows of the roles, all but trunks by default."""
+def finished(rows: list[dict], *roles: str) -> list[dict]:
+    """Returns the finished rows of the roles; all but trunks by default."""
     roles = roles or (ANCHOR, HELD_OUT)
-    return [r for r in found if r["role"] in roles and r["status"] == "finished"]
+    return [r for r in rows if r["role"] in roles and r["status"] == "finished"]
 
 
-def chosen(found: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(rows, warnings): for each arm, size and budget the tuned values with the least mean loss.
+def chosen(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Chooses, for each arm, size and budget, the tuned values with the lowest mean loss.
 
-    Values that not every seed finished with are not chosen where others are complete. A best value
-    at the edge of its grid is a warning: the arm is not tuned there.
+    Only values with the most finished seeds are candidates. A best value at the edge of its grid
+    gives a warning, because the arm may not be tuned there. Returns (rows, warnings).
     """
-    kept, warnings = [], []
-    for place in dict.fromkeys(_place(row) for row in found):
-        here = [row for row in found if _place(row) == place]
+    best_rows, warnings = [], []
+    for place in dict.fromkeys(_place(row) for row in rows):
         by_tune: dict[tuple, list[dict]] = {}
-        for row in here:
-            by_tune.setdefault(tuple(sorted(row["tune"].items())), []).append(row)
-        most = max(len(several) for several in by_tune.values())
-        full = {tune: several for tune, several in by_tune.items() if len(several) == most}
+        for row in rows:
+            if _place(row) == place:
+                by_tune.setdefault(tuple(sorted(row["tune"].items())), []).append(row)
+        n_seeds = max(len(seeds) for seeds in by_tune.values())
+        full = {tune: seeds for tune, seeds in by_tune.items() if len(seeds) == n_seeds}
         best = min(full, key=lambda tune: np.mean([row["val_loss"] for row in full[tune]]))
-        kept += full[best]
+        best_rows += full[best]
         for key, value in best:
-            tried = sorted({dict(tune)[key] for tune in by_tune})
-            if len(tried) > 1 and value in (tried[0], tried[-1]):
-                grid = ", ".join(f"{v:g}" for v in tried)
+            values = sorted({dict(tune)[key] for tune in by_tune})
+            if len(values) > 1 and value in (values[0], values[-1]):
                 message = (
                     f"{place[0]} at {place[1]:g}: the best {key} is {value:g}, at the edge of "
-                    f"{grid}; widen config.tune.{key}"
+                    f"{', '.join(f'{v:g}' for v in values)}; widen config.tune.{key}"
                 )
                 warnings.append({"code": "edge_of_grid", "message": message})
-    return kept, warnings
+    return best_rows, warnings
 
 
-def _place(row: dict) -> tuple:
+def _place(row: dict) -> tuple[str, float, float]:
+    """Returns (arm, size, budget) of a row."""
     return row["variant"], row["size"], row["budget"]
 
 
@@ -119,14 +122,14 @@ def _place(row: dict) -> tuple:
 N_COLUMNS = Modes("fit.n", {"non_embedding": "n_non_embedding", "total": "n_total"})
 
 
-def table(found: list[dict], n: str) -> dict[str, list]:
-    """Columns for `lmscale_jax.science`; `n` is "non_embedding" or "total"."""
+def table(rows: list[dict], n: str) -> dict[str, list]:
+    """Makes the columns of a table to fit; `n` is "non_embedding" or "total"."""
     return {
-        "n": [row[N_COLUMNS[n]] for row in found],
-        "d": [row["tokens"] for row in found],
-        "c": [row["flops"] for row in found],
-        "loss": [row["val_loss"] for row in found],
-        "run_id": [row["run_id"] for row in found],
-        "variant": [row["variant"] for row in found],
-        "seed": [str(row["seed"]) for row in found],
+        "n": [row[N_COLUMNS[n]] for row in rows],
+        "d": [row["tokens"] for row in rows],
+        "c": [row["flops"] for row in rows],
+        "loss": [row["val_loss"] for row in rows],
+        "run_id": [row["run_id"] for row in rows],
+        "variant": [row["variant"] for row in rows],
+        "seed": [str(row["seed"]) for row in rows],
     }

@@ -13,12 +13,12 @@ from lmscale_jax.modes import Modes
 
 
 def shaped(config, base, shape: sizes.Shape, vocab_size: int) -> ConfigDict:
-    """An arm at the baseline's shape; its d_ff is stretched as the baseline's is."""
-    by_rule = [
-        resolve(sizes.resized(one, shape._replace(d_ff=0)), vocab_size).model.d_ff
-        for one in (config, base)
-    ]
-    d_ff = round(shape.d_ff * by_rule[0] / by_rule[1])
+    """Gives an arm the baseline's shape, with d_ff as far from its default as the baseline's."""
+    default, base_default = (
+        resolve(sizes.resized(arm, shape._replace(d_ff=0)), vocab_size).model.d_ff
+        for arm in (config, base)
+    )
+    d_ff = round(shape.d_ff * default / base_default)
     return sizes.resized(config, shape._replace(d_ff=d_ff))
 
 
