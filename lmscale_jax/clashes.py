@@ -1,5 +1,6 @@
 """Values of a config that are each right and do not go together."""
 
+from lmscale_jax.data.sources import SOURCES
 from lmscale_jax.derived import duration, mur_layers, total_steps
 from lmscale_jax.errors import InputError
 from lmscale_jax.mur.settings import GRANULARITIES, MODES, THRESHOLDS
@@ -20,10 +21,7 @@ def check(config) -> None:
         )
     if not train.steps and not train.tokens:
         raise InputError("config.train.steps=0 needs train.tokens; train.tokens=1e8 would work")
-    if (
-        data.source in ("text", "jsonl", "parquet", "hf", "tfds", "bin", "mixture")
-        and not data.path
-    ):
+    if SOURCES[data.source].needs_path and not data.path:
         raise InputError(f"config.data.path='' must name the {data.source} data, such as corpus/*")
     if data.tokenizer == "hf" and not data.tokenizer_path:
         raise InputError(

@@ -76,7 +76,9 @@ REFUSED = {
     ("model.attention", "splash"): "it runs on TPU",
 }
 # Keys with several tables, and why.
-SEVERAL_TABLES: dict[str, str] = {}
+SEVERAL_TABLES = {
+    "data.source": "reading documents (sources.py) and opening shards (prepared.py) are two layers"
+}
 
 
 @functools.cache
