@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.base import SPEC
-from lmscale_jax.config import keys, validate
+from lmscale_jax.config import validate
 from lmscale_jax.study import cells
 
 ROOT = Path(__file__).parents[1]
@@ -105,22 +104,6 @@ def test_every_config_is_valid(path):
     config = importlib.import_module(name(path)[: -len(".py")].replace("/", ".")).get_config()
     ladder = path.parent.name == "ladders"
     cells.check(config) if ladder else validate(config)
-
-
-def test_every_config_key_is_read():
-    sources = "\n".join(
-        p.read_text() for p in (ROOT / "lmscale_jax").rglob("*.py") if p.name != "config.py"
-    )
-    # Those that only derive others are read in config.py.
-    sources += re.sub(
-        r'"""[\s\S]*?"""|refuse\(.*|f".*', "", (ROOT / "lmscale_jax/config.py").read_text()
-    )
-    dead = [
-        path
-        for path, _ in keys(SPEC)
-        if not re.search(rf"\.{(last := path.rpartition('.')[2])}\b|[\"']{last}[\"']", sources)
-    ]
-    assert not dead
 
 
 def test_heavy_packages_are_imported_only_where_used():
