@@ -133,8 +133,7 @@ def build(config, *, platform: str, boundary: int | None = None, mesh: Mesh | No
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
     choices |= _described(config, specs, platform)
-    init = functools.partial(_init, specs, rows)
-    return Model(specs, rows, init, logits, losses, taps, choices)
+    return Model(specs, rows, functools.partial(_init, specs, rows), logits, losses, taps, choices)
 
 
 def _stack(model, platform: str) -> str:
