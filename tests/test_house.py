@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmscale_jax.config.keys import keys
 from lmscale_jax.config.resolve import validate
-from lmscale_jax.configs.base import SPEC
 from lmscale_jax.study import cells
 
 ROOT = Path(__file__).parents[1]
@@ -113,22 +111,6 @@ def test_every_config_is_valid(path):
     config = importlib.import_module(module).get_config()
     ladder = path.parent.name == "ladders"
     cells.check(config) if ladder else validate(config)
-
-
-def test_every_config_key_is_read():
-    resolving = ROOT / "lmscale_jax/config/resolve.py"
-    silent = [resolving, *(resolving.with_name(f"{stem}.py") for stem in KEYS + RECIPES)]
-    assert all(p.is_file() for p in silent)
-    package = [p for p in PYTHON if name(p).startswith("lmscale_jax/") and p not in silent]
-    sources = "\n".join(p.read_text() for p in package)
-    # Those that only derive others are read in resolve.py.
-    sources += re.sub(r'"""[\s\S]*?"""|refuse\(.*|f".*', "", resolving.read_text())
-    dead = [
-        path
-        for path, _ in keys(SPEC)
-        if not re.search(rf"\.{(last := path.rpartition('.')[2])}\b|[\"']{last}[\"']", sources)
-    ]
-    assert not dead
 
 
 def test_heavy_packages_are_imported_only_where_used():

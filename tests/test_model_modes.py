@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs.modelling import MODEL
+from lmscale_jax.config.model_keys import MODEL
 from test_model import make, tokens
 
 from lmscale_jax.data.pipeline import Batch

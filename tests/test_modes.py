@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import lmscale_jax
-from configs import base
-from configs.laddering import LADDER
+from lmscale_jax.configs import base
+from lmscale_jax.config.ladder_keys import LADDER
 from lmscale_jax import modes
 from lmscale_jax.config import get, keys, resolve
 from lmscale_jax.data.pipeline import Batch
@@ -76,7 +76,9 @@ REFUSED = {
     ("model.attention", "splash"): "it runs on TPU",
 }
 # Keys with several tables, and why.
-SEVERAL_TABLES: dict[str, str] = {}
+SEVERAL_TABLES = {
+    "data.source": "reading documents (sources.py) and opening shards (prepared.py) are two layers"
+}
 
 
 @functools.cache

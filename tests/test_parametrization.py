@@ -1,12 +1,15 @@
 """The parametrization table against its formulas, and its identity at the base size."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from lmscale_jax.config.optim_keys import OPTIM
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
@@ -123,6 +126,28 @@ def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
         results.append((params, loss))
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_an_optimizer_is_one_entry(monkeypatch):
+    """A new one gets the factors that its table prints: here direction g, divided by eps's."""
+    entry = OPTIMIZERS["adamw"]._replace(
+        direction=lambda config, rows, mesh, platform: optax.identity(),
+        counts_steps=False,
+        moments=0,
+    )
+    monkeypatch.setitem(OPTIMIZERS, "plain", entry)
+    choices = (*OPTIM["name"].choices, "plain")
+    monkeypatch.setitem(OPTIM, "name", dataclasses.replace(OPTIM["name"], choices=choices))
+    config, model = make(optim__name="plain", optim__clip=0.0, optim__weight_decay=0.0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+    transform = optim.build(config, model.rows)
+    updates, _ = jax.jit(transform.update)(ones, transform.init(ones), ones, step=500)
+    lr = float(np.abs(updates["embed"]["tokens"]).max())
+    row = model.rows["blocks/mlp/up/weight"]
+    assert row.eps_factor == 0.5
+    update = float(np.abs(updates["blocks"]["mlp"]["up"]["weight"]).max())
+    assert update == pytest.approx(lr * row.lr_factor / row.eps_factor, rel=1e-5)
 
 
 def test_epsilon_has_its_factor():

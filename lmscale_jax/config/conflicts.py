@@ -2,7 +2,7 @@
 
 from lmscale_jax.config.blocks import block_numbers, mur_layers
 from lmscale_jax.config.durations import steps_of, total_steps
-from lmscale_jax.config.keys import is_used
+from lmscale_jax.config.keys import PATH_OPTIONAL, is_used
 from lmscale_jax.errors import InputError
 
 
@@ -18,10 +18,7 @@ def check(config) -> None:
         )
     if not train.steps and not train.tokens:
         raise InputError("config.train.steps=0 needs train.tokens; train.tokens=1e8 would work")
-    if (
-        data.source in ("text", "jsonl", "parquet", "hf", "tfds", "bin", "mixture")
-        and not data.path
-    ):
+    if is_used(config, "data.path") and data.source not in PATH_OPTIONAL and not data.path:
         raise InputError(f"config.data.path='' must name the {data.source} data, such as corpus/*")
     if data.tokenizer == "hf" and not data.tokenizer_path:
         raise InputError(

@@ -16,6 +16,8 @@ from lmscale_jax.config.model_keys import MODEL
 from lmscale_jax.config.optim_keys import FREEZE, MUR, OPTIM, SCHEDULE
 
 _CORPORA = ("tinystories", "fineweb_edu", "openwebtext", "c4")
+# Sources that are found without data.path, which names a copy of them.
+PATH_OPTIONAL = (*_CORPORA, "fineweb10B_gpt2")
 _TEXTS = ("stdlib", "text", "jsonl", "parquet", "hf", "tfds", *_CORPORA)
 _SIZED = {"parametrization.name": ("mup", "completep")}
 

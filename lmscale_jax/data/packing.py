@@ -220,7 +220,8 @@ class Split(NamedTuple):
 
 
 def _hash_remedy(data_cfg) -> str:
-    whole_files = data_cfg.source == "text" and data_cfg.document == "file"
+    cuts_files = "document" in sources.SOURCES[data_cfg.source].keys
+    whole_files = cuts_files and data_cfg.document == "file"
     return "set data.split=tail" + (" or data.document=paragraph" if whole_files else "")
 
 

@@ -15,10 +15,10 @@ import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from lmscale_jax.data import mixtures, packing, presets, sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
+from lmscale_jax.modes import Modes
 
 Log = Callable[[str], object]
 
@@ -84,14 +85,7 @@ def prepare(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
     presets.fetch_tokenizer(data_cfg, cache, log)
     vocab_size = vocab_size or presets.vocab_size(data_cfg)
     data_cfg = presets.plain(data_cfg, cache)
-    if data_cfg.source == "mixture":
-        prepared = _open_mixture(data_cfg, cache)
-    elif data_cfg.source == "bin":
-        prepared = _open_bin(data_cfg, vocab_size, cache, log)
-    else:
-        settings = _settings(data_cfg)
-        directory = _place(cache, data_cfg, settings)
-        prepared = _find_or_build(directory, data_cfg, settings, cache, log)
+    prepared = PREPARATIONS[data_cfg.source].open(data_cfg, vocab_size, cache, log)
     if 0 < vocab_size < prepared.vocab_size:
         raise InputError(
             f"model.vocab_size={vocab_size}: the tokenizer has {prepared.vocab_size} ids; set "
@@ -108,13 +102,7 @@ def find_manifest(data_cfg) -> dict | None:
     """
     cache = cache_root(data_cfg)
     data_cfg = presets.plain(data_cfg, cache)
-    if data_cfg.source == "mixture":
-        return _open_mixture(data_cfg, cache).manifest
-    if data_cfg.source == "bin":
-        directory = Path(data_cfg.path).expanduser()
-    else:
-        directory = _place(cache, data_cfg, _settings(data_cfg))
-    return manifests.read(directory) if (directory / "manifest.json").is_file() else None
+    return PREPARATIONS[data_cfg.source].find_manifest(data_cfg, cache)
 
 
 def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
@@ -126,7 +114,7 @@ def prepare_to(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
     cache = cache_root(data_cfg)
     presets.fetch_tokenizer(data_cfg, cache, log)
     data_cfg = presets.plain(data_cfg, cache)
-    if data_cfg.source in ("bin", "mixture"):
+    if sources.SOURCES[data_cfg.source].documents is None:
         raise InputError(
             f"data.source={data_cfg.source}: shards are prepared already; name stdlib, text or "
             f"jsonl"
@@ -173,14 +161,7 @@ def vocab_size_of(data_cfg) -> int:
     cache = cache_root(data_cfg)
     presets.fetch_tokenizer(data_cfg, cache, lambda line: None)
     data_cfg = presets.plain(data_cfg, cache)
-    if data_cfg.source == "mixture":
-        return _open_mixture(data_cfg, cache).vocab_size
-    if data_cfg.source == "bin":
-        directory = Path(data_cfg.path).expanduser()
-        if (directory / "manifest.json").is_file():
-            return manifests.read(directory)["tokenizer"]["vocab_size"]
-        return 0
-    return packing.TOKENIZER_KINDS[data_cfg.tokenizer].vocab_size(data_cfg)
+    return PREPARATIONS[data_cfg.source].vocab_size(data_cfg, cache)
 
 
 def cache_root(data_cfg) -> Path:
@@ -194,28 +175,17 @@ def _place(cache: Path, data_cfg, settings: dict) -> Path:
     return cache / f"{data_cfg.source}-{data_cfg.tokenizer}-{manifests.key(settings)}"
 
 
-# What else decides which documents a source has.
-_OWN_KEYS = {
-    "stdlib": [],
-    "text": ["document"],
-    "jsonl": ["field", "limit"],
-    "parquet": ["field", "limit"],
-    "hf": ["path", "subset", "rows", "revision", "field", "limit"],
-    "tfds": ["path", "rows", "field", "limit"],
-}
-
-
 def _settings(data_cfg) -> dict:
     """Everything that decides the content of the shards."""
     keys = ["source", "tokenizer", "split", "val_fraction", "shard_tokens", "overlap"]
-    keys += _OWN_KEYS[data_cfg.source]
+    keys += sources.SOURCES[data_cfg.source].keys
     keys += packing.TOKENIZER_KINDS[data_cfg.tokenizer].keys
     paths = sources.files(data_cfg)
     base = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
     return {
         "format": manifests.FORMAT,
         "data": {key: data_cfg[key] for key in keys},
-        "python": platform.python_version() if data_cfg.source == "stdlib" else None,
+        "python": sources.SOURCES[data_cfg.source].version(),
         "files": len(paths),
         "files_state": manifests.key(
             [manifests.state(path, os.path.relpath(path, base)) for path in paths]
@@ -371,3 +341,56 @@ def _scanned(shards: Shards, cache: Path, log: Log) -> str:
         note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, {"fingerprint": fingerprint, "files": files})
     return fingerprint
+
+
+def _manifest_in(directory: Path) -> dict | None:
+    return manifests.read(directory) if (directory / "manifest.json").is_file() else None
+
+
+def _bin_manifest(data_cfg, cache: Path) -> dict | None:
+    return _manifest_in(Path(data_cfg.path).expanduser())
+
+
+def _open_text(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
+    settings = _settings(data_cfg)
+    return _find_or_build(_place(cache, data_cfg, settings), data_cfg, settings, cache, log)
+
+
+class Preparation(NamedTuple):
+    """How a source becomes shards of tokens.
+
+    Attributes:
+      open: (data_cfg, vocab_size, cache, log) -> Prepared.
+      find_manifest: (data_cfg, cache) -> the manifest of what was prepared before, or None.
+      vocab_size: (data_cfg, cache) -> ids of its tokenizer before preparing; 0: unknown.
+    """
+
+    open: Callable
+    find_manifest: Callable
+    vocab_size: Callable
+
+
+_TEXT = Preparation(
+    _open_text,
+    lambda data_cfg, cache: _manifest_in(_place(cache, data_cfg, _settings(data_cfg))),
+    lambda data_cfg, cache: packing.TOKENIZER_KINDS[data_cfg.tokenizer].vocab_size(data_cfg),
+)
+_NO_TOKENIZER = {"tokenizer": {"vocab_size": 0}}
+_SHARDS = Preparation(
+    _open_bin,
+    _bin_manifest,
+    lambda data_cfg, cache: (_bin_manifest(data_cfg, cache) or _NO_TOKENIZER)["tokenizer"]["vocab_size"],
+)
+PREPARATIONS = Modes(
+    "data.source",
+    {name: _TEXT for name, source in sources.SOURCES.items() if source.documents}
+    | {
+        "bin": _SHARDS,
+        presets.SHARDS: _SHARDS,
+        "mixture": Preparation(
+            lambda data_cfg, vocab_size, cache, log: _open_mixture(data_cfg, cache),
+            lambda data_cfg, cache: _open_mixture(data_cfg, cache).manifest,
+            lambda data_cfg, cache: _open_mixture(data_cfg, cache).vocab_size,
+        ),
+    },
+)

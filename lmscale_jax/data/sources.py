@@ -8,14 +8,16 @@ import gzip
 import itertools
 import json
 import os
+import platform
 import re
 import sysconfig
 import tokenize
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from lmscale_jax.data import tables
+from lmscale_jax.data import presets, tables
 from lmscale_jax.errors import InputError
 from lmscale_jax.modes import Modes
 
@@ -47,31 +49,40 @@ def documents(data_cfg, on_skip: Callable[[Path], object] = lambda path: None) -
 
 
 def _documents(data_cfg, on_skip) -> Iterator[str]:
-    if data_cfg.source in ROWS:
+    yield from SOURCES[data_cfg.source].documents(data_cfg, on_skip)
+
+
+def _of_library(data_cfg, on_skip) -> Iterator[str]:
+    for path in files(data_cfg):
+        yield from _library_documents(path, on_skip)
+
+
+def _of_texts(data_cfg, on_skip) -> Iterator[str]:
+    for path in files(data_cfg):
+        yield from DOCUMENT_PATTERNS[data_cfg.document].findall(_read_text(path))
+
+
+def _of_json(data_cfg, on_skip) -> Iterator[str]:
+    for path in files(data_cfg):
+        yield from _json_documents(path, data_cfg.field)
+
+
+def _of_rows(values: Callable) -> Callable:
+    """`documents` of a table, from data_cfg -> the values of its text field."""
+
+    def documents(data_cfg, on_skip) -> Iterator[str]:
         where = f"data.path={data_cfg.path}: field {data_cfg.field!r}"
-        for value in ROWS[data_cfg.source](data_cfg):
+        for value in values(data_cfg):
             # Tables of web pages have rows without text.
             if value and (text := _checked_text(value, where)):
                 yield text
-        return
-    for path in files(data_cfg):
-        match data_cfg.source:
-            case "stdlib":
-                yield from _library_documents(path, on_skip)
-            case "text":
-                yield from DOCUMENT_PATTERNS[data_cfg.document].findall(_read_text(path))
-            case "jsonl":
-                yield from _json_documents(path, data_cfg.field)
+
+    return documents
 
 
 def _parquet_values(data_cfg) -> Iterator:
     for path in files(data_cfg):
         yield from tables.parquet_values(path, data_cfg.field)
-
-
-ROWS = {
-    "parquet": _parquet_values, "hf": tables.dataset_values, "tfds": tables.tfds_values,
-}  # fmt: skip
 
 
 def files(data_cfg) -> list[Path]:
@@ -80,19 +91,27 @@ def files(data_cfg) -> list[Path]:
     Raises:
         InputError: nothing is found under data.path.
     """
-    if data_cfg.source == "stdlib":
-        root = Path(sysconfig.get_path("stdlib"))
-        return sorted(_library_files(root), key=lambda path: path.relative_to(root).as_posix())
-    match data_cfg.source:
-        case "hf":
-            local = tables.local_dataset(data_cfg)
-            return find(str(local), "data.path", ()) if local else []
-        case "tfds":
-            folder = Path(data_cfg.directory or "~/tensorflow_datasets").expanduser()
-            dataset = folder / data_cfg.path.split(":")[0]
-            return find(str(dataset), "data.path", ()) if dataset.is_dir() else []
-    endings = {"jsonl": _JSONL_ENDINGS, "parquet": (".parquet",)}.get(data_cfg.source, ())
-    return find(data_cfg.path, "data.path", endings)
+    return SOURCES[data_cfg.source].files(data_cfg)
+
+
+def _library(data_cfg) -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(_library_files(root), key=lambda path: path.relative_to(root).as_posix())
+
+
+def _local_dataset(data_cfg) -> list[Path]:
+    local = tables.local_dataset(data_cfg)
+    return find(str(local), "data.path", ()) if local else []
+
+
+def _tfds(data_cfg) -> list[Path]:
+    folder = Path(data_cfg.directory or "~/tensorflow_datasets").expanduser()
+    dataset = folder / data_cfg.path.split(":")[0]
+    return find(str(dataset), "data.path", ()) if dataset.is_dir() else []
+
+
+def _ending(*endings: str) -> Callable:
+    return lambda data_cfg: find(data_cfg.path, "data.path", endings)
 
 
 def find(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
@@ -200,3 +219,44 @@ def _read_text(path: Path) -> str:
             f"data.path={path}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); "
             f"{remedy}"
         ) from None
+
+
+class Source(NamedTuple):
+    """Where data come from.
+
+    Attributes:
+      documents: (data_cfg, on_skip) -> texts, without `limit`; None for a source of tokens.
+      files: data_cfg -> the files behind them, in the order in which they are read.
+      keys: of `data` that decide which documents it has, beside those of every source.
+      needs_path: data.path must be given.
+      version: () -> what else its documents depend on, or None.
+    """
+
+    documents: Callable | None
+    files: Callable = lambda data_cfg: []
+    keys: tuple[str, ...] = ()
+    needs_path: bool = True
+    version: Callable = lambda: None
+
+
+_HUB = Source(
+    _of_rows(tables.dataset_values),
+    _local_dataset,
+    ("path", "subset", "rows", "revision", "field", "limit"),
+)
+SOURCES = Modes(
+    "data.source",
+    {
+        "stdlib": Source(_of_library, _library, needs_path=False, version=platform.python_version),
+        "text": Source(_of_texts, _ending(), ("document",)),
+        "jsonl": Source(_of_json, _ending(*_JSONL_ENDINGS), ("field", "limit")),
+        "parquet": Source(_of_rows(_parquet_values), _ending(".parquet"), ("field", "limit")),
+        "hf": _HUB,
+        "tfds": Source(_of_rows(tables.tfds_values), _tfds, ("path", "rows", "field", "limit")),
+        # Datasets on the hub by name: `presets.plain` fills in which.
+        **dict.fromkeys(presets.CORPORA, _HUB._replace(needs_path=False)),
+        "bin": Source(None),
+        "mixture": Source(None),
+        presets.SHARDS: Source(None, needs_path=False),
+    },
+)

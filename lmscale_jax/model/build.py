@@ -104,8 +104,7 @@ def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
     choices |= _described(config, specs, platform)
-    init = functools.partial(_init, specs, rows)
-    return Model(specs, rows, init, logits, losses, taps, choices)
+    return Model(specs, rows, functools.partial(_init, specs, rows), logits, losses, taps, choices)
 
 
 def _final_norm(definition, params, h_NxD, context: ForwardContext):
