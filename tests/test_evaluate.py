@@ -235,7 +235,7 @@ def test_a_mask_drops_what_deleting_drops(model):
     found = redundancy.measure(setup.drop_sums, params, batches, setup.mesh, 4, drops)
     assert found.drops == [(), *drops] and found.damage()[0] == 0
     smaller = base.get_config()
-    smaller.update(setup.config.copy_and_resolve_references())
+    smaller.update(setup.recorded.copy_and_resolve_references())
     for drop in ((1,), (2, 3)):
         kept = jnp.array([layer for layer in range(4) if layer not in drop])
         with smaller.unlocked():
