@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import config_dict
 from test_modes import SMALL, program
 
-from lmscale_jax.configs import base
 from lmscale_jax.config import keys
+from lmscale_jax.configs import base
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
 from lmscale_jax.reports import closing

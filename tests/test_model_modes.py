@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lmscale_jax.config.model_keys import MODEL
 from test_model import make, tokens
 
+from lmscale_jax.config.model_keys import MODEL
 from lmscale_jax.data.pipeline import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import attention_stats, suites

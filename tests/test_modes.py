@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import lmscale_jax
-from lmscale_jax.configs import base
-from lmscale_jax.config.ladder_keys import LADDER
 from lmscale_jax import modes
 from lmscale_jax.config import get, keys, resolve
+from lmscale_jax.config.ladder_keys import LADDER
+from lmscale_jax.configs import base
 from lmscale_jax.data.pipeline import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.build import build
