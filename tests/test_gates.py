@@ -14,6 +14,7 @@ from lmscale_jax.evals import attention_stats
 from lmscale_jax.model import build, flops, param
 from lmscale_jax.model.gates import earlier
 from lmscale_jax.model.placement import ShardingContext
+from lmscale_jax.optim.rules import update_rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -133,13 +134,15 @@ def test_rows_of_the_table(kind, role, multiplier, lr, optimizer):
         config.model.d_model, config.model.n_heads, config.model.attn_gate = 128, 8, kind
         config.model.vocab_size, config.optim.name = 40, name
         config.parametrization.name, config.parametrization.base_width = "mup", 32
-        model = build.build(resolve(config), platform="cpu")
+        config = resolve(config)
+        model = build.build(config, platform="cpu")
         leaf = "free" if kind == "const" else "weight"
         row = model.rows[f"blocks/attention/gate/{leaf}"]
         assert row.spec.role == role and row.multiplier == multiplier
-        assert row.optimizer == (optimizer if name == "muon" else "adamw")
+        update = update_rules(model.rows, config)[f"blocks/attention/gate/{leaf}"]
+        assert update.optimizer == (optimizer if name == "muon" else "adamw")
         if name == "adamw":
-            assert row.lr_factor == lr
+            assert update.lr_factor == lr
 
 
 def test_counts_and_flops_hold_the_gate():

@@ -14,6 +14,7 @@ from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import muon, schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
+from lmscale_jax.optim.rules import rules_as_json, update_rules
 from lmscale_jax.parametrization import rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -114,7 +115,7 @@ def test_transposed_matrices_get_the_transposed_update(name):
         "wide": param.Spec(("layers", "embed", "mlp"), (3, 8, 24), 1, "hidden"),
         "tall": param.Spec(("layers", "mlp", "embed"), (3, 24, 8), 1, "hidden"),
     }
-    rows = rules.table(specs, specs, config)
+    rows = update_rules(rules.table(specs, specs, config), config)
     transform = OPTIMIZERS[name].direction(config, rows, None, "cpu")
     wide = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 24)), jnp.float32)
     grads = {"wide": wide, "tall": wide.swapaxes(1, 2)}
@@ -149,7 +150,8 @@ def test_the_first_step_is_that_of_optax(kind):
         optim__muon_coefficients="quintic", optim__muon_scale="kj", optim__momentum_warmup="0",
         **kind,
     )  # fmt: skip
-    rows = {path: row for path, row in model.rows.items() if row.optimizer == "muon"}
+    rules_by_path = update_rules(model.rows, config)
+    rows = {path: rule for path, rule in rules_by_path.items() if rule.optimizer == "muon"}
     params = {path: jnp.zeros(row.spec.shape) for path, row in rows.items()}
     grads = random_like(params)
     dims = {
@@ -172,7 +174,7 @@ def test_momentum_is_nesterovs_and_warms_up():
         [0.85, 0.90, 0.95, 0.95]
     )
     path = "blocks/mlp/up/weight"
-    rows = {path: model.rows[path]}
+    rows = {path: update_rules(model.rows, config)[path]}
     transform = muon.scale_by_muon(rows, config)
     update = jax.jit(transform.update)
     one = {path: jnp.zeros(rows[path].spec.shape)}
@@ -206,7 +208,8 @@ def test_normuon_evens_out_the_neurons():
 
 def test_each_head_on_its_own():
     config, model = made(optim__muon_unit="head", optim__momentum_warmup="0")
-    rows = {p: r for p, r in model.rows.items() if r.optimizer == "muon"}
+    rules_by_path = update_rules(model.rows, config)
+    rows = {p: rule for p, rule in rules_by_path.items() if rule.optimizer == "muon"}
     grads = random_like({path: jnp.zeros(row.spec.shape) for path, row in rows.items()})
     transform = muon.scale_by_muon(rows, config)
     found, _ = jax.jit(transform.update)(grads, transform.init(grads), step=0)
@@ -228,7 +231,8 @@ ALL = {"muon": "adamw", "normuon": "adamw", "adamw": "adamw", "sgd": "sgd", "lio
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_every_parameter_is_in_one_group(name, head):
     config, model = made(optim__name=name, model__head=head, model__bias=True)
-    shares = {path: row.optimizer for path, row in model.rows.items()}
+    rules_by_path = update_rules(model.rows, config)
+    shares = {path: rule.optimizer for path, rule in rules_by_path.items()}
     for path, row in model.rows.items():
         matrix = row.spec.role == "hidden"
         assert shares[path] == (name if matrix else ALL[name]), path
@@ -243,8 +247,10 @@ def test_every_parameter_is_in_one_group(name, head):
         path = next((p for p in model.rows if names.endswith(p)), None)
         if path and leaf.shape == model.rows[path].spec.shape:
             kept[path] = kept.get(path, 0) + 1
-    assert kept == {path: OPTIMIZERS[row.optimizer].moments for path, row in model.rows.items()}
-    table = {entry["path"]: entry["optimizer"] for entry in rules.as_json(model.rows)}
+    assert kept == {
+        path: OPTIMIZERS[rule.optimizer].moments for path, rule in rules_by_path.items()
+    }
+    table = {entry["path"]: entry["optimizer"] for entry in rules_as_json(model.rows, config)}
     assert table == shares
 
 
@@ -252,31 +258,32 @@ def test_every_parameter_is_in_one_group(name, head):
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_learning_rate_factors_keep_the_spectral_condition(scale, m):
     """Scale times factor must grow like sqrt(out/in); never Adam's 1/m."""
-    _, model = made(
+    config, model = made(
         parametrization__name="mup", parametrization__base_width=16, model__d_model=16 * m,
         model__n_heads=2 * m, optim__muon_scale=scale, optim__momentum_warmup="0",
     )  # fmt: skip
-    for path, row in model.rows.items():
-        if row.optimizer != "muon":
-            assert row.update_scale == 1.0, path
+    for path, update in update_rules(model.rows, config).items():
+        if update.optimizer != "muon":
+            assert update.update_scale == 1.0, path
             continue
         norm, at_base = (
             muon.SCALES[scale](spec) * math.sqrt(spec.fan_in / spec.fan_out)
-            for spec in (row.spec, row.base)
+            for spec in (update.spec, model.rows[path].base)
         )
-        assert row.lr_factor * norm == pytest.approx(at_base), path
+        assert update.lr_factor * norm == pytest.approx(at_base), path
         wanted = m**-0.5 if scale == "moonlight" else 1.0
-        assert row.lr_factor == pytest.approx(wanted), path
-        assert row.eps_factor == 1.0
+        assert update.lr_factor == pytest.approx(wanted), path
+        assert update.eps_factor == 1.0
 
 
 def test_heads_of_their_own_lower_the_rate_as_heads_are_added():
-    _, model = made(
+    config, model = made(
         parametrization__name="mup", parametrization__base_width=16, model__d_model=64,
         model__n_heads=8, optim__muon_unit="head",
     )  # fmt: skip
-    assert model.rows["blocks/attention/query/weight"].lr_factor == pytest.approx(0.5)
-    assert model.rows["blocks/mlp/up/weight"].lr_factor == 1.0
+    by_path = update_rules(model.rows, config)
+    assert by_path["blocks/attention/query/weight"].lr_factor == pytest.approx(0.5)
+    assert by_path["blocks/mlp/up/weight"].lr_factor == 1.0
 
 
 def test_cautious_decay_only_helps_the_update():
@@ -294,5 +301,5 @@ def test_cautious_decay_only_helps_the_update():
         for path, p in param.named(params).items():
             u, w = param.named(with_decay)[path], param.named(without)[path]
             helps = (np.asarray(w) * np.asarray(p) <= 0) | (where == "everywhere")
-            wanted = w - 0.1 * s * model.rows[path].decay * p * helps
+            wanted = w - 0.1 * s * update_rules(model.rows, config)[path].decay * p * helps
             np.testing.assert_allclose(u, wanted, atol=1e-6, err_msg=path)

@@ -15,8 +15,10 @@ from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
 from lmscale_jax.optim import build as optim
-from lmscale_jax.optim.optimizers import OPTIMIZERS, Ratios
+from lmscale_jax.optim.optimizers import OPTIMIZERS
+from lmscale_jax.optim.rules import rules_as_json, update_rules
 from lmscale_jax.parametrization import rules
+from lmscale_jax.parametrization.rules import Ratios
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -56,17 +58,21 @@ def test_every_class_gets_its_row(m, m_L):
         "readout/norm/scale": (0, 1, 1, 1),
         "readout/weight": (0.02, 1 / m, 1, 1),
     }
+    updates = update_rules(model.rows, config)
     for path, (std, multiplier, lr, eps) in wanted.items():
         row = model.rows[path]
         assert row.init_std == pytest.approx(std), path
         assert row.multiplier == pytest.approx(multiplier), path
-        assert (row.lr_factor, row.eps_factor) == pytest.approx((lr, eps)), path
+        update = updates[path]
+        assert (update.lr_factor, update.eps_factor) == pytest.approx((lr, eps)), path
     scales = rules.scales(config)
     assert scales == pytest.approx((1, 1 / m, 1 / m_L, 32**-0.5, 1 / m))
-    for entry in rules.as_json(model.rows):
+    for entry in rules_as_json(model.rows, config):
         decays = entry["role"] != "vector"
         assert entry["wd_factor"] * entry["lr_factor"] == pytest.approx(1.0 if decays else 0.0)
-    assert all(e["wd_factor"] == e["decay"] for e in rules.as_json(model.rows, "coupled"))
+    with config.unlocked():
+        config.optim.decay_mode = "coupled"
+    assert all(e["wd_factor"] == e["decay"] for e in rules_as_json(model.rows, config))
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
@@ -87,8 +93,9 @@ def test_real_shapes_decide():
     config, model = make(**{f"model__{k}": v for k, v in LLAMA.items()}, model__n_kv_heads=2)
     assert (config.model.d_ff, config.parametrization.base_d_ff) == (320, 192)
     down, key = model.rows["blocks/mlp/down/weight"], model.rows["blocks/attention/key/weight"]
-    assert down.m_in == 320 / 192 and down.lr_factor == 192 / 320
-    assert (key.base.fan_out, key.spec.fan_out) == (32, 64) and key.m_in == 2
+    update = update_rules(model.rows, config)["blocks/mlp/down/weight"]
+    assert down.ratios.m_in == 320 / 192 and update.lr_factor == 192 / 320
+    assert (key.base.fan_out, key.spec.fan_out) == (32, 64) and key.ratios.m_in == 2
     config, model = make(model__d_ff=300)
     assert config.parametrization.base_d_ff == 150
     # Heads of another size instead of more heads: the scores fall as 1/d.
@@ -144,7 +151,7 @@ def test_an_optimizer_is_one_entry(monkeypatch):
     transform = optim.build(config, model.rows)
     updates, _ = jax.jit(transform.update)(ones, transform.init(ones), ones, step=500)
     lr = float(np.abs(updates["embed"]["tokens"]).max())
-    row = model.rows["blocks/mlp/up/weight"]
+    row = update_rules(model.rows, config)["blocks/mlp/up/weight"]
     assert row.eps_factor == 0.5
     update = float(np.abs(updates["blocks"]["mlp"]["up"]["weight"]).max())
     assert update == pytest.approx(lr * row.lr_factor / row.eps_factor, rel=1e-5)
@@ -169,11 +176,12 @@ def test_epsilon_has_its_factor():
             node = node[part]
         by_path[path] = float(np.abs(node).max())
     lr = by_path["embed/tokens"] * 2
+    rows = update_rules(model.rows, config)
     for path in rules_paths:
-        row = model.rows[path]
+        row = rows[path]
         wanted = lr * row.lr_factor / (1 + row.eps_factor)
         assert by_path[path] == pytest.approx(wanted, rel=1e-4), path
-    assert model.rows["blocks/mlp/up/weight"].eps_factor == 0.5
+    assert rows["blocks/mlp/up/weight"].eps_factor == 0.5
 
 
 BAD = {

@@ -13,6 +13,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.evals import suites
 from lmscale_jax.model import attention, build, flops, param, wiring
 from lmscale_jax.model.placement import ShardingContext
+from lmscale_jax.optim.rules import update_rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -267,16 +268,18 @@ def test_rows_of_the_table():
     config.parametrization.head_init, config.optim.head_lr_factor = "zeros", 0.5
     config.parametrization.embed_std, config.optim.vector_lr_factor = 1.0, 0.25
     config.model.n_kv_heads = 4
-    rows = build.build(resolve(config), platform="cpu").rows
-    values = rows["embed/values"]
-    assert (values.spec.role, values.optimizer, values.init_std) == ("input", "adamw", 1.0)
-    assert values.lr_factor == 1 and values.m_out == 4
+    config = resolve(config)
+    rows = build.build(config, platform="cpu").rows
+    updates = update_rules(rows, config)
+    values, update = rows["embed/values"], updates["embed/values"]
+    assert (values.spec.role, update.optimizer, values.init_std) == ("input", "adamw", 1.0)
+    assert update.lr_factor == 1 and values.ratios.m_out == 4
     head = rows["readout/weight"]
-    assert (head.init_std, head.lr_factor, head.multiplier) == (0.0, 0.5, 0.25)
+    assert (head.init_std, updates["readout/weight"].lr_factor, head.multiplier) == (0.0, 0.5, 0.25)
     for path in ("skip", "stream_share", "origin_share", "attention/value_share"):
-        row = rows[f"blocks/{path}"]
-        assert (row.spec.role, row.optimizer, row.lr_factor) == ("scalar", "adamw", 0.25)
-        assert row.spec.shape == (5,) and row.decay == 0
+        update = updates[f"blocks/{path}"]
+        assert (update.spec.role, update.optimizer) == ("scalar", "adamw")
+        assert update.lr_factor == 0.25 and update.spec.shape == (5,) and update.decay == 0
 
 
 def test_counts_are_those_of_the_originals():

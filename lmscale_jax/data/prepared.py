@@ -251,9 +251,7 @@ _TEXT = Preparation(
 _SHARDS = Preparation(
     open_bin,
     bin_manifest,
-    lambda data_cfg, cache: (bin_manifest(data_cfg, cache) or _NO_TOKENIZER)["tokenizer"][
-        "vocab_size"
-    ],
+    _bin_vocab_size,
 )
 PREPARATIONS = Modes(
     "data.source",

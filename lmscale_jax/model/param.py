@@ -48,6 +48,11 @@ class Spec:
         return self.shape[1:] if self.axes[:1] == ("layers",) else self.shape
 
     @property
+    def is_head(self) -> bool:
+        """Whether this is the readout to the vocabulary; gates inside blocks are readouts too."""
+        return self.role == "output" and self.axes[0] != "layers"
+
+    @property
     def fan_in(self) -> int:
         return math.prod(self.matrix[: self.n_in])
 

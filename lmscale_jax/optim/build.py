@@ -9,6 +9,7 @@ from lmscale_jax.modes import Modes
 from lmscale_jax.optim import freezing, layerwise, schedules
 from lmscale_jax.optim.average import average_weights, averaged
 from lmscale_jax.optim.optimizers import DECAY_MODES, OPTIMIZERS
+from lmscale_jax.optim.rules import UpdateRule, update_rules
 
 # (shrinkage, direction, parameter) -> shrinkage of the entries that decay. "cautious": only those
 # that the direction moves towards 0 (Chen et al. 2025, arXiv 2510.12402).
@@ -32,19 +33,19 @@ def build(
     of Muon's products; `mesh`, if given, deals its matrices out. Learning rates and weight decay
     may be traced.
     """
-    optim = config.optim
+    optim, rules = config.optim, update_rules(rows, config)
     groups = {
-        name: _direction(name, config, rows, mesh, platform)
-        for name in sorted({row.optimizer for row in rows.values()})
+        name: _direction(name, config, rules, mesh, platform)
+        for name in sorted({rule.optimizer for rule in rules.values()})
     }
     if len(groups) == 1:
         (inner,) = groups.values()
     else:
         inner = optax.partition(
-            groups, lambda tree: map_named(lambda path, _: rows[path].optimizer, tree)
+            groups, lambda tree: map_named(lambda path, _: rules[path].optimizer, tree)
         )
     clip = [clip_by_global_norm(optim.clip)] if optim.clip else []
-    parts = [*clip, inner, scale_and_decay(config, rows)]
+    parts = [*clip, inner, scale_and_decay(config, rules)]
     thaw_L = freezing.thaw_steps(config)
     if thaw_L is not None:
         parts = [layerwise.hold(optax.chain(*parts), thaw_L)]
@@ -54,16 +55,16 @@ def build(
     return optax.chain(*parts)
 
 
-def _direction(name: str, config, rows: dict, mesh, platform: str):
+def _direction(name: str, config, rules: dict[str, UpdateRule], mesh, platform: str):
     """One optimizer before learning rate and decay, for the parameters whose row names it."""
     optimizer = OPTIMIZERS[name]
-    own_rows = {path: row for path, row in rows.items() if row.optimizer == name}
-    direction = optimizer.direction(config, own_rows, mesh, platform)
+    its_rules = {path: rule for path, rule in rules.items() if rule.optimizer == name}
+    direction = optimizer.direction(config, its_rules, mesh, platform)
     if optimizer.counts_steps and freezing.thaw_steps(config) is not None:
         # The correction of a block's young moments counts from its own first step.
         direction = layerwise.per_block(direction)
-    if any(row.eps_factor != 1.0 for row in own_rows.values()):
-        return optax.chain(divide_by_eps_factor(rows), direction)
+    if any(rule.eps_factor != 1.0 for rule in its_rules.values()):
+        return optax.chain(divide_by_eps_factor(rules), direction)
     return direction
 
 
@@ -81,19 +82,19 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.stateless(scaled)
 
 
-def divide_by_eps_factor(rows: dict) -> optax.GradientTransformation:
+def divide_by_eps_factor(rules: dict[str, UpdateRule]) -> optax.GradientTransformation:
     """An epsilon for each parameter: Adam's update of g / f with eps is that of g with f eps."""
 
-    def one(path, g):
-        return g if isinstance(g, optax.MaskedNode) else g / rows[path].eps_factor
+    def divided(path, g):
+        return g if isinstance(g, optax.MaskedNode) else g / rules[path].eps_factor
 
     def update(updates, state, params=None):
-        return map_named(one, updates), state
+        return map_named(divided, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs:
+def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTransformationExtraArgs:
     """Turns a direction u into the update -(lr(t) f u + decay(t) p) of each parameter p.
 
     f is the row's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
@@ -109,20 +110,20 @@ def scale_and_decay(config, rows: dict) -> optax.GradientTransformationExtraArgs
     def update(updates, state, params, *, step, **_):
         s = factor(step)
 
-        def one(path, u):
-            row, p = rows[path], _at(params, path)
-            optimizer = OPTIMIZERS[row.optimizer]
+        def change_of(path, u):
+            rule, p = rules[path], _at(params, path)
+            optimizer = OPTIMIZERS[rule.optimizer]
             if optimizer.applies_rate:
                 return u
-            rate = s * (optim[optimizer.peak] * row.lr_factor)
+            rate = s * (optim[optimizer.peak] * rule.lr_factor)
             decay = DECAY_MODES[optim.decay_mode].rate(s, rate)
             change = rate * u
-            if row.decay and decays:
-                shrink = decay * (optim.weight_decay * row.decay) * p
+            if rule.decay and decays:
+                shrink = decay * (optim.weight_decay * rule.decay) * p
                 change = change + SHRINKING[optim.decay_where](shrink, u, p)
             return -change
 
-        return map_named(one, updates), state
+        return map_named(change_of, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 

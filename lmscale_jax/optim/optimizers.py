@@ -1,7 +1,7 @@
 """The optimizers: one entry holds everything that depends on `optim.name`.
 
 Sources: AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Lion: Chen et al. 2023, arXiv
-2302.06675. The learning-rate factors are derived in `parametrization.rules`.
+2302.06675. The learning-rate factors: see `optim.rules`.
 """
 
 import functools
@@ -14,24 +14,7 @@ import optax
 from lmscale_jax.model.param import Spec
 from lmscale_jax.modes import Modes
 from lmscale_jax.optim import muon
-
-
-class Ratios(NamedTuple):
-    """A parameter's size relative to the base.
-
-    Attributes:
-      role: its `Spec.role`.
-      m_in, m_out: ratios of its fans.
-      m_L, a: ratio of depths (1 outside blocks) and exponent of the branch multiplier.
-      inside: it belongs to a block.
-    """
-
-    role: str
-    m_in: float
-    m_out: float
-    m_L: float = 1.0
-    a: float = 1.0
-    inside: bool = True
+from lmscale_jax.parametrization.rules import Ratios
 
 
 def _lr_per_entry(r: Ratios) -> float:

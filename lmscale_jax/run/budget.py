@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from lmscale_jax.config.durations import tokens_per_step
 from lmscale_jax.model import build, costs, flops, memory
 from lmscale_jax.optim.optimizers import OPTIMIZERS
+from lmscale_jax.optim.rules import update_rules
 
 
 def moments(config, model: build.Model) -> dict[str, int]:
     """{path: arrays of its size that the optimizer keeps}."""
     mean = 1 if config.optim.ema_decay else 0
-    return {path: OPTIMIZERS[row.optimizer].moments + mean for path, row in model.rows.items()}
+    rules = update_rules(model.rows, config)
+    return {path: OPTIMIZERS[rule.optimizer].moments + mean for path, rule in rules.items()}
 
 
 def sizes(config, model: build.Model, axes: Mapping[str, int], platform: str) -> dict[str, int]:

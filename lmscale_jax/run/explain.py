@@ -23,7 +23,7 @@ from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
-from lmscale_jax.parametrization import rules
+from lmscale_jax.optim.rules import rules_as_json
 from lmscale_jax.run import ahead, branch, budget
 from lmscale_jax.run import mesh as meshes
 from lmscale_jax.run import topology as topologies
@@ -121,7 +121,7 @@ def page(
     sections = [
         ("config (* set by the config file or a flag)", _config(recorded, origins)),
         ("schedule", _schedule(config)),
-        ("parameters", _parameters(model, mesh, config.optim.decay_mode)),
+        ("parameters", _parameters(model, mesh, config)),
         ("counts", _counts(model)),
         ("flops", _flops(config, model)),
         ("memory per device (estimate)", _memory(config, model, mesh)),
@@ -252,10 +252,10 @@ def _schedule(config) -> list[str]:
     return lines
 
 
-def _parameters(model: build.Model, mesh, decay_mode: str) -> list[str]:
+def _parameters(model: build.Model, mesh, config) -> list[str]:
     given = ("path", "axes", "role", "optimizer", "std")
     rows = [(*given, "fwd x", "lr x", "wd x", "eps x", "update x", "split over")]
-    for entry in rules.as_json(model.rows, decay_mode, meshes.split(model.rows, mesh)):
+    for entry in rules_as_json(model.rows, config, meshes.split(model.rows, mesh)):
         axes = " ".join(f"{a}={n}" for a, n in zip(entry["axes"], entry["shape"], strict=True))
         std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else entry["init"]
         given = (entry["path"], axes, entry["role"], entry["optimizer"], std)

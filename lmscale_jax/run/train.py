@@ -20,7 +20,7 @@ from lmscale_jax.model import flops
 from lmscale_jax.model.build import Model, build
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
-from lmscale_jax.parametrization import rules
+from lmscale_jax.optim.rules import rules_as_json
 from lmscale_jax.run import branch, checkpoint, cluster, measures, mesh, record, step, writers
 from lmscale_jax.run.clock import Clock
 from lmscale_jax.run.journal import Diverged, Journal
@@ -164,7 +164,7 @@ def begin(
     run.update(status="running", **again)
     if first:
         split, rows = mesh.split(setup.model.rows, setup.mesh), setup.model.rows
-        table = rules.as_json(rows, setup.config.optim.decay_mode, split)
+        table = rules_as_json(rows, setup.config, split)
         record.write_json(workdir / "parametrization.json", table)
     return Begun(setup, run, lock)
 

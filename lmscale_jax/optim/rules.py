@@ -1,0 +1,118 @@
+"""What the optimizer does with each parameter: learning rate, epsilon, decay and update scale.
+
+With m_in and m_out the ratios of a matrix's own fans to those at the base size, m_L that of the
+depths and a the exponent of the branch multiplier (`model.parametrization`):
+
+              learning rate                                     Adam epsilon
+              adamw, lion         sgd                    muon
+  input       m_out^e             m_out                  -       1
+  hidden      m_L^(a-1) / m_in    m_L^(2a-1) m_out/m_in  below   m_L^-a / m_in
+  output      1                   m_in                   -       1
+  vector      m_L^(a-1) in blocks m_L^(2a-1) m_out       -       m_L^-a / m_out
+                                  in blocks                      in blocks
+
+Muon's updates have the spectral norm of their scale (`update_scale`); the learning rate makes up
+for the difference from sqrt(fan_out / fan_in), relative to the base size, times m_L^(a-1). So it is
+1 for the scale "spectral" when a = 1, and m^-1/2 for "moonlight" and square matrices.
+
+Sources: Yang et al. 2022 (arXiv 2203.03466, table 8); Dey et al. 2025 (CompleteP, arXiv 2505.01618,
+table 1) for depth and epsilon; Yang et al. 2023 (arXiv 2310.17813) for spectral norms of updates.
+The depth factor of sgd is our own: a branch's multiplier enters its gradient and its output, and L
+branches add up.
+"""
+
+from typing import NamedTuple
+
+from lmscale_jax.model.param import Spec
+from lmscale_jax.optim.optimizers import DECAY_MODES, DECAYING, OPTIMIZERS, optimizer_of
+from lmscale_jax.parametrization.rules import Row
+from lmscale_jax.parametrization.schemes import CONTROLS, scheme
+
+
+class UpdateRule(NamedTuple):
+    """How one parameter is updated.
+
+    Attributes:
+      spec: its annotation.
+      lr_factor: factor of the learning rate.
+      eps_factor: factor of Adam's epsilon.
+      decay: 1 where it decays, else 0.
+      optimizer: the one that updates it: only hidden matrices are made orthogonal.
+      update_scale: factor of the direction; other than 1 for orthogonal ones only.
+    """
+
+    spec: Spec
+    lr_factor: float
+    eps_factor: float
+    decay: float
+    optimizer: str
+    update_scale: float
+
+
+def update_rules(rows: dict[str, Row], config) -> dict[str, UpdateRule]:
+    """Derives {path: UpdateRule} from the parametrization of a resolved config's parameters."""
+    return {path: _update_rule(row, config) for path, row in rows.items()}
+
+
+def _update_rule(row: Row, config) -> UpdateRule:
+    optim, base, spec = config.optim, config.parametrization, row.spec
+    name = optimizer_of(optim.name, spec)
+    optimizer = OPTIMIZERS[name]
+    lr = optimizer.lr_factor(row.ratios)
+    lr *= optimizer.norm(optim, row.base) / optimizer.norm(optim, spec)
+    if spec.role == "input" and scheme(config).has_base:
+        lr *= row.ratios.m_out**base.embed_lr_exponent
+    lr = CONTROLS[base.control].lr_factor(lr) * _lr_factor_of_role(optim, spec)
+    return UpdateRule(
+        spec,
+        lr_factor=lr,
+        eps_factor=optimizer.eps_factor(row.ratios),
+        decay=float(spec.role in DECAYING[optim.decay_on]),
+        optimizer=name,
+        update_scale=optimizer.update_scale(optim, spec),
+    )
+
+
+def _lr_factor_of_role(optim, spec: Spec) -> float:
+    """Returns the factor that the config gives parameters of this role, at every size."""
+    return {
+        "input": optim.embed_lr_factor,
+        "output": optim.head_lr_factor if spec.is_head else 1.0,
+        "vector": optim.vector_lr_factor,
+        "scalar": optim.vector_lr_factor,
+    }.get(spec.role, 1.0)
+
+
+def rules_as_json(
+    rows: dict[str, Row], config, sharding: dict[str, list] | None = None
+) -> list[dict]:
+    """Lists initial values, multipliers and updates of all parameters, for parametrization.json.
+
+    `sharding`: {path: for each dimension the mesh axis that splits it, or None}. wd_factor is the
+    factor of the decay coefficient in PyTorch's form, p - lr * wd * p: under independent decay it
+    undoes that of the learning rate.
+    """
+    updates, decay_mode = update_rules(rows, config), DECAY_MODES[config.optim.decay_mode]
+    return [
+        {
+            "path": path,
+            "axes": list(row.spec.axes),
+            "shape": list(row.spec.shape),
+            "role": row.spec.role,
+            "fan_in": row.spec.fan_in,
+            "fan_out": row.spec.fan_out,
+            "base_fan_in": row.base.fan_in,
+            "base_fan_out": row.base.fan_out,
+            "init": row.spec.init,
+            "init_std": row.init_std,
+            "multiplier": row.multiplier,
+            "lr_factor": update.lr_factor,
+            "wd_factor": update.decay * decay_mode.wd_factor(update.lr_factor),
+            "eps_factor": update.eps_factor,
+            "decay": update.decay,
+            "optimizer": update.optimizer,
+            "update_scale": update.update_scale,
+            "sharding": sharding[path] if sharding else None,
+        }
+        for (path, row), update in zip(rows.items(), updates.values(), strict=True)
+    ]
