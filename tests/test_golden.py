@@ -21,9 +21,11 @@ COUNTED = (
     "first_batch", "parametrization", "state", "fields",
 )  # fmt: skip
 COMPUTED = ("train_loss", "grad_norm", "val_loss")
-# Relative, for other processors and versions of JAX.
-NEAR = {"float32": 2e-5, "bfloat16": 1e-2}
-NEAR_INITIAL = 1e-5
+# Relative, for other processors and versions of JAX. jax 0.12 is within 1.3e-7 of 0.10 in float32,
+# where a norm adds up in another order, and within 2.7e-4 in bfloat16; of initial values within
+# 1.1e-7: the compilers differ in the last bit of erf_inv.
+NEAR = {"float32": 5e-6, "bfloat16": 1e-3}
+NEAR_INITIAL = 1e-6
 NEAR_FIT = 1e-5
 
 

@@ -193,6 +193,9 @@ CHANGES = {
         "model.window": 24,
         "model.window_block": 4,
         "model.value_embeddings": 2,
+        # At the record's own rates the third norm differs by 5% from one version of JAX to another.
+        "optim.lr": 0.06,
+        "optim.muon_lr": 0.005,
         "optim.momentum_warmup": "2",
         "schedule.warmup": "0",
     },

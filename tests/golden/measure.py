@@ -91,7 +91,7 @@ def run(name: str) -> dict:
 
 
 def leaves(tree, describe) -> dict:
-    """Returns {path: what `describe` says} of every array of a tree, by the paths of checkpoints."""
+    """Returns {path: what `describe` says} of every array, by its path in a checkpoint."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): describe(x) for path, x in pairs
