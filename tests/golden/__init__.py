@@ -1,0 +1,1 @@
+"""What runs, ladders and fits produced when these numbers were taken, and must still produce."""
