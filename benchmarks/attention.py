@@ -42,17 +42,18 @@ def compiled(name: str, length: int, platform: str):
     import jax.numpy as jnp
 
     from lmscale_jax.model import build, kernels
-    from lmscale_jax.model.placement import Place
+    from lmscale_jax.model.placement import ShardingContext
 
     config = config_of(length)
     batch = max(1, TOKENS.value // length)
-    call = build.shared_call(config, platform, Place())._replace(batch=batch, length=length)
+    context = build.model_context(config, platform, ShardingContext())
+    context = context.replace(batch=batch, length=length)
     shape = (batch, length, HEADS.value, HEAD_DIM.value)
     keys = jax.random.split(jax.random.key(0), 3)
     given = [jax.random.normal(key, shape, jnp.dtype(DTYPE.value)) for key in keys]
 
     def loss(q, k, v):
-        return kernels.KERNELS[name](q, k, v, call).astype(jnp.float32).sum()
+        return kernels.KERNELS[name].attend(q, k, v, context).astype(jnp.float32).sum()
 
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*given).compile(), given
 

@@ -50,8 +50,8 @@ def program(config, devices: list | None = None) -> Program:
     grid = mesh.make(config, devices)
     platform = grid.devices.flat[0].platform
     # Where documents are masked, token 0 marks their beginning; some batches hold several.
-    boundary = 0 if config.model.mask == "document" else None
-    model = build(config, platform=platform, boundary=boundary, mesh=grid)
+    bos_id = 0 if config.model.mask == "document" else None
+    model = build(config, platform=platform, bos_id=bos_id, mesh=grid)
     transform = optim.build(config, model.rows, grid, platform)
     placed = step.shardings(config, model, transform, grid)
     size = (8, config.train.batch_size, config.data.seq_len + 1)

@@ -8,7 +8,7 @@ at once through one forward pass.
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.model.build import PARTS
+from lmscale_jax.model.stack import PARTS
 from lmscale_jax.mur import utility
 
 

@@ -63,10 +63,10 @@ def unable(label: str, config, devices: list) -> str | None:
     """Why a change cannot be measured here."""
     from lmscale_jax.model import fp8
 
-    if label == "fp8" and not (chosen := fp8.choose(config.model, devices[0].platform)).startswith(
-        "fp8"
-    ):
-        return f"not here: {chosen}"
+    if label == "fp8":
+        matmul = fp8.choose(config.model, devices[0].platform)
+        if matmul.product is None:
+            return f"not here: {matmul.described}"
     if label == A_CORE and (machine.accelerated() or len(devices) == 1):
         return "not here: there is one core that the batch divides over, or an accelerator"
     return None

@@ -239,7 +239,7 @@ def test_a_mask_drops_what_deleting_drops(model):
         kept = jnp.array([layer for layer in range(4) if layer not in drop])
         with smaller.unlocked():
             smaller.model.n_layers = len(kept)
-        other = build(configs.resolve(smaller), platform="cpu", boundary=setup.data.boundary)
+        other = build(configs.resolve(smaller), platform="cpu", bos_id=setup.data.boundary)
         left = params | {"blocks": jax.tree.map(lambda x, k=kept: x[k], params["blocks"])}
         total = sum(float(other.losses(left, *batch).sum()) for batch in batches)
         row = found.drops.index(drop)

@@ -13,7 +13,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.evals import attention_stats
 from lmscale_jax.model import build, flops, param
 from lmscale_jax.model.gates import earlier
-from lmscale_jax.model.placement import Place
+from lmscale_jax.model.placement import ShardingContext
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -111,8 +111,8 @@ def test_no_gate_sees_the_future(case):
 
 def test_the_control_reads_earlier_positions():
     x = jnp.arange(2 * 64.0).reshape(128, 1)
-    call = type("Call", (), {"place": Place(), "rows": lambda x: x.reshape(2, 64, 1), "length": 64})
-    read = np.asarray(earlier(x, call)).reshape(2, 64) - np.array([[0], [64]])
+    context = build.model_context(make()[0], "cpu", ShardingContext()).replace(batch=2, length=64)
+    read = np.asarray(earlier(x, context)).reshape(2, 64) - np.array([[0], [64]])
     assert np.all(read <= np.arange(64)) and np.all(read >= 0)
     assert np.mean(read == np.arange(64)) < 0.2
 

@@ -9,15 +9,15 @@ from ml_dtypes import float8_e4m3fn, float8_e5m2
 from test_model import make
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.model import fp8, kernels
-from lmscale_jax.model.placement import Place
+from lmscale_jax.model import build, fp8, kernels
+from lmscale_jax.model.placement import ShardingContext
 
 
-def call_of(length: int, segments=None, window=None):
-    fields = {"attention_scale": 0.2, "segments_BxT": segments, "window": window,
-              "window_block": 1, "key": None, "dropout": 0.0, "length": length,
-              "first": None}  # fmt: skip
-    return type("Call", (), fields)
+def context_of(length: int, segments=None, window=None):
+    config = make()[0]
+    context = build.model_context(config, "cpu", ShardingContext())
+    scales = context.scales._replace(attention=0.2)
+    return context.replace(scales=scales, length=length, segments_BxT=segments, window=window)
 
 
 def operands(B, T, H, K, d):
@@ -33,14 +33,14 @@ def test_splash_is_the_definition(case):
     segments = (
         jnp.asarray((np.arange(T) > 50)[None].astype(np.int32)) if case == "documents" else None
     )
-    call = call_of(T, segments, 20 if case == "window" else None)
+    context = context_of(T, segments, 20 if case == "window" else None)
     given = operands(1, T, 2, 1, 128)
 
     def run(kernel):
         return jax.value_and_grad(lambda *x: (jnp.sin(kernel(*x))).sum(), argnums=(0, 1, 2))(*given)
 
-    wanted, gradients = run(lambda q, k, v: kernels.KERNELS["plain"](q, k, v, call))
-    found, others = run(lambda q, k, v: kernels.splash(q, k, v, call, interpret=True))
+    wanted, gradients = run(lambda q, k, v: kernels.KERNELS["plain"].attend(q, k, v, context))
+    found, others = run(lambda q, k, v: kernels.splash(q, k, v, context, interpret=True))
     assert abs(wanted - found) < 1e-3
     for one, other in zip(gradients, others, strict=True):
         np.testing.assert_allclose(other, one, atol=2e-4)
@@ -53,7 +53,7 @@ def test_auto_says_which_and_why():
         config = make(**changes)[0]
         with config.unlocked():
             config.data.seq_len = 256
-        return kernels.choose(config, platform, Place(sizes))
+        return kernels.choose(config, platform, ShardingContext(sizes))
 
     assert chosen("cpu")[0] == "saved" and chosen("cpu", dropout=0.1)[0] == "plain"
     assert chosen("gpu") == ("cudnn", "made for gpu")

@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 VOCAB, T = 50, 12
 
 
-def make(platform="cpu", boundary=0, **changes):
+def make(platform="cpu", bos_id=0, **changes):
     config = base.get_config()
     sizes = {"n_layers": 3, "d_model": 32, "n_heads": 4, "vocab_size": VOCAB}
     for name, value in (sizes | changes).items():
         config.model[name] = value
     config.data.seq_len = T
     config = configs.resolve(config)
-    model = build.build(config, platform=platform, boundary=boundary)
+    model = build.build(config, platform=platform, bos_id=bos_id)
     # Gains and biases away from 1 and 0, and larger matrices: so that no term is idle.
     chance = np.random.default_rng(1)
     params = param.map_named(

@@ -64,7 +64,7 @@ def setup(changes):
     with config.ignore_type():
         config.update_from_flattened_dict(BASE | changes)
     config = configs.resolve(config, 32)
-    model = build(config, platform="cpu", boundary=0)
+    model = build(config, platform="cpu", bos_id=0)
     # Larger than the usual beginning, so that attention and norms matter.
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
     return config, model, params, tokens(config)

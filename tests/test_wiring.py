@@ -12,6 +12,7 @@ from lmscale_jax import config as configs
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import suites
 from lmscale_jax.model import attention, build, flops, param, wiring
+from lmscale_jax.model.placement import ShardingContext
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -236,9 +237,10 @@ def test_growing_windows_are_those_of_the_step():
 def test_one_window_for_all_blocks_stays_a_number():
     """Under a scan too, where blocks are counted by a traced number: cudnn and splash want it."""
     config = make(window_layers="all", window=5)[0]
-    shared = wiring.Shared(None, None, None, None, None, wiring.windows(config))
+    context = build.model_context(config, "cpu", ShardingContext())
+    context = context.replace(windows=wiring.windows(config))
     seen = []
-    jax.jit(lambda i: seen.append(wiring.of_layer(config.model, shared, i)["window"]))(0)
+    jax.jit(lambda i: seen.append(wiring.of_layer(config.model, context, i).window))(0)
     assert seen == [5]
 
 

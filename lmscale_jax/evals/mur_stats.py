@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmscale_jax.model.build import PARTS, Model
+from lmscale_jax.model.build import Model
+from lmscale_jax.model.stack import PARTS
 from lmscale_jax.mur import streams
 from lmscale_jax.mur.utility import Measure
 from lmscale_jax.run import mesh as meshes

@@ -20,7 +20,7 @@ from lmscale_jax.run import mesh as meshes
 
 
 class Thinned:
-    """Skips the blocks whose `keep_L` is 0 and measures the influence of all; an `Around`."""
+    """Skips the blocks whose `keep_L` is 0 and measures the influence of all; a `BlockWrapper`."""
 
     granularity, first = "block", 0
 

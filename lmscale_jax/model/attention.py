@@ -6,9 +6,14 @@ import numpy as np
 from flax import nnx
 
 from lmscale_jax.model import param
-from lmscale_jax.model.gates import Gate
-from lmscale_jax.model.kernels import KERNELS, placed
-from lmscale_jax.model.layers import Call, Dense, unit_rms
+from lmscale_jax.model.context import ForwardContext
+from lmscale_jax.model.gates import GATES
+from lmscale_jax.model.kernels import KERNELS, sharded
+from lmscale_jax.model.layers import Dense, as_it_is, unit_rms
+from lmscale_jax.modes import Modes
+
+# (queries or keys, epsilon) -> the same, normed in each head.
+QK_NORMS = Modes("model.qk_norm", {"none": as_it_is, "rmsnorm": unit_rms})
 
 
 class Attention(nnx.Module):
@@ -17,7 +22,7 @@ class Attention(nnx.Module):
     def __init__(self, model, kernel: str):
         width, size = {"embed": model.d_model}, model.head_dim
         self.heads, self.kv_heads, self.size = model.n_heads, model.n_kv_heads, size
-        self.kernel = placed(KERNELS[kernel])
+        self.kernel = sharded(KERNELS[kernel].attend)
         kv_heads = {"kv_heads": model.n_kv_heads, "head_dim": size}
         self.query = Dense(width, {"heads": model.n_heads, "head_dim": size}, model.bias)
         self.key = Dense(width, kv_heads, model.bias)
@@ -25,48 +30,47 @@ class Attention(nnx.Module):
         self.out = Dense(
             {"heads": model.n_heads, "head_dim": size}, width, model.bias, residual=True
         )
-        self.gated = model.gate_place if model.attn_gate != "none" else ""
-        if self.gated:
-            self.gate = Gate(model)
-        self.unit_eps = model.norm_eps if model.qk_norm == "rmsnorm" else None
+        self.gate, self.gate_place = GATES[model.attn_gate](model), model.gate_place
+        self.norm, self.eps = QK_NORMS[model.qk_norm], model.norm_eps
         if model.value_embeddings:
             self.value_share, self.row_share = param.scalar(0.5), param.scalar(0.5)
 
-    def __call__(self, x_NxD: jax.Array, call: Call) -> jax.Array:
-        N = len(x_NxD)
-        q_BxTxHxd = call.rows(self.query(x_NxD, call).reshape(N, self.heads, self.size))
-        k_BxTxKxd = call.rows(self.key(x_NxD, call).reshape(N, self.kv_heads, self.size))
-        v_BxTxKxd = call.rows(self.value(x_NxD, call).reshape(N, self.kv_heads, self.size))
-        v_BxTxKxd = self.mixed(v_BxTxKxd, call)
-        if self.unit_eps is not None:
-            q_BxTxHxd = unit_rms(q_BxTxHxd, self.unit_eps)
-            k_BxTxKxd = unit_rms(k_BxTxKxd, self.unit_eps)
-        q_BxTxHxd = self.pass_gate("query", q_BxTxHxd, x_NxD, call)
-        k_BxTxKxd = self.pass_gate("key", k_BxTxKxd, x_NxD, call)
-        v_BxTxKxd = self.pass_gate("value", v_BxTxKxd, x_NxD, call)
-        if call.rope is not None:
-            q_BxTxHxd, k_BxTxKxd = rotate(q_BxTxHxd, call.rope), rotate(k_BxTxKxd, call.rope)
-        call.note("query", lambda: q_BxTxHxd)
-        call.note("key", lambda: k_BxTxKxd)
-        call.note("value", lambda: v_BxTxKxd)
-        call.note("scores", lambda: visible_scores(q_BxTxHxd, k_BxTxKxd, call.attention_scale))
-        o_BxTxHxd = self.kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, call)
-        o_BxTxHxd = self.pass_gate("sdpa", o_BxTxHxd, x_NxD, call)
-        o_NxC = call.place.flat(o_BxTxHxd).reshape(N, -1)
-        return self.pass_gate("output", self.out(o_NxC, call), x_NxD, call)
+    def __call__(self, x_NxD: jax.Array, context: ForwardContext) -> jax.Array:
+        N, unflatten = len(x_NxD), context.unflatten
+        q_BxTxHxd = unflatten(self.query(x_NxD, context).reshape(N, self.heads, self.size))
+        k_BxTxKxd = unflatten(self.key(x_NxD, context).reshape(N, self.kv_heads, self.size))
+        v_BxTxKxd = unflatten(self.value(x_NxD, context).reshape(N, self.kv_heads, self.size))
+        v_BxTxKxd = self.with_table_rows(v_BxTxKxd, context)
+        q_BxTxHxd, k_BxTxKxd = self.norm(q_BxTxHxd, self.eps), self.norm(k_BxTxKxd, self.eps)
+        q_BxTxHxd = self.gated("query", q_BxTxHxd, x_NxD, context)
+        k_BxTxKxd = self.gated("key", k_BxTxKxd, x_NxD, context)
+        v_BxTxKxd = self.gated("value", v_BxTxKxd, x_NxD, context)
+        if context.rope is not None:
+            q_BxTxHxd, k_BxTxKxd = rotate(q_BxTxHxd, context.rope), rotate(k_BxTxKxd, context.rope)
+        context.tap("query", lambda: q_BxTxHxd)
+        context.tap("key", lambda: k_BxTxKxd)
+        context.tap("value", lambda: v_BxTxKxd)
+        scale = context.scales.attention
+        context.tap("scores", lambda: visible_scores(q_BxTxHxd, k_BxTxKxd, scale))
+        o_BxTxHxd = self.kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context)
+        o_BxTxHxd = self.gated("sdpa", o_BxTxHxd, x_NxD, context)
+        o_NxC = context.sharding.flatten(o_BxTxHxd).reshape(N, -1)
+        return self.gated("output", self.out(o_NxC, context), x_NxD, context)
 
-    def mixed(self, v_BxTxKxd: jax.Array, call: Call) -> jax.Array:
-        """The values, with rows of a table where this block has one (modded-nanogpt's)."""
+    def with_table_rows(self, v_BxTxKxd: jax.Array, context: ForwardContext) -> jax.Array:
+        """Returns the values, mixed with a table's rows in blocks that have one (modded-nanogpt)."""
         if not hasattr(self, "value_share"):
             return v_BxTxKxd
         v = self.value_share[...].astype(v_BxTxKxd.dtype) * v_BxTxKxd
-        if call.values_BxTxKxd is None:
+        if context.values_BxTxKxd is None:
             return v
-        return v + (self.row_share[...] * call.values_BxTxKxd).astype(v.dtype)
+        return v + (self.row_share[...] * context.values_BxTxKxd).astype(v.dtype)
 
-    def pass_gate(self, place: str, y: jax.Array, x_NxD: jax.Array, call: Call) -> jax.Array:
-        """y, gated if this is the place of the gate; x is what the block's attention reads."""
-        return self.gate(y, x_NxD, call) if self.gated == place else y
+    def gated(self, place: str, y: jax.Array, x_NxD: jax.Array, context: ForwardContext):
+        """Returns y, gated if the gate is at this place; x is the input of the block's attention."""
+        if self.gate is None or self.gate_place != place:
+            return y
+        return self.gate(y, x_NxD, context)
 
 
 def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:
@@ -78,20 +82,29 @@ def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:
     return scores_BxHxTxT[:, :, *np.tril_indices(T)]
 
 
+def _all_channels(size: int, theta: np.float32) -> np.ndarray:
+    return theta ** (-np.arange(0, size, 2, dtype=np.float32) / size)
+
+
+def _half_of_channels(size: int, theta: np.float32) -> np.ndarray:
+    """Turns half of the channels, by 1 to 1 / theta radians a token, both included, and leaves the
+    others alone (modded-nanogpt)."""
+    turned = theta ** -np.linspace(0, 1, size // 4, dtype=np.float32)
+    return np.concatenate([turned, np.zeros(size // 2 - size // 4, np.float32)])
+
+
+# (head_dim, rope_theta) -> [head_dim / 2] radians a token.
+FREQUENCIES = Modes("model.rope_channels", {"all": _all_channels, "half": _half_of_channels})
+
+
 def rope_tables(
     length: int, size: int, theta: float, channels: str = "all"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines, each [length, size / 2] float32 (Su et al. 2021, arXiv 2104.09864).
+    """Returns cosines and sines, each [length, size / 2] float32 (Su et al. 2021, arXiv 2104.09864).
 
-    channels="half" turns half of the channels, from 1 to 1 / theta radians a token, both included,
-    and leaves the others alone (modded-nanogpt).
+    `channels` is a choice of model.rope_channels.
     """
-    theta = np.float32(theta)
-    if channels == "half":
-        turned = theta ** -np.linspace(0, 1, size // 4, dtype=np.float32)
-        frequency = np.concatenate([turned, np.zeros(size // 2 - size // 4, np.float32)])
-    else:
-        frequency = theta ** (-np.arange(0, size, 2, dtype=np.float32) / size)
+    frequency = FREQUENCIES[channels](size, np.float32(theta))
     # Arrays of numpy, which are constants of the program: XLA would take the sines of an expression
     # anew for every head, layer and pass, as part of the loops that turn the channels.
     angle = np.arange(length, dtype=np.float32)[:, None] * frequency

@@ -25,6 +25,8 @@ from lmscale_jax.model import flops, memory
 from lmscale_jax.model.chips import Chip
 from lmscale_jax.model.param import Spec, named
 from lmscale_jax.model.placement import AXES, TOKENS, partition
+from lmscale_jax.model.stack import REMAT
+from lmscale_jax.model.transformer import HEADS
 
 # Shares of the data sheet's figures that large products, sweeps over memory and long messages are
 # taken to reach. Assumed, not measured: --explain and docs/scale.md say so.
@@ -106,8 +108,8 @@ def step(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments=None
 def recomputed(config, specs: dict, sizes: Mapping[str, int]) -> float:
     """FLOPs of one token that the backward pass does a second time."""
     parts = flops.forward_flops(config, specs)
-    blocks = {"none": 0.0, "dots": parts["attention"], "block": parts["dense"] + parts["attention"]}
-    return blocks[config.model.remat] + (parts["readout"] if chunks(config, sizes) > 1 else 0.0)
+    blocks = REMAT[config.model.remat].recomputed(parts)
+    return blocks + (parts["readout"] if chunks(config, sizes) > 1 else 0.0)
 
 
 def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict[str, float]:
@@ -119,7 +121,7 @@ def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict
         spec.size / _split(spec, sizes, "tensor") for spec in named(specs).values() if spec.n_in
     )
     kept = memory.block_bytes(config.model, config.data.seq_len, sizes, "flash").whole
-    again = 1 if config.model.remat == "none" else 2 / SWEEPS + 1
+    again = 1 + REMAT[config.model.remat].sweeps_again / SWEEPS
     logits = 4 * tokens * config.model.vocab_size / sizes.get("tensor", 1)
     held = {path: 4 * size for path, size in local.items()}
     return {
@@ -130,7 +132,7 @@ def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict
         # Written once a micro-batch; with several also read and written by the sum.
         "gradients": accum * sum(held.values()) * (1 if accum == 1 else 3),
         # Cast or gathered and then read, by each pass.
-        "weights": accum * passes(config.model) * 2 * compute * whole,
+        "weights": accum * REMAT[config.model.remat].weight_uses * 2 * compute * whole,
         "activations": accum * tokens * config.model.n_layers * kept * SWEEPS * again,
         "logits": accum * logits * SWEEPS,
     }
@@ -139,12 +141,6 @@ def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict
 def chunks(config, sizes: Mapping[str, int]) -> int:
     chunk, length = memory.loss_positions(config, sizes)
     return length // chunk
-
-
-def passes(model) -> int:
-    """How often a step uses a block's weight: forward, for the input's gradient, and again where
-    the whole block is recomputed."""
-    return 3 if model.remat == "block" else 2
 
 
 def sent(config, specs: dict, sizes: Mapping[str, int], chip: Chip) -> list[Message]:
@@ -211,10 +207,10 @@ def _of_weights(config, specs, sizes, ring: Rings):
 
 def _uses(path: str, spec: Spec, model, narrow: float):
     """(gathers, their bytes over float32's, gradients) of a parameter, each place it is used."""
-    if path == "embed/tokens" and model.head == "tied":
+    if path == "embed/tokens" and HEADS[model.head].table is None:
         yield 1, 1.0, 1
     if path.startswith("blocks/"):
-        yield passes(model), narrow, 1
+        yield REMAT[model.remat].weight_uses, narrow, 1
     else:
         yield 1, 1.0, 1
 
@@ -223,7 +219,7 @@ def _of_activations(config, specs, sizes, ring: Rings):
     model, compute = config.model, memory.type_bytes(config.model)
     tokens = config.train.accum * memory.tokens_on_chip(config, sizes)
     stream = tokens * model.d_model
-    forward, turns = 2 if model.remat == "block" else 1, config.train.accum
+    forward, turns = REMAT[model.remat].weight_uses - 1, config.train.accum
     summed, count = 0.0, 0
     for spec in named(specs["blocks"]).values():
         parts = partition(spec, sizes)

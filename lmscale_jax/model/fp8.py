@@ -6,28 +6,20 @@ unlike delayed scaling: one more pass over a tensor, and no state.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax.linen import fp8_ops
 from jax import lax
 
+from lmscale_jax.modes import Modes
+
 FLOAT = jnp.float32
 VALUE, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
 # Compute capability of Ada and Hopper, the first with float8 products.
 LEAST_CAPABILITY = 8.9
-
-
-def choose(model, platform: str) -> str:
-    """What model.matmul comes to here, for people to read; it begins with "fp8" where that is."""
-    if model.matmul == "dtype":
-        return model.dtype
-    if platform not in ("gpu", "cuda"):
-        return f"{model.dtype}, not fp8: no float8 products on {platform}"
-    found = str(getattr(jax.devices()[0], "compute_capability", "0"))
-    if float(found) < LEAST_CAPABILITY:
-        return f"{model.dtype}, not fp8: compute capability {found} is below {LEAST_CAPABILITY}"
-    return "fp8, current scaling"
 
 
 def _quantized(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
@@ -68,3 +60,37 @@ def _backward(wide, saved, dy_NxO):
 
 
 dense.defvjp(_forward, _backward)
+
+
+class Matmul(NamedTuple):
+    """The products of activations and the weights of blocks.
+
+    Attributes:
+      product: as `dense`; None: in the compute type, by the platform's primitive.
+      described: what the choice comes to here, for people to read; "" where that is plain.
+    """
+
+    product: Callable | None
+    described: str
+
+
+def _where_there_is_fp8(model, platform: str) -> Matmul:
+    if platform not in ("gpu", "cuda"):
+        return Matmul(None, f"{model.dtype}, not fp8: no float8 products on {platform}")
+    capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
+    if float(capability) < LEAST_CAPABILITY:
+        reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
+        return Matmul(None, f"{model.dtype}, not fp8: {reason}")
+    return Matmul(dense, "fp8, current scaling")
+
+
+# (model, platform) -> Matmul.
+MATMULS = Modes(
+    "model.matmul",
+    {"dtype": lambda model, platform: Matmul(None, ""), "fp8": _where_there_is_fp8},
+)
+
+
+def choose(model, platform: str) -> Matmul:
+    """Returns what model.matmul comes to on a platform."""
+    return MATMULS[model.matmul](model, platform)

@@ -12,6 +12,8 @@ import numpy as np
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import named
+from lmscale_jax.model.transformer import HEADS
+from lmscale_jax.modes import Modes
 from lmscale_jax.parametrization import rules
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -19,7 +21,7 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
-class Place(NamedTuple):
+class TensorName(NamedTuple):
     """Where one of our parameters is: a name, {} standing for the layer; which of `parts` equal
     columns; and whether it is stored [out, in]."""
 
@@ -29,45 +31,49 @@ class Place(NamedTuple):
     parts: int = 1
 
 
-def _gpt2(model) -> dict[str, Place]:
+def _gpt2(model) -> dict[str, TensorName]:
     layer = "transformer.h.{}."
     found = {
-        "embed/tokens": Place("transformer.wte.weight"),
-        "embed/positions": Place("transformer.wpe.weight"),
+        "embed/tokens": TensorName("transformer.wte.weight"),
+        "embed/positions": TensorName("transformer.wpe.weight"),
     }
     for kind, theirs in (("weight", "weight"), ("bias", "bias")):
         for number, ours in enumerate(("query", "key", "value")):
-            place = Place(f"{layer}attn.c_attn.{theirs}", part=number, parts=3)
+            place = TensorName(f"{layer}attn.c_attn.{theirs}", part=number, parts=3)
             found[f"blocks/attention/{ours}/{kind}"] = place
-        found[f"blocks/attention/out/{kind}"] = Place(f"{layer}attn.c_proj.{theirs}")
-        found[f"blocks/mlp/up/{kind}"] = Place(f"{layer}mlp.c_fc.{theirs}")
-        found[f"blocks/mlp/down/{kind}"] = Place(f"{layer}mlp.c_proj.{theirs}")
+        found[f"blocks/attention/out/{kind}"] = TensorName(f"{layer}attn.c_proj.{theirs}")
+        found[f"blocks/mlp/up/{kind}"] = TensorName(f"{layer}mlp.c_fc.{theirs}")
+        found[f"blocks/mlp/down/{kind}"] = TensorName(f"{layer}mlp.c_proj.{theirs}")
     for kind, theirs in (("scale", "weight"), ("bias", "bias")):
-        found[f"blocks/attention_norm/{kind}"] = Place(f"{layer}ln_1.{theirs}")
-        found[f"blocks/mlp_norm/{kind}"] = Place(f"{layer}ln_2.{theirs}")
-        found[f"readout/norm/{kind}"] = Place(f"transformer.ln_f.{theirs}")
+        found[f"blocks/attention_norm/{kind}"] = TensorName(f"{layer}ln_1.{theirs}")
+        found[f"blocks/mlp_norm/{kind}"] = TensorName(f"{layer}ln_2.{theirs}")
+        found[f"readout/norm/{kind}"] = TensorName(f"transformer.ln_f.{theirs}")
     return found
 
 
-def _llama(model) -> dict[str, Place]:
+def _llama(model) -> dict[str, TensorName]:
     layer = "model.layers.{}."
     found = {
-        "embed/tokens": Place("model.embed_tokens.weight"),
-        "blocks/attention_norm/scale": Place(f"{layer}input_layernorm.weight"),
-        "blocks/mlp_norm/scale": Place(f"{layer}post_attention_layernorm.weight"),
-        "readout/norm/scale": Place("model.norm.weight"),
+        "embed/tokens": TensorName("model.embed_tokens.weight"),
+        "blocks/attention_norm/scale": TensorName(f"{layer}input_layernorm.weight"),
+        "blocks/mlp_norm/scale": TensorName(f"{layer}post_attention_layernorm.weight"),
+        "readout/norm/scale": TensorName("model.norm.weight"),
     }
     for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
-        place = Place(f"{layer}self_attn.{theirs}_proj.weight", transposed=True)
+        place = TensorName(f"{layer}self_attn.{theirs}_proj.weight", transposed=True)
         found[f"blocks/attention/{ours}/weight"] = place
     for name in ("gate", "up", "down"):
-        found[f"blocks/mlp/{name}/weight"] = Place(f"{layer}mlp.{name}_proj.weight", True)
-    if model.head == "untied":
-        found["readout/weight"] = Place("lm_head.weight", True)
+        found[f"blocks/mlp/{name}/weight"] = TensorName(f"{layer}mlp.{name}_proj.weight", True)
+    if HEADS[model.head].table:
+        found["readout/weight"] = TensorName("lm_head.weight", True)
     return found
 
 
 FAMILIES = {"gpt2": _gpt2, "llama": _llama}
+# The family that comes nearest; `family` refuses a model that is neither.
+FAMILY_BY_POSITIONS = Modes("model.positions", {"learned": "gpt2", "rope": "llama", "none": "gpt2"})
+# The name of each form of GELU, as save_pretrained writes it.
+GELU_NAMES = Modes("model.gelu", {"tanh": "gelu_new", "erf": "gelu"})
 
 
 def read_config(directory: Path) -> dict:
@@ -142,7 +148,7 @@ def read_params(directory: Path, model, specs: dict) -> dict:
         package safetensors is not installed.
     """
     tensors = _load(directory)
-    kind = "gpt2" if model.positions == "learned" else "llama"
+    kind = FAMILY_BY_POSITIONS[model.positions]
     used, params = set(), {}
     for path, place in FAMILIES[kind](model).items():
         shape = named(specs)[path].shape
@@ -157,7 +163,7 @@ def read_params(directory: Path, model, specs: dict) -> dict:
                 f"{tuple(shape)}; its config.json belongs to another checkpoint"
             )
         _put(params, path, np.ascontiguousarray(whole.reshape(shape), np.float32))
-    tied = {"lm_head.weight"} if model.head == "tied" else set()
+    tied = set() if HEADS[model.head].table else {"lm_head.weight"}
     left = sorted(set(tensors) - used - tied)
     if left:
         raise InputError(f"{directory}: {left[0]} and {len(left) - 1} more have no place here")
@@ -207,7 +213,7 @@ def _full(name: str) -> str:
     return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
 
 
-def _take(tensors: dict, name: str, place: Place, directory: Path) -> np.ndarray:
+def _take(tensors: dict, name: str, place: TensorName, directory: Path) -> np.ndarray:
     if name not in tensors:
         raise InputError(f"{directory}: tensor {name} is missing")
     x = np.asarray(tensors[name], np.float32)
@@ -278,7 +284,7 @@ def family(config) -> str:
         "qk_norm": "none", "norm_gain": "learned", "embed_norm": "none", "skips": "none",
         "x0_mix": "none", "value_embeddings": 0, "rope_channels": "all",
     }  # fmt: skip
-    kind = "llama" if model.positions == "rope" else "gpt2"
+    kind = FAMILY_BY_POSITIONS[model.positions]
     for key, value in ({"gpt2": gpt2, "llama": llama}[kind] | common).items():
         if model[key] != value:
             raise InputError(
@@ -292,12 +298,14 @@ def family(config) -> str:
             f"config.model.n_kv_heads={model.n_kv_heads} and head_dim={model.head_dim}: GPT-2 has "
             f"as many key heads as query heads, and d_model / n_heads channels in each"
         )
-    plain = rules.Scales(1.0, 1.0, 1.0, model.head_dim**-0.5, 1.0)
-    found = rules.scales(config)
-    if found._replace(gate=1.0) != plain:
+    plain = rules.Scales(
+        embed=1.0, logits=1.0, branch=1.0, attention=model.head_dim**-0.5, gate=1.0
+    )
+    scales = rules.scales(config)
+    if scales._replace(gate=1.0) != plain:
         raise InputError(
             f"config.parametrization.name={config.parametrization.name!r} multiplies activations "
-            f"by {found}, for which a Hugging Face model has no place; 'sp' would work"
+            f"by {scales}, for which a Hugging Face model has no place; 'sp' would work"
         )
     return kind
 
@@ -309,7 +317,7 @@ def _to_gpt2(config) -> dict:
         "n_embd": model.d_model, "n_head": model.n_heads, "n_inner": model.d_ff,
         "n_positions": model.max_seq_len, "n_ctx": model.max_seq_len,
         "vocab_size": model.vocab_size, "layer_norm_epsilon": model.norm_eps,
-        "activation_function": {"tanh": "gelu_new", "erf": "gelu"}[model.gelu],
+        "activation_function": GELU_NAMES[model.gelu],
         "tie_word_embeddings": True, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip

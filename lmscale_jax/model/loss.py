@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.param import Spec
-from lmscale_jax.model.placement import BATCH, TOKENS, Place, gathered
+from lmscale_jax.model.placement import BATCH, TOKENS, ShardingContext, gathered
 
 LOGIT_BYTES = 256 * 2**20
 
@@ -25,14 +25,16 @@ def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int) -> int:
     return max(t for t in range(1, T + 1) if T % t == 0 and (t <= wanted or t == 1))
 
 
-def token_losses(place: Place, model, read, w, spec: Spec, x_NxD, targets_BxT, cross_entropy):
+def token_losses(
+    sharding: ShardingContext, model, read, w, spec: Spec, x_NxD, targets_BxT, cross_entropy
+):
     """Losses in nats, [B, T] float32; 0 where the target is -1.
 
     `read(w, x_NxD, first)` makes the logits of the rows of the vocabulary that `w` holds, of which
     `first` is the id of the first. On a mesh each device scores its own tokens: the readout is
     gathered once for all chunks, but for its split over the vocabulary.
     """
-    parts = place.parts(spec) if place.mesh else (None,) * len(spec.axes)
+    parts = sharding.parts(spec) if sharding.mesh else (None,) * len(spec.axes)
     at = spec.axes.index("vocab")
 
     def local(w, x_NxD, targets_BxT):
@@ -46,10 +48,10 @@ def token_losses(place: Place, model, read, w, spec: Spec, x_NxD, targets_BxT, c
             lambda x_nxD: read(w, x_nxD, first), x_NxD, targets_BxT, length, compare
         )
 
-    if place.mesh is None:
+    if sharding.mesh is None:
         return local(w, x_NxD, targets_BxT)
     ins = (P(*parts), P(TOKENS, None), BATCH)
-    return place.shard(local, ins, BATCH)(w, x_NxD, targets_BxT)
+    return sharding.shard(local, ins, BATCH)(w, x_NxD, targets_BxT)
 
 
 def split_cross_entropy(logits_NxV, targets_N, *, axis: str, first) -> jax.Array:

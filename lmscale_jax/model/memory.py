@@ -4,15 +4,20 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lmscale_jax.model.context import DTYPES
+from lmscale_jax.model.kernels import KERNELS
 from lmscale_jax.model.loss import chunk_length
+from lmscale_jax.model.mlp_forms import MLP_FORMS
 from lmscale_jax.model.param import named
 from lmscale_jax.model.placement import ROWS, partition
+from lmscale_jax.model.stack import REMAT
+from lmscale_jax.model.transformer import HEADS
 
 # Bytes of all that is made of one logit, measured (docs/scale.md): of any type on accelerators, and
 # on CPU for each byte of the type of products.
 LOGITS, CPU_LOGITS = 10.5, 4.75
 # Kernels that keep no probabilities for the backward pass.
-FLASH = ("cudnn", "splash", "flash")
+FLASH = ("flash", *(name for name, k in KERNELS.items() if not k.keeps_probabilities))
 
 
 def on_chip(
@@ -46,7 +51,7 @@ def on_chip(
     ends = local - sum(size for path, size in held.items() if path.startswith("blocks/"))
     # With several micro-batches the sum of those before is held all along.
     summed = local if config.train.accum > 1 else 0
-    if config.model.head == "tied" and platform != "cpu":
+    if HEADS[config.model.head].table is None and platform != "cpu":
         # The gradients of both uses of the table, and the table turned round, beside their sum.
         ends += 3 * held["embed/tokens"]
     keeps, once = _activations(config, sizes, platform, kernel, stack)
@@ -105,11 +110,7 @@ def loss_positions(config, sizes: Mapping[str, int]) -> tuple[int, int]:
 
 
 def type_bytes(model) -> int:
-    return 2 if model.dtype == "bfloat16" else 4
-
-
-def gated(model) -> bool:
-    return model.mlp in ("swiglu", "geglu")
+    return DTYPES[model.dtype].itemsize
 
 
 class Block(NamedTuple):
@@ -142,10 +143,9 @@ def block_bytes(
     size = 4 if on_cpu else type_bytes(model)
     stream = 4 * model.d_model
     heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / tensor
-    hidden = model.d_ff / tensor
-    products = size * (heads + (2 if gated(model) else 1) * hidden + 2 * model.d_model)
-    # What the activation makes is kept for the next product, or made again: so it was measured.
-    again = model.mlp == "gelu" if on_cpu else gated(model)
+    hidden, form = model.d_ff / tensor, MLP_FORMS[model.mlp]
+    products = size * (heads + form.input_matrices * hidden + 2 * model.d_model)
+    again = form.recomputed_on_cpu if on_cpu else form.recomputed
     pointwise = size * (2 * model.d_model + (0 if again else hidden))
     if on_cpu:
         pointwise += size * 4 * model.n_heads * model.head_dim / tensor
@@ -159,7 +159,6 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
     """(what the backward pass keeps of all blocks, what it makes of one at a time)."""
     model, tokens = config.model, tokens_on_chip(config, sizes)
     block = block_bytes(model, config.data.seq_len, sizes, kernel, platform)
-    held = {"none": block.whole, "dots": block.stream + block.products, "block": block.stream}
     remat = model.remat
     if platform == "cpu":
         # An unrolled stack's compiler joins what is computed again with what was computed first;
@@ -172,7 +171,7 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
     once += (
         2 * 4 * model.n_heads * config.data.seq_len / sizes.get("tensor", 1) * block.keeps_scores
     )
-    return tokens * held[remat] * model.n_layers, tokens * once
+    return tokens * REMAT[remat].kept(block) * model.n_layers, tokens * once
 
 
 def _logits(config, sizes, platform: str, stack: str) -> float:

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from lmscale_jax.model.param import Spec
 
 AXES = ("replica", "data", "fsdp", "sequence", "tensor")
-# The mesh axes that split the rows of a batch, and its flat tokens (see `Place.flat`).
+# The mesh axes that split the rows of a batch, and its flat tokens (see `ShardingContext.flatten`).
 ROWS = ("replica", "data", "fsdp")
 TOKENS = ("sequence", *ROWS)
 BATCH = P(ROWS, "sequence")
@@ -60,7 +60,7 @@ def partition(spec: Spec, sizes: Mapping[str, int]) -> P:
     return P(*parts)
 
 
-class Place(NamedTuple):
+class ShardingContext(NamedTuple):
     """The mesh that the forward pass runs on; None where it is one device or laid out by others."""
 
     mesh: Mesh | None = None
@@ -71,7 +71,7 @@ class Place(NamedTuple):
     def parts(self, spec: Spec) -> tuple:
         return tuple(partition(spec, self.mesh.shape))
 
-    def flat(self, x_BxT: jax.Array) -> jax.Array:
+    def flatten(self, x_BxT: jax.Array) -> jax.Array:
         """[B, T, ...] as [N, ...]: row by row; where `sequence` splits rows, piece by piece, so
         that what a device holds stays together."""
         (B, T), rest, pieces = x_BxT.shape[:2], x_BxT.shape[2:], self.size("sequence")
@@ -79,8 +79,8 @@ class Place(NamedTuple):
             x_BxT = x_BxT.reshape(B, pieces, T // pieces, *rest).swapaxes(0, 1)
         return x_BxT.reshape(B * T, *rest)
 
-    def rows(self, x_N: jax.Array, batch: int, length: int) -> jax.Array:
-        """The inverse of `flat`."""
+    def unflatten(self, x_N: jax.Array, batch: int, length: int) -> jax.Array:
+        """Returns flat activations as [B, T, ...], the inverse of `flatten`."""
         rest, pieces = x_N.shape[1:], self.size("sequence")
         if pieces > 1:
             x_N = x_N.reshape(pieces, batch, length // pieces, *rest).swapaxes(0, 1)
@@ -106,9 +106,9 @@ class Place(NamedTuple):
                 return jnp.take(table, tokens_BxT, axis=at)
             index_BxT = tokens_BxT - lax.axis_index(parts[at]) * table.shape[at]
             here_BxT = (index_BxT >= 0) & (index_BxT < table.shape[at])
-            found = jnp.take(table, jnp.where(here_BxT, index_BxT, 0), axis=at)
-            here = here_BxT.reshape(*here_BxT.shape, *(1,) * (found.ndim - at - 2))
-            return lax.psum(jnp.where(here, found, 0), parts[at])
+            rows = jnp.take(table, jnp.where(here_BxT, index_BxT, 0), axis=at)
+            here = here_BxT.reshape(*here_BxT.shape, *(1,) * (rows.ndim - at - 2))
+            return lax.psum(jnp.where(here, rows, 0), parts[at])
 
         kept = [None if part == "fsdp" else part for part in parts]
         out = P(*kept[:at], *BATCH, *kept[at + 1 :])
@@ -174,8 +174,8 @@ class Sides(NamedTuple):
         return P(TOKENS, self.into), P(*self.parts), P(TOKENS, self.out)
 
 
-def _sides(place: Place, spec: Spec) -> Sides:
-    parts = place.parts(spec)
+def _sides(sharding: ShardingContext, spec: Spec) -> Sides:
+    parts = sharding.parts(spec)
     into, out = (
         "tensor" if "tensor" in side else None for side in (parts[: spec.n_in], parts[spec.n_in :])
     )
@@ -183,16 +183,16 @@ def _sides(place: Place, spec: Spec) -> Sides:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _dense(place: Place, product: Callable, spec: Spec, x_NxI, w):
+def _dense(sharding: ShardingContext, product: Callable, spec: Spec, x_NxI, w):
     """The product of each device's tokens with the weight, which is gathered for it."""
-    sides = _sides(place, spec)
+    sides = _sides(sharding, spec)
     x_layout, w_layout, y_layout = sides.layouts
 
     def local(x_NxI, w):
         y_NxO = product(x_NxI, _matrix(x_NxI, w, sides.parts))
         return lax.psum(y_NxO, "tensor") if sides.into else y_NxO
 
-    return place.shard(local, (x_layout, w_layout), y_layout)(x_NxI, w)
+    return sharding.shard(local, (x_layout, w_layout), y_layout)(x_NxI, w)
 
 
 def _matrix(x_NxI, w, parts) -> jax.Array:
@@ -200,14 +200,14 @@ def _matrix(x_NxI, w, parts) -> jax.Array:
     return gathered(w.astype(x_NxI.dtype), parts).reshape(x_NxI.shape[-1], -1)
 
 
-def _dense_forward(place, product, spec, x_NxI, w):
+def _dense_forward(sharding, product, spec, x_NxI, w):
     # Of the weight only the part that lies here is kept: the backward pass gathers it again.
-    return _dense(place, product, spec, x_NxI, w), (x_NxI, w)
+    return _dense(sharding, product, spec, x_NxI, w), (x_NxI, w)
 
 
-def _dense_backward(place, product, spec, saved, dy_NxO):
+def _dense_backward(sharding, product, spec, saved, dy_NxO):
     """Two programs, so that one whose result nobody reads is left out, its collectives too."""
-    sides = _sides(place, spec)
+    sides = _sides(sharding, spec)
     x_layout, w_layout, y_layout = sides.layouts
 
     def of_input(x_NxI, w, dy_NxO):
@@ -217,27 +217,27 @@ def _dense_backward(place, product, spec, saved, dy_NxO):
 
     def of_weight(x_NxI, w, dy_NxO):
         whole = [
-            n * (place.size("fsdp") if part == "fsdp" else 1)
+            n * (sharding.size("fsdp") if part == "fsdp" else 1)
             for n, part in zip(w.shape, sides.parts, strict=True)
         ]
         # A product is linear in its weight: the gradient asks for no value of it.
         zero_IxO = jnp.zeros((x_NxI.shape[-1], math.prod(whole[spec.n_in :])), w.dtype)
         dw = jax.vjp(lambda w: product(x_NxI, w), zero_IxO)[1](dy_NxO)[0].reshape(whole)
-        return _summed(dw, sides.parts, place)
+        return _summed(dw, sides.parts, sharding)
 
-    dx_NxI = place.shard(of_input, (x_layout, w_layout, y_layout), x_layout)(*saved, dy_NxO)
-    dw = place.shard(of_weight, (x_layout, w_layout, y_layout), w_layout)(*saved, dy_NxO)
+    dx_NxI = sharding.shard(of_input, (x_layout, w_layout, y_layout), x_layout)(*saved, dy_NxO)
+    dw = sharding.shard(of_weight, (x_layout, w_layout, y_layout), w_layout)(*saved, dy_NxO)
     return dx_NxI, dw
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _summed(dw: jax.Array, parts: tuple, place: Place) -> jax.Array:
+def _summed(dw: jax.Array, parts: tuple, sharding: ShardingContext) -> jax.Array:
     """Inside `shard`: the sum over all devices' tokens of a weight's gradient, each device's part
     of it."""
     for axis, part in enumerate(parts):
         if part == "fsdp":
             dw = lax.psum_scatter(dw, part, scatter_dimension=axis, tiled=True)
-    over = [name for name in TOKENS if place.size(name) > 1 and name not in parts]
+    over = [name for name in TOKENS if sharding.size(name) > 1 and name not in parts]
     return lax.psum(dw, over) if over else dw

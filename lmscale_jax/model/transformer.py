@@ -1,11 +1,20 @@
-"""The decoder in three parts: embedding, one block (stacked by `build`), and readout."""
+"""The decoder in three parts: embedding, one block (repeated by `stack`), and readout."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
 from lmscale_jax.model import param
 from lmscale_jax.model.attention import Attention
-from lmscale_jax.model.layers import MLP, Call, Norm, unit_rms
+from lmscale_jax.model.context import ForwardContext
+from lmscale_jax.model.layers import MLP, NORMS, as_it_is, unit_rms
+from lmscale_jax.model.wiring import POSITIONS, SKIPS, X0_MIXES
+from lmscale_jax.modes import Modes
+
+# (embedding, epsilon) -> the same, normed.
+EMBED_NORMS = Modes("model.embed_norm", {"none": as_it_is, "rmsnorm": unit_rms})
 
 
 class Embed(nnx.Module):
@@ -14,69 +23,91 @@ class Embed(nnx.Module):
     def __init__(self, model):
         vocab = {"vocab": model.vocab_size}
         self.tokens = param.weight(vocab, {"embed": model.d_model}, "input")
-        if model.positions == "learned":
-            self.positions = param.weight(
-                {"position": model.max_seq_len}, {"embed": model.d_model}, "input"
-            )
+        if declare := POSITIONS[model.positions].table:
+            self.positions = declare(model)
         if model.value_embeddings:
             heads = {"kv_heads": model.n_kv_heads, "head_dim": model.head_dim}
             self.values = param.weight({"tables": model.value_embeddings} | vocab, heads, "input")
-        self.eps = model.norm_eps if model.embed_norm == "rmsnorm" else None
+        self.norm, self.eps = EMBED_NORMS[model.embed_norm], model.norm_eps
 
-    def __call__(self, tokens_BxT: jax.Array, call: Call) -> jax.Array:
-        place, scale = call.place, call.embed_scale
-        h_BxTxD = place.lookup(self.tokens[...], tokens_BxT, self.tokens.spec)
+    def __call__(self, tokens_BxT: jax.Array, context: ForwardContext) -> jax.Array:
+        sharding = context.sharding
+        h_BxTxD = sharding.lookup(self.tokens[...], tokens_BxT, self.tokens.spec)
         if hasattr(self, "positions"):
             table_PxD = self.positions[...]
-            h_BxTxD = place.add_positions(h_BxTxD, table_PxD, self.positions.spec)
-        h_BxTxD = h_BxTxD * scale if self.eps is None else unit_rms(h_BxTxD, self.eps) * scale
-        return place.flat(h_BxTxD)
+            h_BxTxD = sharding.add_positions(h_BxTxD, table_PxD, self.positions.spec)
+        return sharding.flatten(self.norm(h_BxTxD, self.eps) * context.scales.embed)
 
-    def value_rows(self, tokens_BxT: jax.Array, call: Call) -> jax.Array:
-        """[tables, B, T, kv_heads, head_dim]."""
-        rows = call.place.lookup(self.values[...], tokens_BxT, self.values.spec)
-        return rows * call.embed_scale
+    def value_rows(self, tokens_BxT: jax.Array, context: ForwardContext) -> jax.Array:
+        """Returns [tables, B, T, kv_heads, head_dim]."""
+        rows = context.sharding.lookup(self.values[...], tokens_BxT, self.values.spec)
+        return rows * context.scales.embed
 
 
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the float32 residual stream."""
 
     def __init__(self, model, kernel: str):
-        self.attention_norm, self.attention = Norm(model), Attention(model, kernel)
-        self.mlp_norm, self.mlp = Norm(model), MLP(model)
-        if model.skips == "unet":
-            self.skip = param.scalar(1.0)
-        if model.x0_mix == "learned":
-            self.stream_share, self.origin_share = param.scalar(1.0), param.scalar(0.0)
+        norm = NORMS[model.norm]
+        self.attention_norm, self.attention = norm(model), Attention(model, kernel)
+        self.mlp_norm, self.mlp = norm(model), MLP(model)
+        for factor in SKIPS[model.skips].factors:
+            self.skip = param.scalar(factor)
+        if mix := X0_MIXES[model.x0_mix]:
+            self.stream_share, self.origin_share = map(param.scalar, mix)
 
-    def __call__(self, h_NxD: jax.Array, call: Call) -> jax.Array:
-        h_NxD = self.feed(self.attend(h_NxD, call), call)
-        call.note("residual", lambda: h_NxD)
+    def attend(self, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
+        """Adds to the residual stream what enters from elsewhere, and attention."""
+        if context.skip_NxD is not None:
+            h_NxD = h_NxD + self.skip[...] * context.skip_NxD
+        if context.origin_NxD is not None:
+            h_NxD = self.stream_share[...] * h_NxD
+            h_NxD = h_NxD + self.origin_share[...] * context.origin_NxD
+        a_NxD = self.attention(self.attention_norm(h_NxD, context), context)
+        context.tap("attention", lambda: a_NxD)
+        return h_NxD + context.scales.branch * context.dropout(a_NxD, 1).astype(h_NxD.dtype)
+
+    def feed(self, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
+        """Adds the MLP to the residual stream."""
+        m_NxD = self.mlp(self.mlp_norm(h_NxD, context), context)
+        context.tap("mlp", lambda: m_NxD)
+        h_NxD = h_NxD + context.scales.branch * context.dropout(m_NxD, 2).astype(h_NxD.dtype)
+        context.tap("residual", lambda: h_NxD)
         return h_NxD
 
-    def attend(self, h_NxD: jax.Array, call: Call) -> jax.Array:
-        """The residual stream with what enters from elsewhere and what attention adds to it."""
-        if call.skip_NxD is not None:
-            h_NxD = h_NxD + self.skip[...] * call.skip_NxD
-        if call.origin_NxD is not None:
-            h_NxD = self.stream_share[...] * h_NxD + self.origin_share[...] * call.origin_NxD
-        a_NxD = self.attention(self.attention_norm(h_NxD, call), call)
-        call.note("attention", lambda: a_NxD)
-        return h_NxD + call.branch_scale * call.drop(a_NxD, 1).astype(h_NxD.dtype)
 
-    def feed(self, h_NxD: jax.Array, call: Call) -> jax.Array:
-        """The residual stream with what the MLP adds to it."""
-        m_NxD = self.mlp(self.mlp_norm(h_NxD, call), call)
-        call.note("mlp", lambda: m_NxD)
-        return h_NxD + call.branch_scale * call.drop(m_NxD, 2).astype(h_NxD.dtype)
+class Head(NamedTuple):
+    """One choice of model.head.
+
+    Attributes:
+      path: of the matrix of the readout, in the tree of parameters.
+      vocab_axis: of that matrix.
+      table: model -> that parameter, where the readout declares it; None where it is the
+        embedding's.
+    """
+
+    path: tuple[str, str]
+    vocab_axis: int
+    table: Callable | None
+
+
+def _own_table(model):
+    return param.weight({"embed": model.d_model}, {"vocab": model.vocab_size}, "output")
+
+
+HEADS = Modes(
+    "model.head",
+    {
+        "tied": Head(("embed", "tokens"), vocab_axis=0, table=None),
+        "untied": Head(("readout", "weight"), vocab_axis=-1, table=_own_table),
+    },
+)
 
 
 class Readout(nnx.Module):
     """Final norm and the product with the vocabulary, the embedding's own matrix if tied."""
 
     def __init__(self, model):
-        self.norm = Norm(model)
-        if model.head == "untied":
-            self.weight = param.weight(
-                {"embed": model.d_model}, {"vocab": model.vocab_size}, "output"
-            )
+        self.norm = NORMS[model.norm](model)
+        if declare := HEADS[model.head].table:
+            self.weight = declare(model)

@@ -1,9 +1,10 @@
-"""What reaches a block beside the residual stream, and which block gets what.
+"""Per-layer inputs other than the residual stream, and which block gets what.
 
 Windows, skips from half to half (a U-net), the embedding mixed in again, and tables added to the
 values are those of modded-nanogpt (Jordan et al. 2024), as functions of the number of blocks.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,63 +12,117 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmscale_jax.derived import duration
+from lmscale_jax.model import param
 from lmscale_jax.model.attention import rope_tables
+from lmscale_jax.model.context import ForwardContext
+from lmscale_jax.modes import Modes
 
 
-class Shared(NamedTuple):
-    """What the blocks of one forward pass share; each field is None where nothing uses it.
+class Positions(NamedTuple):
+    """One choice of model.positions; None where it has none of these.
 
     Attributes:
-      key: random key of the pass.
-      rope: cosines and sines.
-      segments_BxT: document numbers.
-      origin_NxD: the embedding.
-      values_SxBxTxKxd: a row of each table for each token.
-      windows: blocks of tokens that are seen where the window is whole and where it is half.
-      skips_SxNxD: the streams after the first blocks, for the last ones.
+      table: model -> the parameter whose row t is added to the embedding at position t.
+      rope: (model, length) -> cosines and sines.
     """
 
-    key: jax.Array | None
-    rope: tuple[jax.Array, jax.Array] | None
-    segments_BxT: jax.Array | None
-    origin_NxD: jax.Array | None
-    values_SxBxTxKxd: jax.Array | None
-    windows: tuple | None
-    skips_SxNxD: jax.Array | None = None
+    table: Callable | None = None
+    rope: Callable | None = None
 
 
-def begin(config, embed, h_NxD, tokens_BxT, call, segments_BxT, step) -> Shared:
-    """What a pass over these tokens shares; h is their embedding."""
-    model, T = config.model, tokens_BxT.shape[1]
-    rope = values = None
-    if model.positions == "rope":
-        rope = rope_tables(T, model.head_dim, model.rope_theta, model.rope_channels)
-    if model.value_embeddings:
-        values = embed.value_rows(tokens_BxT, call)
-    origin_NxD = h_NxD if model.x0_mix == "learned" else None
-    return Shared(call.key, rope, segments_BxT, origin_NxD, values, windows(config, step))
+def _position_table(model):
+    return param.weight({"position": model.max_seq_len}, {"embed": model.d_model}, "input")
 
 
-def of_layer(model, shared: Shared, index) -> dict:
-    """The fields of `layers.Call` of one block; its number may be traced."""
-    L, given = model.n_layers, {"rope": shared.rope, "segments_BxT": shared.segments_BxT}
-    given |= {"key": None, "origin_NxD": shared.origin_NxD}
-    if shared.key is not None:
-        given["key"] = jax.random.fold_in(shared.key, index + 1)
-    if shared.windows is not None:
-        whole, half = shared.windows
-        is_whole_L = np.isin(np.arange(L), whole_windows(model))
-        if is_whole_L.all():
-            given["window"] = whole  # a number, which some kernels want
-        elif isinstance(index, int):
-            given["window"] = whole if is_whole_L[index] else half
-        else:
-            given["window"] = jnp.where(jnp.asarray(is_whole_L)[index], whole, half)
-    if shared.skips_SxNxD is not None:
-        given["skip_NxD"] = shared.skips_SxNxD[L - 1 - index]
-    if shared.values_SxBxTxKxd is not None:
-        given["values_BxTxKxd"] = _value_rows(model, shared.values_SxBxTxKxd, index)
-    return given
+def _rope(model, length: int):
+    return rope_tables(length, model.head_dim, model.rope_theta, model.rope_channels)
+
+
+POSITIONS = Modes(
+    "model.positions",
+    {
+        "learned": Positions(table=_position_table),
+        "rope": Positions(rope=_rope),
+        "none": Positions(),
+    },
+)
+
+
+class Skips(NamedTuple):
+    """One choice of model.skips.
+
+    Attributes:
+      half: number of blocks -> n, if the streams after the first n blocks enter the last n ones,
+        the last stream first.
+      factors: the initial value of each block's factor of what enters; () without skips.
+    """
+
+    half: Callable[[int], int]
+    factors: tuple[float, ...] = ()
+
+
+SKIPS = Modes(
+    "model.skips", {"none": Skips(lambda n: 0), "unet": Skips(lambda n: n // 2, factors=(1.0,))}
+)
+
+
+class OriginMix(NamedTuple):
+    """Initial shares, in what a block reads, of the stream and of the embedding."""
+
+    stream: float
+    origin: float
+
+
+# None: blocks read the stream alone.
+X0_MIXES = Modes("model.x0_mix", {"none": None, "learned": OriginMix(stream=1.0, origin=0.0)})
+
+
+def _document_numbers(tokens_BxT: jax.Array, bos_id: int | None):
+    return None if bos_id is None else jnp.cumsum(tokens_BxT == bos_id, axis=1)
+
+
+# (tokens_BxT, bos_id) -> the number of each token's document; None: the window is one.
+MASKS = Modes(
+    "model.mask", {"causal": lambda tokens_BxT, bos_id: None, "document": _document_numbers}
+)
+
+
+def begin(config, embed, h_NxD, tokens_BxT, context: ForwardContext, step) -> ForwardContext:
+    """Returns the context of a pass over these tokens; h is their embedding."""
+    model, length = config.model, tokens_BxT.shape[1]
+    rope, mixes = POSITIONS[model.positions].rope, X0_MIXES[model.x0_mix]
+    return context.replace(
+        rope=rope and rope(model, length),
+        value_rows_SxBxTxKxd=embed.value_rows(tokens_BxT, context)
+        if model.value_embeddings
+        else None,
+        origin_NxD=h_NxD if mixes else None,
+        windows=windows(config, step),
+    )
+
+
+def of_layer(model, context: ForwardContext, index) -> ForwardContext:
+    """Returns the context of one block; its number may be traced."""
+    L, key, window, skip_NxD, values_BxTxKxd = model.n_layers, None, None, None, None
+    if context.key is not None:
+        key = jax.random.fold_in(context.key, index + 1)
+    if context.windows is not None:
+        window = _window(model, context.windows, index)
+    if context.skips_SxNxD is not None:
+        skip_NxD = context.skips_SxNxD[L - 1 - index]
+    if context.value_rows_SxBxTxKxd is not None:
+        values_BxTxKxd = _value_rows(model, context.value_rows_SxBxTxKxd, index)
+    return context.replace(key=key, window=window, skip_NxD=skip_NxD, values_BxTxKxd=values_BxTxKxd)
+
+
+def _window(model, whole_and_half: tuple, index):
+    whole, half = whole_and_half
+    is_whole_L = np.isin(np.arange(model.n_layers), whole_windows(model))
+    if is_whole_L.all():
+        return whole  # a number, which some kernels want
+    if isinstance(index, int):
+        return whole if is_whole_L[index] else half
+    return jnp.where(jnp.asarray(is_whole_L)[index], whole, half)
 
 
 def _value_rows(model, values_SxBxTxKxd, index):
@@ -85,14 +140,21 @@ def value_tables(model) -> list[int]:
     return [i if i < n else i - (L - n) if i >= L - n else -1 for i in range(L)]
 
 
-def whole_windows(model) -> list[int]:
-    """The blocks that see the whole of model.window."""
-    L = model.n_layers
-    if model.window_layers == "all":
-        return list(range(L))
-    if model.window_layers == "ends":
-        return sorted({0, round(L / 3), L - 1})
-    return sorted({*range(3, L, 4), L - 1})
+# Number of blocks -> those that see the whole of model.window; None: there are no windows.
+WHOLE_WINDOWS = Modes(
+    "model.window_layers",
+    {
+        "none": lambda n: None,
+        "all": lambda n: list(range(n)),
+        "ends": lambda n: sorted({0, round(n / 3), n - 1}),
+        "fourth": lambda n: sorted({*range(3, n, 4), n - 1}),
+    },
+)
+
+
+def whole_windows(model) -> list[int] | None:
+    """Returns the blocks that see the whole of model.window; None: there are no windows."""
+    return WHOLE_WINDOWS[model.window_layers](model.n_layers)
 
 
 def windows(config, step=None) -> tuple | None:
@@ -102,7 +164,7 @@ def windows(config, step=None) -> tuple | None:
     blocks and at least one block; the half one is half of it in blocks, rounded down, at least one.
     """
     model = config.model
-    if model.window_layers == "none":
+    if whole_windows(model) is None:
         return None
     block = model.window_block
     full = -(-model.window // block)
@@ -118,7 +180,7 @@ def mean_visible(config, length: int) -> float:
     """Keys that a query of a full window of tokens attends to, on average over tokens and blocks;
     half of the window's length where nothing is hidden but the future."""
     model = config.model
-    if model.window_layers == "none":
+    if whole_windows(model) is None:
         return length / 2
     whole, half = (min(length, w * model.window_block) for w in windows(config))
     long = len(whole_windows(model))
@@ -129,7 +191,7 @@ def mean_visible(config, length: int) -> float:
 def described(config) -> dict[str, str]:
     """For people to read, by name; {} for a plain stack."""
     model, lines = config.model, {}
-    if model.window_layers != "none":
+    if whole_windows(model) is not None:
         whole, half = windows(config)
         blocks = "" if model.window_block == 1 else f" blocks of {model.window_block}"
         grow = duration(model.window_growth, config)
@@ -137,10 +199,11 @@ def described(config) -> dict[str, str]:
             f"{whole}{blocks or ' tokens'} in block {', '.join(map(str, whole_windows(model)))}, "
             f"else {half}" + (f"; growing over {grow} steps" if grow else "")
         )
-    if model.skips == "unet":
+    if SKIPS[model.skips].factors:
         L = model.n_layers
-        lines["skips"] = ", ".join(f"{i} to {L - 1 - i}" for i in range(L // 2))
+        pairs = ((i, L - 1 - i) for i in range(SKIPS[model.skips].half(L)))
+        lines["skips"] = ", ".join(f"{i} to {j}" for i, j in pairs)
     if model.value_embeddings:
-        found = {i: t for i, t in enumerate(value_tables(model)) if t >= 0}
-        lines["value tables"] = ", ".join(f"{t} in block {i}" for i, t in found.items())
+        tables = {i: t for i, t in enumerate(value_tables(model)) if t >= 0}
+        lines["value tables"] = ", ".join(f"{t} in block {i}" for i, t in tables.items())
     return lines

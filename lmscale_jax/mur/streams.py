@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.model.build import REMAT
+from lmscale_jax.model.stack import REMAT
 from lmscale_jax.mur.utility import FLOAT, Measure, hinge, statistics, utilities, weights
 
 
@@ -67,7 +67,7 @@ class Taking(NamedTuple):
 
 
 class Watch:
-    """Measures the blocks first..stop-1 and changes no gradient; a `model.build.Around`.
+    """Measures the blocks first..stop-1 and changes no gradient; a `model.stack.BlockWrapper`.
 
     The gradient by `slots`, [layers, parts, ...] as `Taking.slots` makes them, is what was taken.
     Every number is right where the differentiated value is the loss alone: the sum over tokens,
@@ -84,7 +84,7 @@ class Watch:
         return h_NxD, jnp.zeros(len(h_NxD), FLOAT)
 
     def wrap(self, part, number: int, remat: str):
-        run, taking = REMAT[remat](part), self.taking
+        run, taking = REMAT[remat].wrap(part), self.taking
 
         def watched(shared, carry, layer):
             x_NxD, side_N = carry
@@ -182,7 +182,7 @@ def _paired(part, taking: Taking, remat: str):
     """
 
     def pull_back(remat, shared, x_NxD, params, index):
-        run = REMAT[remat](lambda params, x_NxD: part(shared, x_NxD, (params, index)))
+        run = REMAT[remat].wrap(lambda params, x_NxD: part(shared, x_NxD, (params, index)))
         return jax.vjp(run, params, x_NxD)
 
     @jax.custom_vjp

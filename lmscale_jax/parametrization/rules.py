@@ -32,6 +32,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lmscale_jax.model.param import Spec, named
+from lmscale_jax.modes import Modes
 
 ORTHOGONAL = ("muon", "normuon")
 
@@ -100,12 +101,18 @@ def depth(config) -> tuple[float, float]:
     return config.model.n_layers / base.base_depth, base.depth_exponent
 
 
+# Width -> factor of the readout's product, under `sp`.
+LOGIT_SCALES = Modes(
+    "model.logit_scale", {"one": lambda width: 1.0, "inverse_sqrt_width": lambda width: width**-0.5}
+)
+
+
 def scales(config) -> Scales:
     """The forward multipliers of a resolved config."""
     base, model = config.parametrization, config.model
     size = model.head_dim
     if base.name == "sp":
-        logits = model.d_model**-0.5 if model.logit_scale == "inverse_sqrt_width" else 1.0
+        logits = LOGIT_SCALES[model.logit_scale](model.d_model)
         attention = base.attention_scale * size**-0.5
         return Scales(embed=1.0, logits=logits, branch=1.0, attention=attention, gate=1.0)
     m_L, a = depth(config)

@@ -200,8 +200,8 @@ def make_gradient(config, model: Model, mesh: Mesh) -> Callable:
         n_targets = jnp.maximum(1, (batch.targets_BxT >= 0).sum())
 
         def mean_loss(params, slots, tokens_BxT, targets_BxT, key, index=0):
-            around = asked and asked.around(slots, targets_BxT, n_targets, index)
-            nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key, around, step)
+            wrapper = asked and asked.around(slots, targets_BxT, n_targets, index)
+            nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key, wrapper, step)
             return nll_BxT.sum() / n_targets
 
         function = jax.value_and_grad(mean_loss, argnums=(0, 1))

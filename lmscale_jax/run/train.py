@@ -187,7 +187,7 @@ def prepare(config, workdir: Path, say: Callable[[str], None]) -> Setup:
         )
     grid = mesh.make(config)
     platform = grid.devices.flat[0].platform
-    model = build(config, platform=platform, boundary=data.boundary, mesh=grid)
+    model = build(config, platform=platform, bos_id=data.boundary, mesh=grid)
     transform = optim.build(config, model.rows, grid, platform)
     batches = pipeline.TrainBatches(
         data,

@@ -1,0 +1,107 @@
+"""What every layer of a forward pass reads besides its input and its parameters."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lmscale_jax.model.ops import Ops
+from lmscale_jax.model.placement import ShardingContext
+from lmscale_jax.modes import Modes
+from lmscale_jax.parametrization.rules import Scales
+
+# The type that products are computed in.
+DTYPES = Modes("model.dtype", {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")})
+
+# Arrays of a pass and of a layer. The other fields are static: a context may be an argument of
+# `jax.checkpoint` and of a `jax.custom_vjp`.
+ARRAYS = (
+    "key", "rope", "segments_BxT", "origin_NxD", "value_rows_SxBxTxKxd", "windows", "skips_SxNxD",
+    "window", "skip_NxD", "values_BxTxKxd", "first",
+)  # fmt: skip
+STATIC = (
+    "ops", "product", "sharding", "dtype", "scales", "window_block", "dropout_rate", "batch",
+    "length", "keep", "taps",
+)  # fmt: skip
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=ARRAYS, meta_fields=STATIC)
+@dataclasses.dataclass(frozen=True)
+class ForwardContext:
+    """The context of a forward pass, and within it of a layer; None where nothing uses a field.
+
+    Attributes of a model:
+      ops: the primitives of this platform.
+      product: x w of activations and the weights of blocks.
+      sharding: how arrays lie on the mesh.
+      dtype: type that products are computed in.
+      scales: the forward multipliers.
+      window_block: tokens that a window counts as one.
+      dropout_rate: of embedding, attention and residual.
+
+    Attributes of a pass:
+      batch, length: B and T of the N = B*T flat tokens, in the order of `sharding.flatten`.
+      key: random key of the pass, and in a layer that layer's; None turns dropout off.
+      rope: cosines and sines, each [T, head_dim / 2].
+      segments_BxT: document numbers within each window; None for a plain causal mask.
+      origin_NxD: the embedding, for blocks that mix it in.
+      value_rows_SxBxTxKxd: the row of each value table for each token.
+      windows: (whole, half), in blocks of `window_block` tokens.
+      skips_SxNxD: the streams after the first blocks, for the last ones.
+
+    Attributes of a layer:
+      window: blocks of `window_block` tokens that a query sees, its own and those before it; None:
+        everything.
+      skip_NxD: the stream of an earlier block that enters this one.
+      values_BxTxKxd: what is added to this block's values.
+      first: position of the first query among the keys, where a kernel sees a part of the queries.
+      keep: what a tap stores of an activation, (name, array) -> array; None measures nothing.
+      taps: where this layer's taps are stored by name; the layer's caller returns it.
+    """
+
+    ops: Ops
+    product: Callable
+    sharding: ShardingContext
+    dtype: jnp.dtype
+    scales: Scales
+    window_block: int
+    dropout_rate: float
+    batch: int = 0
+    length: int = 0
+    key: jax.Array | None = None
+    rope: tuple[jax.Array, jax.Array] | None = None
+    segments_BxT: jax.Array | None = None
+    origin_NxD: jax.Array | None = None
+    value_rows_SxBxTxKxd: jax.Array | None = None
+    windows: tuple | None = None
+    skips_SxNxD: jax.Array | None = None
+    window: jax.Array | int | None = None
+    skip_NxD: jax.Array | None = None
+    values_BxTxKxd: jax.Array | None = None
+    first: jax.Array | None = None
+    keep: Callable | None = None
+    taps: dict | None = None
+
+    def replace(self, **changes) -> "ForwardContext":
+        """Returns a copy with other values of these fields."""
+        return dataclasses.replace(self, **changes)
+
+    def tap(self, name: str, make: Callable[[], jax.Array]) -> None:
+        """Stores what `keep` makes of the activation `make()`, which is not computed otherwise."""
+        if self.keep is not None:
+            self.taps[name] = self.keep(name, make())
+
+    def dropout(self, x_NxD: jax.Array, stream: int) -> jax.Array:
+        """Drops entries by the random stream of that number within the layer."""
+        if self.key is None or not self.dropout_rate:
+            return x_NxD
+        rate, shape = self.dropout_rate, (self.batch, self.length, x_NxD.shape[1])
+        key = jax.random.fold_in(self.key, stream)
+        keep = self.sharding.flatten(jax.random.bernoulli(key, 1 - rate, shape))
+        return jnp.where(keep, x_NxD / (1 - rate), jnp.zeros_like(x_NxD))
+
+    def unflatten(self, x_N: jax.Array) -> jax.Array:
+        """Returns flat activations as [B, T, ...]."""
+        return self.sharding.unflatten(x_N, self.batch, self.length)
