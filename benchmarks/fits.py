@@ -1,4 +1,4 @@
-"""Scaling-law fits beside common practice, same machine, same run:
+"""Compares scaling-law fits with common practice, on the same machine in the same run:
 
     python -m benchmarks.fits --input=kyo_takano
 
@@ -18,10 +18,10 @@ from benchmarks import machine, tables
 from lmscale_jax import command
 
 INPUT = flags.DEFINE_string("input", "kyo_takano", "bundled table, or a CSV with n, d or c, loss")
-STARTS = flags.DEFINE_integer("starts", 4500, "of the peer's grid, spread evenly if fewer")
+STARTS = flags.DEFINE_integer("starts", 4500, "starts of the peer's grid, spread evenly if fewer")
 DRAWS = flags.DEFINE_integer("draws", 4000, "bootstrap draws, ours")
 PEER_DRAWS = flags.DEFINE_integer("peer_draws", 4000, "bootstrap draws, peer")
-REPEATS = flags.DEFINE_integer("repeats", 20, "of our point fit; the median counts")
+REPEATS = flags.DEFINE_integer("repeats", 20, "repeats of our point fit; the median is reported")
 DELTA = 1e-3
 GRID = {
     "a": np.arange(0, 30, 5.0),
@@ -33,6 +33,7 @@ GRID = {
 
 
 def peer_objective(theta, ln_n, ln_d, y, weight) -> float:
+    """Evaluates Huber's loss of one parameter vector."""
     a, b, e, alpha, beta = theta
     terms = np.stack([a - alpha * ln_n, b - beta * ln_d, np.full_like(y, e)])
     top = terms.max(axis=0)
@@ -41,34 +42,35 @@ def peer_objective(theta, ln_n, ln_d, y, weight) -> float:
 
 
 def descend(start, *data):
+    """Runs L-BFGS-B with finite differences from one start."""
     from scipy.optimize import minimize
 
     return minimize(peer_objective, start, args=data, method="L-BFGS-B")
 
 
 def peer(table, weights) -> dict:
-    """The grid and then one descent a draw, each until done or the time is up."""
+    """Fits from the grid, then one descent per draw; each part stops at the time limit."""
     data = (np.log(table.n), np.log(table.d), np.log(table.loss))
     grid = list(itertools.product(*GRID.values()))
     grid = [grid[int(i)] for i in np.linspace(0, len(grid) - 1, min(STARTS.value, len(grid)))]
-    # In random order, so that a grid that is cut short is still spread.
+    # In random order, so that a grid stopped early still covers the whole range.
     np.random.default_rng(0).shuffle(grid)
-    ends, seconds = [], []
-    begun = time.perf_counter()
+    ends = []
+    start_time = time.perf_counter()
     for start in grid:
         ends.append(descend(start, *data, table.weight))
-        if time.perf_counter() - begun > machine.LIMIT.value:
+        if time.perf_counter() - start_time > machine.LIMIT.value:
             break
-    fit_s = time.perf_counter() - begun
+    fit_s = time.perf_counter() - start_time
     values = np.array([end.fun for end in ends])
     best = ends[int(np.nanargmin(values))]
     drawn = []
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     for weight in weights[: PEER_DRAWS.value]:
         drawn.append(descend(best.x, *data, weight))
-        if time.perf_counter() - begun > machine.LIMIT.value:
+        if time.perf_counter() - start_time > machine.LIMIT.value:
             break
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start_time
     return {
         "starts": len(ends),
         "fit_s": fit_s,
@@ -83,28 +85,29 @@ def peer(table, weights) -> dict:
 
 
 def ours(table, weights) -> dict:
+    """Times our point fit, the fit with all checks, and the bootstrap draws."""
     from lmscale_jax.science import fit, intervals, laws, solve
 
     problem = laws.problem(table, laws.LAWS["chinchilla"])
     times, full = [], []
     for _ in range(REPEATS.value):
-        begun = time.perf_counter()
-        found = solve.solve(problem, DELTA)
-        times.append(time.perf_counter() - begun)
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
+        solution = solve.solve(problem, DELTA)
+        times.append(time.perf_counter() - start_time)
+        start_time = time.perf_counter()
         result = fit(table, bootstrap=0)
-        full.append(time.perf_counter() - begun)
-    begun = time.perf_counter()
-    theta = intervals.refit(problem, found.theta, DELTA, weight=weights[: DRAWS.value])
-    seconds = time.perf_counter() - begun
+        full.append(time.perf_counter() - start_time)
+    start_time = time.perf_counter()
+    theta = intervals.refit(problem, solution.theta, DELTA, weight=weights[: DRAWS.value])
+    seconds = time.perf_counter() - start_time
     r = solve.predict(problem, theta) - problem.y
     drawn = (weights[: DRAWS.value] * solve.rho(r, DELTA)).sum(axis=1)
     return {
-        "starts": found.starts,
+        "starts": solution.n_starts,
         "fit_s": float(np.median(times)),
         "fit_and_checks_s": float(np.median(full)),
-        "objective": found.objective,
-        "agree": found.agree,
+        "objective": solution.objective,
+        "agree": solution.n_agreeing,
         "draws": len(theta),
         "draws_s": seconds,
         "drawn": drawn.tolist(),
@@ -120,16 +123,16 @@ def main() -> None:
     rows = len(table)
     rng = np.random.Generator(np.random.PCG64(0))
     weights = rng.multinomial(rows, np.full(rows, 1 / rows), count) * table.weight
-    asked = machine.asked("input", "starts", "draws", "peer_draws", "repeats")
-    result = machine.facts(None, asked) | {
+    settings = machine.asked("input", "starts", "draws", "peer_draws", "repeats")
+    result = machine.facts(None, settings) | {
         "points": rows,
         "threads": os.environ.get("OMP_NUM_THREADS", "not set"),
         "ours": ours(table, weights),
         "peer": peer(table, weights),
     }
-    own, other = (np.array(result[side].pop("drawn")) for side in ("ours", "peer"))
-    if both := min(len(own), len(other)):
-        ratio = other[:both] / own[:both]
+    ours_F, peer_F = (np.array(result[side].pop("drawn")) for side in ("ours", "peer"))
+    if count_both := min(len(ours_F), len(peer_F)):
+        ratio = peer_F[:count_both] / ours_F[:count_both]
         result["ours"]["worse_draws"] = float(np.mean(ratio < 1 - 1e-6))
         result["peer"]["worse_draws"] = float(np.mean(ratio > 1 + 1e-6))
     print(f"{tables.headline(result)}\n{table.name}, {rows} points\n\n{tables.fits(result)}")

@@ -1,9 +1,9 @@
-"""Our fits of reference data that may not be shipped, as a table:
+"""Fits reference data that may not be shipped, and prints a table:
 
     python -m benchmarks.fits_reference --data=DIR
 
-DIR holds epoch_chinchilla/, isoflops/ and seed_runs/, as for tests/test_science_reference.py, which
-compares the numbers with the known ones.
+DIR contains epoch_chinchilla/, isoflops/ and seed_runs/, as for tests/test_science_reference.py,
+which compares the numbers with the known ones.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ CURVES = ("optimal_lr_sgd_scaling", "vanilla_scaling_optimal_lr", "mup_scaling_e
 
 
 def row(name: str, table, delta: float) -> list[str]:
+    """Fits one table and formats its row."""
     from lmscale_jax.science import fit
 
     result = fit(table, delta=delta, bootstrap=0)
@@ -39,11 +40,11 @@ def main() -> None:
     from lmscale_jax.science.sources import dataset
 
     folder = Path(DATA.value)
-    whole = read(str(folder / "epoch_chinchilla/svg_extracted_data.csv"))
-    # The five that Besiroglu et al. (2024) left out come first.
-    kept = whole.take(np.arange(len(whole)) >= 5)
-    rows = [row("Chinchilla, digitised", kept, d) for d in (1e-3, 1e-6, 1e-2, np.inf)]
-    rows.append(row("Chinchilla, digitised, all", whole, 1e-3))
+    all_runs = read(str(folder / "epoch_chinchilla/svg_extracted_data.csv"))
+    # The first five rows are those that Besiroglu et al. (2024) excluded.
+    without_first = all_runs.take(np.arange(len(all_runs)) >= 5)
+    rows = [row("Chinchilla, digitised", without_first, d) for d in (1e-3, 1e-6, 1e-2, np.inf)]
+    rows.append(row("Chinchilla, digitised, all", all_runs, 1e-3))
     for name in EXPERIMENTS:
         where = {"experiment": name, "outlier": "False"}
         rows.append(row(name, read(str(folder / "isoflops/isoflops.csv"), where=where), 1e-3))

@@ -16,41 +16,41 @@ from lmscale_jax import command
 from lmscale_jax.errors import InputError
 
 INPUT = flags.DEFINE_string(
-    "input", None, "CSV file, directory of runs or of curves, or a bundled table's name"
+    "input", None, "CSV file, directory of runs or of curves, or name of a bundled table"
 )
 LAW = flags.DEFINE_string("law", "chinchilla", "chinchilla, power, power_floor or isoflop")
 DELTA = flags.DEFINE_float("delta", None, "width of Huber's loss in ln L; default: from residuals")
-OUT = flags.DEFINE_string("out", None, "JSON to write; a plot is put beside it")
-COLUMNS = flags.DEFINE_list("columns", [], "our name:the file's, as in n:params,d:tokens")
-WHERE = flags.DEFINE_list("where", [], "rows to keep, column:value")
-VARIANT = flags.DEFINE_string("variant", None, "fits the rows of this variant only")
+OUT = flags.DEFINE_string("out", None, "JSON file to write; a plot FILE.png is written too")
+COLUMNS = flags.DEFINE_list("columns", [], "OUR_NAME:FILE_NAME, such as n:params,d:tokens")
+WHERE = flags.DEFINE_list("where", [], "rows to use, column:value")
+VARIANT = flags.DEFINE_string("variant", None, "fits only the rows of this variant")
 POINTS = flags.DEFINE_string("points", "final", "final: last row of each run; curve: all rows")
-SKIP = flags.DEFINE_float("skip", 0.0, "with --points=curve, per cent left out at a run's start")
+SKIP = flags.DEFINE_float("skip", 0.0, "with --points=curve, per cent to omit at the start of runs")
 FLOOR = flags.DEFINE_float("floor", None, "pins E, nats per token")
 REPETITION = flags.DEFINE_string("repetition", None, "R* of repeated data, or fit")
-CLUSTER = flags.DEFINE_string("cluster", "run", "what the bootstrap resamples: run, size or row")
+CLUSTER = flags.DEFINE_string("cluster", "run", "resampling unit: run, size or row")
 BOOTSTRAP = flags.DEFINE_integer("bootstrap", 2000, "draws; 0: no intervals", lower_bound=0)
-LEVEL = flags.DEFINE_float("level", 0.95, "of the intervals and of the test")
+LEVEL = flags.DEFINE_float("level", 0.95, "level of the intervals and of the test")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap")
 COMPARE = flags.DEFINE_list("compare", None, "two variants: exponent shift or constant offset?")
 EFFECT = flags.DEFINE_float("effect", 0.1, "smallest relative change of the exponent that matters")
-TARGET_C = flags.DEFINE_float("target_c", None, "FLOPs at which --compare gives the gain too")
+TARGET_C = flags.DEFINE_float("target_c", None, "further FLOPs at which --compare reports the gain")
 FORECAST_N = flags.DEFINE_float("forecast_n", None, "parameters of the run to predict")
 FORECAST_D = flags.DEFINE_float("forecast_d", None, "tokens of the run to predict")
 FORECAST_C = flags.DEFINE_float("forecast_c", None, "FLOPs of the run to predict")
-FORECAST_LEVEL = flags.DEFINE_float("forecast_level", 0.9, "of the forecast's interval")
-BUDGET = flags.DEFINE_float("budget", None, "FLOPs: the compute-optimal run")
-ADVISE = flags.DEFINE_float("advise", None, "FLOPs for new runs that sharpen the forecast most")
+FORECAST_LEVEL = flags.DEFINE_float("forecast_level", 0.9, "level of the forecast's interval")
+BUDGET = flags.DEFINE_float("budget", None, "FLOPs for which to compute the optimal run")
+ADVISE = flags.DEFINE_float("advise", None, "FLOPs for new runs that improve the forecast most")
 DATASETS = flags.DEFINE_string("datasets", None, "directory of the named data sets")
 DATASET = flags.DEFINE_list("dataset", None, "list, all, or names of data sets under --datasets")
 
 
 def main() -> None:
     if DATASET.value is not None:
-        _named()
+        _fit_named()
         return
     if not INPUT.value:
-        raise InputError("--input is missing; --input=results.csv or --input=kyo_takano would work")
+        raise InputError("--input is missing; use --input=results.csv or --input=kyo_takano")
     _check_flags()
     from lmscale_jax.science import sources
 
@@ -60,55 +60,59 @@ def main() -> None:
     if VARIANT.value is not None:
         table = table.arm(VARIANT.value)
     if COMPARE.value is not None:
-        written, draw = _compared(table)
+        written, draw = _compare_arms(table)
     elif LAW.value == "isoflop":
-        written, draw = _isoflop(table)
+        written, draw = _fit_isoflop(table)
     else:
-        written, draw = _fitted(table)
+        written, draw = _fit_law(table)
     _write(paths, written, draw)
 
 
 def _check_flags() -> None:
     if COMPARE.value is not None and len(COMPARE.value) != 2:
         raise InputError(
-            f"--compare={','.join(COMPARE.value)} must name two variants; "
-            "--compare=gelu,swiglu would work"
+            f"--compare={','.join(COMPARE.value)} must name two variants; use --compare=gelu,swiglu"
         )
     single = {"--forecast_n": FORECAST_N, "--forecast_d": FORECAST_D, "--forecast_c": FORECAST_C,
               "--budget": BUDGET, "--advise": ADVISE}  # fmt: skip
-    given = [name for name, flag in single.items() if flag.value is not None]
-    if given and (COMPARE.value is not None or LAW.value == "isoflop"):
+    single_flags = [name for name, flag in single.items() if flag.value is not None]
+    if single_flags and (COMPARE.value is not None or LAW.value == "isoflop"):
         other = "--compare" if COMPARE.value is not None else "--law=isoflop"
-        raise InputError(f"{given[0]} does nothing with {other}; leave one out")
-    if ADVISE.value is not None and not any(name.startswith("--forecast") for name in given):
-        raise InputError("--advise needs the run to predict; add --forecast_n and --forecast_d")
+        raise InputError(f"{single_flags[0]} does nothing with {other}; remove one of them")
+    if ADVISE.value is not None and not any(name.startswith("--forecast") for name in single_flags):
+        raise InputError(
+            f"--advise={ADVISE.value:g} needs a run to predict; add --forecast_n and --forecast_d"
+        )
     if TARGET_C.value is not None and COMPARE.value is None:
-        raise InputError("--target_c does nothing without --compare=ARM_A,ARM_B")
+        raise InputError(f"--target_c={TARGET_C.value:g} needs two arms; use --compare=gelu,swiglu")
 
 
 def _pairs(flag: str, values: list[str]) -> dict:
-    """{our name: theirs} of a flag's list of NAME:VALUE."""
-    found = {}
+    """Parses a flag's list of NAME:VALUE into {name: value}."""
+    pairs = {}
     for value in values:
         name, colon, theirs = value.partition(":")
         if not colon:
-            raise InputError(f"--{flag}={value} must be NAME:VALUE, as in n:params")
-        found[name] = theirs
-    return found
+            raise InputError(f"--{flag}={value} must be NAME:VALUE; use --{flag}=n:params")
+        pairs[name] = theirs
+    return pairs
 
 
 def _paths() -> tuple[Path, Path] | None:
-    """(JSON, PNG) to write, checked before the work; None without --out.
+    """Returns the paths (JSON, PNG) of --out, or None without --out.
 
-    An earlier result of this command is replaced, which is said; any other file is left alone.
+    An earlier result of this command is replaced with a message; other files are never overwritten.
+
+    Raises:
+        InputError: the name is not *.json, its directory is missing, or it is another file.
     """
     if not OUT.value:
         return None
     out = Path(OUT.value)
     if out.suffix != ".json":
-        raise InputError(f"--out={out} must end in .json; {out}.json would work")
+        raise InputError(f"--out={out} must end in .json; use {out}.json")
     if not out.parent.is_dir():
-        raise InputError(f"--out={out}: directory {out.parent} does not exist; make it first")
+        raise InputError(f"--out={out}: directory {out.parent} does not exist; create it first")
     plot = out.with_suffix(".png")
     if out.exists():
         try:
@@ -116,14 +120,15 @@ def _paths() -> tuple[Path, Path] | None:
         except (OSError, ValueError, AttributeError):
             ours = False
         if not ours:
-            raise InputError(f"--out={out} exists and is no result of fit; name another file")
+            raise InputError(f"--out={out} exists and is no result of fit; use another file")
         print(f"replacing the earlier {out}", file=sys.stderr)
     elif plot.exists():
-        raise InputError(f"--out={out}: {plot} exists already; name another file")
+        raise InputError(f"--out={out}: {plot} exists already; use another file")
     return out, plot
 
 
 def _settings() -> dict:
+    """Collects the arguments of a fit from the flags."""
     return {
         "delta": DELTA.value,
         "floor": FLOOR.value,
@@ -135,8 +140,9 @@ def _settings() -> dict:
     }
 
 
-def _fitted(table):
-    from lmscale_jax.science import advice, describe
+def _fit_law(table):
+    """Fits one law: (JSON to write, function that draws the plot)."""
+    from lmscale_jax.science import advice, describe, figures
     from lmscale_jax.science import fit as fit_law
     from lmscale_jax.science.forecast import of as forecast
 
@@ -145,22 +151,23 @@ def _fitted(table):
     lines = describe.lines(result)
     target = {"n": FORECAST_N.value, "d": FORECAST_D.value, "c": FORECAST_C.value}
     if any(v is not None for v in target.values()):
-        made = forecast(result, **target, level=FORECAST_LEVEL.value)
-        written["forecast"] = made
-        known = {w["code"] for w in written["warnings"]}
-        written["warnings"] += [w for w in made["warnings"] if w["code"] not in known]
-        lines += describe.forecast_lines(made, known)
+        prediction = forecast(result, **target, level=FORECAST_LEVEL.value)
+        written["forecast"] = prediction
+        printed_codes = {w["code"] for w in written["warnings"]}
+        written["warnings"] += [w for w in prediction["warnings"] if w["code"] not in printed_codes]
+        lines += describe.forecast_lines(prediction, printed_codes)
         if ADVISE.value is not None:
-            written["advice"] = advice.advise(result, ADVISE.value, **target, tau=made["tau"])
+            written["advice"] = advice.advise(result, ADVISE.value, **target, tau=prediction["tau"])
             lines += describe.advice_lines(written["advice"])
     if BUDGET.value is not None:
         written["plan"] = advice.plan(result, BUDGET.value)
         lines += describe.plan_lines(written["plan"])
     print("\n".join(lines))
-    return written, result.plot
+    return written, lambda path: figures.fit(result, path)
 
 
-def _compared(table):
+def _compare_arms(table):
+    """Compares two arms: (JSON to write, function that draws the plot)."""
     from lmscale_jax.science import compare, describe, figures
     from lmscale_jax.science import fit as fit_law
     from lmscale_jax.science.forecast import suited
@@ -175,14 +182,14 @@ def _compared(table):
         seed=SEED.value,
     )
     print("\n".join(describe.verdict_lines(verdict)))
-    # A ladder's arms lie on one curve, which the default law cannot be fitted to.
+    # The arms of a ladder lie on one curve in C, which does not identify the default law.
     chosen = LAW.value if flags.FLAGS["law"].present else suited(table.arm(COMPARE.value[0]))
     arms = {name: fit_law(table.arm(name), law=chosen, **settings) for name in COMPARE.value}
     shown = {name: result.to_json() for name, result in arms.items()}
     for name, result in arms.items():
         print(f"{name}:")
         print("\n".join(describe.lines(result)))
-    # The first arm's law stands at the top, as in a fit without comparison.
+    # The first arm's law is at the top level, as in a fit without comparison.
     written = shown[COMPARE.value[0]] | verdict | {"arms": shown}
     written["warnings"] = verdict["warnings"] + [
         {"code": w["code"], "message": f"{name}: {w['message']}"}
@@ -193,7 +200,8 @@ def _compared(table):
     return written, lambda path: figures.compare(verdict, table, arms, path)
 
 
-def _isoflop(table):
+def _fit_isoflop(table):
+    """Fits isoFLOP minima: (JSON to write, function that draws the plot)."""
     from lmscale_jax.science import describe, figures
     from lmscale_jax.science import isoflop as isoflops
 
@@ -214,6 +222,7 @@ def _isoflop(table):
 
 
 def _write(paths, written: dict, draw) -> None:
+    """Writes the plot and the JSON, if --out is set."""
     if paths is None:
         return
     from lmscale_jax.run.record import write_json
@@ -223,19 +232,21 @@ def _write(paths, written: dict, draw) -> None:
         draw(plot)
         write_json(out, {"command": "fit", **written})
     except OSError as error:
-        raise InputError(f"--out={out}: {error.strerror}; name another file") from None
+        raise InputError(f"--out={out}: {error.strerror}; use another file") from None
     print(f"wrote {out} and {plot}")
 
 
-def _named() -> None:
-    """--dataset: lists the named data sets, or fits one, several or all of them side by side."""
-    from lmscale_jax.science import describe, sources
+def _fit_named() -> None:
+    """Lists the named data sets, or fits those of --dataset side by side."""
+    from lmscale_jax.science import describe, figures, sources
     from lmscale_jax.science import fit as fit_law
 
     if not DATASETS.value:
-        raise InputError("--dataset needs --datasets=DIR, the directory that holds their folders")
+        raise InputError("--dataset needs --datasets=DIR, the directory with their folders")
     if not Path(DATASETS.value).is_dir():
-        raise InputError(f"--datasets={DATASETS.value} is no directory; name the one that has them")
+        raise InputError(
+            f"--datasets={DATASETS.value} is no directory; use the one with the data sets"
+        )
     if DATASET.value == ["list"]:
         for name in sources.DATASETS:
             files = sources.locate(name, DATASETS.value)
@@ -243,26 +254,28 @@ def _named() -> None:
         return
     everything = DATASET.value == ["all"]
     names = list(sources.DATASETS) if everything else DATASET.value
-    paths, found = _paths(), {}
+    paths, results = _paths(), {}
     points = POINTS.value if flags.FLAGS["points"].present else "curve"
     for name in names:
         try:
             table = sources.dataset(name, DATASETS.value, points, SKIP.value)
-            found[name] = fit_law(table, law=LAW.value, **_settings())
+            results[name] = fit_law(table, law=LAW.value, **_settings())
         except InputError as error:
-            # One bad set of many is no reason to lose the others; asked for alone, it is an error.
+            # One unusable set among several is reported; a single one is an error.
             if len(names) == 1:
                 raise
             print(f"{name}: not fitted: {' '.join(str(error).split())}")
-    for name, result in found.items():
+    for name, result in results.items():
         print(f"{name}:")
         print("\n".join(describe.lines(result)))
-    if not found:
-        raise InputError(f"--datasets={DATASETS.value}: no data set could be fitted")
-    print("\n".join(describe.side_by_side(found)))
-    first = next(iter(found.values()))
-    shown = {name: result.to_json() for name, result in found.items()}
-    _write(paths, first.to_json() | {"datasets": shown}, first.plot)
+    if not results:
+        raise InputError(
+            f"--datasets={DATASETS.value}: no data set could be fitted; see the lines above"
+        )
+    print("\n".join(describe.side_by_side(results)))
+    first = next(iter(results.values()))
+    shown = {name: result.to_json() for name, result in results.items()}
+    _write(paths, first.to_json() | {"datasets": shown}, lambda path: figures.fit(first, path))
 
 
 if __name__ == "__main__":

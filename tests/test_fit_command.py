@@ -1,4 +1,4 @@
-"""The command `fit` as a user meets it: processes, files, one-line errors."""
+"""The command `fit`: processes, files and one-line errors."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ SIZES, TOKENS = np.geomspace(1e7, 1e10, 4), np.geomspace(1e9, 1e12, 4)
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """The command within this process, which has paid for its imports: (status, stdout, stderr)."""
+    """Runs the command in this process, which saves its imports: (status, stdout, stderr)."""
     from absl import flags
 
     from lmscale_jax import command
@@ -49,14 +49,14 @@ def write(path, columns: dict):
     return path
 
 
-def record(folder, n, d, loss, **more) -> None:
+def record(folder, n, d, loss, **overrides) -> None:
     folder.mkdir(parents=True)
     fields = {
         "status": "finished", "seed": 0, "counts": {"non_embedding": n, "total": 2 * n},
         "tokens": d, "flops_total": 6 * n * d, "final": {"val_loss": loss},
         "config": {"model": {"mlp": "gelu"}},
     }  # fmt: skip
-    (folder / "run.json").write_text(json.dumps(fields | more))
+    (folder / "run.json").write_text(json.dumps(fields | overrides))
 
 
 def curve_file(path, width_n, rows=12) -> None:
@@ -69,9 +69,9 @@ def curve_file(path, width_n, rows=12) -> None:
 
 
 def test_a_csv_of_other_names_with_a_forecast_and_a_plan(tmp_path):
-    made = grid(SIZES, TOKENS, noise=0.003)
+    columns = grid(SIZES, TOKENS, noise=0.003)
     table = write(
-        tmp_path / "t.csv", {"params": made["n"], "toks": made["d"], "nats": made["loss"]}
+        tmp_path / "t.csv", {"params": columns["n"], "toks": columns["d"], "nats": columns["loss"]}
     )
     status, out, err = run(
         "fit", f"--input={table}", "--columns=n:params,d:toks,loss:nats", "--bootstrap=300",
@@ -115,11 +115,11 @@ def test_a_result_is_replaced_aloud_and_other_files_never(tmp_path, call):
 def test_two_arms_get_a_verdict(tmp_path, call):
     table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.4, seeds=3))
     out = tmp_path / "v.json"
-    status, said, err = call(f"--input={table}", "--compare=A,B", "--law=power_floor",
+    status, printed, err = call(f"--input={table}", "--compare=A,B", "--law=power_floor",
                             "--bootstrap=200", "--target_c=1e21", f"--out={out}")  # fmt: skip
     assert status == 0, err
     written = json.loads(out.read_text())
-    assert written["verdict"] == "constant offset" and "verdict: constant offset" in said
+    assert written["verdict"] == "constant offset" and "verdict: constant offset" in printed
     assert {"s", "se", "interval", "p"} <= set(written["shift"])
     assert all({"c", "k", "low", "high"} == set(row) for row in written["gain"])
     assert written["law"] == "power_floor" and set(written["params"]) == {"E", "a", "b"}
@@ -227,9 +227,9 @@ def test_bad_input_is_one_line(name, call):
 
 
 def test_a_bad_table_leaves_nothing_behind(tmp_path):
-    made = grid(SIZES, TOKENS)
-    made["n"] = made["n"] / 1e9
-    table = write(tmp_path / "t.csv", made | {"c": 6e9 * made["n"] * made["d"]})
+    columns = grid(SIZES, TOKENS)
+    columns["n"] = columns["n"] / 1e9
+    table = write(tmp_path / "t.csv", columns | {"c": 6e9 * columns["n"] * columns["d"]})
     status, out, err = run("fit", f"--input={table}", f"--out={tmp_path / 'f.json'}")
     assert (status, out) == (2, "") and err.count("\n") == 1
     assert "times 6 n d" in err

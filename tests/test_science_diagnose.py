@@ -1,4 +1,4 @@
-"""Every check speaks on data made to trip it, with a remedy, and is silent on good data."""
+"""Every check warns, with a remedy, on data that fail it, and is silent on good data."""
 
 import numpy as np
 import pytest
@@ -27,18 +27,19 @@ def test_good_data_raise_no_warning():
 
 def test_a_narrow_range_of_sizes_and_a_dead_term():
     table = grid(np.geomspace(1.7e6, 3.5e6, 5), TOKENS, noise=0.004, A=1e-3)
-    found = codes(fit(table, bootstrap=200))
+    messages = codes(fit(table, bootstrap=200))
     assert (
-        "n spans 2.06x; alpha is not identified; add a run of at least 1.4e+07" in found["narrow_n"]
+        "n spans 2.06x; alpha is not identified; add a run of at least 1.4e+07"
+        in messages["narrow_n"]
     )
-    assert "alpha is not identified" in found["dead_term"] and "widen" in found["dead_term"]
+    assert "alpha is not identified" in messages["dead_term"] and "widen" in messages["dead_term"]
 
 
 def test_a_loss_that_grows_with_size():
     table = grid(SIZES, TOKENS, noise=0.001)
     table["loss"] = 2 + 0.05 * (table["n"] / 1e7) ** 0.3 + 500 * table["d"] ** -0.3
-    found = codes(fit(table, bootstrap=0))
-    assert "grows with n" in found["wrong_sign"] and "learning rate" in found["wrong_sign"]
+    messages = codes(fit(table, bootstrap=0))
+    assert "grows with n" in messages["wrong_sign"] and "learning rate" in messages["wrong_sign"]
 
 
 def test_sizes_and_tokens_that_grow_together():
@@ -46,8 +47,8 @@ def test_sizes_and_tokens_that_grow_together():
     table = {"n": n, "d": 20 * n, "loss": grid([1], [1])["loss"][0] * 0 + 1.8 + 400 * n**-0.34}
     rng = np.random.default_rng(0)
     table["loss"] = table["loss"] * np.exp(0.002 * rng.standard_normal(12))
-    found = codes(fit(table, bootstrap=200))
-    assert "--law=power_floor" in found["collinear"]
+    messages = codes(fit(table, bootstrap=200))
+    assert "--law=power_floor" in messages["collinear"]
     assert "power_floor" not in codes(fit(table, law="power_floor", bootstrap=200)).values()
 
 
@@ -93,8 +94,8 @@ def test_a_law_that_misses_the_largest_size_says_so():
     good = codes(fit({"c": c, "loss": loss}, law="power_floor", bootstrap=0))
     assert "largest_left_out" not in good
     loss[-1] *= 1.05
-    found = codes(fit({"c": c, "loss": loss}, law="power_floor", bootstrap=0))
-    assert "largest_left_out" in found and "%" in found["largest_left_out"]
+    messages = codes(fit({"c": c, "loss": loss}, law="power_floor", bootstrap=0))
+    assert "largest_left_out" in messages and "%" in messages["largest_left_out"]
 
 
 # What is wrong: (change of a good table, words of the one-line error).
@@ -130,10 +131,10 @@ def test_what_is_left_out_of_a_table_is_named():
         table[name] += [table[name][5]]
     table["run_id"] += ["copy"]
     table["loss"][7], table["loss"][8] = float("nan"), float("inf")
-    made = as_table(table)
-    found = {n["code"]: n["message"] for n in made.notes}
-    assert len(made) == 34
-    assert "r7, r8" in found["dropped_rows"] and "copy of 'r5'" in found["duplicate_runs"]
+    result = as_table(table)
+    messages = {n["code"]: n["message"] for n in result.notes}
+    assert len(result) == 34
+    assert "r7, r8" in messages["dropped_rows"] and "copy of 'r5'" in messages["duplicate_runs"]
 
 
 def test_a_run_that_ends_in_nan_is_left_out_whole():

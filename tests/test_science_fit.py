@@ -1,4 +1,4 @@
-"""Laws and solver: known parameters come back, minima are minima, reference values are met."""
+"""Laws and solver: parameters are recovered, minima are minima, reference values match."""
 
 import dataclasses
 import json
@@ -40,17 +40,17 @@ def test_gradient_and_hessian_are_those_of_the_objective():
     theta = solve.starts(problem)[:3] + 0.05
     weight = np.random.default_rng(1).uniform(0.5, 2, len(table))
     weighted = dataclasses.replace(problem, weight=weight)
-    _, g, H, _ = solve._Batch(weighted, delta).at(theta, weight, problem.y, None)
+    _, g, H, _ = solve._Objective(weighted, delta).evaluate(theta, weight, problem.y, None)
     h = 1e-6
     for j in range(5):
         step = h * np.eye(5)[j]
         up, down = (solve.objective(weighted, theta + k * step, delta) for k in (1, -1))
         np.testing.assert_allclose((up - down) / (2 * h), g[:, j], rtol=1e-5, atol=1e-7)
         ups, downs = (
-            solve._Batch(weighted, delta).at(theta + k * step, weight, problem.y, None)[1]
+            solve._Objective(weighted, delta).evaluate(theta + k * step, weight, problem.y, None)[1]
             for k in (1, -1)
         )
-        # A residual that crosses delta within the step is worth h of one row.
+        # A residual that crosses delta within the step contributes an error of order h.
         np.testing.assert_allclose((ups - downs) / (2 * h), H[:, j], rtol=1e-4, atol=1e-4)
 
 
@@ -76,7 +76,7 @@ def test_a_weight_of_two_is_a_row_twice():
     weight = np.ones(len(table["n"]))
     weight[3] = 2
     twice = {k: np.append(v, v[3]) for k, v in table.items()}
-    # As two seeds with the same result, which as two runs would be taken for a copy.
+    # Exactly equal runs would be omitted as copies.
     twice["loss"][-1] *= 1 + 1e-13
     a = fit(table | {"weight": weight}, delta=0.01, bootstrap=0)
     b = fit(twice, delta=0.01, bootstrap=0)
@@ -101,7 +101,7 @@ def test_bundled_tables_have_their_known_fits(name):
 
 
 def _order(values):
-    """From E, A, B, alpha, beta to the order of `params`."""
+    """Reorders E, A, B, alpha, beta to the order of `params`."""
     E, A, B, alpha, beta = values
     return (E, alpha, A, beta, B)
 
@@ -132,7 +132,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 
 
 def test_curves_are_resampled_by_run():
-    """Rows of a curve share their error, and only resampling runs shows it."""
+    """Rows of a curve share their error; only resampling by run includes it."""
     rng = np.random.default_rng(0)
     table = grid(SIZES, np.geomspace(1e9, 1e12, 40))
     run = np.repeat(np.arange(6), 40)
@@ -160,9 +160,9 @@ def test_repeated_data_counts_for_less():
     assert (worth <= d * (1 + 1e-12)).all() and (worth[d <= unique] == d[d <= unique]).all()
     table["loss"] = grid(SIZES, TOKENS)["loss"].repeat(2) * 0 + CHINCHILLA["E"]
     table["loss"] += CHINCHILLA["A"] * n**-0.3478 + CHINCHILLA["B"] * worth**-0.3658
-    found = fit(table, repetition="fit", bootstrap=0)
-    assert found.r_star == pytest.approx(r_star, rel=1e-4)
-    assert found.params["beta"] == pytest.approx(0.3658, rel=1e-4)
+    fitted = fit(table, repetition="fit", bootstrap=0)
+    assert fitted.r_star == pytest.approx(r_star, rel=1e-4)
+    assert fitted.params["beta"] == pytest.approx(0.3658, rel=1e-4)
     ignored = fit(table, bootstrap=0)
     assert "repeated_data" in {w["code"] for w in ignored.warnings}
     assert abs(ignored.params["beta"] - 0.3658) > 0.05

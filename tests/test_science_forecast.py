@@ -6,7 +6,7 @@ from synthetic import CHINCHILLA, grid, surface
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.science import advise, fit, forecast, isoflop, laws, plan, read, solve
-from lmscale_jax.science.forecast import budgets, suited
+from lmscale_jax.science.forecast import budgets, discrepancy, of, suited
 from lmscale_jax.science.isoflop import by_budget, minimum
 from lmscale_jax.science.table import as_table
 
@@ -18,43 +18,41 @@ def test_a_forecast_of_a_true_law_covers_the_loss():
     true = float(surface(n, d, **CHINCHILLA))
     inside = 0
     for seed in range(8):
-        made = forecast(grid(SIZES, TOKENS, noise=0.004, seed=seed), n=n, d=d, bootstrap=100)
-        assert made["law"] == "chinchilla" and made["level"] == 0.9
-        inside += made["low"] < true < made["high"]
+        prediction = forecast(grid(SIZES, TOKENS, noise=0.004, seed=seed), n=n, d=d, bootstrap=100)
+        assert prediction["law"] == "chinchilla" and prediction["level"] == 0.9
+        inside += prediction["low"] < true < prediction["high"]
     assert inside >= 7
 
 
 def test_the_interval_grows_with_distance_and_level():
     table = read("kyo_takano")
     result = fit(table, bootstrap=300)
-    from lmscale_jax.science.forecast import of
 
     def width(factor, level=0.9):
         n = float(table.n.max()) * factor
-        made = of(result, n=n, d=20 * n, level=level)
-        return np.log(made["high"] / made["low"])
+        prediction = of(result, n=n, d=20 * n, level=level)
+        return np.log(prediction["high"] / prediction["low"])
 
     assert width(1) < width(3) < width(10)
     assert width(3, 0.5) < width(3, 0.9) < width(3, 0.99)
 
 
 def _coverage(table, shares=(0.5, 0.625, 0.75)) -> list[float]:
-    """Share of the dearer runs inside the 90 % interval of a fit to the cheaper ones, by fold."""
-    from lmscale_jax.science.forecast import discrepancy, of
-
-    found = []
+    """Computes the share of dearer runs inside the 90 % interval of a fit to the cheaper ones."""
+    covered = []
     order = np.sort(table.c)
     for share in shares:
         limit = order[int(share * len(order))]
         train, test = table.take(table.c <= limit), np.flatnonzero(table.c > limit)
         result = fit(train, bootstrap=400)
         test = test[:: max(1, len(test) // 25)]
-        hits, known = 0, discrepancy(result)
+        hits, tau_and_cuts = 0, discrepancy(result)
         for i in test:
-            made = of(result, n=table.n[i], d=table.d[i], c=table.c[i], found=known)
-            hits += made["low"] <= table.loss[i] <= made["high"]
-        found.append(hits / len(test))
-    return found
+            target = {"n": table.n[i], "d": table.d[i], "c": table.c[i]}
+            prediction = of(result, **target, tau_and_cuts=tau_and_cuts)
+            hits += prediction["low"] <= table.loss[i] <= prediction["high"]
+        covered.append(hits / len(test))
+    return covered
 
 
 @pytest.mark.slow
@@ -76,20 +74,20 @@ def test_a_small_table_gets_a_small_law():
 
 
 def test_three_anchors_with_two_seeds_forecast_a_fourth():
-    """What a small ladder has: the error of a law without floor shows in the interval."""
+    """On a small ladder, the interval includes the error of a law without a floor."""
     c = np.tile(np.geomspace(1e14, 1e16, 3), 2)
     noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(6))
-    made = forecast({"c": c, "loss": (1.5 + 300 * c**-0.13) * noise}, c=1e17, bootstrap=300)
+    prediction = forecast({"c": c, "loss": (1.5 + 300 * c**-0.13) * noise}, c=1e17, bootstrap=300)
     true = 1.5 + 300 * 1e17**-0.13
-    assert made["law"] == "power" and made["tau"] > 0.001
-    assert made["low"] < true < made["high"]
-    assert made["high"] / made["low"] < 1.6
+    assert prediction["law"] == "power" and prediction["tau"] > 0.001
+    assert prediction["low"] < true < prediction["high"]
+    assert prediction["high"] / prediction["low"] < 1.6
 
 
 def test_what_a_forecast_needs():
     table = read("olmo_ladder_c4")
     for wrong, words in (
-        ({"n": 1e9}, "give --forecast_n and --forecast_d"),
+        ({"n": 1e9}, "use --forecast_n and --forecast_d"),
         ({"n": -1e9, "d": 1e10}, "--forecast_n=-1000000000.0 must be a positive number"),
         ({"n": 1e9, "d": 1e10, "level": 1.0}, "--forecast_level=1.0"),
     ):
@@ -99,47 +97,57 @@ def test_what_a_forecast_needs():
     assert "far_forecast" in {w["code"] for w in far["warnings"]}
 
 
+def test_the_flops_of_a_target_follow_the_convention_of_the_table():
+    table = grid(SIZES, TOKENS, noise=0.002)
+    table["c"] = 1.5 * 6 * table["n"] * table["d"]
+    result = fit(table, law="power", bootstrap=100)
+    n, d = 3e9, 4e11
+    assert result.table.flops(n, d) == pytest.approx(9 * n * d)
+    assert result.predict(n=n, d=d) == pytest.approx(result.predict(c=9 * n * d))
+    assert of(result, n=n, d=d)["c"] == pytest.approx(9 * n * d)
+
+
 def test_the_plan_is_the_minimum_at_its_budget():
     result = fit(grid(SIZES, TOKENS, noise=0.002), bootstrap=200)
-    made = plan(result, 1e21)
-    n = np.geomspace(made["n"] / 30, made["n"] * 30, 20001)
+    optimum = plan(result, 1e21)
+    n = np.geomspace(optimum["n"] / 30, optimum["n"] * 30, 20001)
     loss = result.predict(n=n, d=1e21 / 6 / n)
-    assert n[loss.argmin()] == pytest.approx(made["n"], rel=1e-3)
-    assert made["n"] * made["d"] * 6 == pytest.approx(1e21)
-    assert made["tokens_per_parameter"] == pytest.approx(made["d"] / made["n"])
-    low, high = made["intervals"]["n"]
-    assert low < made["n"] < high
-    with pytest.raises(InputError, match="chinchilla is"):
+    assert n[loss.argmin()] == pytest.approx(optimum["n"], rel=1e-3)
+    assert optimum["n"] * optimum["d"] * 6 == pytest.approx(1e21)
+    assert optimum["tokens_per_parameter"] == pytest.approx(optimum["d"] / optimum["n"])
+    low, high = optimum["intervals"]["n"]
+    assert low < optimum["n"] < high
+    with pytest.raises(InputError, match="use --law=chinchilla"):
         plan(fit(read("kyo_takano"), law="power", bootstrap=0), 1e21)
 
 
 @pytest.mark.slow
 def test_advised_runs_do_what_is_promised():
-    """The standard deviation that is promised is the one that such data have, over repetitions."""
+    """The promised standard deviation matches that over simulated repetitions."""
     sizes, tokens = np.geomspace(1e7, 1e8, 4), np.geomspace(1e9, 1e10, 4)
     noise, target = 0.004, {"n": 3e9, "d": 6e10}
     before = fit(grid(sizes, tokens, noise=noise), delta=np.inf, bootstrap=0)
-    made = advise(before, 1e21, **target)
-    assert sum(row["c"] for row in made["allocation"]) <= 1e21
-    assert made["spent"] <= 1e21 and made["sd_after"] < made["sd_before"]
-    gains = [row["reduction"] for row in made["ranking"]]
+    advice = advise(before, 1e21, **target)
+    assert sum(row["c"] for row in advice["allocation"]) <= 1e21
+    assert advice["spent"] <= 1e21 and advice["sd_after"] < advice["sd_before"]
+    gains = [row["reduction"] for row in advice["ranking"]]
     assert gains == sorted(gains, reverse=True)
-    n, d = np.array([(r["n"], r["d"]) for r in made["allocation"] for _ in range(r["runs"])]).T
+    n, d = np.array([(r["n"], r["d"]) for r in advice["allocation"] for _ in range(r["runs"])]).T
     spread = {"before": [], "after": []}
     for seed in range(30):
         table = grid(sizes, tokens, noise=noise, seed=seed)
         spread["before"].append(_at(table, target))
         error = np.exp(noise * np.random.default_rng(1000 + seed).standard_normal(len(n)))
-        more = {"n": n, "d": d, "loss": surface(n, d, **CHINCHILLA) * error}
-        spread["after"].append(_at({k: np.append(table[k], more[k]) for k in table}, target))
+        new_runs = {"n": n, "d": d, "loss": surface(n, d, **CHINCHILLA) * error}
+        spread["after"].append(_at({k: np.append(table[k], new_runs[k]) for k in table}, target))
     spread = {k: np.std(v) for k, v in spread.items()}
-    promised = made["sd_after"] / made["sd_before"]
+    promised = advice["sd_after"] / advice["sd_before"]
     assert promised < 0.5
     assert spread["after"] / spread["before"] == pytest.approx(promised, rel=0.6)
 
 
 def _at(table: dict, target: dict) -> float:
-    """ln L at the target by least squares."""
+    """Predicts ln L at the target by least squares."""
     table = as_table(table)
     problem = laws.problem(table, laws.LAWS["chinchilla"])
     theta = solve.solve(problem, np.inf).theta
@@ -158,7 +166,7 @@ def test_advice_needs_a_target_and_a_budget():
 
 
 def made_budgets(reach: float, points: int = 15, **params) -> dict:
-    """Runs at five budgets around the optimum, sizes up to `reach` times it on either side."""
+    """Simulates runs at five budgets, with sizes up to `reach` times the optimum on each side."""
     p = CHINCHILLA | params
     a = p["beta"] / (p["alpha"] + p["beta"])
     G = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"]))
@@ -183,9 +191,9 @@ def test_the_bias_of_a_parabola_is_the_known_one(reach, bias):
 
 def test_minima_at_the_edge_are_dropped_and_named():
     table = made_budgets(4)
-    kept = np.ones(75, bool)
-    kept[:9] = False
-    summary, curves = isoflop({k: v[kept] for k, v in table.items()}, bootstrap=50)
+    retained = np.ones(75, bool)
+    retained[:9] = False
+    summary, curves = isoflop({k: v[retained] for k, v in table.items()}, bootstrap=50)
     stars = [b["n_star"] for b in summary["methods"]["parabola"]["budgets"]]
     assert stars[0] is None and None not in stars[1:]
     assert "minimum_at_edge" in {w["code"] for w in summary["warnings"]}

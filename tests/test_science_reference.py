@@ -1,4 +1,4 @@
-"""Published and exactly known fits of data that may not be shipped; run where the data are."""
+"""Published and exactly known fits of data that may not be shipped; skipped without the data."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from lmscale_jax.science.table import as_table
 
 
 def chinchilla(rows=240):
-    """The digitised runs of Hoffmann et al.; without the five that Besiroglu et al. left out."""
+    """Reads the digitised runs of Hoffmann et al.; 240 omits the five Besiroglu et al. excluded."""
     table = read(str(reference("epoch_chinchilla", "svg_extracted_data.csv")))
     return table.take(np.arange(len(table)) >= len(table) - rows)
 
@@ -54,8 +54,8 @@ def test_published_parameters_have_the_objective_they_are_known_for():
     for (A, B, E, alpha, beta), (F, close) in cases.items():
         theta = [np.log(E), np.log(A) - alpha * problem.centre["n"], alpha,
                  np.log(B) - beta * problem.centre["d"], beta]  # fmt: skip
-        found = solve.objective(problem, np.array([theta]), 1e-3)[0]
-        assert found == pytest.approx(F, rel=close)
+        objective = solve.objective(problem, np.array([theta]), 1e-3)[0]
+        assert objective == pytest.approx(F, rel=close)
 
 
 def test_compound_exponents_and_the_optimum_at_gopher_compute():
@@ -76,22 +76,22 @@ def test_published_intervals_from_the_published_resamples():
     old = np.random.RandomState(42)
     weight = np.array([np.bincount(old.choice(240, 240), minlength=240) for _ in range(4000)])
     drawn = intervals.refit(problem, theta, 1e-3, weight=weight.astype(float))
-    found = laws.natural(problem.law, problem.centre, drawn)
-    found |= laws.compound(found)
+    params = laws.natural(problem.law, problem.centre, drawn)
+    params |= laws.compound(params)
     ours = {"A": (286.1, 743.6), "B": (1042.4, 5810.4), "E": (1.7694, 1.8712),
             "alpha": (0.3168, 0.3733), "beta": (0.3313, 0.4154), "a": (0.4805, 0.5562)}  # fmt: skip
     published = {"A": (285.2, 743.6), "B": (1042.4, 5810.3), "E": (1.769, 1.871),
                  "alpha": (0.317, 0.373), "beta": (0.331, 0.415)}  # fmt: skip
     for name, expected in ours.items():
-        assert np.percentile(found[name], [2.5, 97.5]) == pytest.approx(expected, rel=1e-3), name
+        assert np.percentile(params[name], [2.5, 97.5]) == pytest.approx(expected, rel=1e-3), name
     for name, expected in published.items():
-        assert np.percentile(found[name], [2.5, 97.5]) == pytest.approx(expected, rel=0.01), name
+        assert np.percentile(params[name], [2.5, 97.5]) == pytest.approx(expected, rel=0.01), name
     spread = {"A": 124.52, "E": 0.0257, "alpha": 0.0154, "beta": 0.0206}
     for name, se in spread.items():
-        assert np.std(found[name]) == pytest.approx(se, rel=0.01), name
-    assert np.std(found["B"]) == pytest.approx(1293.28, rel=0.03)
-    assert np.median(found["alpha"]) == pytest.approx(0.34631, abs=2e-4)
-    assert np.median(found["beta"]) == pytest.approx(0.36856, abs=2e-4)
+        assert np.std(params[name]) == pytest.approx(se, rel=0.01), name
+    assert np.std(params["B"]) == pytest.approx(1293.28, rel=0.03)
+    assert np.median(params["alpha"]) == pytest.approx(0.34631, abs=2e-4)
+    assert np.median(params["beta"]) == pytest.approx(0.36856, abs=2e-4)
 
 
 # isoflops.csv, rows that are no outliers: rows, E, A, B, alpha, beta, F
@@ -161,18 +161,18 @@ def test_curves_of_the_original_analysis(name):
 
 
 def test_the_documented_failure_is_diagnosed():
-    """Sizes within 2x: the original's fit of them ended on a dead term and looked like a result."""
+    """On sizes within 2x the original fit had a dead term but looked like a result."""
     codes = {}
     for name in ("optimal_lr_sgd_scaling", "vanilla_scaling_optimal_lr"):
-        found = fit(curve(name), bootstrap=200)
-        codes[name] = {w["code"] for w in found.warnings}
+        result = fit(curve(name), bootstrap=200)
+        codes[name] = {w["code"] for w in result.warnings}
     assert {"narrow_n", "curve_points", "few_clusters"} <= codes["optimal_lr_sgd_scaling"]
     assert codes["optimal_lr_sgd_scaling"] & {"dead_term", "wrong_sign", "at_bound", "no_floor"}
     assert {"wrong_sign", "narrow_n"} <= codes["vanilla_scaling_optimal_lr"]
 
 
 def test_the_documented_optimum_has_a_dead_term():
-    """E, A, B, alpha, beta of the original's README, its signs turned, on the sizes it had."""
+    """Checks the README's parameters (signs converted) on the original sizes."""
     table = curve("optimal_lr_sgd_scaling")
     problem = laws.problem(table, laws.LAWS["chinchilla"])
     E, A, B, alpha, beta = 1.886821, -0.293439, 6.761058, 0.832533, 0.417971
@@ -201,16 +201,16 @@ def arms(first, second):
 
 
 def test_known_comparisons_of_the_original_runs():
-    made = compare(arms(bs64("sgd_scaling"), bs64("transformer_scaling")), "A", "B")
-    assert made["shift"]["n_runs"] == 12
-    assert made["shift"]["s"] == pytest.approx(0.147, abs=0.01)
-    assert made["shift"]["se"] == pytest.approx(0.036, abs=0.008)
-    gain = [made["gain"][i]["k"] for i in (0, 2, 4)]
+    comparison = compare(arms(bs64("sgd_scaling"), bs64("transformer_scaling")), "A", "B")
+    assert comparison["shift"]["n_runs"] == 12
+    assert comparison["shift"]["s"] == pytest.approx(0.147, abs=0.01)
+    assert comparison["shift"]["se"] == pytest.approx(0.036, abs=0.008)
+    gain = [comparison["gain"][i]["k"] for i in (0, 2, 4)]
     assert gain == pytest.approx([1.96, 2.60, 3.42], rel=0.05)
     swiglu = bs64("transformer_scaling", prefix="swiglu_")
-    made = compare(arms(bs64("transformer_scaling"), swiglu), "A", "B")
-    assert made["shift"]["s"] == pytest.approx(0.12, abs=0.02)
-    assert made["verdict"] == "undetermined"
+    comparison = compare(arms(bs64("transformer_scaling"), swiglu), "A", "B")
+    assert comparison["shift"]["s"] == pytest.approx(0.12, abs=0.02)
+    assert comparison["verdict"] == "undetermined"
     copied = compare(arms(bs64("sin_scaling"), bs64("transformer_scaling")), "A", "B")
     assert "copied_runs" in {w["code"] for w in copied["warnings"]}
 
@@ -231,7 +231,7 @@ def test_a_chinchilla_fold_is_the_known_one():
     p = result.params
     assert cheap.sum() == 217
     assert [p["E"], p["alpha"], p["beta"]] == pytest.approx([1.8205, 0.3271, 0.3961], abs=2e-4)
-    rest = table.take(~cheap)
-    error = np.log(rest.loss / result.predict(n=rest.n, d=rest.d))
+    dearer = table.take(~cheap)
+    error = np.log(dearer.loss / result.predict(n=dearer.n, d=dearer.d))
     assert error.mean() == pytest.approx(0.0002, abs=2e-4)
     assert np.sqrt((error**2).mean()) == pytest.approx(0.0125, abs=2e-4)

@@ -1,4 +1,4 @@
-"""What to train: the compute-optimal run of a budget, and the runs that sharpen a forecast."""
+"""Plans runs: the compute optimum of a budget, and the runs that reduce a forecast's variance."""
 
 import dataclasses
 
@@ -10,31 +10,34 @@ from lmscale_jax.science.describe import plain
 from lmscale_jax.science.fit import FitResult
 from lmscale_jax.science.forecast import NEAR
 from lmscale_jax.science.intervals import percentiles
+from lmscale_jax.science.table import Table
 
 MOST_RUNS = 200
 
 
 def plan(result: FitResult, budget: float, level: float | None = None) -> dict:
-    """Parameters, tokens and tokens per parameter that minimise the loss for a budget of FLOPs.
+    """Computes the parameters and tokens that minimise the loss for a budget of FLOPs.
 
-    n* = G (C/k)^a, d* = (C/k) / n* with C = k n d, k the table's median of c / (n d) (Hoffmann et
-    al. 2022, eq. 4). Each value has an interval from the fit's draws.
+    n* = G (C/k)^a and d* = (C/k) / n*, where C = k n d and k is the table's median of c / (n d)
+    (Hoffmann et al. 2022, eq. 4). Intervals come from the fit's bootstrap draws.
 
     Raises:
-        InputError: the law is not one in n and d, or an exponent has the wrong sign.
+        InputError: the law is not a law in n and d, or an exponent has the wrong sign.
     """
     if "alpha" not in result.params:
-        raise InputError(f"--budget: {result.law.name} is no law in n and d; chinchilla is")
+        raise InputError(
+            f"--budget={budget:g} does not apply to --law={result.law.name}; use --law=chinchilla"
+        )
     if not (budget > 0 and np.isfinite(budget)):
-        raise InputError(f"--budget={budget} must be positive FLOPs; 1e18 would work")
+        raise InputError(f"--budget={budget} must be positive FLOPs; use 1e18")
     if min(result.params["alpha"], result.params["beta"]) <= 0:
         raise InputError(
-            f"--budget: no optimum exists with alpha {result.params['alpha']:.3g} and beta "
-            f"{result.params['beta']:.3g}; both must be positive, see the fit's warnings"
+            f"--budget={budget:g} has no optimum: alpha {result.params['alpha']:.3g} and beta "
+            f"{result.params['beta']:.3g} must both be positive; see the fit's warnings"
         )
     table = result.table
-    k = float(np.median(table.c / (table.n * table.d)))
-    found = _optimum(result.params, budget / k)
+    k = table.flops_factor
+    optimum = _optimum(result.params, budget / k)
     level = result.level if level is None else level
     spans = {}
     if result.draws is not None:
@@ -42,14 +45,13 @@ def plan(result: FitResult, budget: float, level: float | None = None) -> dict:
         with np.errstate(all="ignore"):
             spans = {x: percentiles(v, level) for x, v in _optimum(drawn, budget / k).items()}
     beyond = budget / table.c.max()
-    return plain({"c": budget, **found, "intervals": spans, "level": level,
+    return plain({"c": budget, **optimum, "intervals": spans, "level": level,
                   "times_largest_c": beyond, "flops_per_parameter_token": k})  # fmt: skip
 
 
 def _optimum(params: dict, product) -> dict:
-    compound = laws.compound(params)
-    n = compound["G"] * product ** compound["a"]
-    d = product / n
+    """Describes the run that minimises the loss where n d equals `product`."""
+    n, d = laws.compute_optimum(params, product)
     loss = params["E"] + params["A"] / n ** params["alpha"] + params["B"] / d ** params["beta"]
     return {"n": n, "d": d, "tokens_per_parameter": d / n, "loss": loss}
 
@@ -63,31 +65,31 @@ def advise(
     cells=None,
     tau: float = 0.0,
 ) -> dict:
-    """Ranks candidate runs by how much they sharpen the prediction at a target (c-optimal design).
+    """Ranks candidate runs by the variance they remove from a forecast (c-optimal design).
 
     Args:
         budget: FLOPs to spend on new runs.
-        n, d, c: the target, as far as the law needs it.
-        cells: candidates, a sequence of (n, d); None: sizes and tokens by factors of 2 from the
-            table's smallest to 4 times its largest, as far as one run fits the budget.
-        tau: discrepancy of `forecast`; a run nearer to the target then counts for that too.
+        n, d, c: the forecast's target, as far as the law needs it.
+        cells: candidates, a sequence of (n, d). None: a grid by factors of 2 from the table's
+            smallest values to 4 times its largest, restricted to runs within the budget.
+        tau: discrepancy of the forecast, which runs closer to the target reduce as well.
 
     Returns:
-        `sd_before`, `sd_after` of ln L at the target; `ranking` of cells by one run's reduction of
-        the variance, and per FLOP; `allocation`: cells with runs, within the budget.
+        `sd_before` and `sd_after` of ln L at the target; `ranking` of cells by one run's reduction
+        of the variance, also per FLOP; `allocation` of runs to cells within the budget.
 
     Raises:
-        InputError: no target, no cell within the budget.
+        InputError: the target is incomplete, or no cell is within the budget.
     """
     if not (budget > 0 and np.isfinite(budget)):
-        raise InputError(f"--budget={budget} must be positive FLOPs; 1e18 would work")
+        raise InputError(f"--advise={budget} must be positive FLOPs; use 1e18")
     table = result.table
     target, target_c = _sensitivity(result, n, d, c)
-    cells = _grid(table, budget) if cells is None else np.asarray(cells, float).reshape(-1, 2)
-    costs = cells[:, 0] * cells[:, 1] * _per(table)
+    cells = _grid(table) if cells is None else np.asarray(cells, float).reshape(-1, 2)
+    costs = table.flops(cells[:, 0], cells[:, 1])
     cells, costs = cells[costs <= budget], costs[costs <= budget]
     if not len(cells):
-        raise InputError(f"--budget={budget:g} pays for no cell; {table.c.min():.2g} pays for one")
+        raise InputError(f"--advise={budget:g} pays for no cell; use {table.c.min():.2g}")
     variance, covariance = _covariance(result)
     X = np.stack([_sensitivity(result, *cell, cost)[0]
                   for cell, cost in zip(cells, costs, strict=True)])  # fmt: skip
@@ -101,8 +103,8 @@ def advise(
          "reduction": gain[i], "reduction_per_flop": gain[i] / costs[i]}
         for i in order
     ]  # fmt: skip
-    known = (covariance, X, target, variance, costs, budget, reach)
-    plans = [_greedy(*known, power) for power in (0.0, 1.0)]
+    design = (covariance, X, target, variance, costs, budget, reach)
+    plans = [_greedy(*design, power) for power in (0.0, 1.0)]
     runs, after = min(plans, key=lambda p: p[1])
     allocation = [
         {"n": cells[i, 0], "d": cells[i, 1], "runs": int(runs[i]), "c": costs[i] * runs[i]}
@@ -114,7 +116,7 @@ def advise(
 
 
 def _covariance(result: FitResult) -> tuple[float, np.ndarray]:
-    """(variance of one run's ln L, covariance of theta [P, P]) by linearisation."""
+    """Linearises the fit: (variance of one run's ln L, covariance of theta [P, P])."""
     problem = result.problem
     J_RxP = solve.jacobian(problem, result.solution.theta)
     J_RxP = J_RxP * np.sqrt(problem.weight)[:, None]
@@ -123,35 +125,30 @@ def _covariance(result: FitResult) -> tuple[float, np.ndarray]:
     return variance, variance * np.linalg.pinv(J_RxP.T @ J_RxP, rcond=1e-14)
 
 
-def _per(table) -> float:
-    """FLOPs per parameter and token."""
-    if table.n is None or table.d is None:
-        return 6.0
-    return float(np.median(table.c / (table.n * table.d)))
-
-
 def _sensitivity(result: FitResult, n, d, c) -> tuple[np.ndarray, float]:
-    """(d ln L / d theta [P], FLOPs) at one run."""
+    """Computes (d ln L / d theta [P], FLOPs) of one run."""
     if c is None and n is not None and d is not None:
-        c = n * d * _per(result.table)
-    given = {"n": n, "d": d, "c": c}
-    lacks = [k for k in result.law.columns if given[k] is None]
-    if lacks:
+        c = result.table.flops(n, d)
+    target = {"n": n, "d": d, "c": c}
+    missing = [k for k in result.law.columns if target[k] is None]
+    if missing:
         raise InputError(
             f"--law={result.law.name} needs a target's {', '.join(result.law.columns)}; "
-            f"--forecast_{lacks[0]} is missing"
+            f"--forecast_{missing[0]} is missing"
         )
     blocks = [(i, X) for i, X in result.problem.blocks if X.shape[1] == 1]
     rows = [(i, np.ones((1, 1))) for i, _ in blocks]
     slopes = [i for i, X in result.problem.blocks if X.shape[1] == 2]
     for index, column in zip(slopes, result.law.columns, strict=True):
-        x = np.log(given[column]) - result.problem.centre[column]
+        x = np.log(target[column]) - result.problem.centre[column]
         rows.append((index, np.array([[1.0, -x]])))
-    at = dataclasses.replace(result.problem, y=np.zeros(1), weight=np.ones(1), blocks=tuple(rows))
-    return solve.jacobian(at, result.solution.theta)[0], float(c or n * d * 6.0)
+    one_row = {"y": np.zeros(1), "weight": np.ones(1), "blocks": tuple(rows)}
+    problem = dataclasses.replace(result.problem, **one_row)
+    return solve.jacobian(problem, result.solution.theta)[0], float(c)
 
 
-def _grid(table, budget: float) -> np.ndarray:
+def _grid(table: Table) -> np.ndarray:
+    """Lists candidate (n, d) by factors of 2 up to 4 times the table's largest values."""
     n, d = table.column("n"), table.column("d")
     sizes = n.min() * 2.0 ** np.arange(int(np.log2(4 * n.max() / n.min())) + 1)
     tokens = d.min() * 2.0 ** np.arange(int(np.log2(4 * d.max() / d.min())) + 1)
@@ -159,39 +156,41 @@ def _grid(table, budget: float) -> np.ndarray:
 
 
 def _uncertainty(covariance, target, reach) -> float:
+    """Computes the variance of ln L at the target; `reach` is (tau, target C, largest C)."""
     tau, target_c, largest = reach
     h = max(np.log(target_c / largest), 0.0)
     return float(target @ covariance @ target + (tau * (h + NEAR)) ** 2)
 
 
 def _after_one(covariance, X, target, variance, costs, reach) -> np.ndarray:
-    """Variance at the target after one run of each cell (rank-one update of the covariance)."""
+    """Computes the variance at the target after one more run of each cell (rank-one update)."""
     tau, target_c, largest = reach
-    moved = X @ covariance @ target
-    own = np.einsum("cp,pq,cq->c", X, covariance, X)
+    covariances = X @ covariance @ target
+    leverage = np.einsum("cp,pq,cq->c", X, covariance, X)
     h = np.maximum(np.log(target_c / np.maximum(largest, costs)), 0.0)
-    return target @ covariance @ target - moved**2 / (variance + own) + (tau * (h + NEAR)) ** 2
+    reduction = covariances**2 / (variance + leverage)
+    return target @ covariance @ target - reduction + (tau * (h + NEAR)) ** 2
 
 
 def _greedy(covariance, X, target, variance, costs, budget, reach, power: float):
-    """(runs by cell, variance after): always the run that gains most, per FLOP^power."""
-    covariance, left = covariance.copy(), budget
+    """Adds the run with the largest gain per FLOP^power, repeatedly: (runs of cells, variance)."""
+    covariance, remaining = covariance.copy(), budget
     runs = np.zeros(len(costs))
     tau, target_c, largest = reach
-    now = _uncertainty(covariance, target, reach)
+    current = _uncertainty(covariance, target, reach)
     for _ in range(MOST_RUNS):
-        fits = costs <= left
-        if not fits.any():
+        affordable = costs <= remaining
+        if not affordable.any():
             break
         after = _after_one(covariance, X, target, variance, costs, (tau, target_c, largest))
-        worth = np.where(fits, (now - after) / costs**power, -np.inf)
+        worth = np.where(affordable, (current - after) / costs**power, -np.inf)
         i = int(worth.argmax())
         if worth[i] <= 0:
             break
         v = covariance @ X[i]
         covariance -= np.outer(v, v) / (variance + X[i] @ v)
         runs[i] += 1
-        left -= costs[i]
+        remaining -= costs[i]
         largest = max(largest, costs[i])
-        now = _uncertainty(covariance, target, (tau, target_c, largest))
-    return runs, now
+        current = _uncertainty(covariance, target, (tau, target_c, largest))
+    return runs, current

@@ -1,4 +1,4 @@
-"""Exponent or offset? The verdict on two arms, what it rests on, and which runs would settle it."""
+"""Tests whether two arms differ in the exponent or only by a constant factor of compute."""
 
 from dataclasses import replace
 
@@ -12,9 +12,10 @@ from lmscale_jax.science.table import Table, as_table, warning
 
 EXPONENT, OFFSET = "exponent shift", "constant offset"
 NOTHING, UNDETERMINED = "no detectable difference", "undetermined"
-# A relative change of the exponent that is worth knowing of.
+# Smallest relative change of the exponent that matters by default.
 EFFECT = 0.1
 POWER = 0.8
+MAX_OPTIONS = 3
 
 
 def compare(
@@ -30,12 +31,12 @@ def compare(
     """Tests whether the second arm changes the exponent of the first, or only a constant.
 
     Args:
-        table: see `table.as_table`; the arms are values of its column `variant`.
-        level: of the test and the intervals.
-        effect: smallest change of the exponent, relative, that should not be missed; where the data
-            could not have shown it, "no shift" is not claimed.
-        target_c: FLOPs at which the gain is wanted too.
-        bootstrap: draws of the wild bootstrap.
+        table: see `as_table`; the arms are values of its column `variant`.
+        level: level of the test and of the intervals.
+        effect: smallest relative change of the exponent that matters. If the data could not have
+            shown it, the verdict is "undetermined".
+        target_c: further FLOPs at which to report the gain.
+        bootstrap: number of draws of the wild bootstrap; 0: none.
 
     Returns:
         `verdict`: "exponent shift", "constant offset", "no detectable difference" or
@@ -49,7 +50,7 @@ def compare(
     table = as_table(table)
     data, warnings = _data(table, first, second, effect, level)
     fits = _fits(data)
-    main = _main(fits, table, first, second)
+    main = _select_estimate(fits, table, first, second)
     p_wild = shift.wild(main, data, bootstrap, seed) if bootstrap else None
     checks = [*_checks(fits, main, data, level), contrast.floor_check(data, main, level)]
     checks = [c for c in checks if c is not None]
@@ -78,6 +79,7 @@ def compare(
 
 
 def _shift(main: Estimate, data: Arms, level: float, p_wild) -> dict:
+    """Collects the JSON fields of the estimate."""
     return {
         "s": main.s,
         "se": main.se,
@@ -95,100 +97,108 @@ def _shift(main: Estimate, data: Arms, level: float, p_wild) -> dict:
 
 
 def _data(table: Table, first: str, second: str, effect, level) -> tuple[Arms, list[dict]]:
+    """Checks the request and collects the arms with the warnings that precede any estimate."""
     if first == second:
-        raise InputError(f"--compare={first},{second} names one arm twice; name two")
+        raise InputError(f"--compare={first},{second} names one arm twice; use two different arms")
     if not effect > 0 or not 0 < level < 1:
-        raise InputError(f"--effect={effect} must be positive and --level={level} between 0 and 1")
+        raise InputError(
+            f"--effect={effect} must be positive and --level={level} between 0 and 1; use 0.1, 0.95"
+        )
     sizes = []
     for arm in (first, second):
         rows = table.arm(arm)
         sizes.append(len(set(np.round(np.log(rows.c), 2))))
         if sizes[-1] < 2:
             raise InputError(
-                f"arm {arm!r} has {sizes[-1]} compute budget; the test needs at least 3 in each arm"
+                f"arm {arm!r} has {sizes[-1]} compute budget; train at least 3 in each arm"
             )
     warnings = list(table.notes)
     if min(sizes) < 4:
         warnings.append(
             warning(
                 "few_sizes",
-                f"the arms have {sizes[0]} and {sizes[1]} compute budgets; with fewer than 4 the "
-                "common curve is hardly known and the conclusion cannot be checked without its "
-                "ends; add sizes before seeds",
+                f"the arms have {sizes[0]} and {sizes[1]} compute budgets; fewer than 4 hardly "
+                "determine the common curve and leave no check without the smallest and the "
+                "largest size; add sizes before seeds",
             )
         )
     warnings.append(
         warning(
             "tune_both",
-            "s measures whatever changes with size between the arms, an untuned learning rate as "
-            "well: tune it at every size in both arms",
+            "s measures everything that changes with size between the arms, including an untuned "
+            "learning rate; tune it at every size in both arms",
         )
     )
     return shift.arms(table, first, second), warnings
 
 
 def _fits(data: Arms) -> dict[str, Estimate]:
-    """Estimates by baseline; on a surface where the runs lie on no curve in C."""
+    """Estimates the shift under each baseline; on a surface if L is no function of C."""
     if shift.off_curve(data):
         kinds = ["surface"]
     else:
         kinds = ["quadratic", "cubic", "floor"]
-    found = {k: shift.estimate(k, data) for k in kinds}
-    found = {k: v for k, v in found.items() if v is not None}
-    if not found:
+    fits = {k: shift.estimate(k, data) for k in kinds}
+    fits = {k: v for k, v in fits.items() if v is not None}
+    if not fits:
         linear = shift.estimate("power", data)
-        found = {} if linear is None else {"power": linear}
-    return found
+        fits = {} if linear is None else {"power": linear}
+    return fits
 
 
-def _main(fits: dict, table: Table, first: str, second: str) -> Estimate:
+def _select_estimate(fits: dict, table: Table, first: str, second: str) -> Estimate:
+    """Selects the main estimate by AICc, polynomials before other baselines.
+
+    Raises:
+        InputError: no baseline could be estimated.
+    """
     if not fits:
         raise InputError(
-            f"arms {first} and {second} of {table.name} have too few runs for the test: it needs "
-            "3 compute budgets and 6 runs over both arms at the least"
+            f"arms {first} and {second} of {table.name} have too few runs for the test; train at "
+            "least 3 compute budgets and 6 runs over both arms"
         )
     shapes = [fits[k] for k in ("quadratic", "cubic") if k in fits] or list(fits.values())
     return min(shapes, key=lambda e: e.aicc)
 
 
 def smallest(main: Estimate, level: float) -> float:
-    """The smallest |s| that a test at the level would show in 80 of 100 repetitions."""
+    """Computes the smallest |s| that the test detects with a power of 80 %."""
     from scipy.stats import t
 
     return (main.t(level) + float(t.ppf(POWER, main.degrees))) * main.se
 
 
 def _checks(fits: dict, main: Estimate, data: Arms, level: float) -> list[dict]:
-    """Whether s stays with another baseline and without the smallest and the largest budget."""
+    """Repeats the estimate with other baselines and without the smallest and the largest size."""
     checks = []
-    for name, found in fits.items():
-        if found is not main:
-            holds = found.s * main.s > 0 and found.p < 2 * (1 - level)
-            checks.append(_check(f"{name} baseline", found, holds))
-    # A curve of law's form gives no more to compare where the polynomials are the main view.
+    for name, refit in fits.items():
+        if refit is not main:
+            holds = refit.s * main.s > 0 and refit.p < 2 * (1 - level)
+            checks.append(_check(f"{name} baseline", refit, holds))
+    # With n in the table its sizes are held out, otherwise its budgets.
     size = data.ln_n if data.ln_n is not None else data.x
     ends = {"without the smallest size": size > size.min() + 0.05,
             "without the largest size": size < size.max() - 0.05}  # fmt: skip
     for name, rows in ends.items():
         if main.baseline == "surface" or shift.budgets(data.take(rows)) >= 3:
             kind = main.baseline if main.baseline in ("surface", "power") else "quadratic"
-            found = shift.estimate(kind, data.take(rows))
+            refit = shift.estimate(kind, data.take(rows))
         else:
-            found = shift.estimate("power", data.take(rows))
-        if found is not None:
-            checks.append(_check(name, found, found.s * main.s > 0))
+            refit = shift.estimate("power", data.take(rows))
+        if refit is not None:
+            checks.append(_check(name, refit, refit.s * main.s > 0))
     return checks
 
 
-def _check(name: str, found: Estimate, holds: bool) -> dict:
-    return {"check": name, "s": found.s, "se": found.se, "p": found.p, "holds": bool(holds)}
+def _check(name: str, refit: Estimate, holds: bool) -> dict:
+    return {"check": name, "s": refit.s, "se": refit.se, "p": refit.p, "holds": bool(holds)}
 
 
 def _verdict(main, checks, level, effect, detectable, p_wild, names) -> tuple[str, str]:
-    """(verdict, sentence)."""
+    """Decides the verdict and the sentence that gives the reason."""
     alpha = 1 - level
     low, high = main.interval(level)
-    said = (
+    finding = (
         f"the exponent ratio is 1 {main.s:+.3f} ({100 * level:g} % interval {low:+.3f} to "
         f"{high:+.3f}, p = {main.p:.2g})"
     )
@@ -196,37 +206,39 @@ def _verdict(main, checks, level, effect, detectable, p_wild, names) -> tuple[st
     significant = main.p < alpha and (p_wild is None or p_wild < 2 * alpha)
     if significant and not failed:
         gains = "gains" if main.s > 0 else "loses"
-        return EXPONENT, f"{names[1]} {gains} with scale: {said}, and every check agrees"
+        return EXPONENT, f"{names[1]} {gains} with scale: {finding}, and every check agrees"
     if main.p < alpha:
         why = f"not {', not '.join(failed)}" if failed else f"not by bootstrap (p = {p_wild:.2g})"
-        return UNDETERMINED, f"{said}, but it does not hold: {why}"
+        return UNDETERMINED, f"{finding}, but not every check agrees: {why}"
     if detectable > effect:
         return UNDETERMINED, (
-            f"{said}; these runs would have shown a shift of {detectable:.2g} or more, and "
-            f"{effect:.2g} was asked for; next_runs lists what would settle it"
+            f"{finding}; these runs can detect a shift of {detectable:.2g} or more, but not the "
+            f"requested {effect:.2g}; next_runs lists runs that can"
         )
     ln_k, k_low, k_high = (float(v) for v in main.log_gain(np.array(0.0), level))
     factor = f"{np.exp(ln_k):.3g} ({np.exp(k_low):.3g} to {np.exp(k_high):.3g})"
     if k_low > 0 or k_high < 0:
         return OFFSET, (
-            f"{names[0]} needs {factor} times the compute of {names[1]} at every scale; {said}, "
-            f"and a shift of {detectable:.2g} would have shown"
+            f"{names[0]} needs {factor} times the compute of {names[1]} at every scale; {finding}, "
+            f"and a shift of {detectable:.2g} would have been detected"
         )
-    return NOTHING, f"compute factor {factor} and {said}; {detectable:.2g} would have shown"
+    return NOTHING, (
+        f"compute factor {factor} and {finding}; {detectable:.2g} would have been detected"
+    )
 
 
 def _gain_points(data: Arms, target_c: float | None) -> np.ndarray:
-    """Five budgets over the data and the target, as ln C - ln C0."""
+    """Lists five budgets over the data, and the target, as ln C - ln C0."""
     x = np.linspace(data.x.min(), data.x.max(), 5)
     if target_c is None:
         return x
     if not target_c > 0:
-        raise InputError(f"--target_c={target_c} must be positive FLOPs; 1e18 would work")
+        raise InputError(f"--target_c={target_c} must be positive FLOPs; use 1e18")
     return np.append(x, np.log(target_c) - data.ln_c0)
 
 
 def _overlap(data: Arms, first: str, second: str) -> list[dict]:
-    """A warning where the arms' losses hardly overlap, so that no common curve joins them."""
+    """Warns if the arms' losses hardly overlap, so that the shift is extrapolated."""
     y0, y1 = data.y[data.z == 0], data.y[data.z == 1]
     shared = min(y0.max(), y1.max()) - max(y0.min(), y1.min())
     if shared > 0.5 * min(np.ptp(y0), np.ptp(y1)):
@@ -235,43 +247,45 @@ def _overlap(data: Arms, first: str, second: str) -> list[dict]:
         warning(
             "little_overlap",
             f"the losses of {first} ({np.exp(y0.min()):.3g} to {np.exp(y0.max()):.3g}) and "
-            f"{second} ({np.exp(y1.min()):.3g} to {np.exp(y1.max()):.3g}) hardly overlap, so the "
-            "factor of compute between them is extrapolated; train the better arm at less compute",
+            f"{second} ({np.exp(y1.min()):.3g} to {np.exp(y1.max()):.3g}) hardly overlap, so their "
+            "compute factor is extrapolated; train the better arm at less compute",
         )
     ]
 
 
-def settle(main: Estimate, data: Arms, effect: float, level: float, most: int = 3) -> list[dict]:
-    """The cheapest additions after which a shift of `effect` would show, by FLOPs.
+def settle(main: Estimate, data: Arms, effect: float, level: float) -> list[dict]:
+    """Lists the three cheapest sets of runs after which a shift of `effect` would be detectable.
 
-    Tried are further seeds of every run and up to four larger sizes, each twice the compute of the
-    one before, in both arms; the variance of a run is taken to stay. Empty where all is known.
+    Candidates are further seeds of every cell and up to four larger sizes, each with twice the
+    compute of the previous one, in both arms. The variance of a run is assumed to stay. [] if the
+    shift is detectable already.
     """
     if smallest(main, level) <= effect:
         return []
-    wanted = effect / (main.t(level) + 0.84)
+    target_se = effect / (main.t(level) + 0.84)
     base = shift.information(main, data)
-    per_seed = shift.information(main, _one_each(data))
-    cost = float(np.exp(_one_each(data).x + data.ln_c0).sum())
+    per_seed = shift.information(main, _run_per_cell(data))
+    cost = float(np.exp(_run_per_cell(data).x + data.ln_c0).sum())
     options = []
     for sizes in range(5):
-        rung = _rungs(data, sizes)
+        rung = _larger_budgets(data, sizes)
         at_rungs = shift.information(main, rung) if sizes else np.zeros_like(base)
         rung_cost = float(np.exp(rung.x + data.ln_c0).sum()) if sizes else 0.0
         for seeds in range(13):
-            # New rungs get as many seeds as the rest have then, at least one.
+            # New sizes get one run, plus as many seeds as are added to the other cells.
             repeats = 1 + seeds
             total = base + seeds * per_seed + repeats * at_rungs
             se = float(np.sqrt(np.linalg.pinv(total)[-1, -1]))
-            if se > wanted or (main.unit == "cells" and seeds):
+            if se > target_se or (main.unit == "cells" and seeds):
                 continue
             flops = seeds * cost + repeats * rung_cost
             options.append(_option(data, sizes, seeds, se, flops, main, level))
             break
-    return sorted(options, key=lambda o: o["flops"])[:most]
+    return sorted(options, key=lambda o: o["flops"])[:MAX_OPTIONS]
 
 
 def _option(data, sizes, seeds, se, flops, main, level) -> dict:
+    """Describes one set of further runs, its cost and the shift that it makes detectable."""
     top = float(np.exp(data.x.max() + data.ln_c0))
     words = []
     if seeds:
@@ -284,18 +298,18 @@ def _option(data, sizes, seeds, se, flops, main, level) -> dict:
     return {"add": " and ".join(words), "runs": runs, "flops": flops, "detectable": detectable}
 
 
-def _one_each(data: Arms) -> Arms:
-    """One run of every cell."""
+def _run_per_cell(data: Arms) -> Arms:
+    """Selects one run of each cell."""
     return data.take(np.unique(data.cell, return_index=True)[1])
 
 
-def _rungs(data: Arms, sizes: int) -> Arms:
-    """One run an arm at each of some larger budgets, n and d growing alike."""
+def _larger_budgets(data: Arms, sizes: int) -> Arms:
+    """Adds one run per arm at each larger budget, with n and d growing equally."""
     top = int(data.x.argmax())
     rows = np.full(2 * max(sizes, 1), top)
     step = np.repeat(np.arange(1, max(sizes, 1) + 1), 2) * np.log(2.0)
-    made = data.take(rows)
-    grown = {"x": made.x + step, "z": np.tile([0.0, 1.0], max(sizes, 1))}
-    if made.ln_n is not None and made.ln_d is not None:
-        grown |= {"ln_n": made.ln_n + step / 2, "ln_d": made.ln_d + step / 2}
-    return replace(made, **grown)
+    rungs = data.take(rows)
+    grown = {"x": rungs.x + step, "z": np.tile([0.0, 1.0], max(sizes, 1))}
+    if rungs.ln_n is not None and rungs.ln_d is not None:
+        grown |= {"ln_n": rungs.ln_n + step / 2, "ln_d": rungs.ln_d + step / 2}
+    return replace(rungs, **grown)

@@ -1,4 +1,4 @@
-"""Second views of two arms: speed-up at pinned floors, and nested joint laws."""
+"""Alternative comparisons of two arms: the shift at pinned floors, and nested joint laws."""
 
 from dataclasses import replace
 
@@ -13,18 +13,19 @@ FLOORS = 12
 
 
 def pinned_floors(data: Arms, level: float) -> list[dict] | None:
-    """The shift with a power law above each floor E that the data do not reject.
+    """Estimates the shift with a power law above each floor E that the data do not reject.
 
-    Rows of E, s, se and k at the lowest, middle and highest compute: how far the answer depends on
-    a floor that nobody knows. None where the runs are too few for a floor.
+    Returns:
+        Rows of E, s, se and k at the lowest, middle and highest compute, which show how much the
+        result depends on the unidentified floor. None with too few runs for a floor.
     """
-    swept = _swept(data, level)
-    if swept is None:
+    sweep = _swept(data, level)
+    if sweep is None:
         return None
-    E, theta, se, kept = swept
+    E, theta, se, compatible = sweep
     x = np.array([data.x.min(), 0.0, data.x.max()])
     rows = []
-    for i in np.flatnonzero(kept):
+    for i in np.flatnonzero(compatible):
         k = np.exp(theta[i, -2] + theta[i, -1] * x)
         rows.append({"E": float(E[i]), "s": float(theta[i, -1]), "se": float(se[i]),
                      "k": [float(v) for v in k]})  # fmt: skip
@@ -32,38 +33,38 @@ def pinned_floors(data: Arms, level: float) -> list[dict] | None:
 
 
 def floor_check(data: Arms, main: Estimate, level: float) -> dict | None:
-    """Whether s keeps its sign at every floor that the data do not reject."""
-    swept = _swept(data, level)
-    if swept is None:
+    """Checks that s keeps its sign at every floor that the data do not reject."""
+    sweep = _swept(data, level)
+    if sweep is None:
         return None
-    E, theta, se, kept = swept
-    s = theta[kept, -1]
+    E, theta, se, compatible = sweep
+    s = theta[compatible, -1]
     worst = int(np.argmin(s * np.sign(main.s)))
     return {
-        "check": f"floors from {E[kept].min():.3g} to {E[kept].max():.3g}",
+        "check": f"floors from {E[compatible].min():.3g} to {E[compatible].max():.3g}",
         "s": float(s[worst]),
-        "se": float(se[kept][worst]),
+        "se": float(se[compatible][worst]),
         "p": None,
         "holds": bool((s * main.s > 0).all()),
     }
 
 
 def _swept(data: Arms, level: float):
-    """(E [G], theta [G, P], se of s [G], which are not rejected [G]) over pinned floors.
+    """Fits pinned floors: (E [G], theta [G, P], se of s [G], mask of compatible floors [G]).
 
-    Once over all floors below the smallest loss, then over the neighbourhood of those that fit.
+    A coarse grid covers all floors below the smallest loss; a finer one the compatible range.
     """
     if len(data) <= 5 or shift.budgets(data) < 3 or shift.off_curve(data):
         return None
     E = np.linspace(0.0, 0.98, FLOORS) * np.exp(data.y.min())
-    kept = np.flatnonzero(_at_floors(data, E, level)[-1])
-    low, high = E[max(kept[0] - 1, 0)], E[min(kept[-1] + 1, FLOORS - 1)]
+    compatible = np.flatnonzero(_at_floors(data, E, level)[-1])
+    low, high = E[max(compatible[0] - 1, 0)], E[min(compatible[-1] + 1, FLOORS - 1)]
     E = np.linspace(low, high, FLOORS)
     return E, *_at_floors(data, E, level)
 
 
 def _at_floors(data: Arms, E: np.ndarray, level: float):
-    """(theta [G, P], se of s [G], which are not rejected [G]); P counts ln a, b, tau, s."""
+    """Fits each floor: (theta [G, 4] of ln a, b, tau, s; se of s [G]; mask not rejected [G])."""
     from scipy.stats import f as f_distribution
 
     ln_E = np.log(np.maximum(E, 1e-12))[:, None]
@@ -84,11 +85,11 @@ def _at_floors(data: Arms, E: np.ndarray, level: float):
 
 
 def nested(table: Table, first: str, second: str) -> dict | None:
-    """Four joint laws of both arms, by AICc and by the error at the largest size left out.
+    """Compares four joint laws of both arms by AICc and by the error at the largest size held out.
 
-    `same`: one law; `offsets`: own coefficients; `exponents`: own coefficients and exponents, one
-    floor; `separate`: own floor too. In n and d where they vary apart, else in c. None where the
-    runs are too few.
+    `same`: one law; `offsets`: coefficients differ between the arms; `exponents`: coefficients and
+    exponents differ; `separate`: the floors differ too. The law is in n and d if they vary
+    independently, otherwise in c. None with too few runs.
     """
     both = table.take((table.variant == first) | (table.variant == second))
     z = (both.variant == second).astype(float)
@@ -98,28 +99,29 @@ def nested(table: Table, first: str, second: str) -> dict | None:
     if len(both) <= models["separate"].size + 1:
         return None
     size = np.log(both.n if both.n is not None else both.c)
-    held = size > size.max() - 0.05
+    held_out = size > size.max() - 0.05
     rows = {}
-    plain = solve.solve(base, np.inf).theta
+    base_theta = solve.solve(base, np.inf).theta
     for name, problem in models.items():
-        _, ssr = _least(problem, plain)
+        _, ssr = _least(problem, base_theta)
         count, k = len(both), problem.size + 1
         rows[name] = {
             "parameters": problem.size,
             "aicc": count * np.log(ssr / count) + 2 * k + 2 * k * (k + 1) / max(count - k - 1, 1),
-            "largest_left_out_rms": _left_out(problem, plain, held),
+            "largest_left_out_rms": _left_out(problem, base_theta, held_out),
         }
     errors = {k: v["largest_left_out_rms"] for k, v in rows.items()}
-    known = {k: v for k, v in errors.items() if v is not None}
+    scored = {k: v for k, v in errors.items() if v is not None}
     return {
         "law": law.name,
         "models": rows,
         "best_by_aicc": min(rows, key=lambda k: rows[k]["aicc"]),
-        "best_by_left_out": min(known, key=lambda k: known[k]) if known else None,
+        "best_by_left_out": min(scored, key=lambda k: scored[k]) if scored else None,
     }
 
 
 def _joint_law(both: Table) -> Law:
+    """Selects the law in n and d if they vary independently, otherwise the law in c."""
     if both.n is not None and both.d is not None and len(both) >= 14:
         n, d = np.log(both.n), np.log(both.d)
         if np.ptp(n) > 0 and np.ptp(d) > 0 and abs(np.corrcoef(n, d)[0, 1]) < 0.95:
@@ -128,7 +130,7 @@ def _joint_law(both: Table) -> Law:
 
 
 def _joint(base: Problem, z: np.ndarray, model: str) -> Problem:
-    """The base problem with contrasts of the second arm appended to its coordinates."""
+    """Appends contrasts of the second arm to the coordinates of the base problem."""
     blocks, low, high = [], list(base.low), list(base.high)
 
     def add(limit: float) -> int:
@@ -152,17 +154,18 @@ def _joint(base: Problem, z: np.ndarray, model: str) -> Problem:
     return replace(base, blocks=tuple(blocks), low=np.array(low), high=np.array(high))
 
 
-def _least(problem: Problem, plain: np.ndarray) -> tuple[np.ndarray, float]:
-    """Least squares from the law without contrasts: (theta, SSR)."""
-    start = np.concatenate([plain, np.zeros(problem.size - len(plain))])
+def _least(problem: Problem, base_theta: np.ndarray) -> tuple[np.ndarray, float]:
+    """Minimises the sum of squares, starting without contrasts: (theta, SSR)."""
+    start = np.concatenate([base_theta, np.zeros(problem.size - len(base_theta))])
     theta, F = solve.minimise(problem, start[None], np.inf)
     return theta[0], 2 * float(F[0])
 
 
-def _left_out(problem: Problem, plain: np.ndarray, held: np.ndarray) -> float | None:
-    kept = problem.rows(~held)
-    if (~held).sum() <= problem.size:
+def _left_out(problem: Problem, base_theta: np.ndarray, held_out: np.ndarray) -> float | None:
+    """Computes the RMS error at the held-out rows of a fit to the others; None with too few."""
+    train = problem.take(~held_out)
+    if (~held_out).sum() <= problem.size:
         return None
-    theta, _ = _least(kept, plain)
-    r = solve.predict(problem, theta)[0][held] - problem.y[held]
+    theta, _ = _least(train, base_theta)
+    r = solve.predict(problem, theta)[0][held_out] - problem.y[held_out]
     return float(np.sqrt((r**2).mean()))

@@ -1,17 +1,19 @@
-"""Figures of fits and comparisons, as PNG."""
+"""Plots fits, isoFLOP minima and comparisons of two arms as PNG files."""
 
 from pathlib import Path
 
 import numpy as np
 
 from lmscale_jax.science import intervals, laws
+from lmscale_jax.science.isoflop import DEGREES
+from lmscale_jax.science.table import FLOPS_FACTOR
 
 SIZES = 5
 POINTS = 80
 
 
 def fit(result, path: Path) -> Path:
-    """Data with law and band, residuals, and the profile of the floor where it is free."""
+    """Plots the data with the law and its band, the residuals, and the profile of a free floor."""
     plt = _pyplot()
     panels = 3 if result.profile is not None else 2
     figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.2))
@@ -23,64 +25,63 @@ def fit(result, path: Path) -> Path:
 
 
 def isoflop(summary: dict, curves: dict, path: Path) -> Path:
-    """Loss against size at each budget with parabola and cubic, and N* against compute."""
-    from lmscale_jax.science.isoflop import DEGREES
-
+    """Plots loss against size at each budget with the fitted curves, and N* against compute."""
     plt = _pyplot()
     table, surface = curves["table"], curves["surface"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (loss_axis, size_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
     colours = plt.cm.viridis(np.linspace(0, 0.9, len(curves["groups"])))
     for rows, colour in zip(curves["groups"], colours, strict=True):
         n, c = table.n[rows], float(np.exp(np.log(table.c[rows]).mean()))
-        left.plot(n, table.loss[rows], "o", ms=3, color=colour, label=f"{c:.2g} FLOPs")
+        loss_axis.plot(n, table.loss[rows], "o", ms=3, color=colour, label=f"{c:.2g} FLOPs")
         x = np.linspace(np.log(n.min()), np.log(n.max()), POINTS)
         for degree, style in zip(DEGREES.values(), (":", "--"), strict=True):
             if len(rows) > degree:
                 p = np.polyfit(np.log(n) - x.mean(), table.loss[rows], degree)
-                left.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
-        left.plot(np.exp(x), surface.predict(n=np.exp(x), d=c / 6 / np.exp(x)), color=colour, lw=1)
-    left.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token",
-             title="parabola dotted, cubic dashed, surface solid")  # fmt: skip
-    left.legend(frameon=False, fontsize=7)
+                loss_axis.plot(np.exp(x), np.polyval(p, x - x.mean()), style, color=colour, lw=1)
+        smooth = surface.predict(n=np.exp(x), d=c / FLOPS_FACTOR / np.exp(x))
+        loss_axis.plot(np.exp(x), smooth, color=colour, lw=1)
+    loss_axis.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token")
+    loss_axis.set_title("parabola dotted, cubic dashed, surface solid")
+    loss_axis.legend(frameon=False, fontsize=7)
     for name, method in summary["methods"].items():
         points = [(b["c"], b["n_star"]) for b in method["budgets"] if b["n_star"]]
         c, n = np.array(points).T
-        right.plot(c, n, "o-", ms=4, lw=1, label=f"{name}: a = {method['a']:.3f}")
-    right.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="compute-optimal parameters")
-    right.legend(frameon=False)
+        size_axis.plot(c, n, "o-", ms=4, lw=1, label=f"{name}: a = {method['a']:.3f}")
+    size_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="compute-optimal parameters")
+    size_axis.legend(frameon=False)
     return _save(figure, path)
 
 
 def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
-    """Both arms' losses, with their laws where those are laws in c; and k(C) with its band."""
+    """Plots both arms' losses with their laws in c, and the compute factor k(C) with its band."""
     plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, (loss_axis, gain_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
     for arm, colour in zip(verdict["arms"], ("tab:blue", "tab:red"), strict=True):
         rows = table.arm(arm)
-        left.plot(rows.c, rows.loss, "o", ms=4, color=colour, label=arm)
+        loss_axis.plot(rows.c, rows.loss, "o", ms=4, color=colour, label=arm)
         if arm in fits and fits[arm].law.columns == ("c",):
             c = np.geomspace(rows.c.min(), rows.c.max() * 3, POINTS)
-            left.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
-    left.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
-             title=verdict["verdict"])  # fmt: skip
-    _plain_ticks(left)
-    left.legend(frameon=False)
+            loss_axis.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
+    loss_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token")
+    loss_axis.set_title(verdict["verdict"])
+    _plain_ticks(loss_axis)
+    loss_axis.legend(frameon=False)
     gain = sorted(verdict["gain"], key=lambda row: row["c"])
     c, k, low, high = (np.array([row[x] for row in gain]) for x in ("c", "k", "low", "high"))
     level = verdict["shift"]["level"]
-    right.plot(c, k, color="tab:green")
-    right.fill_between(c, low, high, alpha=0.2, color="tab:green", label=f"{100 * level:g} %")
-    right.axhline(1, color="0.5", lw=0.8)
+    gain_axis.plot(c, k, color="tab:green")
+    gain_axis.fill_between(c, low, high, alpha=0.2, color="tab:green", label=f"{100 * level:g} %")
+    gain_axis.axhline(1, color="0.5", lw=0.8)
     first, second = verdict["arms"]
-    right.set(xscale="log", yscale="log", xlabel="FLOPs", title="at equal loss")
-    _plain_ticks(right)
-    right.set_ylabel(f"compute of {first} / compute of {second}")
-    right.legend(frameon=False)
+    gain_axis.set(xscale="log", yscale="log", xlabel="FLOPs", title="at equal loss")
+    _plain_ticks(gain_axis)
+    gain_axis.set_ylabel(f"compute of {first} / compute of {second}")
+    gain_axis.legend(frameon=False)
     return _save(figure, path)
 
 
 def _data(axis, result) -> None:
-    """Loss against compute; a law in n and d by curves of fixed n, and its optimum with a band."""
+    """Plots loss against compute: data, law and band; laws in n and d as curves of fixed n."""
     table = result.table
     axis.plot(table.c, table.loss, "o", ms=3, color="0.4", label="runs")
     c = np.geomspace(table.c.min(), table.c.max() * 3, POINTS)
@@ -90,9 +91,10 @@ def _data(axis, result) -> None:
     else:
         columns = _optimal(result, c)
         for n in np.quantile(np.unique(table.n), np.linspace(0, 1, SIZES)):
-            own = table.n == table.n[np.abs(np.log(table.n / n)).argmin()]
-            d = np.geomspace(table.d[own].min() / 2, table.d[own].max() * 2, POINTS)
-            axis.plot(6 * n * d, result.predict(n=n, d=d), lw=0.8, color="tab:blue", alpha=0.6)
+            same_size = table.n == table.n[np.abs(np.log(table.n / n)).argmin()]
+            d = np.geomspace(table.d[same_size].min() / 2, table.d[same_size].max() * 2, POINTS)
+            loss = result.predict(n=n, d=d)
+            axis.plot(table.flops(n, d), loss, lw=0.8, color="tab:blue", alpha=0.6)
         if columns:
             label = "compute-optimal"
             axis.plot(c, result.predict(**columns), color="tab:red", label=label)
@@ -107,13 +109,13 @@ def _data(axis, result) -> None:
 
 
 def _optimal(result, c: np.ndarray) -> dict | None:
-    """n and d of the fitted optimum at budgets; None where there is none."""
-    compound = laws.compound(result.params)
-    n = compound["G"] * (c / 6) ** compound["a"]
-    return {"n": n, "d": c / 6 / n} if np.isfinite(n).all() else None
+    """Computes n and d of the optimum at budgets c; None if there is no optimum."""
+    n, d = laws.compute_optimum(result.params, c / result.table.flops_factor)
+    return {"n": n, "d": d} if np.isfinite(n).all() else None
 
 
 def _residuals(axis, result) -> None:
+    """Plots the residuals in per cent of the loss, coloured by size."""
     r = 100 * result.residuals()
     axis.axhline(0, color="0.5", lw=0.8)
     colour = np.log10(result.table.n if result.table.n is not None else result.table.c)
@@ -127,6 +129,7 @@ def _residuals(axis, result) -> None:
 
 
 def _profile(axis, result) -> None:
+    """Plots the objective at pinned floors with the interval of E."""
     p = result.profile
     axis.plot(p.E, p.objective, color="tab:purple")
     axis.axvspan(p.low, p.high, color="tab:purple", alpha=0.15, label=f"{100 * result.level:g} %")
@@ -137,7 +140,7 @@ def _profile(axis, result) -> None:
 
 
 def _plain_ticks(axis) -> None:
-    """Losses span less than a decade: 3.2, not a power of ten."""
+    """Labels the loss axis with plain numbers: losses span less than a decade."""
     from matplotlib.ticker import ScalarFormatter
 
     axis.yaxis.set_major_formatter(ScalarFormatter())

@@ -1,8 +1,8 @@
-"""The loss of a run that was not trained yet, with an interval that covers what the law gets wrong.
+"""Forecasts the loss of an untrained run, with an interval that includes the error of the law.
 
-var(ln L) = s_boot^2 + s_res^2 + tau^2 (h + 0.1)^2: the fit's uncertainty, a run's scatter, and a
-discrepancy that grows with h = ln(C / largest C fitted). tau comes from the table itself, by
-fitting its cheaper part and predicting the rest.
+var(ln L) = s_boot^2 + s_res^2 + tau^2 (h + 0.1)^2: the uncertainty of the fit, the scatter of runs,
+and a discrepancy that grows with h = ln(C / largest C fitted). tau is estimated from the same
+table: its cheaper runs are fitted and the others predicted.
 """
 
 import numpy as np
@@ -15,7 +15,8 @@ from lmscale_jax.science.table import Table, as_table, warning
 
 CUTS = (0.4, 0.5, 0.6, 0.7, 0.8)
 NEAR = 0.1
-# Where a table is too small to be cut: about the median tau of the reference tables (docs/fits.md).
+# tau of tables that are too small to estimate it: about the median of the reference tables
+# (docs/fits.md).
 USUAL_TAU = 0.01
 
 
@@ -31,19 +32,19 @@ def forecast(
     """Predicts the loss of one run.
 
     Args:
-        table: see `table.as_table`; all its rows are fitted, so pass one arm.
-        n, d, c: parameters, tokens, FLOPs of the run, as far as the law needs them; c is otherwise
-            6 n d times the table's median of c / (6 n d).
-        law: as for `fit`, or "auto" (`suited`).
+        table: see `as_table`; all its rows are fitted, so pass one arm.
+        n, d, c: parameters, tokens and FLOPs of the run, as far as the law needs them; a missing c
+            is n d times the table's median of c / (n d).
+        law: as for `fit_law`, or "auto" (`richest_law`).
         level: probability that the interval should cover the run's loss.
-        settings: further arguments of `fit`.
+        settings: further arguments of `fit_law`.
 
     Returns:
         `loss`, `low`, `high` in nats/token, `level`, `law`, `parts` (standard deviations of ln L),
         `tau`, `log_distance` (h), `params`, `n_points`, `warnings`.
 
     Raises:
-        InputError: the law needs a column that was not given, or the table cannot be fitted.
+        InputError: n, d or c is missing for the law, or the table cannot be fitted.
     """
     table = as_table(table)
     chosen = suited(table) if law == "auto" else law
@@ -51,7 +52,11 @@ def forecast(
 
 
 def suited(table: Table) -> str:
-    """The richest law that the table can carry: "chinchilla", "power_floor" or "power"."""
+    """Selects the richest law that the table can identify.
+
+    Returns:
+        "chinchilla", "power_floor" or "power".
+    """
     if table.n is not None and table.d is not None and len(table) >= 9:
         n, d = np.log(table.n), np.log(table.d)
         wide = min(np.ptp(n), np.ptp(d)) > np.log(4)
@@ -61,31 +66,32 @@ def suited(table: Table) -> str:
 
 
 def budgets(table: Table) -> np.ndarray:
-    """Distinct ln c, those within 2 % counted once."""
+    """Lists the distinct ln c; values within 2 % count once."""
     x = np.sort(np.log(table.c))
     return x[np.concatenate([[True], np.diff(x) > 0.02])]
 
 
-def of(result: FitResult, n=None, d=None, c=None, level: float = 0.9, found=None) -> dict:
-    """The forecast of a law that is fitted already; see `forecast`.
+def of(result: FitResult, n=None, d=None, c=None, level: float = 0.9, tau_and_cuts=None) -> dict:
+    """Forecasts from a fitted law; see `forecast_loss`.
 
-    `found` is what `discrepancy` returned, for many forecasts of one fit.
+    `tau_and_cuts` is the result of `law_discrepancy`, to share it between forecasts of one fit.
     """
     if not 0 < level < 1:
-        raise InputError(f"--forecast_level={level} must be between 0 and 1; 0.9 would work")
+        raise InputError(f"--forecast_level={level} must be between 0 and 1; use 0.9")
     for name, value in (("n", n), ("d", d), ("c", c)):
         if value is not None and not (value > 0 and np.isfinite(value)):
-            raise InputError(f"--forecast_{name}={value} must be a positive number; 1e9 would work")
+            raise InputError(f"--forecast_{name}={value} must be a positive number; use 1e9")
     table = result.table
-    c = _flops(table, n, d) if c is None else c
+    if c is None and n is not None and d is not None:
+        c = table.flops(n, d)
     if c is None or ("n" in result.law.columns and (n is None or d is None)):
         raise InputError(
-            f"--law={result.law.name} forecasts from {', '.join(result.law.columns)}; give "
+            f"--law={result.law.name} forecasts from {', '.join(result.law.columns)}; use "
             + ("--forecast_n and --forecast_d" if "n" in result.law.columns else "--forecast_c")
         )
     centre = float(np.log(result.predict(n=n, d=d, c=c)))
     h = float(np.log(c / table.c.max()))
-    tau, cuts = discrepancy(result) if found is None else found
+    tau, cuts = discrepancy(result) if tau_and_cuts is None else tau_and_cuts
     warnings = list(result.warnings) + _warnings(result, n, h, cuts)
     tau = USUAL_TAU if tau is None else tau
     r = result.residuals()
@@ -117,7 +123,7 @@ def of(result: FitResult, n=None, d=None, c=None, level: float = 0.9, found=None
 
 
 def _spread(result: FitResult, n, d, c) -> float:
-    """Half the central 68 % of the drawn ln L; 0 where the law passes through every point."""
+    """Computes half the central 68 % of drawn ln L; 0 if the law passes through every point."""
     if result.draws is None and len(result.table) <= result.problem.size:
         return 0.0
     drawn = np.log(result.predict_draws(n=n, d=d, c=c))
@@ -125,75 +131,68 @@ def _spread(result: FitResult, n, d, c) -> float:
     return float(high - low) / 2
 
 
-def _flops(table: Table, n, d) -> float | None:
-    if n is None or d is None:
-        return None
-    if table.n is None or table.d is None:
-        return 6.0 * n * d
-    return float(n * d * np.median(table.c / (table.n * table.d)))
-
-
 def _quantile(level: float, result: FitResult) -> float:
-    """Of Student's t: the scatter is known no better than the points left over."""
+    """Returns Student's t quantile for the fit's residual degrees of freedom."""
     from scipy.stats import t
 
     return float(t.ppf((1 + level) / 2, max(len(result.table) - result.problem.size, 2)))
 
 
 def discrepancy(result: FitResult) -> tuple[float | None, int]:
-    """(tau, cuts used): how fast predictions beyond the fitted range go wrong, per nat of C.
+    """Estimates tau, the growth of extrapolation errors per nat of C: (tau, number of cuts).
 
-    Root mean square over cuts of max(error^2 - s_res^2, 0) / (h + 0.1)^2; None without a cut that
-    leaves the law enough to be fitted to.
+    tau is the root mean square over cuts of max(error^2 - s_res^2, 0) / (h + 0.1)^2; None if no cut
+    leaves enough runs for the law.
     """
     table, law = result.table, result.law
     problem = laws.problem(table, law, result.floor, result.r_star)
     x, distinct = np.log(table.c), budgets(table)
-    found = []
+    excess = []
     limits = {distinct[min(int(len(distinct) * q), len(distinct) - 2)] for q in CUTS
               if len(distinct) > 1}  # fmt: skip
     for limit in sorted(limits):
         train, test = x <= limit + 0.02, x > limit + 0.02
-        if train.sum() < len(law.names) or not test.any():
+        if train.sum() < len(law.coordinates) or not test.any():
             continue
-        if len(budgets(table.take(train))) < len(law.names):
+        if len(budgets(table.take(train))) < len(law.coordinates):
             continue
-        kept = problem.rows(train)
-        theta = solve.solve(kept, result.delta).theta
-        r = solve.predict(kept, theta)[0] - kept.y
+        cheaper = problem.take(train)
+        theta = solve.solve(cheaper, result.delta).theta
+        r = solve.predict(cheaper, theta)[0] - cheaper.y
         error = (solve.predict(problem, theta)[0] - problem.y)[test]
-        s2 = (r**2).sum() / max(train.sum() - len(law.names), 1)
+        s2 = (r**2).sum() / max(train.sum() - len(law.coordinates), 1)
         h = x[test] - x[train].max()
-        found.append(float(np.mean(np.maximum(error**2 - s2, 0) / (h + NEAR) ** 2)))
-    return (float(np.sqrt(np.mean(found))), len(found)) if found else (None, 0)
+        excess.append(float(np.mean(np.maximum(error**2 - s2, 0) / (h + NEAR) ** 2)))
+    return (float(np.sqrt(np.mean(excess))), len(excess)) if excess else (None, 0)
 
 
 def _warnings(result: FitResult, n, h: float, cuts: int) -> list[dict]:
-    found = []
+    """Warns about an assumed tau and about targets far from the fitted runs."""
+    warnings = []
     if not cuts:
-        found.append(
+        warnings.append(
             warning(
                 "no_inner_cuts",
-                f"{len(budgets(result.table))} compute budgets are too few to leave some out, so "
-                f"the law's own error is assumed to be {USUAL_TAU:g} per factor e of compute, "
+                f"{len(budgets(result.table))} compute budgets are too few to hold some out, so "
+                f"the error of the law is assumed to be {USUAL_TAU:g} per factor e of compute, "
                 "about the median of the reference tables; add budgets",
             )
         )
     if h > np.log(30):
-        found.append(
+        warnings.append(
             warning(
                 "far_forecast",
                 f"the target has {np.exp(h):.3g} times the compute of the largest run fitted; "
-                "intervals were checked up to about 30 times; train a size in between",
+                "intervals were validated up to about 30 times; train a size in between",
             )
         )
     table = result.table
     if n is not None and table.n is not None and h <= 0 and n > table.n.max() * 4:
-        found.append(
+        warnings.append(
             warning(
                 "outside_range",
-                f"n is {n / table.n.max():.3g} times the largest fitted though its compute is not: "
-                "the interval knows of compute only; add a run of that size",
+                f"n is {n / table.n.max():.3g} times the largest fitted, at no larger compute: the "
+                "interval grows with compute only; add a run of that size",
             )
         )
-    return found
+    return warnings

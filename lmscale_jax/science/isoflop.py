@@ -1,8 +1,8 @@
-"""Compute-optimal size from curves of equal compute (Hoffmann et al. 2022, approach 2).
+"""Finds the compute-optimal size from runs of equal compute (Hoffmann et al. 2022, approach 2).
 
-A polynomial in ln N is fitted to L at each budget; its minimum is N*. A parabola's minimum is
-biased where the true curve is not symmetric, and the grid is wide; the bias is shown, on the law in
-n and d that the same runs give, beside a cubic and that law's own optimum.
+A polynomial in ln N is fitted to L at each budget; its minimum is N*. On a wide grid a parabola's
+minimum is biased because the true curve is not symmetric. Each method's bias is measured on the law
+in n and d fitted to the same runs.
 """
 
 import numpy as np
@@ -12,13 +12,13 @@ from lmscale_jax.science import laws
 from lmscale_jax.science.describe import plain
 from lmscale_jax.science.fit import fit
 from lmscale_jax.science.intervals import percentiles
-from lmscale_jax.science.table import Table, as_table, warning
+from lmscale_jax.science.table import FLOPS_FACTOR, Table, as_table, warning
 
 DEGREES = {"parabola": 2, "cubic": 3}
-# Runs of one budget: neighbours in ln C closer than this.
-GAP = 0.15
-LEAST = 5
-WIDE = 4.0
+# Neighbouring runs whose ln C differ by less than this share a budget.
+BUDGET_GAP = 0.15
+MIN_SIZES = 5
+WIDE_GRID = 4.0
 
 
 def isoflop(
@@ -28,31 +28,31 @@ def isoflop(
 
     Args:
         table: needs n and d; rows are grouped by c.
-        bootstrap: draws of rows within budgets, through the whole chain.
-        level: of the intervals.
-        settings: further arguments of `fit` for the surface.
+        bootstrap: number of draws of rows within budgets; each repeats the whole estimate.
+        level: level of the intervals.
+        settings: further arguments of `fit_law` for the surface.
 
     Returns:
-        (summary, curves): the summary has `methods` by name with a, k, intervals, N* by budget and
-        the bias of each; the curves hold x, y and coefficients by budget, for figures.
+        (summary, curves): the summary has a, k, intervals, and N* and its bias at each budget, for
+        each of `methods`; the curves have the groups of rows, the table and the surface, for plots.
 
     Raises:
-        InputError: fewer than two budgets with a minimum inside their grid.
+        InputError: fewer than two budgets have a minimum inside their grid.
     """
     table = as_table(table)
     groups = by_budget(table)
     if len(groups) < 2:
         raise InputError(
-            f"{table.name} has {len(groups)} compute budgets of {LEAST} and more sizes; isoflop "
-            f"needs 2: train {LEAST} sizes at equal c, or --law=chinchilla"
+            f"{table.name} has {len(groups)} compute budgets of {MIN_SIZES} and more sizes, "
+            f"--law=isoflop needs 2; train {MIN_SIZES} sizes at equal c, or use --law=chinchilla"
         )
     surface = fit(table, law="chinchilla", level=level, **settings)
     warnings = list(surface.warnings)
     rng = np.random.Generator(np.random.PCG64(seed))
     methods = {}
     for name, degree in DEGREES.items():
-        found = _method(table, groups, degree, surface, bootstrap, level, rng)
-        if found is None:
+        method = _method(table, groups, degree, surface, bootstrap, level, rng)
+        if method is None:
             warnings.append(
                 warning(
                     f"no_{name}",
@@ -61,8 +61,8 @@ def isoflop(
                 )
             )
         else:
-            methods[name] = found
-            warnings += _warnings(table, groups, name, found)
+            methods[name] = method
+            warnings += _warnings(name, method)
     methods["surface"] = _surface(surface, [_budget(table, g) for g in groups])
     if len(methods) == 1:
         raise InputError(
@@ -73,20 +73,21 @@ def isoflop(
 
 
 def by_budget(table: Table) -> list[np.ndarray]:
-    """Rows of each budget that has at least 5 distinct sizes, cheapest first."""
+    """Groups the rows by budget, cheapest first; omits budgets with fewer than 5 sizes."""
     table.column("n")
     order = np.argsort(table.c)
-    cuts = np.flatnonzero(np.diff(np.log(table.c[order])) > GAP) + 1
+    cuts = np.flatnonzero(np.diff(np.log(table.c[order])) > BUDGET_GAP) + 1
     groups = np.split(order, cuts)
-    return [g for g in groups if len(set(np.round(np.log(table.n[g]), 2))) >= LEAST]
+    return [g for g in groups if len(set(np.round(np.log(table.n[g]), 2))) >= MIN_SIZES]
 
 
 def _budget(table: Table, rows: np.ndarray) -> float:
+    """Computes the geometric mean of the rows' FLOPs."""
     return float(np.exp(np.log(table.c[rows]).mean()))
 
 
 def minimum(ln_n, y, degree: int, weight=None) -> tuple[float, bool]:
-    """(ln N*, inside): the local minimum of a polynomial in ln n, and whether the grid holds it."""
+    """Finds (ln N*, inside): the polynomial's minimum in ln n, and whether it is on the grid."""
     centre = ln_n.mean()
     x = ln_n - centre
     root = np.ones(len(x)) if weight is None else np.sqrt(weight)
@@ -103,25 +104,26 @@ def minimum(ln_n, y, degree: int, weight=None) -> tuple[float, bool]:
 
 
 def _chain(table: Table, groups, degree: int, y, weight=None):
-    """(a, ln k, ln N* by budget with NaN where dropped) of N* = k C^a."""
+    """Fits N* = k C^a: (a, ln k, ln N* of each budget or NaN if its minimum is off the grid)."""
     stars = np.full(len(groups), np.nan)
     for i, rows in enumerate(groups):
-        own = None if weight is None else weight[rows]
-        value, inside = minimum(np.log(table.n[rows]), y[rows], degree, own)
+        row_weight = None if weight is None else weight[rows]
+        value, inside = minimum(np.log(table.n[rows]), y[rows], degree, row_weight)
         stars[i] = value if inside else np.nan
-    known = np.isfinite(stars)
-    if known.sum() < 2:
+    valid = np.isfinite(stars)
+    if valid.sum() < 2:
         return np.nan, np.nan, stars
     ln_c = np.log([_budget(table, g) for g in groups])
-    a, ln_k = np.polyfit(ln_c[known], stars[known], 1)
+    a, ln_k = np.polyfit(ln_c[valid], stars[valid], 1)
     return float(a), float(ln_k), stars
 
 
 def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | None:
+    """Summarises the fit by one polynomial degree; None with fewer than two inner minima."""
     a, ln_k, stars = _chain(table, groups, degree, table.loss)
     if not np.isfinite(a):
         return None
-    smooth = surface.predict(n=table.n, d=table.c / (6 * table.n))
+    smooth = surface.predict(n=table.n, d=table.c / (FLOPS_FACTOR * table.n))
     _, _, on_surface = _chain(table, groups, degree, smooth)
     true = np.log([surface_star(surface, _budget(table, g)) for g in groups])
     drawn = []
@@ -145,40 +147,41 @@ def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | Non
 
 
 def surface_star(surface, c: float) -> float:
-    """N* of a fitted law in n and d at a budget, with c = 6 n d."""
-    compound = laws.compound(surface.params)
-    return float(compound["G"] * (c / 6) ** compound["a"])
+    """Computes N* of a fitted law in n and d at a budget, with c = 6 n d."""
+    return float(laws.compute_optimum(surface.params, c / FLOPS_FACTOR)[0])
 
 
 def _surface(surface, budgets: list[float]) -> dict:
+    """Summarises the compute optimum of the fitted law like that of a polynomial."""
     stars = [{"c": c, "n_star": surface_star(surface, c), "bias": 1.0} for c in budgets]
-    k = surface.compound["G"] / 6 ** surface.compound["a"]
+    k = surface.compound["G"] / FLOPS_FACTOR ** surface.compound["a"]
     spans = {"a": surface.intervals.get("a")}
     return {"a": surface.compound["a"], "k": k, "intervals": spans, "budgets": stars}
 
 
-def _warnings(table: Table, groups, name: str, found: dict) -> list[dict]:
+def _warnings(name: str, method: dict) -> list[dict]:
+    """Warns about budgets without a minimum and about the bias of the method."""
     warnings = []
-    dropped = [b["c"] for b in found["budgets"] if not np.isfinite(b["n_star"])]
+    dropped = [b["c"] for b in method["budgets"] if not np.isfinite(b["n_star"])]
     if dropped:
         warnings.append(
             warning(
                 "minimum_at_edge",
-                f"the {name} has no minimum inside the sizes at {len(dropped)} of {len(groups)} "
-                f"budgets (first {dropped[0]:.3g} FLOPs), which are left out; add sizes beyond "
-                "that edge",
+                f"the {name} has no minimum inside the sizes at {len(dropped)} of "
+                f"{len(method['budgets'])} budgets (first {dropped[0]:.3g} FLOPs), which are "
+                "omitted; add sizes beyond that edge",
             )
         )
-    bias = [b["bias"] for b in found["budgets"] if np.isfinite(b["bias"])]
+    bias = [b["bias"] for b in method["budgets"] if np.isfinite(b["bias"])]
     worst = max(bias, key=lambda v: abs(np.log(v)), default=1.0)
     if abs(np.log(worst)) > 0.03:
-        reach = max(b["reach"] for b in found["budgets"])
+        reach = max(b["reach"] for b in method["budgets"])
         warnings.append(
             warning(
                 f"{name}_bias",
-                f"without any noise the {name} would put N* at {worst:.3f} times the true one "
-                f"(grids reach {reach:.2g}x to either side); keep within {WIDE:.0f}x, or use the "
-                "surface",
+                f"even without noise the {name} puts N* at {worst:.3f} times the true value "
+                f"(grids reach {reach:.2g}x to either side); use grids within {WIDE_GRID:.0f}x, or "
+                "the surface",
             )
         )
     return warnings

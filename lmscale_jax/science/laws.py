@@ -1,8 +1,8 @@
-"""The laws, as sums of falling terms, and how a table becomes a problem for the solver.
+"""Scaling laws, their natural parameters, and the optimisation problem of one law and one table.
 
-Every law here is L = E + sum_k A_k x_k^-s_k with x_k one of n, d, c (Hoffmann et al. 2022,
-approach 3, for n and d; Kaplan et al. 2020 for c alone). In ln L it is a log-sum-exp of terms that
-are linear in (ln E, ln A_k, s_k), which the solver uses.
+A law is L = E + sum_k A_k x_k^-s_k, where x_k is n, d or c (Hoffmann et al. 2022, approach 3, for n
+and d; Kaplan et al. 2020 for c alone). ln L is a log-sum-exp of terms that are linear in
+(ln E, ln A_k, s_k). The solver works in these coordinates.
 """
 
 import dataclasses
@@ -13,14 +13,15 @@ import numpy as np
 from lmscale_jax.errors import InputError
 from lmscale_jax.science.table import Table
 
-# |slope| and how far below the smallest loss a term may sink, in nats of ln L.
+# Bounds of the solver: the largest |slope|, and by how many nats of ln L a coefficient may lie
+# outside the range of the losses.
 MAX_SLOPE = 50.0
 DEPTH = 30.0
 
 
 @dataclass(frozen=True)
 class Law:
-    """Falling terms by column, the names of their coefficients, and whether there is a floor E."""
+    """A sum of power-law terms, one for each column, and an optional floor E."""
 
     name: str
     columns: tuple[str, ...]
@@ -29,8 +30,8 @@ class Law:
     floor: str  # "free", "none" or "pinned"
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The solver's coordinates, in order."""
+    def coordinates(self) -> tuple[str, ...]:
+        """Names the solver's coordinates, in order."""
         first = ("ln_E",) if self.floor == "free" else ()
         pairs = zip(self.coefficients, self.exponents, strict=True)
         return first + tuple(x for a, s in pairs for x in (f"ln_{a}", s))
@@ -44,28 +45,32 @@ LAWS = {
 
 
 def choose(name: str, floor: float | None = None) -> Law:
-    """The law of a name; with `floor` its E is pinned to that value, in nats/token."""
+    """Looks up a law by name; with `floor` (nats/token) its E is pinned.
+
+    Raises:
+        InputError: the name is unknown, or the floor is not positive.
+    """
     if name not in LAWS:
-        raise InputError(f"--law={name} is unknown; one of {', '.join(LAWS)}, isoflop would work")
+        raise InputError(f"--law={name} is unknown; use {', '.join(LAWS)} or isoflop")
     law = LAWS[name]
     if floor is None:
         return law
     if not floor > 0 or not np.isfinite(floor):
-        raise InputError(f"--floor={floor} must be positive nats per token; 1.7 would work")
+        raise InputError(f"--floor={floor} must be positive nats per token; use 1.7")
     return dataclasses.replace(law, floor="pinned")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """R rows and P coordinates: ln L = log-sum-exp over blocks of columns @ theta[index].
+    """A law on R rows in P coordinates: ln L = log-sum-exp over blocks of columns @ theta[index].
 
     Attributes:
-        y: [R] ln loss.
-        weight: [R], positive.
-        blocks: for each free term (index into theta [q], columns [R, q]).
-        pinned: ln E of a pinned floor, a number or [batch, 1]; None without one.
-        low, high: [P] bounds of theta.
-        centre: by column the mean of its logarithm, which the slopes are taken about.
+        y: ln loss [R].
+        weight: positive weights [R].
+        blocks: for each free term, its indices into theta [q] and its columns [R, q].
+        pinned: ln E of a pinned floor, a number or [batch, 1]; None if the floor is free or absent.
+        low, high: bounds of theta [P].
+        centre: mean logarithm of each column, subtracted before slopes are fitted.
     """
 
     law: Law
@@ -81,13 +86,13 @@ class Problem:
     def size(self) -> int:
         return len(self.low)
 
-    def rows(self, rows: np.ndarray) -> "Problem":
-        """The same coordinates on some of the rows."""
+    def take(self, rows: np.ndarray) -> "Problem":
+        """Restricts the problem to the rows of a mask or of indices."""
         blocks = tuple((index, X_Rxq[rows]) for index, X_Rxq in self.blocks)
         return dataclasses.replace(self, y=self.y[rows], weight=self.weight[rows], blocks=blocks)
 
     def pin(self, floor) -> "Problem":
-        """Without its floor term, at floors of ln E given as [batch, 1] or a number."""
+        """Replaces the free floor term by pinned values of ln E, a number or [batch, 1]."""
         law = dataclasses.replace(self.law, floor="pinned")
         blocks = tuple((index - 1, X_Rxq) for index, X_Rxq in self.blocks[1:])
         return dataclasses.replace(
@@ -96,17 +101,20 @@ class Problem:
 
 
 def problem(table: Table, law: Law, floor: float | None = None, r_star=None) -> Problem:
-    """The table as the solver sees it.
+    """Builds the optimisation problem of one law on one table.
 
     Args:
-        floor: E of a pinned floor, nats/token; refused at or above the smallest loss.
-        r_star: repetitions' half-life R*, see `effective_tokens`; None: every token counts.
+        floor: E of a pinned floor, nats/token.
+        r_star: R* of `effective_tokens`; None counts every token fully.
+
+    Raises:
+        InputError: the floor is not below the smallest loss, or a column is missing.
     """
     y = np.log(table.loss)
     if law.floor == "pinned" and floor >= table.loss.min():
         raise InputError(
             f"--floor={floor} is not below the smallest loss, {table.loss.min():.4f}; "
-            f"{0.8 * table.loss.min():.2f} would work"
+            f"use {0.8 * table.loss.min():.2f}"
         )
     blocks, low, high, centre = [], [], [], {}
     ones = np.ones((len(y), 1))
@@ -129,17 +137,17 @@ def problem(table: Table, law: Law, floor: float | None = None, r_star=None) -> 
 
 
 def values(table: Table, column: str, r_star=None) -> np.ndarray:
-    """A column of the law; with `r_star`, tokens count for less when they were seen before."""
+    """Returns a column [R]; with `r_star`, `d` becomes the effective number of tokens."""
     if column == "d" and r_star is not None:
         return effective_tokens(table.column("d"), table.column("unique"), r_star)
     return table.column(column)
 
 
 def effective_tokens(d, unique, r_star: float):
-    """Tokens of unique data worth as much as `d` tokens drawn from `unique` distinct ones.
+    """Converts `d` tokens drawn from `unique` distinct ones to an equivalent of fresh tokens.
 
-    D' = U + U R* (1 - exp(-R / R*)), R = d / U - 1 repetitions (Muennighoff et al. 2023, eq. 5;
-    their R* is 15.4). Without repetition, D' = d.
+    D' = U + U R* (1 - exp(-R / R*)) with R = d / U - 1 repetitions (Muennighoff et al. 2023,
+    eq. 5; their R* is 15.4). Without repetition, D' = d.
     """
     d, unique = np.asarray(d, float), np.asarray(unique, float)
     repeats = np.maximum(d / unique - 1.0, 0.0)
@@ -147,42 +155,52 @@ def effective_tokens(d, unique, r_star: float):
 
 
 def natural(law: Law, centre: dict, theta: np.ndarray, floor: float | None = None) -> dict:
-    """Natural parameters of theta [..., P]: E, coefficients at x = 1, exponents of x^-s.
-
-    With n and d also what follows from them (Hoffmann et al. 2022, eq. 4): `a` = beta / (alpha +
-    beta), the exponent of N* in C; `b` = 1 - a that of D*; `G`; `gamma`, that of the reducible
-    loss along the optimum.
-    """
-    found: dict = {}
-    at = 0
+    """Converts theta [..., P] to E, the coefficients at x = 1 and the exponents of x^-s."""
+    params: dict = {}
+    index = 0
     if law.floor == "free":
-        found["E"] = np.exp(theta[..., 0])
-        at = 1
+        params["E"] = np.exp(theta[..., 0])
+        index = 1
     elif law.floor == "pinned":
-        found["E"] = np.full(theta.shape[:-1], floor) if theta.ndim > 1 else float(floor)
+        params["E"] = np.full(theta.shape[:-1], floor) if theta.ndim > 1 else float(floor)
     for column, a, s in zip(law.columns, law.coefficients, law.exponents, strict=True):
-        found[s] = theta[..., at + 1]
+        params[s] = theta[..., index + 1]
         with np.errstate(over="ignore"):
-            found[a] = np.exp(theta[..., at] + found[s] * centre[column])
-        at += 2
-    return found
+            params[a] = np.exp(theta[..., index] + params[s] * centre[column])
+        index += 2
+    return params
 
 
-def compound(found: dict) -> dict:
-    """The compound exponents of a law in n and d; NaN where alpha + beta is not positive."""
-    if "alpha" not in found:
+def compound(params: dict) -> dict:
+    """Computes the exponents of the compute optimum of a law in n and d.
+
+    Hoffmann et al. 2022, eq. 4: `a` = beta / (alpha + beta) is the exponent of N* in C, `b` = 1 - a
+    that of D*, `gamma` that of the reducible loss along the optimum, and N* = G (C / 6)^a. Values
+    are NaN where alpha or beta is not positive; {} for laws without n and d.
+    """
+    if "alpha" not in params:
         return {}
-    alpha, beta = np.asarray(found["alpha"]), np.asarray(found["beta"])
+    alpha, beta = np.asarray(params["alpha"]), np.asarray(params["beta"])
     with np.errstate(all="ignore"):
         total = np.where((alpha > 0) & (beta > 0), alpha + beta, np.nan)
-        scale = (alpha * found["A"] / (beta * found["B"])) ** (1 / total)
+        scale = (alpha * params["A"] / (beta * params["B"])) ** (1 / total)
         return {"a": beta / total, "b": alpha / total, "gamma": alpha * beta / total, "G": scale}
 
 
-def evaluate(law: Law, found: dict, **columns) -> np.ndarray:
-    """Loss in nats/token at natural parameters and columns n, d or c, which broadcast."""
-    total = found.get("E", 0.0)
+def compute_optimum(params: dict, product):
+    """Finds the n and d that minimise the loss where n d equals `product`.
+
+    Source: Hoffmann et al. 2022, eq. 4. NaN where no optimum exists.
+    """
+    exponents = compound(params)
+    n = exponents["G"] * product ** exponents["a"]
+    return n, product / n
+
+
+def evaluate(law: Law, params: dict, **columns) -> np.ndarray:
+    """Evaluates the loss (nats/token) at natural parameters and columns n, d or c (broadcast)."""
+    total = params.get("E", 0.0)
     for column, a, s in zip(law.columns, law.coefficients, law.exponents, strict=True):
         # Through the logarithm: a large coefficient times a small power may overflow apart.
-        total = total + np.exp(np.log(found[a]) - found[s] * np.log(columns[column]))
+        total = total + np.exp(np.log(params[a]) - params[s] * np.log(columns[column]))
     return total

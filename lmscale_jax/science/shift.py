@@ -1,8 +1,9 @@
-"""The horizontal shift between two arms: L_B(C) = L_A(k C), ln k = tau + s (ln C - ln C0).
+"""Horizontal shift between two arms: L_B(C) = L_A(k C), ln k = tau + s (ln C - ln C0).
 
 s = 0 is a constant factor of compute at every scale; for power laws 1 + s is the ratio of the arms'
-exponents. Unlike a contrast of fitted exponents it depends neither on E nor on the form of the law,
-and s not on C0. Shapes: B refits, R runs, M parameters of the baseline's shape, P = M + 2.
+exponents. Unlike a contrast of fitted exponents, the shift depends neither on E nor on the form of
+the law, and s does not depend on C0. Shapes: B refits, R runs, M parameters of the baseline curve,
+P = M + 2.
 """
 
 from dataclasses import dataclass, replace
@@ -13,19 +14,19 @@ from lmscale_jax.science import diagnose, laws, solve
 from lmscale_jax.science.table import Table
 
 TAUS = np.linspace(-4.0, 4.0, 65)
-BASELINES = ("power", "quadratic", "cubic", "floor", "surface")
 DEGREE = {"power": 1, "quadratic": 2, "cubic": 3}
-# Below this p the law misses cell means by more than seeds explain, and cells become the unit.
-LACK = 0.1
-# Spread of ln(d / n) within an arm, at equal C, beyond which its runs lie on no one curve in C.
-ON_A_CURVE = 0.25
+# Below this p of the test of lack of fit, cells and not runs are the unit of the variance.
+MAX_LACK_P = 0.1
+# Largest spread of ln(d / n) at equal C for which an arm's runs still follow one curve in C.
+MAX_RATIO_SPREAD = 0.25
 
 
 @dataclass(frozen=True)
 class Arms:
-    """Runs of two arms. `x` [R] is ln C - ln C0, `z` 1 for the second arm, `y` ln loss.
+    """Runs of two arms: `x` [R] is ln C - ln C0, `z` [R] is 1 for the second arm, `y` [R] ln loss.
 
-    `cell` numbers runs that differ in nothing but the seed; `ln_n`, `ln_d` are centred, or None.
+    `cell` [R] numbers groups of runs that differ only in the seed; `ln_n` and `ln_d` are centred,
+    or None.
     """
 
     x: np.ndarray
@@ -41,6 +42,8 @@ class Arms:
         return len(self.y)
 
     def take(self, rows: np.ndarray) -> "Arms":
+        """Selects runs by a mask or by indices and renumbers the cells."""
+
         def cut(a):
             return None if a is None else a[rows]
 
@@ -54,10 +57,13 @@ class Estimate:
     """A fitted shift.
 
     Attributes:
-        baseline: shape of the common curve; theta [P] its parameters, then tau and s.
-        covariance: [P, P]; `variance` of one run's ln L, `degrees` of freedom of it.
-        unit: "runs", or "cells" where the curve misses cells by more than seeds explain.
-        p: of s = 0, by the F test against the fit with a constant factor, `null` [P].
+        baseline: form of the common curve: "power", "quadratic", "cubic", "floor" or "surface".
+        theta: parameters of the curve, then tau and s [P]; `null` [P] is the fit with s = 0.
+        covariance: of theta [P, P].
+        variance: of one run's ln L, with `degrees` degrees of freedom.
+        unit: "runs", or "cells" if the curve misses cell means by more than seeds explain.
+        f, p: F test of s = 0.
+        aicc, ssr: corrected Akaike criterion and sum of squared residuals.
     """
 
     baseline: str
@@ -85,16 +91,18 @@ class Estimate:
         return float(np.sqrt(self.covariance[-1, -1]))
 
     def t(self, level: float) -> float:
+        """Returns the two-sided quantile of Student's t at a level."""
         from scipy.stats import t
 
         return float(t.ppf((1 + level) / 2, self.degrees))
 
     def interval(self, level: float) -> list[float]:
+        """Computes the interval [low, high] of s."""
         half = self.t(level) * self.se
         return [self.s - half, self.s + half]
 
     def log_gain(self, x: np.ndarray, level: float):
-        """(ln k, low, high) at x = ln C - ln C0."""
+        """Computes (ln k, low, high) at x = ln C - ln C0."""
         x = np.asarray(x, float)
         c = self.covariance[-2:, -2:]
         se = np.sqrt(np.maximum(c[0, 0] + 2 * x * c[0, 1] + x * x * c[1, 1], 0))
@@ -103,7 +111,7 @@ class Estimate:
 
 
 def arms(table: Table, first: str, second: str) -> Arms:
-    """The runs of two variants; C0 is the geometric mean of their FLOPs."""
+    """Collects the runs of two variants; C0 is the geometric mean of their FLOPs."""
     both = table.take((table.variant == first) | (table.variant == second))
     ln_c = np.log(both.c)
     centred = [None if a is None else np.log(a) - np.log(a).mean() for a in (both.n, both.d)]
@@ -120,11 +128,11 @@ def arms(table: Table, first: str, second: str) -> Arms:
 
 
 def curve(baseline: str, theta, data: Arms, floor=None):
-    """f [B, R] and its derivatives: by the shape [B, R, M] and by ln k [B, R].
+    """Evaluates f [B, R] and its derivatives by the curve [B, R, M] and by ln k [B, R].
 
     Args:
         theta: [B, P].
-        floor: ln E, [B, 1], pinned; only for "floor", whose shape then lacks ln E.
+        floor: pinned ln E [B, 1], only for "floor", whose parameters then exclude ln E.
     """
     shape, tau, s = theta[:, :-2], theta[:, -2:-1], theta[:, -1:]
     k = data.z * (tau + s * data.x)
@@ -146,7 +154,7 @@ def curve(baseline: str, theta, data: Arms, floor=None):
 
 
 def _surface(shape, data: Arms, k):
-    """L(N, D) with both N and D of the second arm multiplied by sqrt(k)."""
+    """Evaluates L(N, D) with N and D of the second arm both multiplied by sqrt(k)."""
     e, a, alpha, b, beta = (shape[:, i : i + 1] for i in range(5))
     x, z = data.ln_n + k / 2, data.ln_d + k / 2
     t = np.stack(np.broadcast_arrays(e, a - alpha * x, b - beta * z))
@@ -156,18 +164,18 @@ def _surface(shape, data: Arms, k):
     return f, np.stack(parts, axis=-1), -(alpha * p[1] + beta * p[2]) / 2
 
 
-def descend(baseline, theta, data: Arms, y=None, held=(), floor=None, steps: int = 60):
-    """Least squares by Levenberg-Marquardt: (theta [B, P], SSR [B]).
+def descend(baseline, theta, data: Arms, y=None, fixed=(), floor=None, steps: int = 60):
+    """Minimises the sum of squares by Levenberg-Marquardt: (theta [B, P], SSR [B]).
 
     Args:
-        y: [B, R] in place of the data's.
-        held: indices of coordinates that stay.
-        floor: see `curve`.
+        y: [B, R], replaces the data's.
+        fixed: indices of coordinates that are not fitted.
+        floor: see `shifted_curve`.
     """
     theta = np.array(theta, float)
     y = np.broadcast_to(data.y if y is None else y, (len(theta), len(data)))
     free = np.ones(theta.shape[1])
-    free[list(held)] = 0.0
+    free[list(fixed)] = 0.0
     damping = np.full(len(theta), 1e-3)
     f, J = model(baseline, theta, data, floor)
     ssr = (data.weight * (y - f) ** 2).sum(axis=1)
@@ -184,27 +192,27 @@ def descend(baseline, theta, data: Arms, y=None, held=(), floor=None, steps: int
         step /= np.maximum(1.0, np.abs(step).max(axis=1, keepdims=True) / 2)
         trial = theta + step
         f2, J2 = model(baseline, trial, data, floor)
-        fresh = (data.weight * (y - f2) ** 2).sum(axis=1)
-        better = fresh < ssr
+        trial_ssr = (data.weight * (y - f2) ** 2).sum(axis=1)
+        better = trial_ssr < ssr
         theta = np.where(better[:, None], trial, theta)
         f, J = np.where(better[:, None], f2, f), np.where(better[:, None, None], J2, J)
-        ssr = np.where(better, fresh, ssr)
+        ssr = np.where(better, trial_ssr, ssr)
         damping = np.where(better, np.maximum(damping / 10, 1e-10), damping * 10)
     return theta, ssr
 
 
 def model(baseline, theta, data: Arms, floor=None):
-    """f [B, R] and its whole Jacobian [B, R, P]; see `curve`."""
+    """Evaluates f [B, R] and its Jacobian [B, R, P]; see `shifted_curve`."""
     with np.errstate(over="ignore", invalid="ignore"):
         f, by_shape, by_k = curve(baseline, theta, data, floor)
         by_tau = data.z * by_k
         J = np.concatenate([by_shape, by_tau[..., None], (by_tau * data.x)[..., None]], axis=-1)
-    # A step into overflow is a step to refuse.
+    # An overflow becomes a large residual, so that the step is rejected.
     return np.nan_to_num(f, nan=1e6, posinf=1e6, neginf=-1e6), np.nan_to_num(J, nan=0.0)
 
 
 def begin(baseline: str, data: Arms) -> np.ndarray:
-    """A start [P] with s = 0, from the best constant factor on a grid."""
+    """Computes a start [P] with s = 0 from the best constant factor on a grid."""
     degree = DEGREE.get(baseline, 2)
     u_TxR = data.x + data.z * TAUS[:, None]
     X = u_TxR[..., None] ** np.arange(degree + 1)
@@ -212,7 +220,7 @@ def begin(baseline: str, data: Arms) -> np.ndarray:
     H = np.einsum("trp,trq->tpq", weighted, X) + 1e-12 * np.eye(degree + 1)
     c = np.linalg.solve(H, np.einsum("trp,r->tp", weighted, data.y)[..., None])[..., 0]
     ssr = (data.weight * (np.einsum("trp,tp->tr", X, c) - data.y) ** 2).sum(axis=1)
-    # A polynomial that rises over most of the data is no scaling curve.
+    # Excludes polynomials that rise over most of the data.
     rise = np.arange(1, degree + 1)
     slope = np.einsum("trp,tp->tr", X[..., :-1], c[:, 1:] * rise)
     ssr = np.where((slope < 0).mean(axis=1) > 0.5, ssr, np.inf)
@@ -224,7 +232,7 @@ def begin(baseline: str, data: Arms) -> np.ndarray:
 
 
 def _law_shape(baseline: str, data: Arms, tau: float) -> np.ndarray:
-    """The law's coordinates fitted to both arms, the second moved by tau."""
+    """Fits the law's coordinates to both arms, with the second arm moved by tau."""
     columns = [data.x] if baseline == "floor" else [data.ln_n, data.ln_d]
     moved = [x + data.z * tau / len(columns) for x in columns]
     blocks = [(np.array([0]), np.ones((len(data), 1)))]
@@ -239,12 +247,12 @@ def _law_shape(baseline: str, data: Arms, tau: float) -> np.ndarray:
 
 
 def estimate(baseline: str, data: Arms) -> Estimate | None:
-    """The shift under a baseline, with its test; None where no degree of freedom is left."""
+    """Estimates the shift under one baseline, with its test; None without degrees of freedom."""
     start = begin(baseline, data)
     size = len(start)
     if len(data) <= size or budgets(data) <= DEGREE.get(baseline, 2):
         return None
-    null, ssr0 = descend(baseline, start[None], data, held=[size - 1])
+    null, ssr0 = descend(baseline, start[None], data, fixed=[size - 1])
     starts = np.stack([null[0] + np.eye(size)[-1] * v for v in (0.0, -0.1, 0.1)])
     thetas, ssrs = descend(baseline, starts, data)
     theta, ssr = thetas[ssrs.argmin()], float(ssrs.min())
@@ -277,29 +285,29 @@ def estimate(baseline: str, data: Arms) -> Estimate | None:
 
 
 def off_curve(data: Arms) -> bool:
-    """Whether tokens per parameter vary at equal compute, so that no one curve L(C) exists."""
+    """Tells whether tokens per parameter vary at equal compute, so that L is no function of C."""
     if data.ln_n is None or data.ln_d is None:
         return False
     for arm in (0.0, 1.0):
-        own = data.z == arm
-        ratio = (data.ln_d - data.ln_n)[own]
-        if own.sum() > 3:
-            trend = np.polyfit(data.x[own], ratio, 1)
-            if np.std(ratio - np.polyval(trend, data.x[own])) > ON_A_CURVE:
+        in_arm = data.z == arm
+        ratio = (data.ln_d - data.ln_n)[in_arm]
+        if in_arm.sum() > 3:
+            trend = np.polyfit(data.x[in_arm], ratio, 1)
+            if np.std(ratio - np.polyval(trend, data.x[in_arm])) > MAX_RATIO_SPREAD:
                 return True
     return False
 
 
 def budgets(data: Arms) -> int:
-    """Distinct compute budgets of the arm that has fewer."""
+    """Counts the distinct compute budgets of the arm that has fewer."""
     return min(len(set(np.round(data.x[data.z == arm], 2))) for arm in (0.0, 1.0))
 
 
 def _variance(data: Arms, r: np.ndarray, size: int) -> tuple[float, int, str]:
-    """Variance of one run's ln L, its degrees of freedom and unit.
+    """Estimates the variance of one run's ln L: (variance, degrees of freedom, unit).
 
-    Seeds of one cell share the curve's error there. Where that error shows (F test of lack of fit,
-    p below 0.1) it sets the variance; else all residuals are pooled.
+    Seeds of one cell share the curve's error there. If that error is significant (F test of lack of
+    fit, p below 0.1), the variance is that of cell means; otherwise all residuals are pooled.
     """
     from scipy.stats import f as f_distribution
 
@@ -311,31 +319,31 @@ def _variance(data: Arms, r: np.ndarray, size: int) -> tuple[float, int, str]:
     free, lack_free = len(r) - len(count), len(count) - size
     if free >= 1 and lack_free >= 1 and within > 0:
         ratio = (between / lack_free) / (within / free)
-        if f_distribution.sf(ratio, lack_free, free) < LACK:
+        if f_distribution.sf(ratio, lack_free, free) < MAX_LACK_P:
             return between / lack_free, lack_free, "cells"
     return (within + between) / max(len(r) - size, 1), len(r) - size, "runs"
 
 
-def wild(found: Estimate, data: Arms, count: int, seed: int = 0) -> float:
-    """p of s = 0 by a wild bootstrap under the constant factor: residuals' signs drawn by unit."""
+def wild(fitted: Estimate, data: Arms, count: int, seed: int = 0) -> float:
+    """Computes p of s = 0 by a wild bootstrap: residuals of the null fit with random signs."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    f0 = model(found.baseline, found.null[None], data)[0][0]
-    size = len(found.null)
+    f0 = model(fitted.baseline, fitted.null[None], data)[0][0]
+    size = len(fitted.null)
     r = (data.y - f0) * np.sqrt(len(data) / max(len(data) - size + 1, 1))
-    unit = data.cell if found.unit == "cells" else np.arange(len(data))
+    unit = data.cell if fitted.unit == "cells" else np.arange(len(data))
     signs = rng.choice([-1.0, 1.0], (count, unit.max() + 1))[:, unit]
     y = f0 + r * signs
-    start = np.broadcast_to(found.null, (count, size))
-    null, ssr0 = descend(found.baseline, start, data, y, held=[size - 1], steps=12)
-    _, ssr = descend(found.baseline, null, data, y, steps=12)
+    start = np.broadcast_to(fitted.null, (count, size))
+    null, ssr0 = descend(fitted.baseline, start, data, y, fixed=[size - 1], steps=12)
+    _, ssr = descend(fitted.baseline, null, data, y, steps=12)
     drawn = (ssr0 - ssr) / np.maximum(ssr, 1e-300)
-    _, own0 = descend(found.baseline, found.null[None], data, held=[size - 1])
-    own = (float(own0[0]) - found.ssr) / max(found.ssr, 1e-300)
-    return float((1 + (drawn >= own).sum()) / (1 + count))
+    _, observed_ssr0 = descend(fitted.baseline, fitted.null[None], data, fixed=[size - 1])
+    observed = (float(observed_ssr0[0]) - fitted.ssr) / max(fitted.ssr, 1e-300)
+    return float((1 + (drawn >= observed).sum()) / (1 + count))
 
 
-def information(found: Estimate, data: Arms) -> np.ndarray:
-    """J^T J / variance [P, P] of runs at data's x and z, at the fitted parameters."""
-    _, J = model(found.baseline, found.theta[None], data)
+def information(fitted: Estimate, data: Arms) -> np.ndarray:
+    """Computes the Fisher information J^T J / variance [P, P] of runs at the data's x and z."""
+    _, J = model(fitted.baseline, fitted.theta[None], data)
     X = J[0] * np.sqrt(data.weight)[:, None]
-    return X.T @ X / found.variance
+    return X.T @ X / fitted.variance

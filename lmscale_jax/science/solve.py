@@ -1,8 +1,8 @@
-"""Minimises a robust loss of the log residuals: many starts or many weightings as one batch.
+"""Minimises Huber's loss of log residuals by Newton's method, over a batch of starts or weightings.
 
-F(theta) = sum_i w_i rho(f_i(theta) - y_i), with rho Huber's function of width delta (Huber 1964),
-or half the square for delta = inf. f is a log-sum-exp of linear terms, so gradient and Hessian are
-exact and cheap. Shapes: S starts or draws, R rows, P coordinates, K terms.
+F(theta) = sum_i w_i rho(f_i(theta) - y_i), where rho is Huber's function of width delta (Huber
+1964), or half the square for delta = inf. f is a log-sum-exp of linear terms, so that gradient and
+Hessian are exact and cheap. Shapes: S starts or draws, R rows, P coordinates, K terms.
 """
 
 from dataclasses import dataclass
@@ -11,44 +11,48 @@ import numpy as np
 
 from lmscale_jax.science.laws import Problem
 
-# Elements of an [S, R] array worked on at once: stays in a core's own cache.
+# Elements of an [S, R] array in one chunk, so that it fits a core's cache.
 CHUNK = 40_000
 MAX_STEP = 2.0
 SLOPES = np.concatenate([np.geomspace(0.02, 2.0, 40), -np.geomspace(0.05, 3.0, 8)])
-SPREAD = ((0.2, 0.2), (0.5, 0.5), (0.2, 0.8), (0.8, 0.2), (1.0, 1.0), (0.35, 0.35))
+SPREAD_SLOPES = ((0.2, 0.2), (0.5, 0.5), (0.2, 0.8), (0.8, 0.2), (1.0, 1.0), (0.35, 0.35))
 MAX_STARTS = 18
-# A coefficient that a start has at zero begins at this fraction of the mean loss, to have a slope.
-REVIVED = 1e-3
-SAME = 1e-6
-# The first, rough descent: steps, gain, what counts as the same, and how many ends go on.
-ROUGH_STEPS, ROUGH_GAIN, ROUGH_SAME, ROUGH_KEPT = 40, 1e-7, 1e-5, 3
-# An objective below this is rounding.
-ZERO = 1e-15
+# Coefficients that are zero in a start are set to this share of the mean loss: at zero the gradient
+# vanishes.
+REVIVED_SHARE = 1e-3
+SAME_OBJECTIVE = 1e-6
+# The first, rough descent: steps, gain, relative difference of equal minima, minima to continue.
+ROUGH_STEPS, ROUGH_GAIN, ROUGH_SAME, ROUGH_MINIMA = 40, 1e-7, 1e-5, 3
+# Absolute differences of the objective below this are rounding errors.
+ROUNDING = 1e-15
 
 
 @dataclass(frozen=True)
 class Solution:
-    """theta [P], its objective F, and of `starts` how many ended within 1e-6 of it.
+    """The best minimum of one solve, and the other minima that its starts reached.
 
-    `minima` are the distinct end points [M, P], best first.
+    Attributes:
+        theta: best minimum [P]; `objective` is F there, at width `delta`.
+        n_starts: number of starts; `n_agreeing` of them ended within 1e-6 of the best objective.
+        minima: distinct end points [M, P], best first; `objectives` [M] is F there.
     """
 
     theta: np.ndarray
     objective: float
     delta: float
-    starts: int
-    agree: int
+    n_starts: int
+    n_agreeing: int
     minima: np.ndarray
     objectives: np.ndarray
 
 
 def predict(problem: Problem, theta_SxP: np.ndarray) -> np.ndarray:
-    """ln L [S, R] at every row."""
+    """Predicts ln L [S, R] at every row."""
     return _terms(problem, np.atleast_2d(theta_SxP), problem.pinned)[0]
 
 
 def shares(problem: Problem, theta_P: np.ndarray) -> np.ndarray:
-    """[K, R]: every term's share of the loss; the free floor or a pinned one first."""
+    """Computes each term's share of the loss [K, R]; the floor, free or pinned, comes first."""
     _, p_KxSxR = _terms(problem, theta_P[None], problem.pinned)
     if problem.pinned is not None:
         return np.concatenate([p_KxSxR[-1:], p_KxSxR[:-1]])[:, 0]
@@ -56,7 +60,7 @@ def shares(problem: Problem, theta_P: np.ndarray) -> np.ndarray:
 
 
 def jacobian(problem: Problem, theta_P: np.ndarray) -> np.ndarray:
-    """d f / d theta, [R, P]."""
+    """Computes d f / d theta [R, P]."""
     _, p_KxSxR = _terms(problem, theta_P[None], problem.pinned)
     J_RxP = np.zeros((len(problem.y), problem.size))
     for k, (index, X_Rxq) in enumerate(problem.blocks):
@@ -65,19 +69,19 @@ def jacobian(problem: Problem, theta_P: np.ndarray) -> np.ndarray:
 
 
 def objective(problem: Problem, theta_SxP: np.ndarray, delta: float) -> np.ndarray:
-    """F [S]."""
+    """Evaluates F [S]."""
     r_SxR = predict(problem, theta_SxP) - problem.y
     return (problem.weight * rho(r_SxR, delta)).sum(axis=-1)
 
 
 def rho(r: np.ndarray, delta: float) -> np.ndarray:
-    """Huber's function: r^2/2 up to delta, delta (|r| - delta/2) beyond."""
+    """Evaluates Huber's function: r^2/2 up to delta, delta (|r| - delta/2) beyond."""
     inside = np.abs(r) <= delta
     return np.where(inside, r * r / 2, np.minimum(delta, 1e300) * (np.abs(r) - delta / 2))
 
 
 def _terms(problem: Problem, theta_SxP, pinned):
-    """f [S, R] and the terms' shares of it [K, S, R], a pinned floor last."""
+    """Computes f [S, R] and each term's share of the loss [K, S, R]; a pinned floor comes last."""
     terms = [theta_SxP[:, index] @ X_Rxq.T for index, X_Rxq in problem.blocks]
     if pinned is not None:
         terms.append(np.broadcast_to(pinned, terms[0].shape))
@@ -90,8 +94,8 @@ def _terms(problem: Problem, theta_SxP, pinned):
     return top + np.log(total), t_KxSxR
 
 
-class _Batch:
-    """F, its gradient and Hessian for a batch of (theta, weights, y)."""
+class _Objective:
+    """F with its gradient and Hessian, for batches of (theta, weight, y)."""
 
     def __init__(self, problem: Problem, delta: float):
         self.problem, self.delta = problem, delta
@@ -104,8 +108,8 @@ class _Batch:
             for m in range(k, len(blocks))
         }
 
-    def at(self, theta_SxP, weight, y, pinned):
-        """F [S], gradient [S, P], Hessian [S, P, P], squared scale of each coordinate [S, P]."""
+    def evaluate(self, theta_SxP, weight, y, pinned):
+        """Returns F [S], gradient [S, P], Hessian [S, P, P] and squared sensitivities [S, P]."""
         f_SxR, p_KxSxR = _terms(self.problem, theta_SxP, pinned)
         r_SxR = f_SxR - y
         inside = np.abs(r_SxR) <= self.delta
@@ -142,52 +146,53 @@ def minimise(
     steps: int = 120,
     gain: float = 1e-14,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Local minima from each start: (theta [S, P], F [S]).
+    """Finds the local minimum reached from each start: (theta [S, P], F [S]).
 
     Args:
-        weight: [S, R] or [R] in place of the problem's: a bootstrap draw is a weighting.
-        y: [S, R] or [R] in place of the problem's.
-        steps: most Newton steps.
-        gain: a start is done when the next step promises less than this share of F.
+        weight: [S, R] or [R], replaces the problem's; each bootstrap draw is one weighting.
+        y: [S, R] or [R], replaces the problem's.
+        steps: maximum number of Newton steps.
+        gain: a start stops when the predicted decrease is below this share of F.
     """
     weight = problem.weight if weight is None else weight
     y = problem.y if y is None else y
     theta = np.clip(np.array(theta_SxP, float), problem.low, problem.high)
     F = np.zeros(len(theta))
-    batch = _Batch(problem, delta)
+    function = _Objective(problem, delta)
     size = max(1, CHUNK // len(problem.y))
     for start in range(0, len(theta), size):
         part = slice(start, start + size)
         rows = [a[part] if np.ndim(a) == 2 else a for a in (weight, y, problem.pinned)]
-        theta[part], F[part] = _newton(batch, theta[part], *rows, steps, gain)
+        theta[part], F[part] = _newton(function, theta[part], *rows, steps, gain)
     return theta, F
 
 
-def _newton(batch: _Batch, theta, weight, y, pinned, steps: int, least: float):
-    """Damped Newton with the absolute values of the Hessian's eigenvalues (Dauphin et al. 2014)."""
-    low, high = batch.problem.low, batch.problem.high
-    value, g, H, scale = batch.at(theta, weight, y, pinned)
+def _newton(function: _Objective, theta, weight, y, pinned, steps: int, min_gain: float):
+    """Runs damped Newton with absolute values of the eigenvalues (Dauphin et al. 2014)."""
+    low, high = function.problem.low, function.problem.high
+    value, g, H, scale = function.evaluate(theta, weight, y, pinned)
     damping = np.full(len(theta), 1e-3)
     active = np.arange(len(theta))
     tiny = 1e-30 * np.sum(weight, axis=-1) * np.ones(len(theta))
 
-    def of(a, rows):
+    def select(a, rows):
         return a[rows] if np.ndim(a) == 2 else a
 
     for _ in range(steps):
         move, gain = _step(theta[active], g[active], H[active], scale[active], damping[active],
                            low, high)  # fmt: skip
-        moving = gain > least * value[active] + tiny[active]
+        moving = gain > min_gain * value[active] + tiny[active]
         active, move = active[moving], move[moving]
         if not len(active):
             break
         trial = np.clip(theta[active] + move, low, high)
-        new = batch.at(trial, of(weight, active), of(y, active), of(pinned, active))
+        data = (select(a, active) for a in (weight, y, pinned))
+        new = function.evaluate(trial, *data)
         better = new[0] < value[active]
-        taken = active[better]
-        theta[taken] = trial[better]
-        for old, fresh in zip((value, g, H, scale), new, strict=True):
-            old[taken] = fresh[better]
+        improved = active[better]
+        theta[improved] = trial[better]
+        for old, new_values in zip((value, g, H, scale), new, strict=True):
+            old[improved] = new_values[better]
         damping[active] = np.where(better, np.maximum(damping[active] / 8, 1e-12),
                                    damping[active] * 6)  # fmt: skip
         active = active[better | (damping[active] < 1e10)]
@@ -195,8 +200,8 @@ def _newton(batch: _Batch, theta, weight, y, pinned, steps: int, least: float):
 
 
 def _step(theta, g, H, scale, damping, low, high):
-    """A Newton step [S, P] in coordinates scaled to unit sensitivity, and what it promises [S]."""
-    # A coordinate at its bound that wants to leave stays there.
+    """Computes a Newton step [S, P] in scaled coordinates, and its predicted gain [S]."""
+    # Coordinates at a bound with a gradient that points outwards do not move.
     stuck = ((theta <= low) & (g > 0)) | ((theta >= high) & (g < 0))
     g = np.where(stuck, 0.0, g)
     H = np.where(stuck[:, :, None] | stuck[:, None, :], 0.0, H)
@@ -210,12 +215,11 @@ def _step(theta, g, H, scale, damping, low, high):
 
 
 def starts(problem: Problem) -> np.ndarray:
-    """Starting points [S, P] by variable projection (Golub & Pereyra 1973).
+    """Computes starting points [S, P] by variable projection (Golub & Pereyra 1973).
 
-    For fixed slopes the law is linear in coefficients that cannot be negative. With weights 1/L
-    that least-squares problem approximates the one in ln L, and is solved exactly on a grid of
-    slopes by going through every set of coefficients that may be zero. Taken are the grid's local
-    minima and a few spread points.
+    At fixed slopes the law is linear in its non-negative coefficients. Least squares with weights
+    1/L approximates the problem in ln L. It is solved exactly on a grid of slopes by enumerating
+    the sets of non-zero coefficients. The starts are the grid's local minima and spread points.
     """
     columns, slopes = _grid_columns(problem)
     relative = np.ones(len(problem.y))
@@ -224,19 +228,19 @@ def starts(problem: Problem) -> np.ndarray:
     scaled = [c * np.exp(-problem.y) for c in columns]
     ssr, coefficients = _nonnegative(scaled, relative, problem.weight)
     picked = _pick(ssr, slopes)
-    floor = np.log(REVIVED) + problem.y.mean()
-    found = []
+    floor = np.log(REVIVED_SHARE) + problem.y.mean()
+    thetas = []
     for cell in picked:
         values = np.log(np.maximum([c[cell] for c in coefficients], np.exp(floor)))
         theta = [values[0]] if problem.law.floor == "free" else []
         for axis, value in enumerate(values[len(theta) :]):
             theta += [value, slopes[cell[axis]]]
-        found.append(theta)
-    return np.unique(np.array(found), axis=0)
+        thetas.append(theta)
+    return np.unique(np.array(thetas), axis=0)
 
 
 def _grid_columns(problem: Problem):
-    """Columns [g1, g2, R] of the linear problem, size-1 axes where constant; the grid of slopes."""
+    """Builds columns [g1, g2, R] of the linear problem (size 1 where constant), and the slopes."""
     rows = len(problem.y)
     terms = [X_Rxq[:, 1] for _, X_Rxq in problem.blocks if X_Rxq.shape[1] > 1]
     columns = [np.ones((1, 1, rows))] if problem.law.floor == "free" else []
@@ -248,9 +252,9 @@ def _grid_columns(problem: Problem):
 
 
 def _nonnegative(columns, target, weight):
-    """Non-negative least squares on every cell: SSR [g1, g2] and coefficients, one array a column.
+    """Solves non-negative least squares on every cell: SSR [g1, g2] and an array for each column.
 
-    Goes through all sets of columns that may be in use, seven for three.
+    Enumerates the non-empty subsets of the columns, seven for three.
     """
 
     def inner(a, b):
@@ -263,9 +267,9 @@ def _nonnegative(columns, target, weight):
     right = [(c * target) @ weight for c in columns]
     shape = np.broadcast_shapes(*(c.shape[:2] for c in columns))
     best = np.full(shape, np.inf)
-    kept = [np.zeros(shape) for _ in columns]
-    for used in range(1, 2**count):
-        index = [i for i in range(count) if used >> i & 1]
+    coefficients = [np.zeros(shape) for _ in columns]
+    for subset in range(1, 2**count):
+        index = [i for i in range(count) if subset >> i & 1]
         solved = _solve([[gram[min(i, j), max(i, j)] for j in index] for i in index],
                         [right[i] for i in index])  # fmt: skip
         with np.errstate(invalid="ignore"):
@@ -276,12 +280,12 @@ def _nonnegative(columns, target, weight):
         best = np.where(better, ssr, best)
         for i in range(count):
             value = solved[index.index(i)] if i in index else 0.0
-            kept[i] = np.where(better, value, kept[i])
-    return best, kept
+            coefficients[i] = np.where(better, value, coefficients[i])
+    return best, coefficients
 
 
 def _solve(matrix, right):
-    """Gaussian elimination of up to three equations, elementwise over grids."""
+    """Solves up to three equations by Gaussian elimination, elementwise over grids."""
     matrix, right = [list(row) for row in matrix], list(right)
     count = len(right)
     with np.errstate(all="ignore"):
@@ -292,13 +296,13 @@ def _solve(matrix, right):
                 right[j] = right[j] - factor * right[i]
         solved = [None] * count
         for i in reversed(range(count)):
-            rest = sum(matrix[i][j] * solved[j] for j in range(i + 1, count))
-            solved[i] = (right[i] - rest) / matrix[i][i]
+            substituted = sum(matrix[i][j] * solved[j] for j in range(i + 1, count))
+            solved[i] = (right[i] - substituted) / matrix[i][i]
     return solved
 
 
 def _pick(ssr: np.ndarray, slopes: np.ndarray) -> list[tuple]:
-    """Cells of the grid's local minima, best first, and of a few spread slopes."""
+    """Picks the cells of the grid's local minima, best first, and of some spread slopes."""
     padded = np.pad(ssr, 1, constant_values=np.inf)
     lowest = np.ones(ssr.shape, bool)
     for i in range(3):
@@ -307,35 +311,35 @@ def _pick(ssr: np.ndarray, slopes: np.ndarray) -> list[tuple]:
             lowest &= ssr <= near
     lowest &= np.isfinite(ssr)
     cells = sorted(zip(*np.nonzero(lowest), strict=True), key=lambda cell: ssr[cell])
-    cells = cells[: MAX_STARTS - len(SPREAD)]
-    for pair in SPREAD:
+    cells = cells[: MAX_STARTS - len(SPREAD_SLOPES)]
+    for pair in SPREAD_SLOPES:
         nearest = [int(np.abs(slopes - s).argmin()) for s in pair]
         cells.append(tuple(min(i, n - 1) for i, n in zip(nearest, ssr.shape, strict=True)))
     return cells
 
 
 def solve(problem: Problem, delta: float, theta_SxP: np.ndarray | None = None) -> Solution:
-    """The best minimum that any start leads to, at one delta.
+    """Finds the best minimum over all starts at one delta.
 
-    From wide to narrow: least squares first, then delta falls by tens, so that the many flat
-    stretches of a narrow Huber loss are met from nearby.
+    Least squares comes first, then delta falls by factors of 10: a narrow Huber loss has many flat
+    stretches, and is minimised from nearby.
     """
     theta = starts(problem) if theta_SxP is None else np.atleast_2d(theta_SxP)
     total = len(theta)
     counts = np.ones(total)
-    # Roughly first: most starts meet on the way, and one of those that met goes on. A start that is
-    # far behind by then would get there too, in three times as many steps.
+    # A rough descent merges most starts; only distinct minima continue. Finishing the starts that
+    # are far behind leads to the same minima and takes three times as many steps.
     theta, F = minimise(problem, theta, path(delta)[0], steps=ROUGH_STEPS, gain=ROUGH_GAIN)
     theta, _, counts = _distinct(theta, F, counts, ROUGH_SAME)
-    theta, counts = theta[:ROUGH_KEPT], counts[:ROUGH_KEPT]
+    theta, counts = theta[:ROUGH_MINIMA], counts[:ROUGH_MINIMA]
     for width in path(delta):
         theta, F = minimise(problem, theta, width)
-        theta, F, counts = _distinct(theta, F, counts, SAME)
+        theta, F, counts = _distinct(theta, F, counts, SAME_OBJECTIVE)
     return Solution(theta[0], float(F[0]), delta, total, int(counts[0]), theta, F)
 
 
 def path(delta: float) -> list[float]:
-    """Widths on the way down to delta, which is last."""
+    """Lists the decreasing widths from least squares to delta."""
     if not np.isfinite(delta):
         return [np.inf]
     wide = [w for w in (1e-2, 1e-3, 1e-4, 1e-5) if w > 2 * delta]
@@ -343,14 +347,14 @@ def path(delta: float) -> list[float]:
 
 
 def _distinct(theta, F, counts, same: float):
-    """Minima whose objectives differ by more than `same` of the best, best first, with counts."""
+    """Merges minima whose objectives differ by less than `same`: best first, with counts."""
     order = np.argsort(F)
-    kept: list[int] = []
-    total = []
+    distinct: list[int] = []
+    n_ends = []
     for i in order:
-        if kept and F[i] - F[kept[-1]] <= same * F[order[0]] + ZERO:
-            total[-1] += counts[i]
+        if distinct and F[i] - F[distinct[-1]] <= same * F[order[0]] + ROUNDING:
+            n_ends[-1] += counts[i]
         else:
-            kept.append(i)
-            total.append(counts[i])
-    return theta[kept], F[kept], np.array(total)
+            distinct.append(i)
+            n_ends.append(counts[i])
+    return theta[distinct], F[distinct], np.array(n_ends)

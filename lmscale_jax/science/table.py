@@ -1,7 +1,7 @@
-"""The table that every fit starts from: one row a run, checked before any number comes out of it.
+"""The validated table of runs that every fit uses.
 
 Columns: `n` parameters, `d` training tokens, `c` training FLOPs, `loss` nats/token, `weight`,
-`unique` tokens without repetition; and the texts `run_id`, `variant`, `seed`.
+`unique` distinct tokens; and the texts `run_id`, `variant`, `seed`.
 """
 
 import dataclasses
@@ -14,17 +14,19 @@ from lmscale_jax.errors import InputError
 
 NUMBERS = ("n", "d", "c", "loss", "weight", "unique")
 TEXTS = ("run_id", "variant", "seed")
-# FLOPs counted with attention and a large readout are some ten times 6 n d for the smallest
-# models; a slip of units is a thousand times and more.
-MAX_FLOPS_FACTOR = 100.0
+# For the smallest models FLOPs with attention and a large readout reach about ten times 6 n d; a
+# wrong unit makes a factor of a thousand or more.
+MAX_FLOPS_RATIO = 100.0
+# FLOPs per parameter and token: 2 forward, 4 backward (Kaplan et al. 2020).
+FLOPS_FACTOR = 6.0
 FLOPS_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Table:
-    """Checked columns of equal length R. `n`, `d` or `unique` is None where the table has none.
+    """Validated columns of equal length R; `n`, `d` and `unique` may be None.
 
-    `notes` are warnings, {code, message}, of what was left out or looks odd.
+    `notes` are warnings {code, message} about omitted rows and suspicious values.
     """
 
     loss: np.ndarray
@@ -44,7 +46,7 @@ class Table:
         return len(self.loss)
 
     def take(self, rows: np.ndarray) -> "Table":
-        """The rows of a mask or of indices, with the same notes."""
+        """Selects rows by a mask or by indices and keeps the notes."""
         arrays = {
             f.name: getattr(self, f.name)[rows]
             for f in dataclasses.fields(self)
@@ -53,7 +55,7 @@ class Table:
         return dataclasses.replace(self, **arrays)
 
     def arm(self, variant: str) -> "Table":
-        """The rows of one variant. Raises InputError where there are none."""
+        """Selects the rows of one variant. Raises InputError if there are none."""
         rows = self.variant == variant
         if not rows.any():
             names = ", ".join(sorted(set(self.variant)))
@@ -61,33 +63,46 @@ class Table:
         return self.take(rows)
 
     def variants(self) -> list[str]:
+        """Lists the variants in alphabetical order."""
         return sorted(set(self.variant))
 
+    @property
+    def flops_factor(self) -> float:
+        """Returns FLOPs per parameter and token: the median of c / (n d), or 6 without n or d."""
+        if self.n is None or self.d is None:
+            return FLOPS_FACTOR
+        return float(np.median(self.c / (self.n * self.d)))
+
+    def flops(self, n, d):
+        """Estimates the FLOPs of runs with n parameters and d tokens by the table's own factor."""
+        return n * d * self.flops_factor
+
     def column(self, name: str) -> np.ndarray:
-        """A column that a law needs. Raises InputError where the table has none."""
+        """Returns a column that a law needs. Raises InputError if the table lacks it."""
         values = getattr(self, name)
         if values is None:
             raise InputError(
-                f"column {name!r} is missing in {self.name}; --columns={name}:NAME says which it is"
+                f"column {name!r} is missing in {self.name}; map it with --columns={name}:NAME"
             )
         return values
 
 
 def warning(code: str, message: str) -> dict:
+    """Builds one warning of a table or a fit."""
     return {"code": code, "message": message}
 
 
 def as_table(source, points: str = "final", skip: float = 0.0, name: str = "table") -> Table:
-    """A Table from a Table, a mapping of columns, or a sequence of mappings, one a row.
+    """Builds a Table from a Table, a mapping of columns, or a sequence of rows (mappings).
 
     Args:
         source: see above; unknown columns are ignored.
-        points: "final" keeps the last row of every run; "curve" keeps all of them.
-        skip: with "curve", per cent of every run's rows left out at its start.
+        points: "final" keeps the last row of each run, "curve" keeps all rows.
+        skip: with "curve", the percentage of rows to omit at the start of each run.
 
     Raises:
-        InputError: a column is missing or has another length, a value is zero or negative, units
-            disagree (`c` against 6 n d), or too few rows are left.
+        InputError: a column is missing or differs in length, a value is not positive, `c` and
+            6 n d disagree in units, or no row remains.
     """
     if isinstance(source, Table):
         return source
@@ -128,13 +143,11 @@ def _number(value) -> bool:
 
 def _check_shape(columns: dict, name: str) -> None:
     if "loss" not in columns:
-        raise InputError(
-            f"column 'loss' is missing in {name}; --columns=loss:NAME says which column it is"
-        )
+        raise InputError(f"column 'loss' is missing in {name}; map it with --columns=loss:NAME")
     if "c" not in columns and not {"n", "d"} <= set(columns):
         lacks = "n" if "n" not in columns else "d"
         raise InputError(
-            f"column {lacks!r} is missing in {name}; --columns={lacks}:NAME says which column it is"
+            f"column {lacks!r} is missing in {name}; map it with --columns={lacks}:NAME"
         )
     lengths = {k: len(v) for k, v in columns.items()}
     if len(set(lengths.values())) > 1:
@@ -145,68 +158,71 @@ def _check_shape(columns: dict, name: str) -> None:
 
 
 def _keep_points(columns: dict, points: str, skip: float, notes: list) -> dict:
-    """The last row of every run, or all rows but the first `skip` per cent of each."""
+    """Selects the last row of each run, or all rows after the first `skip` per cent."""
     if points not in ("final", "curve"):
-        raise InputError(f"--points={points} is unknown; final or curve would work")
+        raise InputError(f"--points={points} is unknown; use final or curve")
     if not 0.0 <= skip < 100.0:
-        raise InputError(f"--skip={skip} must be a percentage from 0 to below 100; 10 would work")
+        raise InputError(f"--skip={skip} must be a percentage from 0 to below 100; use 10")
     progress = columns.get("d", columns.get("c"))
-    groups = _groups(columns["run_id"])
+    groups = _group_rows(columns["run_id"])
     longest = max((len(rows) for rows in groups), default=1)
     if points == "curve":
-        kept = [rows[int(len(rows) * skip / 100) :] for rows in groups]
+        rows_by_run = [rows[int(len(rows) * skip / 100) :] for rows in groups]
         if longest > 1:
             notes.append(
                 warning(
                     "curve_points",
-                    f"{len(progress)} curve points of {len(groups)} runs are not {len(progress)} "
-                    "data: intervals resample whole runs, and losses before the learning rate has "
-                    "come down measure the schedule too; --points=final uses one point a run",
+                    f"{len(progress)} curve points of {len(groups)} runs are not independent: "
+                    "intervals resample whole runs, and losses before the learning rate has "
+                    "decayed depend on the schedule too; --points=final uses one point per run",
                 )
             )
     else:
-        kept = [[max(rows, key=lambda i: (np.nan_to_num(progress[i]), i))] for rows in groups]
+        progress = np.nan_to_num(progress)
+        rows_by_run = [[max(rows, key=lambda i: (progress[i], i))] for rows in groups]
         if longest > 1:
             notes.append(
                 warning(
                     "final_points",
-                    f"the last of up to {longest} rows of each of {len(groups)} runs is used; "
+                    f"only the last of up to {longest} rows of each of {len(groups)} runs is used; "
                     "--points=curve uses all rows",
                 )
             )
-    rows = np.sort(np.concatenate([np.asarray(k, int) for k in kept])) if kept else []
+    rows = np.array(sorted(i for run_rows in rows_by_run for i in run_rows), int)
     return {k: v[rows] for k, v in columns.items()}
 
 
-def _groups(labels: np.ndarray) -> list[list[int]]:
-    found: dict = {}
+def _group_rows(labels: np.ndarray) -> list[list[int]]:
+    """Groups row numbers by label, in order of first appearance."""
+    rows_by_label: dict = {}
     for i, label in enumerate(labels):
-        found.setdefault(label, []).append(i)
-    return list(found.values())
+        rows_by_label.setdefault(label, []).append(i)
+    return list(rows_by_label.values())
 
 
 def _drop_missing(columns: dict, name: str, notes: list) -> dict:
-    """Leaves out rows that hold NaN or infinity, by name."""
+    """Omits rows with a missing or non-finite number and names them in a note."""
     numbers = [v for k, v in columns.items() if k in NUMBERS]
     good = np.all([np.isfinite(v) for v in numbers], axis=0)
     if not good.all():
-        who = _some(columns["run_id"][~good])
+        names = _first_names(columns["run_id"][~good])
         notes.append(
             warning(
                 "dropped_rows",
-                f"{int((~good).sum())} of {len(good)} rows left out because a value is missing, "
-                f"NaN or infinite: {who}; a diverged run is no measurement of the law",
+                f"{int((~good).sum())} of {len(good)} rows are omitted because a value is missing, "
+                f"NaN or infinite: {names}; a diverged run does not measure the law",
             )
         )
     if not good.any():
-        raise InputError(f"{name} has no row in which every value is finite")
+        raise InputError(f"{name} has no row in which every value is finite; check n, d and loss")
     return {k: v[good] for k, v in columns.items()}
 
 
-def _some(names: np.ndarray, most: int = 4) -> str:
+def _first_names(names: np.ndarray, count: int = 4) -> str:
+    """Joins the first distinct names and counts the others."""
     distinct = list(dict.fromkeys(str(n) for n in names))
-    more = f" and {len(distinct) - most} more" if len(distinct) > most else ""
-    return ", ".join(distinct[:most]) + more
+    suffix = f" and {len(distinct) - count} more" if len(distinct) > count else ""
+    return ", ".join(distinct[:count]) + suffix
 
 
 def _check_signs(columns: dict, name: str) -> None:
@@ -215,34 +231,34 @@ def _check_signs(columns: dict, name: str) -> None:
             i = int(np.argmax(columns[key] <= 0))
             raise InputError(
                 f"column {key!r} of {name} is {columns[key][i]:g} at {columns['run_id'][i]!r}; "
-                "it must be positive, as the law takes its logarithm (delete the row if it failed)"
+                "it must be positive because the law takes its logarithm; delete a failed row"
             )
 
 
 def _drop_copies(columns: dict, notes: list) -> dict:
-    """Leaves out runs whose every number equals another run's of the same variant."""
+    """Omits runs whose numbers all equal those of another run of the same variant."""
     keys = [k for k in ("n", "d", "c", "loss") if k in columns]
-    groups, seen, copies = _groups(columns["run_id"]), {}, []
+    groups, first_run, copies = _group_rows(columns["run_id"]), {}, []
     for rows in groups:
         variant = columns["variant"][rows[0]] if "variant" in columns else ""
         content = (variant, np.stack([columns[k][rows] for k in keys]).tobytes())
-        if content in seen:
-            copies.append((rows, seen[content]))
+        if content in first_run:
+            copies.append((rows, first_run[content]))
         else:
-            seen[content] = columns["run_id"][rows[0]]
+            first_run[content] = columns["run_id"][rows[0]]
     if not copies:
         return columns
-    kept = np.ones(len(columns["loss"]), bool)
-    kept[[i for rows, _ in copies for i in rows]] = False
+    retained = np.ones(len(columns["loss"]), bool)
+    retained[[i for rows, _ in copies for i in rows]] = False
     first, original = copies[0]
     notes.append(
         warning(
             "duplicate_runs",
-            f"{len(copies)} runs equal another in every number and are left out, first "
-            f"{columns['run_id'][first[0]]!r}, a copy of {original!r}; two seeds never agree so",
+            f"{len(copies)} runs equal another in every number and are omitted, first "
+            f"{columns['run_id'][first[0]]!r}, a copy of {original!r}; two seeds always differ",
         )
     )
-    return {k: v[kept] for k, v in columns.items()}
+    return {k: v[retained] for k, v in columns.items()}
 
 
 def _finish(columns: dict, notes: list, name: str, points: str) -> Table:
@@ -250,7 +266,7 @@ def _finish(columns: dict, notes: list, name: str, points: str) -> Table:
     n, d = columns.get("n"), columns.get("d")
     c = columns.get("c")
     if c is None:
-        c = 6.0 * n * d
+        c = FLOPS_FACTOR * n * d
     elif n is not None and d is not None:
         notes += _check_units(n, d, c, columns["run_id"], name)
     notes += _copied_arms(columns, c)
@@ -272,13 +288,13 @@ def _finish(columns: dict, notes: list, name: str, points: str) -> Table:
 
 
 def _check_units(n, d, c, run_id, name: str) -> list[dict]:
-    ratio = c / (6.0 * n * d)
+    ratio = c / (FLOPS_FACTOR * n * d)
     worst = int(np.argmax(np.abs(np.log(ratio))))
-    if not 1 / MAX_FLOPS_FACTOR < ratio[worst] < MAX_FLOPS_FACTOR:
+    if not 1 / MAX_FLOPS_RATIO < ratio[worst] < MAX_FLOPS_RATIO:
         raise InputError(
             f"column 'c' of {name} is {c[worst]:.3g} at {run_id[worst]!r}, {ratio[worst]:.3g} "
             "times 6 n d; are n or d in millions or billions? They must be numbers of parameters "
-            "and tokens, c FLOPs (or leave c out with --columns=c:)"
+            "and tokens, c FLOPs (or ignore c with --columns=c:)"
         )
     if np.abs(ratio - 1).max() <= FLOPS_TOLERANCE:
         return []
@@ -287,27 +303,27 @@ def _check_units(n, d, c, run_id, name: str) -> list[dict]:
             "flops_convention",
             f"c is {ratio.min():.3g} to {ratio.max():.3g} times 6 n d: n and c follow different "
             "conventions, so exponents in n and in c cannot be converted into each other; "
-            "--columns=c: leaves c out and takes 6 n d",
+            "--columns=c: ignores c and uses 6 n d",
         )
     ]
 
 
 def _copied_arms(columns: dict, c: np.ndarray) -> list[dict]:
-    """A warning where two variants share a measurement to the last digit."""
+    """Warns if two variants share a measurement to the last digit."""
     if "variant" not in columns:
         return []
-    seen: dict = {}
+    first_row: dict = {}
     shared = []
     for i, variant in enumerate(columns["variant"]):
-        other = seen.setdefault((c[i], columns["loss"][i]), (variant, columns["run_id"][i]))
-        if other[0] != variant:
-            shared.append((columns["run_id"][i], other[1]))
+        earlier = first_row.setdefault((c[i], columns["loss"][i]), (variant, columns["run_id"][i]))
+        if earlier[0] != variant:
+            shared.append((columns["run_id"][i], earlier[1]))
     if not shared:
         return []
     return [
         warning(
             "copied_runs",
             f"{len(shared)} runs have the FLOPs and the loss of a run of another variant, first "
-            f"{shared[0][0]!r} and {shared[0][1]!r}: one of the two was copied; train it anew",
+            f"{shared[0][0]!r} and {shared[0][1]!r}: one of the two is a copy; train it anew",
         )
     ]
