@@ -1,6 +1,6 @@
 """Turns text into token shards.
 
-python -m lmscale_jax.prepare --config=C                      fills the cache that training reads
+python -m lmscale_jax.prepare --config=C                      prepares into the cache of training
 python -m lmscale_jax.prepare --source=text --path='corpus/*.txt' --tokenizer=bpe --out=D
 """
 
@@ -12,10 +12,10 @@ from lmscale_jax import command
 from lmscale_jax.errors import InputError
 
 CONFIG = command.config_flag(required=False, default="configs/base.py")
-SOURCE = flags.DEFINE_string("source", None, "in place of config.data.source")
-PATH = flags.DEFINE_string("path", None, "in place of config.data.path")
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "in place of config.data.tokenizer")
-OUT = flags.DEFINE_string("out", None, "new or empty directory; without it, the cache")
+SOURCE = flags.DEFINE_string("source", None, "replaces config.data.source")
+PATH = flags.DEFINE_string("path", None, "replaces config.data.path")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "replaces config.data.tokenizer")
+OUT = flags.DEFINE_string("out", None, "new or empty directory; default: the cache")
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
             config.data[name] = flag.value
     config = resolve(config)
     if OUT.value == "":
-        raise InputError("--out='' names no directory; --out=shards would work")
+        raise InputError("--out='' names no directory; use for example --out=shards")
     if OUT.value:
         data = prepared.prepare_to(config.data, Path(OUT.value))
     else:

@@ -42,23 +42,25 @@ def test_shares_are_exact_and_rows_of_a_part_are_counted(weights):
         np.concatenate(x) for x in zip(*(mixture.rows(t, 7) for t in range(500)), strict=True)
     )
     for start in range(0, 3000, 1000):
-        found = np.bincount(part[start : start + 1000], minlength=len(weights))
-        np.testing.assert_allclose(found, 1000 * np.array(weights) / sum(weights), atol=1)
-    for one in range(len(weights)):
+        counts = np.bincount(part[start : start + 1000], minlength=len(weights))
+        np.testing.assert_allclose(counts, 1000 * np.array(weights) / sum(weights), atol=1)
+    for index in range(len(weights)):
         # Each row of a part comes once, and in its order.
         assert np.array_equal(
-            np.sort(row[part == one])[:500], np.arange(500)[: (part == one).sum()]
+            np.sort(row[part == index])[:500], np.arange(500)[: (part == index).sum()]
         )
     assert len(weights) > 1 or np.array_equal(row, np.arange(3500))
 
 
 def test_one_part_alone_is_the_order_of_the_seed(folders):
-    whole = prepared.open_directory(folders / "low", folders)
-    batches = TrainBatches(whole, 16, 4, seed=3)
+    prepared_data = prepared.open_directory(folders / "low", folders)
+    batches = TrainBatches(prepared_data, 16, 4, seed=3)
     order = Order(batches.n_windows, 3)
     for step in (0, 5, 1000):
         starts = order.indices(step, 4) * 16
-        assert np.array_equal(batches.at(step).tokens_BxT, whole.train.gather(starts, 17)[:, :-1])
+        assert np.array_equal(
+            batches.at(step).tokens_BxT, prepared_data.train.gather(starts, 17)[:, :-1]
+        )
 
 
 def test_windows_come_from_both_by_weight(folders):
@@ -71,21 +73,24 @@ def test_windows_come_from_both_by_weight(folders):
     assert mixed.val.n_tokens == low.val.n_tokens + other.val.n_tokens
     windows = (low.train.n_tokens - 1) // 16
     assert batches.epochs(100) == pytest.approx(750 / windows)
-    again = prepared.prepare(data_of(folders, f"{folders / 'low'}=1,{folders / 'high'}=1"))
-    assert again.fingerprint != mixed.fingerprint and again.val_fingerprint == mixed.val_fingerprint
+    reweighted = prepared.prepare(data_of(folders, f"{folders / 'low'}=1,{folders / 'high'}=1"))
+    assert (
+        reweighted.fingerprint != mixed.fingerprint
+        and reweighted.val_fingerprint == mixed.val_fingerprint
+    )
     rows = TrainBatches(mixed, 16, 10, seed=0, rows=slice(2, 5))
     assert np.array_equal(rows.at(7).tokens_BxT, batches.at(7).tokens_BxT[2:5])
 
 
 def test_what_is_no_mixture_is_refused(folders):
-    for path, said in (
+    for path, message in (
         (f"{folders / 'low'}=0,{folders / 'high'}", "no directory with a positive weight"),
         (f"{folders / 'low'}=x,{folders / 'high'}", "no directory with a positive weight"),
         (f"{folders / 'low'}", "two parts or more"),
         (f"{folders / 'low'},{folders / 'other'}", "another tokenizer"),
         (f"{folders / 'low'},{folders / 'nowhere'}", "not a manifest"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             prepared.prepare(data_of(folders, path))
 
 

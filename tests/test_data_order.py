@@ -11,8 +11,8 @@ SIZES = [*range(1, 40), 63, 64, 65, 100, 255, 256, 257, 1000, 4095, 4097]
 @pytest.mark.parametrize("n_windows", SIZES)
 def test_every_epoch_shows_every_window_once(n_windows):
     for seed in (0, 1, 2**63 + 5):
-        seen = Order(n_windows, seed).indices(0, 3 * n_windows).reshape(3, n_windows)
-        assert (np.sort(seen, axis=1) == np.arange(n_windows)).all()
+        windows_ExW = Order(n_windows, seed).indices(0, 3 * n_windows).reshape(3, n_windows)
+        assert (np.sort(windows_ExW, axis=1) == np.arange(n_windows)).all()
 
 
 def test_batches_are_pieces_of_one_stream_whatever_their_size():

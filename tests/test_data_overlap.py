@@ -22,7 +22,7 @@ def test_shared_runs_are_counted(tmp_path, length, chunk, monkeypatch):
     chance = np.random.default_rng(length)
     train, val = (chance.integers(0, 7, n) for n in (400, 250))
     val[40:60] = train[100:120]
-    found = overlap.measure(
+    result = overlap.measure(
         written(tmp_path, train, "train"), written(tmp_path, val, "val"), length, 0
     )
 
@@ -30,19 +30,19 @@ def test_shared_runs_are_counted(tmp_path, length, chunk, monkeypatch):
         each = [tuple(tokens[i : i + length]) for i in range(len(tokens) - length + 1)]
         return [(i, run) for i, run in enumerate(each) if 0 not in run]
 
-    there = {run for _, run in runs(train)}
-    shared = [i for i, run in runs(val) if run in there]
-    assert found["runs"] == len(runs(val))
-    assert found["shared"] == pytest.approx(len(shared) / len(runs(val)))
+    train_runs = {run for _, run in runs(train)}
+    shared = [i for i, run in runs(val) if run in train_runs]
+    assert result["runs"] == len(runs(val))
+    assert result["shared"] == pytest.approx(len(shared) / len(runs(val)))
     covered = {i + j for i in shared for j in range(length)}
-    assert found["tokens"] == pytest.approx(len(covered) / len(val))
+    assert result["tokens"] == pytest.approx(len(covered) / len(val))
 
 
 def test_no_run_fits(tmp_path):
-    found = overlap.measure(
+    result = overlap.measure(
         written(tmp_path, [1, 2], "train"), written(tmp_path, [3, 0, 4], "val"), 2, 0
     )
-    assert found == {"length": 2, "runs": 0, "shared": 0.0, "tokens": 0.0}
+    assert result == {"length": 2, "runs": 0, "shared": 0.0, "tokens": 0.0}
 
 
 def test_preparing_reports_it(tmp_path):
@@ -52,6 +52,6 @@ def test_preparing_reports_it(tmp_path):
     data.source, data.path, data.document = "text", str(tmp_path / "a.txt"), "paragraph"
     data.tokenizer, data.cache, data.overlap = "bytes", str(tmp_path / "cache"), 20
     lines = []
-    found = prepared.prepare(data, log=lines.append)
-    assert 0.5 < found.manifest["overlap"]["shared"] < 1
-    assert any("runs of 20 tokens" in line for line in lines)
+    data = prepared.prepare(data, log=lines.append)
+    assert 0.5 < data.manifest["overlap"]["shared"] < 1
+    assert any("validation runs of 20 tokens" in line for line in lines)

@@ -54,13 +54,13 @@ def test_batches_depend_on_seed_and_step_alone(data):
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_hosts_add_up_to_the_whole(data, hosts):
-    whole = TrainBatches(data, 8, 16, seed=0).at(9)
+    all_rows = TrainBatches(data, 8, 16, seed=0).at(9)
     cuts = [slice(h * 16 // hosts, (h + 1) * 16 // hosts) for h in range(hosts)]
     parts = [TrainBatches(data, 8, 16, 0, rows).at(9) for rows in cuts]
-    assert (np.concatenate([part.tokens_BxT for part in parts]) == whole.tokens_BxT).all()
-    whole = list(val_batches(data, 8, 16, 0))
+    assert (np.concatenate([part.tokens_BxT for part in parts]) == all_rows.tokens_BxT).all()
+    all_rows = list(val_batches(data, 8, 16, 0))
     parts = [list(val_batches(data, 8, 16, 0, rows)) for rows in cuts]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(all_rows):
         joined = np.concatenate([part[step].targets_BxT for part in parts])
         assert (joined == batch.targets_BxT).all()
 
@@ -79,10 +79,10 @@ def test_validation_labels_are_the_same_for_every_shape(
     labels = []
     for tokens_BxT, targets_BxT in val_batches(data, seq_len, batch_size, n_tokens):
         assert tokens_BxT.shape == targets_BxT.shape == (batch_size, seq_len)
-        there = targets_BxT != NO_LABEL
-        assert there.any()
-        assert (targets_BxT[there] == tokens_BxT[there] + 1).all()
-        labels.append(targets_BxT[there])
+        labelled = targets_BxT != NO_LABEL
+        assert labelled.any()
+        assert (targets_BxT[labelled] == tokens_BxT[labelled] + 1).all()
+        labels.append(targets_BxT[labelled])
     assert np.concatenate(labels).tolist() == list(range(1, expected + 1))
 
 
@@ -93,22 +93,22 @@ def test_validation_needs_two_tokens(data):
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_prefetch_is_in_order_and_reads_no_further_than_depth(depth):
-    asked = []
-    ahead = prefetch(lambda step: asked.append(step) or step, 3, 20, depth)
+    steps_read = []
+    ahead = prefetch(lambda step: steps_read.append(step) or step, 3, 20, depth)
     assert [next(ahead) for _ in range(4)] == [3, 4, 5, 6]
     time.sleep(0.05)
-    assert asked == list(range(3, 7 + depth))
+    assert steps_read == list(range(3, 7 + depth))
     assert list(ahead) == list(range(7, 20))
     assert list(prefetch(lambda step: step, 5, 5)) == []
 
 
 def test_prefetch_raises_where_the_reader_failed():
-    def at(step):
+    def read_batch(step):
         if step == 4:
             raise OSError("disk is gone")
         return step
 
-    ahead = prefetch(at, 2, 10)
+    ahead = prefetch(read_batch, 2, 10)
     assert [next(ahead), next(ahead)] == [2, 3]
     with pytest.raises(OSError, match="disk is gone"):
         next(ahead)

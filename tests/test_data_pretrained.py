@@ -23,15 +23,15 @@ def library():
     """A byte-level BPE of the tokenizers library, with special and other added tokens."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    made.train_from_iterator(CORPUS, trainer)
-    made.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
-    made.add_tokens([AddedToken("    ", normalized=False)])
-    return made
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken("    ", normalized=False)])
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_ids_are_the_library_s_own_and_lose_nothing(library, folder):
 def test_saved_and_read_again_it_is_the_same(folder, tmp_path):
     ours = pretrained.load(folder)
     ours.save(tmp_path)
-    again = tokenizers.load(tmp_path)
-    assert again.fingerprint == ours.fingerprint and again.boundary == ours.boundary
-    assert again.encode_batch(CORPUS)[0].tolist() == ours.encode_batch(CORPUS)[0].tolist()
+    loaded = tokenizers.load(tmp_path)
+    assert loaded.fingerprint == ours.fingerprint and loaded.boundary == ours.boundary
+    assert loaded.encode_batch(CORPUS)[0].tolist() == ours.encode_batch(CORPUS)[0].tolist()
 
 
 def test_the_older_two_files_are_read_too(library, folder, tmp_path):
@@ -100,11 +100,11 @@ def spaced(tmp_path_factory):
     from tokenizers import Tokenizer, models, trainers
 
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=pieces, show_progress=False)
     texts = [word for text in CORPUS for word in text.replace(" ", " \u2581").split(" ")]
-    made.train_from_iterator(texts, trainer)
-    library = json.loads(made.to_str())
+    tokenizer.train_from_iterator(texts, trainer)
+    library = json.loads(tokenizer.to_str())
     library["added_tokens"] = [t for t in library["added_tokens"] if t["id"] < 3]
     library["normalizer"] = {"type": "Sequence", "normalizers": pretrained._NORMALIZED}
     path = tmp_path_factory.mktemp("spaced")
@@ -152,19 +152,19 @@ def test_other_kinds_are_refused_by_name(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="holds no readable tokenizer"):
         pretrained.load(tmp_path)
-    whole = json.loads((folder / "tokenizer.json").read_text())
-    for change, said in (
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    for change, message in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, r"BPE tokenizer \(Whitespace\)"),
         ({"normalizer": {"type": "NFC"}}, "changes the text before"),
     ):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(whole | change))
-        with pytest.raises(InputError, match=said):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(definition | change))
+        with pytest.raises(InputError, match=message):
             pretrained.load(tmp_path)
-    other = whole | {"model": whole["model"] | {"byte_fallback": True}}
+    other = definition | {"model": definition["model"] | {"byte_fallback": True}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(InputError, match="in a way that loses something"):
         pretrained.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     with pytest.raises(InputError, match="no entry '<s>'"):
         pretrained.load(tmp_path)

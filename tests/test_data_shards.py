@@ -89,15 +89,15 @@ def header(*numbers):
 
 BAD = {
     "missing": (None, "no such shard"),
-    "empty": (b"", "no header where 20240520"),
-    "wrong magic": (header(20240521, 1, 1) + b"\0\0", "magic 20240521 where 20240520"),
+    "empty": (b"", "no header instead of 20240520"),
+    "wrong magic": (header(20240521, 1, 1) + b"\0\0", "magic 20240521 instead of 20240520"),
     "text": (b"Once upon a time" * 100, "not a token shard"),
     "short header": (header(20240520, 1, 1)[:500], "not a token shard"),
     "version": (header(20240520, 3, 1) + b"\0\0", "version 3"),
-    "truncated": (header(20240520, 1, 9) + b"\0" * 16, "promises 9 tokens and the body holds 8"),
-    "odd": (header(20240520, 1, 9) + b"\0" * 17, "promises 9 tokens and the body holds 8"),
-    "too long": (header(20240520, 1, 7) + b"\0" * 16, "promises 7 tokens and the body holds 8"),
-    "no tokens": (header(20240520, 1, 0), "promises 0 tokens"),
+    "truncated": (header(20240520, 1, 9) + b"\0" * 16, "says 9 tokens and the file has 8"),
+    "odd": (header(20240520, 1, 9) + b"\0" * 17, "says 9 tokens and the file has 8"),
+    "too long": (header(20240520, 1, 7) + b"\0" * 16, "says 7 tokens and the file has 8"),
+    "no tokens": (header(20240520, 1, 0), "says 0 tokens"),
 }
 
 

@@ -29,10 +29,10 @@ def documents(**keys):
 def test_documents_joined_are_the_file(tmp_path, document, count, text):
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    found = documents(source="text", path=str(path), document=document)
-    assert "".join(found) == text
+    texts = documents(source="text", path=str(path), document=document)
+    assert "".join(texts) == text
     if text == TEXT:
-        assert len(found) == count
+        assert len(texts) == count
 
 
 def test_paths_may_be_files_directories_globs_and_lists(tmp_path):
@@ -121,5 +121,5 @@ def test_bad_input_is_one_line_that_names_the_place(tmp_path, case):
 def test_nothing_found_names_the_item(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(InputError, match=r"data\.path='.*': no text file there; give"):
+    with pytest.raises(InputError, match=r"data\.path='.*': no text file there; name"):
         documents(source="text", path=path)

@@ -53,7 +53,7 @@ def tfds_folder(path):
 
 
 @functools.cache
-def made(folder, kind: str) -> dict:
+def written_dataset(folder, kind: str) -> dict:
     """The overrides that name a dataset of that kind, written under the folder."""
     path, values = folder / kind.replace(" ", "_"), texts()
     match kind:
@@ -79,9 +79,9 @@ def made(folder, kind: str) -> dict:
             datasets.Dataset.from_dict({"body": values}).save_to_disk(str(path))
             return {"data.source": "hf", "data.path": str(path), "data.field": "body"}
         case "saved splits":
-            whole = datasets.Dataset.from_dict({"text": values})
-            other = datasets.Dataset.from_dict({"text": ["another"]})
-            datasets.DatasetDict({"part": whole, "rest": other}).save_to_disk(str(path))
+            rows = datasets.Dataset.from_dict({"text": values})
+            another = datasets.Dataset.from_dict({"text": ["another"]})
+            datasets.DatasetDict({"part": rows, "rest": another}).save_to_disk(str(path))
             return {"data.source": "hf", "data.path": str(path), "data.rows": "part"}
         case "directory":
             write_parquet(path / "train-0.parquet", values)
@@ -113,19 +113,21 @@ def data_of(overrides: dict, cache="unused"):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_are_those_that_were_written(kind, folder, tmp_path):
-    data = data_of(made(folder, kind), tmp_path)
+    data = data_of(written_dataset(folder, kind), tmp_path)
     plain = presets.plain(data, tmp_path)
-    found = list(sources.documents(plain))
+    documents = list(sources.documents(plain))
     # TFDS shuffles what it writes.
-    assert (sorted(found) if kind == "tfds" else found) == (
+    assert (sorted(documents) if kind == "tfds" else documents) == (
         sorted(texts()) if kind == "tfds" else texts()
     )
     if kind != "a copy of a corpus":
         data.limit = 7
-        assert list(sources.documents(data)) == found[:7]
-    tokens = prepared.prepare(data_of(made(folder, kind), tmp_path), log=lambda line: None)
-    again = prepared.prepare(data_of(made(folder, kind), tmp_path), log=pytest.fail)
-    assert again.fingerprint == tokens.fingerprint
+        assert list(sources.documents(data)) == documents[:7]
+    tokens = prepared.prepare(
+        data_of(written_dataset(folder, kind), tmp_path), log=lambda line: None
+    )
+    reopened = prepared.prepare(data_of(written_dataset(folder, kind), tmp_path), log=pytest.fail)
+    assert reopened.fingerprint == tokens.fingerprint
     assert tokens.train.n_tokens + tokens.val.n_tokens == 300 + sum(
         len(t.encode()) for t in texts()
     )
@@ -134,51 +136,54 @@ def test_documents_are_those_that_were_written(kind, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "bin"])
 def test_a_run_trains_from_it(kind, folder, train, tmp_path):
-    named = {k.replace(".", "__"): v for k, v in made(folder, kind).items()}
+    named = {k.replace(".", "__"): v for k, v in written_dataset(folder, kind).items()}
     status, _, err = finish(train(tmp_path / "run", **named, train__steps=4, eval__every=0))
     assert status == 0, err
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "finished" and 0 <= record["throughput"]["data_wait"] <= 1
 
 
-def refused(data, said):
-    with pytest.raises(InputError, match=said) as caught:
+def refused(data, message):
+    with pytest.raises(InputError, match=message) as caught:
         prepared.prepare(data, log=lambda line: None)
     assert "\n" not in str(caught.value)
 
 
 def test_bad_tables_are_refused_in_one_line(folder, tmp_path):
-    whole = made(folder, "parquet")
-    refused(data_of(whole | {"data.field": "body"}, tmp_path), "no field 'body'.*text, id")
-    refused(data_of(made(folder, "saved") | {"data.field": "x"}, tmp_path), "no field 'x'.*body")
+    overrides = written_dataset(folder, "parquet")
+    refused(data_of(overrides | {"data.field": "body"}, tmp_path), "no field 'body'.*text, id")
     refused(
-        data_of(made(folder, "saved splits") | {"data.rows": "train"}, tmp_path),
+        data_of(written_dataset(folder, "saved") | {"data.field": "x"}, tmp_path),
+        "no field 'x'.*body",
+    )
+    refused(
+        data_of(written_dataset(folder, "saved splits") | {"data.rows": "train"}, tmp_path),
         "rows='train'.*part, rest",
     )
-    refused(data_of(made(folder, "directory") | {"data.rows": "no"}, tmp_path), "no")
+    refused(data_of(written_dataset(folder, "directory") | {"data.rows": "no"}, tmp_path), "no")
     broken = tmp_path / "broken" / "a.parquet"
     broken.parent.mkdir()
     source = (folder / "parquet" / "a.parquet").read_bytes()
     for damaged in (source[: len(source) // 2], b"PAR1" + bytes(100) + b"PAR1", b""):
         broken.write_bytes(damaged)
         refused(
-            data_of(whole | {"data.path": str(broken)}, tmp_path), "not a readable Parquet file"
+            data_of(overrides | {"data.path": str(broken)}, tmp_path), "not a readable Parquet file"
         )
     empty = tmp_path / "empty" / "a.parquet"
     write_parquet(empty, ["", None, ""])
-    refused(data_of(whole | {"data.path": str(empty)}, tmp_path), "no text there")
+    refused(data_of(overrides | {"data.path": str(empty)}, tmp_path), "no text there")
     numbers = tmp_path / "numbers" / "a.parquet"
     write_parquet(numbers, [1, 2])
-    refused(data_of(whole | {"data.path": str(numbers)}, tmp_path), "holds int, not text")
+    refused(data_of(overrides | {"data.path": str(numbers)}, tmp_path), "holds int, not text")
 
 
 def test_no_hub_and_no_tfds(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    said = r"(the hub cannot be reached|log in).*directory that holds a copy"
-    refused(data_of({"data.source": "fineweb_edu"}, tmp_path), said)
-    refused(data_of({"data.source": "hf", "data.path": "nobody/nothing"}, tmp_path), said)
+    message = r"(the hub cannot be reached|log in).*directory that holds a copy"
+    refused(data_of({"data.source": "fineweb_edu"}, tmp_path), message)
+    refused(data_of({"data.source": "hf", "data.path": "nobody/nothing"}, tmp_path), message)
     pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
     bad = {"data.source": "tfds", "data.path": "no_such_set", "data.directory": str(tmp_path)}
     refused(data_of(bad, tmp_path), "no TFDS dataset to read.*download_and_prepare")
@@ -187,7 +192,7 @@ def test_no_hub_and_no_tfds(tmp_path, monkeypatch):
 def test_shards_in_tokens(tmp_path, monkeypatch):
     """fineweb10B_gpt2: what is there is used, what is not is fetched, a failure is one line."""
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    asked = []
+    downloads = []
 
     def write(path, n=3000):
         header = np.zeros(256, "<i4")
@@ -198,17 +203,17 @@ def test_shards_in_tokens(tmp_path, monkeypatch):
 
     def download(repo, name, repo_type, local_dir):
         assert (repo, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
-        asked.append(name)
+        downloads.append(name)
         write(local_dir / name)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     data = data_of({"data.source": "fineweb10B_gpt2", "data.shards": 2}, tmp_path)
-    found = prepared.prepare(data, log=lambda line: None)
+    shards_data = prepared.prepare(data, log=lambda line: None)
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
-    assert asked == names and found.vocab_size == 50_257
-    assert (found.train.n_tokens, found.val.n_tokens) == (6000, 3000)
+    assert downloads == names and shards_data.vocab_size == 50_257
+    assert (shards_data.train.n_tokens, shards_data.val.n_tokens) == (6000, 3000)
     prepared.prepare(data, log=lambda line: None)
-    assert asked == names
+    assert downloads == names
     refused(data_of({"data.source": "fineweb10B_gpt2", "data.path": str(tmp_path)}, tmp_path),
             "has no fineweb_val_000000.bin")  # fmt: skip
 
@@ -231,22 +236,23 @@ def test_a_published_tokenizer_by_name(folder, tmp_path, monkeypatch):
     )
     library.train_from_iterator(texts(), trainer)
     library.add_special_tokens(["<|endoftext|>"])
-    asked = []
+    downloads = []
 
-    def download(repo, name, local_dir):
-        asked.append((repo, name))
+    def download(repo, name, repo_type, local_dir):
+        assert repo_type == "model"
+        downloads.append((repo, name))
         local_dir.mkdir(parents=True, exist_ok=True)
-        said = library.to_str() if name == "tokenizer.json" else '{"eos_token": "<|endoftext|>"}'
-        (local_dir / name).write_text(said)
+        content = library.to_str() if name == "tokenizer.json" else '{"eos_token": "<|endoftext|>"}'
+        (local_dir / name).write_text(content)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     named = {"data.tokenizer": "hf", "data.tokenizer_path": "gpt2"}
-    data = data_of(made(folder, "parquet") | named, tmp_path)
+    data = data_of(written_dataset(folder, "parquet") | named, tmp_path)
     assert prepared.vocab_size_of(data) == 281
-    found = prepared.prepare(data, log=lambda line: None)
-    assert found.vocab_size == 281 and found.tokenizer.boundary == 280
-    at = "openai-community/gpt2"
-    assert asked == [(at, "tokenizer_config.json"), (at, "tokenizer.json")]
+    prepared_data = prepared.prepare(data, log=lambda line: None)
+    assert prepared_data.vocab_size == 281 and prepared_data.tokenizer.boundary == 280
+    repo_name = "openai-community/gpt2"
+    assert downloads == [(repo_name, "tokenizer_config.json"), (repo_name, "tokenizer.json")]
     assert prepared.find_manifest(data) is not None
 
     def gated(*arguments, **named):
@@ -280,7 +286,7 @@ prepared.prepare_to(data, Path(sys.argv[2]), log=lambda line: print(line, flush=
 
 
 def test_killed_and_started_again_it_ends_with_the_same_bytes(folder, tmp_path):
-    source = made(folder, "parquet")["data.path"]
+    source = written_dataset(folder, "parquet")["data.path"]
 
     def begin(out, pause, **environment):
         return subprocess.Popen(
@@ -308,6 +314,17 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(folder, tmp_path):
         assert journal.exists() and not (tmp_path / "killed").exists()
     status, out, err = finish(begin(tmp_path / "killed", 0, RAYON_NUM_THREADS="2"))
     assert status == 0, err
-    assert "going on after" in out
+    assert "resuming after" in out
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
     assert len(content(tmp_path / "whole")) > 10 and not journal.exists()
+
+
+def test_a_journal_removes_what_a_killed_process_was_writing(tmp_path):
+    from lmscale_jax.data import packing
+
+    (tmp_path / "journal.json").write_text('{"tokenizer": "bytes"}')
+    (tmp_path / ".journal.json.123").write_text('{"tokeni')
+    journal = packing.Journal(tmp_path)
+    assert journal.get("tokenizer") == "bytes" and journal.get("blocks") is None
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []

@@ -63,9 +63,9 @@ def test_half_a_character_decodes_to_a_replacement():
 
 
 def test_bpe_training_is_deterministic_and_has_the_asked_size(bpe):
-    again = tokenizers.BytePairs.train(iter(CORPUS), 280)
-    assert bpe.vocab_size == again.vocab_size == 280
-    assert bpe.fingerprint == again.fingerprint
+    retrained = tokenizers.BytePairs.train(iter(CORPUS), 280)
+    assert bpe.vocab_size == retrained.vocab_size == 280
+    assert bpe.fingerprint == retrained.fingerprint
     assert tokenizers.BytePairs.train(CORPUS, 279).fingerprint != bpe.fingerprint
 
 

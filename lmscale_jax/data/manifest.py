@@ -1,26 +1,26 @@
-"""What prepared shards are: manifest.json, and whether the files are still those it lists."""
+"""Reads manifest.json and checks that prepared shards are still the files that it lists."""
 
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import read_json
 
 FORMAT = 1
 SIDES = ("train", "val")
 
 
 def read(directory: Path) -> dict:
-    """The manifest of a prepared directory.
+    """Reads the manifest of a prepared directory.
 
     Raises:
         InputError: it is missing, not JSON, or of another format version.
     """
     path = directory / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a manifest ({error}); prepare the data again") from None
@@ -30,48 +30,38 @@ def read(directory: Path) -> dict:
 
 
 def verify(directory: Path, manifest: dict, notes: Path) -> None:
-    """Compares every shard with the hash that the manifest has of it.
+    """Compares every shard with its hash in the manifest.
 
-    Once, for as long as the files keep their sizes and times: that is noted under `notes`.
+    A successful check is noted under `notes` and not repeated while the files keep their sizes and
+    modification times.
 
     Raises:
-        InputError: a shard is another than it was.
+        InputError: a shard has changed.
     """
     shards = [shard for side in SIDES for shard in manifest["splits"][side]["shards"]]
-    files = [directory / shard["name"] for shard in shards]
-    now = key([state(file, str(file.absolute())) for file in files])
-    note = notes / ".verified" / now
+    paths = [directory / shard["name"] for shard in shards]
+    note = notes / ".verified" / key([state(path, str(path.absolute())) for path in paths])
     if note.exists():
         return
-    for file, shard in zip(files, shards, strict=True):
-        with open(file, "rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != shard["sha256"]:
+    for path, shard in zip(paths, shards, strict=True):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != shard["sha256"]:
             raise InputError(
-                f"{file}: changed since its manifest was written; prepare the data again"
+                f"{path}: changed since its manifest was written; prepare the data again"
             )
     if notes.is_dir():
-        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        with contextlib.suppress(OSError):  # a read-only cache costs time, nothing else
             note.parent.mkdir(exist_ok=True)
             note.touch()
 
 
 def state(path: Path, name: str) -> list:
-    """What changes when a file does, without reading it."""
+    """Returns [name, bytes, modification time in ns]: changes with the file, without reading it."""
     stat = path.stat()
     return [name, stat.st_size, stat.st_mtime_ns]
 
 
 def key(content: dict | list) -> str:
-    """Twelve hex digits of anything that JSON can hold."""
+    """Hashes a JSON value to twelve hex digits."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Atomic: a file of that name is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

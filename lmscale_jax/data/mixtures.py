@@ -1,4 +1,4 @@
-"""Several prepared directories as one source, each with a weight."""
+"""Opens several prepared directories as one data set, each with a weight."""
 
 import dataclasses
 import hashlib
@@ -11,12 +11,12 @@ from lmscale_jax.errors import InputError
 
 
 def parts(text: str) -> list[tuple[Path, float]]:
-    """ "web=3,code=1" as [(directory, weight)]; a weight left out is 1.
+    """Parses "web=3,code=1" to [(directory, weight)]; a weight left out is 1.
 
     Raises:
-        InputError: a weight is no positive number, or there are fewer than two parts.
+        InputError: a weight is not a positive number, or there are fewer than two parts.
     """
-    found = []
+    parsed = []
     for item in text.split(","):
         name, equals, weight = item.strip().rpartition("=")
         name, weight = (name, weight) if equals else (weight, "1")
@@ -27,53 +27,60 @@ def parts(text: str) -> list[tuple[Path, float]]:
         if not name or not 0 < value < float("inf"):
             raise InputError(
                 f"data.path={text}: {item.strip()!r} is no directory with a positive weight; "
-                f"'shards/web=3,shards/code=1' would work"
+                f"use for example 'shards/web=3,shards/code=1'"
             )
-        found.append((Path(name).expanduser(), value))
-    if len(found) < 2:
+        parsed.append((Path(name).expanduser(), value))
+    if len(parsed) < 2:
         raise InputError(
-            f"data.path={text}: a mixture has two parts or more; data.source='bin' takes one"
+            f"data.path={text}: a mixture has two parts or more; use data.source='bin' for one"
         )
-    return found
+    return parsed
 
 
-def open_mixture(text: str, open_one: Callable):
-    """The `Prepared` of all parts: training shards with weights, and validation tokens of all parts
-    one after the other, however they are weighted.
+def open_mixture(text: str, open_part: Callable):
+    """Opens all parts of a mixture as one `Prepared`.
+
+    Training shards keep their weights. Validation tokens are those of all parts, one part after the
+    other; weights do not change them.
 
     Args:
-        text: of data.path, as `parts` reads it.
-        open_one: opens a prepared directory.
+        text: data.path, as `parts` reads it.
+        open_part: opens a prepared directory.
 
     Raises:
         InputError: a part cannot be opened, or has another tokenizer than the first.
     """
-    named = parts(text)
-    opened = [open_one(directory) for directory, _ in named]
+    weighted = parts(text)
+    opened = [open_part(directory) for directory, _ in weighted]
     first = opened[0]
-    for (directory, _), one in zip(named, opened, strict=True):
-        if one.tokenizer.fingerprint != first.tokenizer.fingerprint:
+    for (directory, _), part in zip(weighted, opened, strict=True):
+        if part.tokenizer.fingerprint != first.tokenizer.fingerprint:
             raise InputError(
-                f"data.path={text}: {directory} has another tokenizer than {named[0][0]}; prepare "
-                f"both with one, as data.tokenizer='hf' names it"
+                f"data.path={text}: {directory} has another tokenizer than {weighted[0][0]}; "
+                f"prepare both with the same one, for example by data.tokenizer='hf'"
             )
-    weights = [weight for _, weight in named]
-    splits = {}
-    for side in SIDES:
-        sides = [one.manifest["splits"][side] for one in opened]
-        said = " ".join(
-            f"{one['fingerprint']} {weight if side == 'train' else ''}"
-            for one, weight in zip(sides, weights, strict=True)
-        )
-        splits[side] = {
-            name: sum(one[name] for one in sides) for name in ("tokens", "documents", "bytes")
-        } | {"fingerprint": hashlib.sha256(said.encode()).hexdigest()}
-    whole = {
-        side: Shards([p for one in opened for p in getattr(one, side).paths], first.vocab_size)
+    weights = [weight for _, weight in weighted]
+    splits = {side: _join_split(side, opened, weights) for side in SIDES}
+    joined = {
+        side: Shards([p for part in opened for p in getattr(part, side).paths], first.vocab_size)
         for side in SIDES
     }
-    manifest = first.manifest | {"splits": splits, "mixture": [str(d) for d, _ in named]}
-    mixture = tuple(zip([one.train for one in opened], weights, strict=True))
+    directories = [str(directory) for directory, _ in weighted]
+    manifest = first.manifest | {"splits": splits, "mixture": directories}
+    mixture = tuple(zip([part.train for part in opened], weights, strict=True))
     return dataclasses.replace(
-        first, train=whole["train"], val=whole["val"], manifest=manifest, mixture=mixture
+        first, train=joined["train"], val=joined["val"], manifest=manifest, mixture=mixture
     )
+
+
+def _join_split(side: str, opened: list, weights: list[float]) -> dict:
+    """Sums what the manifests say of one side; the training fingerprint covers the weights too."""
+    splits = [part.manifest["splits"][side] for part in opened]
+    text = " ".join(
+        f"{split['fingerprint']} {weight if side == 'train' else ''}"
+        for split, weight in zip(splits, weights, strict=True)
+    )
+    totals = {
+        name: sum(split[name] for split in splits) for name in ("tokens", "documents", "bytes")
+    }
+    return totals | {"fingerprint": hashlib.sha256(text.encode()).hexdigest()}

@@ -1,14 +1,14 @@
 """The order of the training windows, as a pure function of (seed, step).
 
-Position p of the run's endless stream of windows belongs to epoch p // n, and shows the window at
-place p % n of that epoch's own pseudorandom permutation of 0..n-1. The permutation is computed, not
-stored. A Feistel network keyed by seed and epoch permutes a grid that just holds n: a number is a
-row and a column, and each round shifts one of them by a hash of the other, which can be undone. A
-number that lands at n or beyond goes through again until it lands inside ("cycle walking", which
-stays a permutation).
+Position p of the run's endless stream of windows belongs to epoch p // n and is the window at place
+p % n of that epoch's pseudorandom permutation of 0..n-1. The permutation is computed, not stored: a
+Feistel network keyed by seed and epoch permutes the cells of a near-square grid that has at
+least n of them. A number is a row and a column, and each round shifts one of them by a hash of the
+other, which is invertible. A result of n or more is permuted again until it is below n ("cycle
+walking"), which is still a permutation.
 
-So there is no iterator state to save: a run that resumes at any step, on any number of hosts, sees
-exactly the batches that it would have seen, and one batch costs the same in epoch 1000 as in 0.
+So there is no iterator state to save: a run that resumes at any step, on any number of hosts, reads
+the same batches as without interruption, and a batch costs the same in epoch 1000 as in epoch 0.
 """
 
 import math
@@ -20,11 +20,14 @@ _MASK_64 = (1 << 64) - 1
 
 
 class Order:
-    """Which windows make up which batch.
+    """The pseudorandom order of the windows, epoch after epoch.
 
     Args:
         n_windows: windows in an epoch, at least 1.
-        seed: any integer; another seed gives another order.
+        seed: any integer.
+
+    Raises:
+        ValueError: n_windows is below 1.
     """
 
     def __init__(self, n_windows: int, seed: int):
@@ -36,14 +39,14 @@ class Order:
         self._grid = np.uint64(n_rows), np.uint64(-(-n_windows // n_rows))
 
     def indices(self, step: int, batch_size: int) -> np.ndarray:
-        """Windows of the batch of `step`: int64 [batch_size], each in 0..n_windows-1.
+        """Returns the windows of the batch of `step`: int64 [batch_size], in 0..n_windows-1.
 
-        Batches follow each other without gap, so a batch may end one epoch and begin the next.
+        Batches follow each other without gaps, so a batch may span two epochs.
         """
         return self.windows(step * batch_size + np.arange(batch_size, dtype=np.int64))
 
     def windows(self, position_B: np.ndarray) -> np.ndarray:
-        """The windows at these positions of the stream: int64 [B]."""
+        """Returns the windows at these positions of the stream: int64 [B]."""
         position_B = position_B.astype(np.uint64)
         epoch_B, place_B = np.divmod(position_B, np.uint64(self.n_windows))
         epoch_key_B = _mix(_mix(self.seed[None]) ^ epoch_B)
@@ -54,7 +57,7 @@ class Order:
         return window_B.astype(np.int64)
 
     def _permute(self, value_B: np.ndarray, keys_RxB: np.ndarray) -> np.ndarray:
-        """A bijection of the grid's cells for every column of keys, element by element."""
+        """Permutes cells of the grid: uint64 [B], each by its own column of keys [rounds, B]."""
         n_rows, n_columns = self._grid
         row_B, column_B = np.divmod(value_B, n_columns)
         for row_key_B, column_key_B in zip(keys_RxB[::2], keys_RxB[1::2], strict=True):
@@ -64,15 +67,15 @@ class Order:
 
 
 class Mixture:
-    """Which row of the run's endless stream of windows comes from which of several parts.
+    """Which part of a mixture each row of the run's endless stream of windows comes from.
 
-    Rows repeat one pattern of 1,000, in which each part has its share, in an order drawn from the
-    seed; so every 1,000 rows hold the shares exactly, and a row's number among those of its part
-    follows without counting.
+    Rows repeat one pattern of 1,000, shuffled by the seed, in which each part has its share. So
+    every 1,000 rows hold the shares exactly, and the index of a row within its part is computed
+    without counting.
 
     Args:
-        weights: of the parts, positive; only their ratios matter.
-        seed: of the pattern.
+        weights: positive weights of the parts; only their ratios matter.
+        seed: of the shuffle.
     """
 
     PERIOD = 1000
@@ -80,28 +83,28 @@ class Mixture:
     def __init__(self, weights: list[float], seed: int):
         shares = np.array(weights, float) / sum(weights) * self.PERIOD
         counts = np.floor(shares).astype(np.int64)
-        # The largest remainders get what is left.
-        left = self.PERIOD - int(counts.sum())
-        counts[np.argsort(counts - shares, kind="stable")[:left]] += 1
+        # Rows lost by rounding down go to the parts with the largest remainders.
+        n_missing = self.PERIOD - int(counts.sum())
+        counts[np.argsort(counts - shares, kind="stable")[:n_missing]] += 1
         self.counts = counts
         pattern = np.repeat(np.arange(len(counts)), counts)
         self._part_P = np.random.default_rng(seed & _MASK_64).permutation(pattern)
-        self._rank_P = np.zeros(self.PERIOD, np.int64)
+        self._index_P = np.zeros(self.PERIOD, np.int64)
         for part, count in enumerate(counts):
-            self._rank_P[self._part_P == part] = np.arange(count)
+            self._index_P[self._part_P == part] = np.arange(count)
 
     def rows(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(part, number of the row within its part) of the batch of `step`, each [batch_size]."""
+        """Returns the part of each row of a batch and its index within that part: [batch_size]."""
         position_B = step * batch_size + np.arange(batch_size, dtype=np.int64)
-        turn_B, place_B = np.divmod(position_B, self.PERIOD)
+        period_B, place_B = np.divmod(position_B, self.PERIOD)
         part_B = self._part_P[place_B]
-        return part_B, turn_B * self.counts[part_B] + self._rank_P[place_B]
+        return part_B, period_B * self.counts[part_B] + self._index_P[place_B]
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A 64-bit hash in which every input bit flips about half of the output bits (SplitMix64).
+    """Hashes uint64 arrays by SplitMix64, where every input bit flips half of the output bits.
 
-    Takes arrays, never scalars: they wrap around silently, as is meant here.
+    Arrays wrap around silently, as intended; numpy warns for scalars.
     """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,12 +1,10 @@
-"""Documents to token shards: drop duplicates, split, train the tokenizer, encode, write.
+"""Turns documents into token shards: drops duplicates, splits, trains the tokenizer, encodes.
 
 The source is streamed several times instead of being held, so memory stays bounded by the largest
-file. Each pass sees the same documents in the same order.
+file. Each pass reads the same documents in the same order.
 """
 
 import hashlib
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,11 +15,13 @@ import numpy as np
 from lmscale_jax.data import overlap, pretrained, sources, tokenizers
 from lmscale_jax.data.manifest import SIDES
 from lmscale_jax.data.shards import Shards, ShardWriter
+from lmscale_jax.data.tokenizer_base import Tokenizer
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import read_json, write_json
 
 _BLOCK_CHARACTERS = 2_000_000
-# Characters that a BPE is trained on: more change few merges, and the trainer holds their words.
-_TRAINED_ON = 300_000_000
+# Longer texts change few merges of a BPE, and its trainer holds all their words.
+_BPE_TRAINING_CHARACTERS = 300_000_000
 _SECONDS_BETWEEN_LINES = 5.0
 
 Log = Callable[[str], object]
@@ -30,12 +30,12 @@ Log = Callable[[str], object]
 def pack(directory: Path, data_cfg, log: Log) -> dict:
     """Writes shards and tokenizer of the source into a directory.
 
-    The directory is empty, or holds what a process left that was killed here; then the work goes on
-    from what it had written, and ends with the same bytes.
+    The directory is empty, or holds the files of a process that was killed. Then the work continues
+    from them and ends with the same bytes.
 
     Returns:
-        What the manifest says of them: `source`, `tokenizer`, and for each side in `splits` its
-        documents, tokens, bytes (UTF-8), fingerprint and shards.
+        Fields of the manifest: `source`, `tokenizer`, and in `splits` the documents, tokens, bytes
+        (UTF-8), fingerprint and shards of each side.
 
     Raises:
         InputError: bad source, or one side of the split would be empty.
@@ -50,9 +50,9 @@ def pack(directory: Path, data_cfg, log: Log) -> dict:
         log(f"data: {tokenizer.name} tokenizer ready, {time.monotonic() - started:.1f} s")
     tokenizer = tokenizers.load(directory)
     splits = _encode(directory, data_cfg, tokenizer, counts["characters"], journal, log)
-    shared = _overlap(directory, data_cfg, tokenizer, splits, log)
+    fields = _report_overlap(directory, data_cfg, tokenizer, splits, log)
     journal.remove()
-    return shared | {
+    return fields | {
         "source": {
             "name": data_cfg.source,
             "path": data_cfg.path,
@@ -70,42 +70,41 @@ def pack(directory: Path, data_cfg, log: Log) -> dict:
     }
 
 
-def _overlap(directory: Path, data_cfg, tokenizer, splits: dict, log: Log) -> dict:
-    """{"overlap": what `overlap.measure` found}, or {} where it is not asked for."""
+def _report_overlap(directory: Path, data_cfg, tokenizer, splits: dict, log: Log) -> dict:
+    """Returns {"overlap": shared runs of tokens}, or {} where data.overlap is 0."""
     if not data_cfg.overlap:
         return {}
     train, val = (
         Shards([directory / s["name"] for s in splits[side]["shards"]], tokenizer.vocab_size)
         for side in SIDES
     )
-    found = overlap.measure(train, val, data_cfg.overlap, tokenizer.boundary)
+    runs = overlap.measure(train, val, data_cfg.overlap, tokenizer.boundary)
     log(
-        f"data: of the validation side's {found['runs']:,} runs of {found['length']} tokens "
-        f"{found['shared']:.2%} stand in the training side too; they cover {found['tokens']:.2%} "
-        f"of its tokens"
+        f"data: {runs['shared']:.2%} of the {runs['runs']:,} validation runs of {runs['length']} "
+        f"tokens are in training too; they cover {runs['tokens']:.2%} of the validation tokens"
     )
-    return {"overlap": found}
+    return {"overlap": runs}
 
 
 class Journal:
-    """What is done of the work in a directory, so that it can go on after a kill."""
+    """The finished parts of the work in a directory, so that a killed process can be continued."""
 
     def __init__(self, directory: Path):
         self._path = directory / "journal.json"
+        for unfinished in directory.glob(".*.json.*"):  # a process was killed while writing it
+            unfinished.unlink()
         try:
-            self._done = json.loads(self._path.read_text(encoding="utf-8"))
+            self._entries = read_json(self._path)
         except (OSError, ValueError):
-            self._done = {}
+            self._entries = {}
 
     def get(self, name: str):
-        return self._done.get(name)
+        return self._entries.get(name)
 
     def put(self, name: str, value):
-        """Notes a value and returns it. Atomic."""
-        self._done[name] = value
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._done), encoding="utf-8")
-        os.replace(temporary, self._path)
+        """Stores a value atomically and returns it."""
+        self._entries[name] = value
+        write_json(self._path, self._entries)
         return value
 
     def remove(self) -> None:
@@ -113,17 +112,21 @@ class Journal:
 
 
 def _count(data_cfg, log: Log) -> dict:
-    """{"characters", "documents", "duplicates", "skipped"} of the source. Raises InputError."""
+    """Counts {"characters", "documents", "duplicates", "skipped"} of the source.
+
+    Raises:
+        InputError: there is no text, or one side of the split would be empty.
+    """
     skipped, counts = [], Counter(characters=0, documents=0, duplicates=0)
-    sides, rate = set(), Rate(log)
+    sides, progress = set(), Rate(log)
     for text in _unique_documents(data_cfg, counts, skipped.append):
         counts["characters"] += len(text)
         counts["documents"] += 1
         if data_cfg.split == "hash":
             sides.add(_side(text, data_cfg))
-        rate.say(f"read {counts['documents']:,} documents", counts["characters"])
+        progress.report(f"read {counts['documents']:,} documents", counts["characters"])
     if not counts["characters"]:
-        raise InputError(f"data.path={data_cfg.path}: no text there; name files that hold some")
+        raise InputError(f"data.path={data_cfg.path}: no text there; name files with text")
     log(
         f"data: {data_cfg.source} has {counts['documents']:,} documents, "
         f"{counts['characters']:,} characters; {counts['duplicates']:,} duplicates dropped, "
@@ -137,27 +140,33 @@ def _count(data_cfg, log: Log) -> dict:
 
 
 class Rate:
-    """Progress as a line every few seconds: characters a second, and the time left."""
+    """Logs a line every few seconds: characters per second, and the time left.
+
+    Args:
+        log: takes each line.
+        total: characters of the whole work; 0: unknown.
+        done: characters that an earlier process finished.
+    """
 
     def __init__(self, log: Log, total: int = 0, done: int = 0):
-        self._log, self._total, self._first = log, total, done
-        self._begin = time.monotonic()
-        self._next = self._begin + _SECONDS_BETWEEN_LINES
+        self._log, self._total, self._done_before = log, total, done
+        self._start = time.monotonic()
+        self._next_line = self._start + _SECONDS_BETWEEN_LINES
 
-    def say(self, what: str, done: int) -> None:
+    def report(self, activity: str, done: int) -> None:
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next_line:
             return
-        self._next = now + _SECONDS_BETWEEN_LINES
-        rate = (done - self._first) / (now - self._begin)
-        line = f"data: {what}, {rate / 1e6:.1f} million characters a second"
+        self._next_line = now + _SECONDS_BETWEEN_LINES
+        rate = (done - self._done_before) / (now - self._start)
+        line = f"data: {activity}, {rate / 1e6:.1f} million characters a second"
         if self._total and rate:
             line += f", {(self._total - done) / rate:.0f} s left"
         self._log(line)
 
 
 def char_tokenizer(data_cfg) -> tokenizers.Chars:
-    """The characters of the whole source, both sides, as nanoGPT takes them."""
+    """Makes a tokenizer of the characters of both sides, as nanoGPT does."""
     characters = set()
     for text in sources.documents(data_cfg):
         characters.update(text)
@@ -167,14 +176,15 @@ def char_tokenizer(data_cfg) -> tokenizers.Chars:
 def split_documents(data_cfg, n_characters: int) -> Iterator[tuple[str, str]]:
     """Yields (side, text) for every document once, duplicates dropped.
 
-    By hash, a document's side depends on its own content alone: not on order, nor on what else is
-    in the source. By tail, the one document that lies across the cut is cut in two.
+    With data.split=hash, a document's side depends on its own content alone, neither on order nor
+    on other documents. With tail, the last data.val_fraction of the characters are for validation,
+    and the document across that point is divided.
 
     Args:
         data_cfg: the config group `data`.
-        n_characters: of all unique documents together; decides where the tail begins.
+        n_characters: characters of all unique documents; decides where the tail begins.
     """
-    # In this form 0.1 gives nanoGPT's int(n * 0.9), rounded as it rounds.
+    # This form rounds as nanoGPT's int(n * 0.9) does.
     before_tail = int(n_characters * (1 - data_cfg.val_fraction))
     for text in _unique_documents(data_cfg):
         if data_cfg.split == "hash":
@@ -188,19 +198,19 @@ def split_documents(data_cfg, n_characters: int) -> Iterator[tuple[str, str]]:
 
 
 def _side(text: str, data_cfg) -> str:
-    place = int.from_bytes(_digest(text)[:8], "big") / 2**64
-    return "val" if place < data_cfg.val_fraction else "train"
+    fraction = int.from_bytes(_digest(text)[:8], "big") / 2**64  # in [0, 1)
+    return "val" if fraction < data_cfg.val_fraction else "train"
 
 
 def _unique_documents(
     data_cfg, counts: Counter | None = None, on_skip: Callable[[Path], object] = lambda path: None
 ) -> Iterator[str]:
-    """Documents without exact repetitions, which are counted in `counts["duplicates"]`."""
-    seen = set()
+    """Yields documents without exact repetitions, which it counts in `counts["duplicates"]`."""
+    digests = set()
     for text in sources.documents(data_cfg, on_skip):
         digest = _digest(text)
-        if digest not in seen:
-            seen.add(digest)
+        if digest not in digests:
+            digests.add(digest)
             yield text
         elif counts is not None:
             counts["duplicates"] += 1
@@ -222,7 +232,8 @@ def _refuse_split(data_cfg, counts: Counter, empty: str) -> None:
     )
 
 
-def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
+def _make_tokenizer(data_cfg, n_characters: int) -> Tokenizer:
+    """Makes the tokenizer that data.tokenizer names; a BPE is trained on the training side."""
     match data_cfg.tokenizer:
         case "bytes":
             return tokenizers.Bytes()
@@ -231,14 +242,15 @@ def _make_tokenizer(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
         case "bpe":
             split = split_documents(data_cfg, n_characters)
             train = (text for side, text in split if side == "train")
-            texts = _first((p for text in train for p in tokenizers.pieces(text)), _TRAINED_ON)
+            pieces = (piece for text in train for piece in tokenizers.pieces(text))
+            texts = _take(pieces, _BPE_TRAINING_CHARACTERS)
             return tokenizers.BytePairs.train(texts, data_cfg.vocab_size)
         case "hf":
             return pretrained.load(Path(data_cfg.tokenizer_path).expanduser())
 
 
-def _first(texts: Iterator[str], n_characters: int) -> Iterator[str]:
-    """Texts up to so many characters, the last one whole."""
+def _take(texts: Iterator[str], n_characters: int) -> Iterator[str]:
+    """Yields texts up to n_characters in all; the last one is not cut."""
     for text in texts:
         if n_characters <= 0:
             return
@@ -251,31 +263,30 @@ def _encode(
 ) -> dict:
     """Writes the shards of both sides; returns the manifest's `splits`.
 
-    After each block of documents the journal notes how far the shards go. What was written beyond
-    that by a process that was killed is cut off, and the blocks it had finished are skipped.
+    After each block of documents the journal notes the length of the shards. Tokens that a killed
+    process wrote beyond that are cut off, and the blocks that it finished are skipped.
     """
     before = journal.get("blocks") or {"number": 0, "characters": 0, "sides": {}}
     writers, totals = {}, {}
     for side in SIDES:
-        noted = before["sides"].get(side, {"tokens": 0, "documents": 0, "bytes": 0})
+        written = before["sides"].get(side, {"tokens": 0, "documents": 0, "bytes": 0})
         writers[side] = ShardWriter(directory, side, tokenizer.vocab_size, data_cfg.shard_tokens)
-        writers[side].go_on(noted["tokens"])
-        totals[side] = Counter(documents=noted["documents"], bytes=noted["bytes"])
-    mark = [] if tokenizer.boundary is None else [tokenizer.boundary]
+        writers[side].resume(written["tokens"])
+        totals[side] = Counter(documents=written["documents"], bytes=written["bytes"])
     done = before["characters"]
     if done:
-        log(f"data: going on after {done:,} characters that are encoded already")
-    rate = Rate(log, n_characters, done)
-    for number, block in enumerate(_blocks(split_documents(data_cfg, n_characters))):
+        log(f"data: resuming after {done:,} characters that are already encoded")
+    progress = Rate(log, n_characters, done)
+    for number, block in enumerate(_text_blocks(split_documents(data_cfg, n_characters))):
         if number < before["number"]:
             continue
-        _write_block(block, tokenizer, mark, writers, totals)
+        _write_block(block, tokenizer, writers, totals)
         done += sum(len(text) for _, text in block)
         sides = {side: {"tokens": writers[side].n_tokens} | totals[side] for side in SIDES}
         for writer in writers.values():
             writer.flush()
         journal.put("blocks", {"number": number + 1, "characters": done, "sides": sides})
-        rate.say(f"encoded {done / n_characters:.0%}", done)
+        progress.report(f"encoded {done / n_characters:.0%}", done)
     splits = {}
     for side, writer in writers.items():
         writer.close()
@@ -287,28 +298,28 @@ def _encode(
     return splits
 
 
-def _write_block(block, tokenizer, mark: list[int], writers: dict, totals: dict) -> None:
-    """Encodes the documents of a block, many at once, and adds them to the shards of their side."""
-    texts, opens = [], []
+def _write_block(block, tokenizer: Tokenizer, writers: dict, totals: dict) -> None:
+    """Encodes the documents of a block in parallel and adds them to the shards of their side."""
+    boundary = [] if tokenizer.boundary is None else [tokenizer.boundary]
+    texts, origins = [], []  # origins: (side, whether the text begins a document)
     for side, document in block:
-        for index, text in enumerate(
-            tokenizers.pieces(document) if tokenizer.cuttable else [document]
-        ):
+        pieces = tokenizers.pieces(document) if tokenizer.piecewise else [document]
+        for index, text in enumerate(pieces):
             texts.append(text)
-            opens.append((side, index == 0))
-    parts = {side: [] for side in SIDES}
-    for ids, (side, first) in zip(tokenizer.encode_batch(texts), opens, strict=True):
-        parts[side] += [mark, ids] if first else [ids]
-        totals[side]["documents"] += first
-    for side, several in parts.items():
-        if several:
-            tokens = np.concatenate(several).astype(np.int64)
+            origins.append((side, index == 0))
+    ids_of_side = {side: [] for side in SIDES}
+    for ids, (side, is_first) in zip(tokenizer.encode_batch(texts), origins, strict=True):
+        ids_of_side[side] += [boundary, ids] if is_first else [ids]
+        totals[side]["documents"] += is_first
+    for side, arrays in ids_of_side.items():
+        if arrays:
+            tokens = np.concatenate(arrays).astype(np.int64)
             writers[side].add(tokens)
             totals[side]["bytes"] += int(tokenizer.token_bytes[tokens].sum(dtype=np.int64))
 
 
-def _blocks(split: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """The documents in order, in blocks big enough to encode in parallel."""
+def _text_blocks(split: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Yields the documents in order, in blocks big enough to encode in parallel."""
     block, size = [], 0
     for side, document in split:
         block.append((side, document))

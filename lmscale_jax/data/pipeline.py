@@ -1,6 +1,6 @@
-"""Batches: training windows in pseudorandom order, validation windows in a fixed one, read ahead.
+"""Batches of training windows in pseudorandom order and of validation windows in a fixed one.
 
-Everything here is a function of the step, so stopping and resuming needs no saved position.
+Each batch is a function of the step, so resuming needs no saved position.
 """
 
 import collections
@@ -19,7 +19,7 @@ NO_LABEL = -1
 
 
 class Batch(NamedTuple):
-    """Token ids and the ids that follow them, both int32 [B, T]; target -1: no label there."""
+    """Token ids and the ids that follow them, both int32 [B, T]; target -1: no label."""
 
     tokens_BxT: np.ndarray
     targets_BxT: np.ndarray
@@ -28,15 +28,15 @@ class Batch(NamedTuple):
 class TrainBatches:
     """The training batches of one host.
 
-    Window i covers tokens i*T .. i*T + T: T inputs, and their labels one further on. Windows share
-    one token, so every token but the first is a label exactly once in an epoch.
+    Window i has tokens i*T .. i*T + T: T inputs, and as labels the T tokens one place later.
+    Neighbouring windows share one token, so every token but the first is a label once per epoch.
 
     Args:
-        prepared: the data.
+        prepared: training and validation tokens.
         seq_len: T, tokens.
         batch_size: sequences in a batch, over all hosts.
         seed: of the order.
-        rows: the rows of the batch that this host reads.
+        rows: rows of the batch that this host reads.
 
     Raises:
         InputError: the training split is shorter than one window.
@@ -62,42 +62,41 @@ class TrainBatches:
         self._shards = [shards for shards, _ in parts]
         self._sizes = [(shards.n_tokens - 1) // seq_len for shards in self._shards]
         self.n_windows = sum(self._sizes)
-        # Each part has an order of its own; alone it is that of the seed.
+        # Each part has its own order; that of the first part is the one of the seed.
         self._orders = [Order(n, seed + 7919 * i) for i, n in enumerate(self._sizes)]
         self._mixture = Mixture([weight for _, weight in parts], seed)
 
     def at(self, step: int) -> Batch:
-        """This host's rows of the batch of `step` (0, 1, ...)."""
-        part_B, row_B = self._mixture.rows(step, self.batch_size)
-        part_B, row_B = part_B[self.rows], row_B[self.rows]
+        """Reads this host's rows of the batch of `step` (0, 1, ...)."""
+        part_B, index_B = self._mixture.rows(step, self.batch_size)
+        part_B, index_B = part_B[self.rows], index_B[self.rows]
         tokens_BxT1 = np.empty((len(part_B), self.seq_len + 1), np.int32)
         for part in np.unique(part_B):
-            here = part_B == part
-            start_B = self._orders[part].windows(row_B[here]) * self.seq_len
-            tokens_BxT1[here] = self._shards[part].gather(start_B, self.seq_len + 1)
+            in_part_B = part_B == part
+            start_B = self._orders[part].windows(index_B[in_part_B]) * self.seq_len
+            tokens_BxT1[in_part_B] = self._shards[part].gather(start_B, self.seq_len + 1)
         return _shifted(tokens_BxT1)
 
     def epochs(self, step: int) -> float:
-        """How often the training split has been seen after `step` steps; of a mixture, the part
-        that was seen most often."""
-        rows = step * self.batch_size * self._mixture.counts / self._mixture.PERIOD
-        return float(np.max(rows / np.array(self._sizes)))
+        """Returns the number of epochs in `step` steps; of a mixture, the highest of any part."""
+        n_rows = step * self.batch_size * self._mixture.counts / self._mixture.PERIOD
+        return float(np.max(n_rows / np.array(self._sizes)))
 
 
 def val_batches(
     prepared: Prepared, seq_len: int, batch_size: int, n_tokens: int, rows: slice = slice(None)
 ) -> Iterator[Batch]:
-    """The first `n_tokens` labels of the validation split, in stream order; 0, or too many: all.
+    """Yields the first `n_tokens` labels of the validation split, in stream order.
 
-    The labels are the same ones for every batch_size and seq_len. What the last window and the last
-    batch have too much is filled with token 0 and target -1.
+    The labels are the same for every batch_size and seq_len. The last window and the last batch are
+    padded with token 0 and target -1.
 
     Args:
-        prepared: the data.
+        prepared: training and validation tokens.
         seq_len: T, tokens.
         batch_size: sequences in a batch, over all hosts.
-        n_tokens: labels in all batches together.
-        rows: the rows of each batch that this host reads.
+        n_tokens: labels in all batches together; 0, or more than there are: all.
+        rows: rows of each batch that this host reads.
 
     Yields:
         Batches of [batch_size, T], cut to `rows`.
@@ -114,22 +113,22 @@ def val_batches(
     n_labels = min(n_tokens or shards.n_tokens, shards.n_tokens - 1)
     n_batches = math.ceil(n_labels / (seq_len * batch_size))
 
-    def batch(index: int) -> Batch:
+    def read_batch(index: int) -> Batch:
         start_B = (index * batch_size + np.arange(batch_size)) * seq_len
         labels_B = np.clip(n_labels - start_B, 0, seq_len)
         tokens_BxT1 = np.zeros((batch_size, seq_len + 1), np.int32)
         for row, start, labels in zip(tokens_BxT1, start_B, labels_B, strict=True):
             if labels:
                 row[: labels + 1] = shards.read(start, labels + 1)
-        whole = _shifted(tokens_BxT1)
-        whole.targets_BxT[np.arange(seq_len) >= labels_B[:, None]] = NO_LABEL
-        return Batch(*(array_BxT[rows] for array_BxT in whole))
+        batch = _shifted(tokens_BxT1)
+        batch.targets_BxT[np.arange(seq_len) >= labels_B[:, None]] = NO_LABEL
+        return Batch(*(array_BxT[rows] for array_BxT in batch))
 
-    return map(batch, range(n_batches))
+    return map(read_batch, range(n_batches))
 
 
 def val_bytes(prepared: Prepared, n_tokens: int) -> int | None:
-    """UTF-8 bytes of the labels of `val_batches`, whoever reads them; None where ids say none."""
+    """Counts the UTF-8 bytes of the labels of `val_batches` on all hosts; None: bytes unknown."""
     if prepared.token_bytes is None:
         return None
     labels = min(n_tokens or prepared.val.n_tokens, prepared.val.n_tokens - 1)
@@ -137,52 +136,55 @@ def val_bytes(prepared: Prepared, n_tokens: int) -> int | None:
 
 
 def prefetch(
-    at: Callable[[int], Batch], start: int, stop: int, depth: int = 2, workers: int = 0
+    read_batch: Callable[[int], Batch], start: int, stop: int, depth: int = 2, workers: int = 0
 ) -> Iterator[Batch]:
-    """Yields at(start), ..., at(stop - 1), reading ahead so that the step need not wait.
+    """Yields the batches of steps start .. stop - 1, read ahead so that training need not wait.
 
-    An exception in `at` reaches the consumer at the step it belongs to. Closing the iterator, or
-    dropping it, stops the reading.
+    An exception of `read_batch` is raised at its step. Closing or deleting the iterator ends the
+    reading.
 
     Args:
-        at: pure function of the step; with `workers` it must be picklable, as `TrainBatches.at` is.
+        read_batch: pure function of the step, such as `TrainBatches.at`; with `workers` it must be
+            picklable.
         start: first step.
         stop: step after the last.
-        depth: batches ready ahead of the consumer (of each worker, where there are some).
+        depth: batches read ahead, by the thread or by each worker.
         workers: processes that read; 0: one thread, which is faster for memory-mapped shards.
     """
     if workers:
-        return _read_with_processes(at, start, stop, depth, workers)
-    return _read_with_thread(at, start, stop, depth)
+        return _read_with_processes(read_batch, start, stop, depth, workers)
+    return _read_with_thread(read_batch, start, stop, depth)
 
 
-def _read_with_thread(at, start: int, stop: int, depth: int) -> Iterator[Batch]:
+def _read_with_thread(read_batch, start: int, stop: int, depth: int) -> Iterator[Batch]:
     thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        ahead = collections.deque()
+        pending = collections.deque()
         for step in range(start, stop):
-            while len(ahead) <= depth and step + len(ahead) < stop:
-                ahead.append(thread.submit(at, step + len(ahead)))
-            yield ahead.popleft().result()
+            while len(pending) <= depth and step + len(pending) < stop:
+                pending.append(thread.submit(read_batch, step + len(pending)))
+            yield pending.popleft().result()
     finally:
         thread.shutdown(cancel_futures=True)
 
 
-def _read_with_processes(at, start: int, stop: int, depth: int, workers: int) -> Iterator[Batch]:
+def _read_with_processes(
+    read_batch, start: int, stop: int, depth: int, workers: int
+) -> Iterator[Batch]:
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # grain's workers want flags, which only commands parse
+    if not flags.FLAGS.is_parsed():  # grain's workers need parsed flags, which only commands have
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=depth)
-    steps = grain.MapDataset.range(start, stop).map(at)
+    steps = grain.MapDataset.range(start, stop).map(read_batch)
     for batch in steps.to_iter_dataset(grain.ReadOptions(num_threads=1)).mp_prefetch(options):
-        # Copied, since grain takes back the shared memory that its arrays live in.
+        # Copied, since grain reuses the shared memory of its arrays.
         yield Batch(*(np.array(array_BxT) for array_BxT in batch))
 
 
 def _shifted(tokens_BxT1: np.ndarray) -> Batch:
-    """Inputs and labels as two contiguous arrays: made here, off the step's thread."""
+    """Splits [B, T + 1] into contiguous inputs and labels [B, T], outside the step's thread."""
     return Batch(
         np.ascontiguousarray(tokens_BxT1[:, :-1]), np.ascontiguousarray(tokens_BxT1[:, 1:])
     )

@@ -26,6 +26,7 @@ from lmscale_jax.data import manifest as manifests
 from lmscale_jax.data import mixtures, packing, presets, pretrained, sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import write_json
 
 Log = Callable[[str], object]
 
@@ -300,7 +301,7 @@ def _build(directory: Path, data_cfg, settings: dict, log: Log) -> None:
     try:
         manifest = {"format": manifests.FORMAT, "key": key, "settings": settings}
         manifest |= packing.pack(temporary, data_cfg, log)
-        manifests.write_json(temporary / "manifest.json", manifest)
+        write_json(temporary / "manifest.json", manifest)
         (temporary / key).unlink()
         if directory.exists():
             shutil.rmtree(directory)  # empty, or damaged since it was made
@@ -379,5 +380,5 @@ def _scanned(shards: Shards, data_cfg, log: Log) -> str:
     fingerprint = shards.scan()
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         note.parent.mkdir(parents=True, exist_ok=True)
-        manifests.write_json(note, {"fingerprint": fingerprint, "files": files})
+        write_json(note, {"fingerprint": fingerprint, "files": files})
     return fingerprint

@@ -1,8 +1,8 @@
 """Token shards: the `.bin` files of nanoGPT speedruns, written atomically and read by memory map.
 
-A shard is 256 int32 of header (magic, version, number of tokens, zeros) and then the tokens,
-little-endian. Version 1 is the speedruns' own: uint16 tokens. Version 2 is ours and differs only in
-that tokens are uint32; it is written when the vocabulary has more than 65,536 entries.
+A shard is a header of 256 int32 (magic, version, number of tokens, zeros) and then the tokens,
+little-endian. Version 1, of the speedruns, has uint16 tokens. Version 2 is ours, for vocabularies
+of more than 65,536 entries, and differs only in its uint32 tokens.
 """
 
 import bisect
@@ -25,13 +25,17 @@ _SCAN_TOKENS = 1 << 22
 class ShardWriter:
     """Writes one stream of tokens as `prefix_000000.bin`, `prefix_000001.bin`, ...
 
-    A shard gets its name only when it is complete and on disk, so a file called `.bin` is whole.
+    A shard gets its name only when it is complete and on disk, so every `.bin` file is complete.
 
     Args:
-        directory: exists already.
+        directory: an existing directory.
         prefix: of the file names, for example "train".
-        vocab_size: decides between uint16 and uint32.
+        vocab_size: tokens are uint16 up to 65,536 entries, uint32 beyond.
         shard_tokens: tokens in every shard but the last.
+
+    Attributes:
+        n_tokens: tokens so far.
+        shards: {"name", "tokens", "sha256"} of every complete file.
     """
 
     def __init__(
@@ -41,70 +45,70 @@ class ShardWriter:
         self.version = 1 if vocab_size <= 65_536 else 2
         self.n_tokens = 0
         self.shards: list[dict] = []
-        self._content = hashlib.sha256()
+        self._hash = hashlib.sha256()
         self._file = None
-        self._room = 0
+        self._space = 0  # tokens until the open shard is full
 
-    def go_on(self, n_tokens: int) -> None:
-        """Takes up a stream of which so many tokens are in the directory; the rest is cut off."""
+    def resume(self, n_tokens: int) -> None:
+        """Continues after the first n_tokens in the directory and deletes those beyond."""
         while self.n_tokens < n_tokens:
             count = min(self.shard_tokens, n_tokens - self.n_tokens)
             path = self.directory / f"{self.prefix}_{len(self.shards):06d}.bin"
             temporary = path.with_suffix(".tmp")
-            if path.exists():  # finished after the last note
+            if path.exists():  # completed after the last journal entry
                 os.replace(path, temporary)
             item = TOKEN_TYPES[self.version].itemsize
             self._path, self._file = path, open(temporary, "r+b")
             self._file.truncate(_HEADER_BYTES + count * item)
             self._file.seek(_HEADER_BYTES)
             while chunk := self._file.read(_SCAN_TOKENS):
-                self._content.update(chunk)
-            self._room = self.shard_tokens - count
+                self._hash.update(chunk)
+            self._space = self.shard_tokens - count
             self.n_tokens += count
-            if self._room == 0:
+            if self._space == 0:
                 self._finish_shard()
         for path in self.directory.glob(f"{self.prefix}_*"):
             if int(path.stem.rpartition("_")[2]) > len(self.shards) - (self._file is None):
                 path.unlink()
 
     def flush(self) -> None:
-        """Hands everything to the operating system, so that a kill loses none of it."""
+        """Passes all tokens to the operating system, so that killing the process loses none."""
         if self._file is not None:
             self._file.flush()
 
     def add(self, tokens: np.ndarray) -> None:
-        """Appends integer tokens [any length], each below vocab_size."""
+        """Appends integer tokens [n], each below vocab_size."""
         tokens = np.asarray(tokens).astype(TOKEN_TYPES[self.version])
-        self._content.update(tokens)
+        self._hash.update(tokens)
         self.n_tokens += len(tokens)
         while len(tokens):
             if self._file is None:
                 self._open_next()
-            now, tokens = tokens[: self._room], tokens[self._room :]
-            self._file.write(now.data)
-            self._room -= len(now)
-            if self._room == 0:
+            piece, tokens = tokens[: self._space], tokens[self._space :]
+            self._file.write(piece.data)
+            self._space -= len(piece)
+            if self._space == 0:
                 self._finish_shard()
 
     def close(self) -> None:
-        """Completes the last shard; `shards` then lists `{name, tokens, sha256}` of every file."""
+        """Completes the last shard."""
         if self._file is not None:
             self._finish_shard()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all tokens so far, however they are cut into shards."""
-        return self._content.hexdigest()
+        """SHA-256 (hex) of all tokens so far; the sizes of the shards do not change it."""
+        return self._hash.hexdigest()
 
     def _open_next(self) -> None:
         self._path = self.directory / f"{self.prefix}_{len(self.shards):06d}.bin"
         self._file = open(self._path.with_suffix(".tmp"), "w+b")
         self._file.write(bytes(_HEADER_BYTES))
-        self._room = self.shard_tokens
+        self._space = self.shard_tokens
 
     def _finish_shard(self) -> None:
         header = np.zeros(256, "<i4")
-        header[:3] = MAGIC, self.version, self.shard_tokens - self._room
+        header[:3] = MAGIC, self.version, self.shard_tokens - self._space
         with self._file as file:
             file.seek(0)
             file.write(header.data)
@@ -120,8 +124,8 @@ class ShardWriter:
 class Shards:
     """Several shard files, read as one stream of tokens.
 
-    Opening reads the headers only, so it is instant at any size; `scan` looks at every token. An
-    instance travels to other processes as its paths.
+    Opening reads the headers only, so it is instant at any size; `scan` reads every token. An
+    instance is pickled as its paths.
 
     Args:
         paths: shard files, in stream order.
@@ -141,14 +145,14 @@ class Shards:
         return Shards, (self.paths, self.vocab_size)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens start .. start + length - 1 as int32 [length]; they may span several shards."""
+        """Reads tokens start .. start + length - 1 as int32 [length], across shards."""
         return self.gather(np.array([start]), length)[0]
 
     def gather(self, starts_B: np.ndarray, length: int) -> np.ndarray:
-        """The windows that begin at `starts_B`: int32 [B, length].
+        """Reads the windows that begin at `starts_B`: int32 [B, length].
 
         Raises:
-            IndexError: a window reaches beyond the stream.
+            IndexError: a window extends beyond the stream.
         """
         tokens_BxT = np.empty((len(starts_B), length), np.int32)
         for row_T, start in zip(tokens_BxT, np.asarray(starts_B).tolist(), strict=True):
@@ -158,21 +162,21 @@ class Shards:
         return tokens_BxT
 
     def scan(self) -> str:
-        """Reads every token once: SHA-256 (hex) of the contents, as `ShardWriter.fingerprint`.
+        """Reads every token and returns their SHA-256 (hex), as `ShardWriter.fingerprint`.
 
         Raises:
             InputError: a token id is beyond the vocabulary.
         """
-        content = hashlib.sha256()
+        digest = hashlib.sha256()
         for path, array in zip(self.paths, self._arrays, strict=True):
             for start in range(0, len(array), _SCAN_TOKENS):
                 chunk = array[start : start + _SCAN_TOKENS]
                 self._check_ids(path, start, chunk)
-                content.update(chunk)
-        return content.hexdigest()
+                digest.update(chunk)
+        return digest.hexdigest()
 
     def _copy(self, start: int, out_T: np.ndarray) -> None:
-        """Fills `out_T` from `start` on, shard after shard; nearly always it is one."""
+        """Copies tokens from `start` on into `out_T`, across shards."""
         shard = bisect.bisect_right(self._ends, start)
         while len(out_T):
             array = self._arrays[shard]
@@ -183,33 +187,33 @@ class Shards:
 
     def _check_ids(self, path: Path, start: int, chunk: np.ndarray) -> None:
         if chunk.max() >= self.vocab_size:
-            place = int(np.argmax(chunk >= self.vocab_size))
+            index = int(np.argmax(chunk >= self.vocab_size))
             raise InputError(
-                f"{path}: token {start + place} has id {chunk[place]}, beyond the vocabulary of "
+                f"{path}: token {start + index} has id {chunk[index]}, beyond the vocabulary of "
                 f"{self.vocab_size}; set model.vocab_size to that of the shards' tokenizer"
             )
 
 
 def _open(path: Path) -> np.ndarray:
-    """The tokens of one shard, mapped from disk: uint16 or uint32 [tokens]."""
+    """Maps the tokens of one shard from disk: uint16 or uint32 [tokens]. Raises InputError."""
     header, size = np.zeros(0, "<i4"), 0
     with contextlib.suppress(OSError):
         header, size = np.fromfile(path, "<i4", count=256), path.stat().st_size
     if not path.is_file():
         raise InputError(f"{path}: no such shard; data.path names .bin files or their directory")
     if len(header) < 256 or header[0] != MAGIC:
-        found = f"magic {header[0]}" if len(header) else "no header"
-        raise InputError(f"{path}: not a token shard: {found} where {MAGIC} belongs")
-    if header[1] not in TOKEN_TYPES:
+        start = f"magic {header[0]}" if len(header) else "no header"
         raise InputError(
-            f"{path}: shard version {header[1]}; 1 (uint16) and 2 (uint32) can be read"
+            f"{path}: not a token shard: {start} instead of {MAGIC}; prepare or fetch token shards"
         )
+    if header[1] not in TOKEN_TYPES:
+        raise InputError(f"{path}: unknown shard version {header[1]}; use 1 (uint16) or 2 (uint32)")
     token_type, n_tokens = TOKEN_TYPES[int(header[1])], int(header[2])
     present = (size - _HEADER_BYTES) // token_type.itemsize
     if n_tokens <= 0 or size != _HEADER_BYTES + n_tokens * token_type.itemsize:
         raise InputError(
-            f"{path}: the header promises {n_tokens} tokens and the body holds {present}; "
-            f"the file is truncated or damaged, fetch or prepare it again"
+            f"{path}: the header says {n_tokens} tokens and the file has {present}; it is "
+            f"truncated or damaged, fetch or prepare it again"
         )
-    # A plain array over the map: slicing np.memmap itself costs microseconds each time.
+    # A plain array over the map: each slice of an np.memmap itself costs microseconds.
     return np.asarray(np.memmap(path, token_type, "r", _HEADER_BYTES, (n_tokens,)))

@@ -1,6 +1,6 @@
-"""Where text comes from: a stream of documents, and the list of files behind it.
+"""Streams the documents of a source, and lists the source's files.
 
-Documents keep every character, so those of one file joined together are the file again.
+Documents keep every character: the documents of a file, joined, are the file.
 """
 
 import glob
@@ -20,7 +20,7 @@ from lmscale_jax.errors import InputError
 
 _DOCUMENT_PATTERNS = {
     "file": re.compile(r".+", re.DOTALL),
-    # Up to the blank lines that end it, which belong to it.
+    # The blank lines after a paragraph belong to it.
     "paragraph": re.compile(r".+?(?:\n\s*\n|\Z)", re.DOTALL),
     "line": re.compile(r"[^\n]*\n|[^\n]+"),
 }
@@ -32,23 +32,22 @@ def documents(data_cfg, on_skip: Callable[[Path], object] = lambda path: None) -
     """Yields every document of the source that is not empty, in a fixed order.
 
     Args:
-        data_cfg: the config group `data` of a source that is text and no corpus's name.
-        on_skip: called with each file of the standard library that cannot be decoded (it has test
-            files that are broken on purpose). Other sources raise instead.
+        data_cfg: the config group `data`; its source is one of text, not the name of a corpus.
+        on_skip: called with each file of the standard library that cannot be decoded (some of its
+            test files are broken on purpose). Other sources raise instead.
 
     Raises:
         InputError: a path is missing, a file is binary or damaged, a JSON line lacks the field.
     """
-    found = _documents(data_cfg, on_skip)
-    yield from itertools.islice(found, data_cfg.limit) if data_cfg.limit else found
+    yield from itertools.islice(_documents(data_cfg, on_skip), data_cfg.limit or None)
 
 
 def _documents(data_cfg, on_skip) -> Iterator[str]:
     if data_cfg.source in ROWS:
-        place = f"data.path={data_cfg.path}: field {data_cfg.field!r}"
+        where = f"data.path={data_cfg.path}: field {data_cfg.field!r}"
         for value in ROWS[data_cfg.source](data_cfg):
             # Tables of web pages have rows without text.
-            if value and (text := _checked_text(value, place)):
+            if value and (text := _checked_text(value, where)):
                 yield text
         return
     for path in files(data_cfg):
@@ -72,7 +71,7 @@ ROWS = {
 
 
 def files(data_cfg) -> list[Path]:
-    """The files behind `documents`, in the order in which they are read; [] for those of the hub.
+    """Lists the files of a source in the order in which they are read; [] for the hub's.
 
     Raises:
         InputError: nothing is found under data.path.
@@ -86,61 +85,60 @@ def files(data_cfg) -> list[Path]:
             return find(str(local), "data.path", ()) if local else []
         case "tfds":
             folder = Path(data_cfg.directory or "~/tensorflow_datasets").expanduser()
-            named = folder / data_cfg.path.split(":")[0]
-            return find(str(named), "data.path", ()) if named.is_dir() else []
+            dataset = folder / data_cfg.path.split(":")[0]
+            return find(str(dataset), "data.path", ()) if dataset.is_dir() else []
     endings = {"jsonl": _JSONL_ENDINGS, "parquet": (".parquet",)}.get(data_cfg.source, ())
     return find(data_cfg.path, "data.path", endings)
 
 
 def find(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
-    """Files named by a file, a directory or a glob, or by several of them joined by commas.
+    """Finds the files of a path, directory or glob, or of several of them joined by commas.
 
-    Each item's files are sorted, items keep their order, and no file comes twice.
+    The files of each item are sorted, items keep their order, and no file is listed twice.
 
     Args:
-        paths: what the user gave.
-        field: the config key that holds it, for messages.
-        endings: the names that count in a directory; hidden files never do.
+        paths: the value of the config key.
+        field: the config key, for messages.
+        endings: of the files that count in a directory; () for all. Hidden files never count.
 
     Raises:
         InputError: an item is empty or matches no file.
     """
-    found = {}
+    matches = {}
     for item in [paths] if os.path.exists(paths) else paths.split(","):
-        matches = _matches(os.path.expanduser(item.strip()), endings)
-        if not matches:
+        item_files = _matches(os.path.expanduser(item.strip()), endings)
+        if not item_files:
             raise InputError(
-                f"{field}={item.strip()!r}: no {' or '.join(endings) or 'text'} file there; give a "
-                f"file, a directory that holds some, or a glob such as 'texts/**/*.txt'"
+                f"{field}={item.strip()!r}: no {' or '.join(endings) or 'text'} file there; name a "
+                f"file, a directory with some, or a glob such as 'texts/**/*.txt'"
             )
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        matches.update(dict.fromkeys(item_files))
+    return list(matches)
 
 
 def _matches(item: str, endings: tuple[str, ...]) -> list[Path]:
     if os.path.isdir(item):
-        inside = sorted(Path(item).rglob("*"))
         return [
             path
-            for path in inside
+            for path in sorted(Path(item).rglob("*"))
             if path.name.endswith(endings or "")
             and path.is_file()
             and not any(part.startswith(".") for part in path.relative_to(item).parts)
         ]
-    named = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-    return [Path(name) for name in named if os.path.isfile(name)]
+    names = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    return [Path(name) for name in names if os.path.isfile(name)]
 
 
 def _library_files(root: Path) -> Iterator[Path]:
     for directory, subdirectories, names in os.walk(root):
-        # Not entered at all: what is installed can be a hundred times the library.
+        # Pruned: installed packages can be a hundred times the library.
         subdirectories[:] = set(subdirectories) - _NOT_LIBRARY
         yield from (Path(directory, name) for name in names if name.endswith(".py"))
 
 
 def _library_documents(path: Path, on_skip: Callable[[Path], object]) -> Iterator[str]:
     try:
-        with tokenize.open(path) as file:  # obeys the file's own coding line
+        with tokenize.open(path) as file:  # follows the file's coding line
             text = file.read()
     except (OSError, SyntaxError, UnicodeDecodeError):
         on_skip(path)
@@ -153,36 +151,35 @@ def _json_documents(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"data.path={path}:{number}"
+        where = f"data.path={path}:{number}"
         try:
             record = json.loads(line)
         except ValueError as error:
             raise InputError(
-                f"{place}: broken JSON ({error}); every line must be one whole JSON object"
+                f"{where}: broken JSON ({error}); every line must be one JSON object"
             ) from None
         if not isinstance(record, dict):
-            raise InputError(f"{place}: not a JSON object but {line.strip()[:40]}")
+            raise InputError(f"{where}: not a JSON object but {line.strip()[:40]}")
         if field not in record:
-            there = ", ".join(map(str, record)) or "none"
-            raise InputError(
-                f"{place}: no field {field!r}; set data.field to one that is there: {there}"
-            )
-        if text := _checked_text(record[field], f"{place}: field {field!r}"):
+            names = ", ".join(map(str, record)) or "none"
+            raise InputError(f"{where}: no field {field!r}; set data.field to one of: {names}")
+        if text := _checked_text(record[field], f"{where}: field {field!r}"):
             yield text
 
 
-def _checked_text(value, place: str) -> str:
+def _checked_text(value, where: str) -> str:
+    """Returns the value if it is text that UTF-8 can encode. Raises InputError."""
     if not isinstance(value, str):
-        raise InputError(f"{place} holds {type(value).__name__}, not text; set data.field")
+        raise InputError(f"{where} holds {type(value).__name__}, not text; set data.field")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{place} holds half a surrogate pair, which is no text") from error
+        raise InputError(f"{where} holds half a surrogate pair, which is not text") from error
     return value
 
 
 def _read_text(path: Path) -> str:
-    """All of a file, unpacked where it ends in .gz; line ends stay as they are."""
+    """Reads a file, unpacked if it ends in .gz; line ends stay. Raises InputError."""
     open_file = gzip.open if path.suffix == ".gz" else open
     try:
         with open_file(path, "rb") as file:

@@ -1,6 +1,6 @@
-"""Documents out of tables: Parquet files, Hugging Face datasets and TFDS, read as streams.
+"""Streams documents from tables: Parquet files, Hugging Face datasets and TFDS.
 
-Nothing is held but a batch of rows. No code that a dataset brings is run.
+Memory holds one batch of rows. No code of a dataset is run.
 """
 
 import logging
@@ -13,6 +13,7 @@ _ROWS = 1024
 
 
 def missing(package: str, extra: str, source: str) -> InputError:
+    """Returns the error for a source whose package is not installed."""
     return InputError(
         f"data.source={source!r} needs the package {package}; pip install 'lmscale_jax[{extra}]', "
         f"or data.source='stdlib' (configs/llama_100m.py:embedded) needs none"
@@ -20,9 +21,10 @@ def missing(package: str, extra: str, source: str) -> InputError:
 
 
 def parquet_values(path: Path, field: str) -> Iterator:
-    """The values of one column, row by row.
+    """Yields the values of one column, row by row.
 
-    Raises InputError: no Parquet file, a damaged one, or none with that column.
+    Raises:
+        InputError: not a Parquet file, a damaged one, or one without that column.
     """
     try:
         import pyarrow
@@ -35,30 +37,33 @@ def parquet_values(path: Path, field: str) -> Iterator:
         for batch in table.iter_batches(batch_size=_ROWS, columns=[field]):
             yield from batch.column(0).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        said = str(error).splitlines()[0]
         raise InputError(
-            f"data.path={path}: not a readable Parquet file ({said}); fetch or write it again"
+            f"data.path={path}: not a readable Parquet file ({_first_line(error)}); fetch or write "
+            f"it again"
         ) from None
 
 
 def local_dataset(data_cfg) -> Path | None:
-    """The directory of a Hugging Face dataset that lies here; None for a name on the hub."""
+    """Returns the directory of a local Hugging Face dataset; None for a name on the hub."""
     path = Path(data_cfg.path).expanduser()
     return path if path.is_dir() else None
 
 
 def dataset_values(data_cfg) -> Iterator:
-    """The values of data.field of a Hugging Face dataset: a directory that save_to_disk wrote, one
-    of Parquet, Arrow or JSON files, or a name on the hub, which is streamed.
+    """Yields the values of data.field of a Hugging Face dataset.
 
-    Raises InputError: not there, not reachable, no such split or field.
+    That is a directory that save_to_disk wrote, a directory of Parquet, Arrow or JSON files, or a
+    name on the hub, which is streamed.
+
+    Raises:
+        InputError: the dataset cannot be found or reached, or lacks the split or field.
     """
     try:
         import datasets
     except ImportError:
         raise missing("datasets", "hf", "hf") from None
     datasets.disable_progress_bars()
-    # Its warnings at each of five attempts say what our one line says.
+    # It warns at each of five attempts; our error message is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     where = f"data.path={data_cfg.path}"
     rows = _open_dataset(datasets, data_cfg, where)
@@ -72,51 +77,50 @@ def dataset_values(data_cfg) -> Iterator:
                 names = list(row)
             yield row[data_cfg.field]
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        said = str(error).splitlines()[0]
-        raise InputError(f"{where}: reading it ended with: {said}") from None
+        raise InputError(f"{where}: cannot be read to its end ({_first_line(error)})") from None
 
 
 def _open_dataset(datasets, data_cfg, where: str):
+    """Opens the split data.rows of a local dataset or of one on the hub. Raises InputError."""
     local, split = local_dataset(data_cfg), data_cfg.rows
     try:
         if local and ((local / "state.json").exists() or (local / "dataset_dict.json").exists()):
-            found = datasets.load_from_disk(str(local))
-            if isinstance(found, datasets.DatasetDict):
-                if split not in found:
-                    raise InputError(
-                        f"config.data.rows={split!r}: {local} has the splits {', '.join(found)}"
-                    )
-                return found[split]
-            return found
+            dataset = datasets.load_from_disk(str(local))
+            if not isinstance(dataset, datasets.DatasetDict):
+                return dataset
+            if split not in dataset:
+                raise InputError(
+                    f"config.data.rows={split!r}: {local} has the splits {', '.join(dataset)}"
+                )
+            return dataset[split]
         return datasets.load_dataset(
             str(local or data_cfg.path), name=data_cfg.subset or None, split=split,
             revision=data_cfg.revision or None, streaming=True,
         )  # fmt: skip
     except datasets.exceptions.DatasetNotFoundError as error:
-        said = str(error).splitlines()[0]
         raise InputError(
-            f"{where}: {said}; log in with `hf auth login` and accept its licence if it is gated, "
-            f"or name a directory that holds a copy"
+            f"{where}: {_first_line(error)}; log in with `hf auth login` and accept its licence if "
+            f"it is gated, or name a directory that holds a copy"
         ) from None
     except ValueError as error:  # an unknown split or subset
-        raise InputError(f"{where}: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        # Offline, the hub's client raises errors of several libraries.
-        said = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise InputError(f"{where}: {_first_line(error)}") from None
+    except Exception as error:  # offline, the hub's client raises errors of several libraries
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         if local:
-            raise InputError(f"{where}: no readable dataset there ({said})") from None
+            raise InputError(f"{where}: no readable dataset there ({reason})") from None
         raise InputError(
-            f"{where}: the hub cannot be reached ({said}); name a directory that holds a copy, or "
-            f"data.source='stdlib' (of the named configs, configs/llama_100m.py:embedded) needs no "
-            f"network"
+            f"{where}: the hub cannot be reached ({reason}); name a directory that holds a copy, "
+            f"or use data.source='stdlib' (a named config: configs/llama_100m.py:embedded)"
         ) from None
 
 
 def tfds_values(data_cfg) -> Iterator:
-    """The values of data.field of a TFDS dataset that is prepared as ArrayRecord; without
-    TensorFlow.
+    """Yields the values of data.field of a TFDS dataset, without TensorFlow.
 
-    Raises InputError: not prepared here, another format, no such split or field.
+    The dataset must be prepared as ArrayRecord.
+
+    Raises:
+        InputError: the dataset is not prepared or has another format, or lacks the split or field.
     """
     try:
         import tensorflow_datasets as tfds
@@ -128,9 +132,9 @@ def tfds_values(data_cfg) -> Iterator:
         builder = tfds.builder(data_cfg.path, data_dir=folder)
         rows = builder.as_data_source(split=data_cfg.rows)
     except Exception as error:  # TFDS raises errors of many kinds, some of several paragraphs
-        said = str(error).strip().splitlines()
+        reason = _first_line(error) or type(error).__name__
         raise InputError(
-            f"{where}: no TFDS dataset to read ({said[0] if said else type(error).__name__}); "
+            f"{where}: no TFDS dataset to read ({reason}); "
             f"prepare it with tfds.builder(name).download_and_prepare(file_format='array_record') "
             f"and name its directory as data.directory"
         ) from None
@@ -144,5 +148,9 @@ def tfds_values(data_cfg) -> Iterator:
 def _check_field(field: str, names: list[str], where: str) -> None:
     if field not in names:
         raise InputError(
-            f"{where}: no field {field!r}; set data.field to one that is there: {', '.join(names)}"
+            f"{where}: no field {field!r}; set data.field to one of: {', '.join(names)}"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,12 +1,9 @@
-"""Tokenizers behind one interface: UTF-8 bytes, characters, and byte-level BPE.
+"""The tokenizers that need no download (UTF-8 bytes, characters, byte-level BPE), and their loader.
 
-A tokenizer is its `definition`, a small JSON object: that is what is saved, and its hash is the
-`fingerprint` that ties shards to the tokenizer that wrote them. The document mark, where there is
-one, is the last id: text can never spell it, so no document can forge a boundary.
+The boundary token, where there is one, is the last id.
 """
 
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -14,59 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
+from lmscale_jax.data.pretrained import Pretrained
+from lmscale_jax.data.tokenizer_base import FILE_NAME, ByteLevel, Tokenizer, byte_of_letter
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import read_json
 
-FILE_NAME = "tokenizer.json"
 _PIECE_CHARACTERS = 100_000
-# A word never ends in white space, so one always ends here; and the words before this place do not
-# depend on what comes after it.
+# A word never ends in white space, so every word that is being read ends at such a place; and the
+# words before it do not depend on what comes after it.
 _BETWEEN_WORDS = re.compile(r"(?<=\S)(?=[ \n])")
 
 
-class Tokenizer:
-    """What every tokenizer offers.
-
-    Attributes:
-        name: "bytes", "char", "bpe" or "hf".
-        vocab_size: number of ids, the document mark included.
-        boundary: id of the mark that is put before every document, or None.
-        token_bytes: int32 [vocab_size], UTF-8 bytes that each id stands for; 0 for the mark.
-        cuttable: the ids of `pieces` of a text joined are the ids of the text.
-    """
-
-    name: str
-    vocab_size: int
-    boundary: int | None
-    token_bytes: np.ndarray
-    cuttable: bool = True
-
-    def definition(self) -> dict:
-        """All that is needed to build this tokenizer again, as JSON."""
-        return {"name": self.name}
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [tokens], without the document mark."""
-        raise NotImplementedError
-
-    def decode(self, ids) -> str:
-        """The text of `ids`; marks vanish, bytes that are not UTF-8 become U+FFFD."""
-        raise NotImplementedError
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of the definition."""
-        return hashlib.sha256(self._json().encode()).hexdigest()
-
-    def save(self, directory: Path) -> None:
-        """Writes `tokenizer.json` into an existing directory."""
-        (Path(directory) / FILE_NAME).write_text(self._json(), encoding="utf-8")
-
-    def _json(self) -> str:
-        return json.dumps(self.definition(), sort_keys=True)
-
-
 class Bytes(Tokenizer):
-    """Ids 0..255 are the bytes of the UTF-8 text; 256 is the document mark."""
+    """Ids 0..255 are the bytes of the UTF-8 text; 256 is the boundary token."""
 
     name = "bytes"
     vocab_size = 257
@@ -84,7 +41,7 @@ class Bytes(Tokenizer):
 
 
 class Chars(Tokenizer):
-    """One id per character of the source, in sorted order; no document mark.
+    """One id per character of the source, in sorted order; no boundary token.
 
     This is the tokenizer of nanoGPT's shakespeare_char, id for id.
     """
@@ -102,7 +59,7 @@ class Chars(Tokenizer):
         return {"name": self.name, "characters": self.characters}
 
     def encode_batch(self, texts):
-        """As for every tokenizer.
+        """Encodes each text to int32 [tokens].
 
         Raises:
             InputError: a text has a character that the source did not have.
@@ -115,9 +72,9 @@ class Chars(Tokenizer):
     def _encode(self, text: str) -> np.ndarray:
         points = _code_points(text)
         ids = np.searchsorted(self._code_points, points)
-        known = self._code_points[np.minimum(ids, self.vocab_size - 1)] == points
-        if not known.all():
-            character = text[int(np.argmin(known))]
+        in_vocab = self._code_points[np.minimum(ids, self.vocab_size - 1)] == points
+        if not in_vocab.all():
+            character = text[int(np.argmin(in_vocab))]
             raise InputError(
                 f"data.tokenizer=char: the character {character!r} (U+{ord(character):04X}) does "
                 f"not occur in the source, so it has no id; use data.tokenizer=bytes or bpe"
@@ -125,23 +82,11 @@ class Chars(Tokenizer):
         return ids.astype(np.int32)
 
 
-class ByteLevel(Tokenizer):
-    """What byte-level BPE has in common: `_library` of the tokenizers package, and `_bytes_of`, the
-    bytes that each id stands for."""
-
-    def encode_batch(self, texts):
-        encodings = self._library.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-    def decode(self, ids):
-        return b"".join(self._bytes_of[i] for i in np.asarray(ids)).decode(errors="replace")
-
-
 class BytePairs(ByteLevel):
-    """Byte-level BPE: 256 single bytes, then merges, then the document mark.
+    """Byte-level BPE: 256 single bytes, then merges, then the boundary token.
 
-    There is no normalizer and every byte has an id, so decoding gives back any text exactly. Words
-    are cut as GPT-2 cuts them, and merges stay inside words.
+    There is no normalizer and every byte has an id, so decoding restores any text exactly. Words
+    are split as GPT-2 splits them, and merges stay inside words.
     """
 
     name = "bpe"
@@ -156,7 +101,7 @@ class BytePairs(ByteLevel):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BytePairs":
-        """Learns `vocab_size` entries, the document mark included; the same texts, the same merges.
+        """Learns `vocab_size` entries, the boundary token included; deterministic in the texts.
 
         Raises:
             InputError: the texts run out of pairs to merge before that.
@@ -195,35 +140,30 @@ class BytePairs(ByteLevel):
         return library
 
 
+_CLASSES = {"bytes": Bytes, "char": Chars, "bpe": BytePairs, "hf": Pretrained}
+
+
 def load(directory: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into `directory`.
+    """Loads the tokenizer that `save` wrote into `directory`.
 
     Raises:
         InputError: the file is missing or is not a tokenizer's definition.
     """
     path = Path(directory) / FILE_NAME
     try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-        match definition.pop("name"):
-            case "bytes":
-                return Bytes()
-            case "char":
-                return Chars(**definition)
-            case "bpe":
-                return BytePairs(**definition)
-            case "hf":
-                from lmscale_jax.data.pretrained import Pretrained
-
-                return Pretrained(**definition)
+        definition = read_json(path)
+        name = definition.pop("name")
+        if name in _CLASSES:
+            return _CLASSES[name](**definition)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a readable tokenizer ({error}); prepare again") from None
-    raise InputError(f"{path}: neither bytes, char, bpe nor hf; prepare again")
+    raise InputError(f"{path}: name={name!r} is not bytes, char, bpe or hf; prepare again")
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cuts a long text where it makes no difference: the pieces' ids joined are the text's ids.
+    """Yields a long text in pieces whose ids, joined, are the ids of the text.
 
-    The BPE library takes some 200 bytes of memory for each character that it is given at once.
+    The BPE library takes some 200 bytes of memory for each character of a text.
     """
     start = 0
     while cut := _BETWEEN_WORDS.search(text, start + _PIECE_CHARACTERS):
@@ -234,17 +174,3 @@ def pieces(text: str) -> Iterator[str]:
 
 def _code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
-
-
-def byte_of_letter() -> dict[str, int]:
-    """The byte behind each of the 256 letters in which byte-level BPE spells its vocabulary.
-
-    Printable Latin-1 characters stand for themselves; the other bytes, in order, got the letters
-    from U+0100 on.
-    """
-    from tokenizers import pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = {letter: ord(letter) for letter in letters if ord(letter) < 256}
-    hidden = sorted(set(range(256)) - set(plain.values()))
-    return plain | dict(zip(letters[len(plain) :], hidden, strict=True))
