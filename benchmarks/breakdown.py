@@ -130,10 +130,10 @@ class Loop:
             what = measures.due(config, done)
             self._state, metrics = self._take(self._state, batch, measure=what)
             if pending:
-                self._journal.take(*pending)
+                self._journal.log(*pending)
             self._watchdog.beat(done - 1)
             pending = (done, metrics)
-        self._journal.take(*pending)
+        self._journal.log(*pending)
         self._done = done
         return float(metrics["train_loss"])
 

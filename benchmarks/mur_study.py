@@ -7,6 +7,8 @@ with the baseline, pair by pair, and the table is written to results/mur_study.j
 not done again.
 """
 
+import subprocess
+import sys
 from pathlib import Path
 
 from absl import flags
@@ -23,7 +25,6 @@ ARMS = flags.DEFINE_list("arms", [], "of configs/mur_small.py; all by default, b
 def train(arm: str, seed: int, workdir: Path) -> None:
     """Trains and evaluates one run, or does nothing where that was done."""
     from configs import mur_small
-    from lmscale_jax.evals import suites
     from lmscale_jax.run import mesh, train
 
     config = mur_small.get_config(arm)
@@ -34,7 +35,9 @@ def train(arm: str, seed: int, workdir: Path) -> None:
     mesh.start(config)
     train.train(config, workdir, say=lambda line: None)
     if not (workdir / "eval.json").exists():
-        suites.evaluate(workdir, ["perplexity", "redundancy", "mur"], 0, 20_000, lambda line: None)
+        program = [sys.executable, "-m", "lmscale_jax.evaluate"]
+        program += [f"--workdir={workdir}", "--tokens=20000"]
+        subprocess.run(program, check=True, stdout=subprocess.DEVNULL)
 
 
 def compare(folder: Path, arm: str, seeds: range) -> dict:

@@ -11,7 +11,7 @@
 # was first to fail, once all have ended. Needs bash 4.4 or later.
 set -u
 case ${1:-} in
-  '' | 0* | *[!0-9]*) echo "error: '${1:-}' is no number of processes; 2 works" >&2 && exit 2 ;;
+  '' | 0* | *[!0-9]*) echo "error: '${1:-}' is not a number of processes; use 2" >&2 && exit 2 ;;
 esac
 count=$1 python=${PYTHON:-python} logs=${LOGS:-logs}
 shift

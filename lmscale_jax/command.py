@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags in, an exit status out, errors in one line."""
+"""Starts and ends every command: parses flags, reports errors in one line, sets the exit status."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ def run(main: Callable[[], None]) -> None:
 
     def body(_argv) -> None:
         logging.set_verbosity(logging.WARNING)
-        # Into a file or a pipe too, a line is there when it is printed, not an hour later.
+        # So that a line reaches a file or a pipe when it is printed, not an hour later.
         sys.stdout.reconfigure(line_buffering=True)
         try:
             main()
@@ -35,23 +35,23 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _take_huge_pages() -> None:
-    """Starts this process anew with a glibc that asks for huge pages, unless it has been told.
+    """Restarts this process with a glibc that asks for huge pages, unless the setting is made.
 
-    XLA's CPU programs allocate their temporaries anew at each call, and glibc maps large ones
-    afresh each time: with small pages the kernel's work on them is a quarter of a step's time, with
-    huge ones a twentieth (docs/performance.md). glibc reads the setting where a process begins.
+    XLA's CPU programs allocate their temporaries at each call, and glibc maps large ones again each
+    time. With small pages the kernel's work on them is a quarter of a step's time, with huge ones a
+    twentieth (docs/performance.md). glibc reads the setting when a process starts.
     """
-    told = os.environ.get("GLIBC_TUNABLES", "")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
     # A program read from stdin cannot be read a second time.
-    if _HUGE_PAGES in told or platform.libc_ver()[0] != "glibc" or sys.argv[0] in ("", "-"):
+    if _HUGE_PAGES in tunables or platform.libc_ver()[0] != "glibc" or sys.argv[0] in ("", "-"):
         return
     try:
-        offered = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
     except OSError:
         return
-    if "[never]" in offered:
+    if "[never]" in modes:
         return
-    tunables = f"{told}:{_HUGE_PAGES}=1".removeprefix(":")
+    tunables = f"{tunables}:{_HUGE_PAGES}=1".removeprefix(":")
     sys.stdout.flush()
     os.execve(
         sys.executable,
@@ -64,7 +64,7 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 def stop(message: str, status: int) -> None:
-    """Prints one line on stderr and leaves."""
+    """Prints one line on stderr and exits with `status`."""
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -78,56 +78,56 @@ def config_flag(required: bool = True, default: str | None = None):
 
 
 def overrides() -> dict:
-    """The --config.a.b=value overrides given on the command line, {dotted path: value}."""
+    """Returns the --config.a.b=value overrides of the command line, {dotted path: value}."""
     return config_flags.get_override_values(flags.FLAGS["config"])
 
 
 def _parse(argv: list[str]) -> list[str]:
-    # The config library warns of what is one error, said in one line, here.
+    # The config library warns of errors that are reported here in one line.
     logging.set_verbosity(logging.ERROR)
     try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise flags.Error(f"{rest[1]!r} is no flag; flags are written --name=value")
+        positional = flags.FLAGS(argv)
+        if len(positional) > 1:
+            raise flags.Error(f"{positional[1]!r} is not a flag; use --name=value")
         if swallowed := _swallowed():
             raise flags.Error(swallowed)
         # A config file that cannot be read shows only when its config is used.
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()
-        return rest
+        return positional
     except Exception as error:
         stop(_explain(error, argv), status=2)
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """One line on why the flags could not be parsed.
+    """Returns one line on why the flags could not be parsed.
 
-    Where the config library hides the cause, in a traceback or an error about another error, the
+    The config library may hide the cause in a traceback or an error about another error; then the
     config file is loaded once more.
     """
     if "before a value for --config" in str(error):
-        return "--config.KEY=value stands before --config=FILE; it must come after"
+        return "--config.KEY=value is before --config=FILE; put it after"
     if swallowed := _swallowed():
         return swallowed
-    given = _config_argument(argv)
-    if given is None:
+    argument = _config_argument(argv)
+    if argument is None:
         missing = "--config must" in str(error) or "flag 'config." in str(error)
-        works = "--config is missing; --config=configs/quickstart.py would work"
-        return works if missing else str(error)
-    config, fault = _load(given)
+        message = "--config is missing; use --config=configs/quickstart.py"
+        return message if missing else str(error)
+    config, fault = _load(argument)
     return fault or _override_fault(config, argv, str(error)) or str(error)
 
 
 def _swallowed() -> str | None:
-    """What is wrong where a flag without a value has taken the next flag for one."""
+    """Returns a message where a flag without a value has taken the next flag as its value."""
     for name in flags.FLAGS:
         if str(value := flags.FLAGS[name].value).startswith("--"):
-            return f"--{name} has taken {value} for its value; --{name}=value works"
+            return f"--{name} has no value but the next flag, {value}; use --{name}=value"
     return None
 
 
 def _config_argument(argv: list[str]) -> str | None:
-    """The value of --config, in either spelling."""
+    """Returns the value of --config, in either spelling."""
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
@@ -135,46 +135,49 @@ def _config_argument(argv: list[str]) -> str | None:
     return None
 
 
-def _load(given: str) -> tuple[ConfigDict | None, str | None]:
-    """The config of a --config value, or what is wrong with the file, by its line."""
-    path, colon, argument = given.partition(":")
+def _load(argument: str) -> tuple[ConfigDict | None, str | None]:
+    """Loads the file of a --config value. Returns (config, None), or (None, message with line)."""
+    path, colon, name = argument.partition(":")
     if not os.path.isfile(path):
-        return None, f"--config={given}: no such file; configs/quickstart.py is one"
+        return None, f"--config={argument}: no such file; use --config=configs/quickstart.py"
     try:
-        config = runpy.run_path(path)["get_config"](*([argument] if colon else []))
+        config = runpy.run_path(path)["get_config"](*([name] if colon else []))
         if not isinstance(config, ConfigDict):
             raise TypeError(f"get_config() returns {type(config).__name__}, not a ConfigDict")
         return config, None
     except SyntaxError as error:
-        line, said = error.lineno, error.msg
+        line, message = error.lineno, error.msg
     except Exception as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         # The text of a ConfigDict's own errors is quoted once or twice.
-        said = str(error).replace("\\n", " ").strip("\"'")
-        line, said = lines[-1] if lines else 1, f"{said or type(error).__name__}"
+        message = str(error).replace("\\n", " ").strip("\"'")
+        line, message = lines[-1] if lines else 1, f"{message or type(error).__name__}"
         if isinstance(error, KeyError):
-            said = f"no {said} there"
-    return None, f"--config={path}:{line}: {said}"
+            message = f"no {message} there"
+    return None, f"--config={path}:{line}: {message}"
 
 
-def _override_fault(config: ConfigDict, argv: list[str], said: str) -> str | None:
-    """What is wrong with an override --config.a.b=value: an unknown key, or the value's type."""
-    for found in (re.match(r"--?(?:no)?config\.([^=]+)=?(.*)", a) for a in argv):
-        if found is None:
+def _override_fault(config: ConfigDict, argv: list[str], message: str) -> str | None:
+    """Returns what is wrong with an override --config.a.b=value: its key or its value's type.
+
+    `message` is the config library's.
+    """
+    for match in (re.match(r"--?(?:no)?config\.([^=]+)=?(.*)", a) for a in argv):
+        if match is None:
             continue
-        path, value = found.groups()
-        default = _at(config, path)
+        path, value = match.groups()
+        default = _default_of(config, path)
         if default is None:
             return f"config.{path} is not a key; {hint(path, list(_paths(config)))}"
         if isinstance(default, ConfigDict):
             return f"config.{path}={value} is a group of keys; set one, config.{path}.KEY=value"
-        if f"config.{path}={value}" in said:
-            wanted = type(default).__name__
-            return f"config.{path}={value} must be of type {wanted}; {default!r} would work"
+        if f"config.{path}={value}" in message:
+            kind = type(default).__name__
+            return f"config.{path}={value} must be of type {kind}; use {default!r}"
     return None
 
 
-def _at(config: ConfigDict, path: str):
+def _default_of(config: ConfigDict, path: str):
     for name in path.split("."):
         config = config.get(name) if isinstance(config, ConfigDict) else None
     return config

@@ -1,9 +1,9 @@
-"""Hugging Face weights in and out, GPT-2 and Llama:
+"""Converts weights of GPT-2 and Llama from and to Hugging Face's format:
 
 python -m lmscale_jax.convert --from_hf=DIR --workdir=W --config=C    then: evaluate --workdir=W
 python -m lmscale_jax.convert --workdir=W --to_hf=DIR
 
-The config says on which data the imported model is evaluated; its `model` group is replaced.
+The config names the data on which the imported model is evaluated; its `model` group is replaced.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from lmscale_jax import command
 from lmscale_jax.errors import InputError
 
 CONFIG = command.config_flag(required=False, default="configs/base.py")
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run, or of the one to be made")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run, or a new one")
 FROM = flags.DEFINE_string("from_hf", None, "directory with config.json and safetensors")
 TO = flags.DEFINE_string("to_hf", None, "new directory for transformers to load")
 
@@ -22,8 +22,8 @@ TO = flags.DEFINE_string("to_hf", None, "new directory for transformers to load"
 def main() -> None:
     if not WORKDIR.value or bool(FROM.value) == bool(TO.value):
         raise InputError(
-            "--workdir with either --from_hf or --to_hf says what is converted; "
-            "--workdir=runs/first --to_hf=exported would work"
+            "convert needs --workdir and either --from_hf or --to_hf; "
+            "use --workdir=runs/first --to_hf=exported"
         )
     if TO.value:
         from lmscale_jax.model import hf

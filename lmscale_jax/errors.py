@@ -1,13 +1,13 @@
-"""The two ways a command ends badly.
+"""The two exceptions with which a command may end.
 
-A command turns either into one line on stderr and an exit status; everything else is a bug and
+A command turns either into one line on stderr and an exit status; any other exception is a bug and
 shows its traceback.
 """
 
 
 class InputError(Exception):
-    """Bad input (exit status 2). The message is one line: the field, its value, one that works."""
+    """Bad input (exit status 2). The message is one line: field, value, a value that works."""
 
 
 class RunFailed(Exception):
-    """The work was started and failed: diverged, check not passed (exit status 1)."""
+    """The work started and failed (exit status 1): diverged, or a check did not pass."""

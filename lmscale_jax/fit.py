@@ -225,7 +225,7 @@ def _write(paths, written: dict, draw) -> None:
     """Writes the plot and the JSON, if --out is set."""
     if paths is None:
         return
-    from lmscale_jax.run.record import write_json
+    from lmscale_jax.files import write_json
 
     out, plot = paths
     try:

@@ -11,7 +11,7 @@ PROMPT = flags.DEFINE_string("prompt", "", "text to continue; empty: a new docum
 TOKENS = flags.DEFINE_integer("tokens", 200, "tokens to add", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: the likeliest token", lower_bound=0.0)
 TOP_K = flags.DEFINE_integer("top_k", 50, "likeliest tokens to draw from; 0: all", lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, "seed of the drawing")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling")
 
 
 def main() -> None:
@@ -19,8 +19,8 @@ def main() -> None:
     from lmscale_jax.run import load
 
     run = load.load(Path(WORKDIR.value))
-    how = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
-    print(continued(run.setup, run.params, TOKENS.value, PROMPT.value, **how))
+    options = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
+    print(continued(run.setup, run.params, TOKENS.value, PROMPT.value, **options))
 
 
 if __name__ == "__main__":

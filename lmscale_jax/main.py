@@ -9,7 +9,7 @@ from lmscale_jax import __version__, command
 from lmscale_jax.errors import InputError
 
 CONFIG = command.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; continued if it is one")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; continues an unfinished one")
 CLUSTER = flags.DEFINE_enum(
     "cluster",
     "none",
@@ -17,18 +17,18 @@ CLUSTER = flags.DEFINE_enum(
     "who started the processes of this run (launch/README.md); none: there is one",
 )
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; for hosts")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "of this run; for hosts", lower_bound=1)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many; for hosts", lower_bound=1)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "from 0; for hosts", lower_bound=0)
-EXPLAIN = flags.DEFINE_bool("explain", False, "print what would be done, and why, and leave")
+EXPLAIN = flags.DEFINE_bool("explain", False, "print what the run would do, and why, and exit")
 TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "with --explain: chips to explain it for, as v5e:4x4 or H100:64"
+    "topology", "", "with --explain: chips that the run would use, as v5e:4x4 or H100:64"
 )
 
 
 def main() -> None:
     if TOPOLOGY.value and not EXPLAIN.value:
         raise InputError(
-            f"--topology={TOPOLOGY.value} describes chips elsewhere; with --explain it works"
+            f"--topology={TOPOLOGY.value} describes chips of another machine; use it with --explain"
         )
     if EXPLAIN.value:
         from lmscale_jax.run.explain import explain
@@ -37,7 +37,7 @@ def main() -> None:
         explain(CONFIG.value, command.overrides(), path, topology=TOPOLOGY.value)
         return
     if not WORKDIR.value:
-        raise InputError("--workdir is missing; --workdir=runs/first would work")
+        raise InputError("--workdir is missing; use --workdir=runs/first")
     from lmscale_jax.config import fingerprint, validate
     from lmscale_jax.run import cluster, mesh
 

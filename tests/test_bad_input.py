@@ -85,16 +85,16 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("make", "said"), BAD.values(), ids=BAD)
-def test_bad_data(tmp_path, make, said):
+@pytest.mark.parametrize(("make", "parts"), BAD.values(), ids=BAD)
+def test_bad_data(tmp_path, make, parts):
     workdir = tmp_path / "run"
     (tmp_path / "data").mkdir()
     cache = {"data.cache": tmp_path / "cache"}
-    given = flags(SMALL | cache | make(tmp_path / "data"))
-    status, _, err = run("main", "--config=configs/base.py", f"--workdir={workdir}", *given)
+    overrides = flags(SMALL | cache | make(tmp_path / "data"))
+    status, _, err = run("main", "--config=configs/base.py", f"--workdir={workdir}", *overrides)
     assert (status, err.count("\n")) == (2, 1), err
     assert "Traceback" not in err and not workdir.exists()
-    for part in said:
+    for part in parts:
         assert part in err, err
     # What the cache holds is complete.
     for file in (tmp_path / "cache").rglob("*.bin*"):
@@ -107,8 +107,8 @@ def test_bad_workdir(tmp_path, settings, workdir):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     workdir = workdir.format(file=tmp_path / "file", full=tmp_path / "full")
-    given = [f"--workdir={workdir}", *flags(settings)]
-    status, _, err = run("main", "--config=configs/base.py", *given)
+    arguments = [f"--workdir={workdir}", *flags(settings)]
+    status, _, err = run("main", "--config=configs/base.py", *arguments)
     assert (status, err.count("\n")) == (2, 1), err
     assert "--workdir=" in err
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "notes.txt").read_text()
@@ -116,48 +116,48 @@ def test_bad_workdir(tmp_path, settings, workdir):
 
 
 def test_batch_that_the_devices_cannot_split(tmp_path, settings):
-    given = flags(settings | {"mesh.cpu_devices": 3})
+    overrides = flags(settings | {"mesh.cpu_devices": 3})
     workdir = tmp_path / "run"
-    status, _, err = run("main", "--config=configs/base.py", f"--workdir={workdir}", *given)
+    status, _, err = run("main", "--config=configs/base.py", f"--workdir={workdir}", *overrides)
     assert (status, err.count("\n")) == (2, 1), err
     assert "train.batch_size=8" in err and "9 would work" in err
     assert not workdir.exists()
 
 
 def test_commands_ask_for_huge_pages_once_and_leave_other_settings(tmp_path):
-    """The process begins anew with what it was given; what a user has set stays."""
-    code = "import os, sys; from lmscale_jax import command; print('begun'); "
+    """The process restarts with its arguments; what a user has set stays."""
+    code = "import os, sys; from lmscale_jax import command; print('started'); "
     code += "command.run(lambda: print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES', 'unset')))"
-    offered = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    takes = platform.libc_ver()[0] == "glibc" and offered.exists()
-    takes = takes and "[never]" not in offered.read_text()
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    takes = platform.libc_ver()[0] == "glibc" and modes.exists()
+    takes = takes and "[never]" not in modes.read_text()
     ours, other = "glibc.malloc.hugetlb=1", "glibc.malloc.tcache_count=7"
-    for given, wanted in (("", ours), (other, f"{other}:{ours}")):
+    for tunables, changed in (("", ours), (other, f"{other}:{ours}")):
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
             env={k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-            | ({"GLIBC_TUNABLES": given} if given else {}),
+            | ({"GLIBC_TUNABLES": tunables} if tunables else {}),
         )  # fmt: skip
-        begun = "begun\n" * (2 if takes else 1)
-        said = wanted if takes else given or "unset"
-        assert (done.returncode, done.stdout) == (0, f"{begun}[] {said}\n"), done.stderr
+        printed = "started\n" * (2 if takes else 1)
+        setting = changed if takes else tunables or "unset"
+        assert (done.returncode, done.stdout) == (0, f"{printed}[] {setting}\n"), done.stderr
     off = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
         env=os.environ | off,
     )  # fmt: skip
-    assert done.stdout == "begun\n[] glibc.malloc.hugetlb=0\n"
+    assert done.stdout == "started\n[] glibc.malloc.hugetlb=0\n"
 
 
 def test_lines_are_there_when_they_are_printed():
     """Not when a buffer is full: who follows a log would see nothing for a quarter of an hour."""
     code = "import time; from lmscale_jax import command; "
-    code += "command.run(lambda: (print('begun'), time.sleep(60)))"
+    code += "command.run(lambda: (print('started'), time.sleep(60)))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     try:
-        assert process.stdout.readline() == "begun\n" and process.poll() is None
+        assert process.stdout.readline() == "started\n" and process.poll() is None
     finally:
         process.kill()
         process.communicate()

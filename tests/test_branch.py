@@ -72,7 +72,7 @@ def from_checkpoint(config, parent, at: int) -> dict:
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), begin, setup.placed
     )
-    state, _ = checkpoint.Checkpoints(parent).at(at, abstract)
+    state, _ = checkpoint.Checkpoints(parent).restore_step(at, abstract)
     take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
     for t in range(at, config.train.steps):
         state, _ = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
@@ -111,15 +111,15 @@ def test_three_budgets_from_one_stable_run(make, tmp_path):
 
 def stopped(config, workdir, at: int, monkeypatch) -> None:
     """Trains until a SIGTERM comes after step `at`."""
-    take = journal.Journal.take
+    log = journal.Journal.log
 
     def stop(self, done, *rest):
-        take(self, done, *rest)
+        log(self, done, *rest)
         if done == at:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "take", stop)
+        patched.setattr(journal.Journal, "log", stop)
         with pytest.raises(SystemExit):
             train.train(config, workdir, **silent)
     assert record(workdir)["status"] == "running"

@@ -209,17 +209,17 @@ def test_the_command_refuses_a_bad_config_file(tmp_path, line, said):
 @pytest.mark.parametrize("config", ["configs/nosuch.py", ""])
 def test_the_command_refuses_a_config_that_is_not_there(tmp_path, config):
     err = refused(tmp_path, f"--config={config}")
-    assert f"--config={config}: no such file; configs/quickstart.py" in err
+    assert f"--config={config}: no such file; use --config=configs/quickstart.py" in err
 
 
 def test_the_command_says_what_is_wrong_in_other_spellings(tmp_path):
     err = refused(tmp_path, "--config", "configs/base.py", "--config.optim.lrr=3")
     assert "did you mean optim.lr?" in err
     err = refused(tmp_path, "--config.optim.lr=3", "--config=configs/base.py")
-    assert "must come after" in err
+    assert "put it after" in err
     status, _, err = run("main", "--workdir", "--config=configs/base.py")
     assert status == 2
-    assert "--workdir=value works" in err
+    assert "use --workdir=value" in err
 
 
 def test_the_command_refuses_to_start_without_its_flags(tmp_path):

@@ -90,14 +90,14 @@ def test_what_we_do_not_have_is_refused_by_name(written):
     directory, _ = written("llama")
     path = directory / hf.CONFIG
     settings = json.loads(path.read_text())
-    for change, said in (
+    for change, message in (
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"model_type": "mamba"}, "model_type='mamba' is not known"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
     ):
         path.write_text(json.dumps(settings | change))
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             hf.read_config(directory)
     path.write_text(json.dumps(settings | {"intermediate_size": 72}))
     with pytest.raises(InputError, match="does not make blocks/mlp/gate"):
@@ -109,8 +109,8 @@ def test_what_we_do_not_have_is_refused_by_name(written):
     with pytest.raises(InputError, match=r"model\.layers\.2\..* have no place here"):
         read(directory)
     path.write_text(json.dumps(settings))
-    whole = (directory / hf.WEIGHTS).read_bytes()
-    (directory / hf.WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    content = (directory / hf.WEIGHTS).read_bytes()
+    (directory / hf.WEIGHTS).write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="cannot be read"):
         read(directory)
     (directory / hf.WEIGHTS).rename(directory / "pytorch_model.bin")
@@ -119,12 +119,12 @@ def test_what_we_do_not_have_is_refused_by_name(written):
 
 
 def test_what_transformers_does_not_have_is_refused_by_name():
-    for changes, said in (
+    for changes, message in (
         ({"mlp": "relu2"}, "config.model.mlp='relu2' has no place"),
         ({"attn_gate": "const"}, "config.model.attn_gate='const' has no place"),
         ({"bias": False}, "config.model.bias=False has no place"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             hf.family(resolved(**GPT2 | changes))
     config = base.get_config()
     config.model.bias, config.model.vocab_size = True, 61

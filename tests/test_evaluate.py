@@ -11,7 +11,8 @@ from conftest import record, run
 
 from configs import base
 from lmscale_jax.errors import InputError
-from lmscale_jax.evals import agreement, mur_stats, redundancy, suites
+from lmscale_jax.evals import agreement, mur_stats, redundancy
+from lmscale_jax.evaluate import evaluate_run
 from lmscale_jax.reports import compared, pairs
 from lmscale_jax.run import train
 
@@ -40,7 +41,7 @@ def runs(settings, tmp_path_factory, quick_compiler):
     loss = {"mur.mode": "loss", "mur.tau": 0.2, "mur.warmup": "0"}
     for name, changes in (("base", {}), ("loss", loss)):
         train.train(made(settings, more | changes), folder / name, say=silent)
-        suites.evaluate(folder / name, SUITES, 0, 0, silent)
+        evaluate_run(folder / name, SUITES, 0, 0, silent)
     return folder
 
 
@@ -86,12 +87,12 @@ def test_suites_add_up(runs, tmp_path):
     whole = scores(workdir)
     (workdir / "eval.json").unlink()
     for suite in ("mur", "perplexity"):
-        suites.evaluate(workdir, [suite], 0, 0, silent)
+        evaluate_run(workdir, [suite], 0, 0, silent)
         assert ("val_loss" in scores(workdir)) == (suite == "perplexity")
     found = scores(workdir)
     assert found["mur"] == whole["mur"] and found["val_loss"] == whole["val_loss"]
     # Of another checkpoint: the first is set aside.
-    suites.evaluate(workdir, ["perplexity"], 20, 0, silent)
+    evaluate_run(workdir, ["perplexity"], 20, 0, silent)
     assert not scores(workdir)["complete"]
     assert json.loads((workdir / "eval_step_40.json").read_text()) == found
 
@@ -116,7 +117,7 @@ def test_never_random_weights(runs, tmp_path):
         else:
             damage(workdir / "checkpoints" / "40" / "params")
         with pytest.raises(InputError, match=said):
-            suites.evaluate(workdir, SUITES, 0, 0, silent)
+            evaluate_run(workdir, SUITES, 0, 0, silent)
         assert not (workdir / "eval.json").exists()
     status, _, err = run("evaluate", f"--workdir={tmp_path / 'without'}")
     assert status == 2 and err.count("\n") == 1 and "no checkpoint" in err
@@ -147,7 +148,7 @@ def test_an_unfinished_run_is_marked(runs, tmp_path):
     shutil.rmtree(workdir / "checkpoints" / "40")
     (workdir / "eval.json").unlink()
     (workdir / "run.json").write_text(json.dumps(record(workdir) | {"status": "running"}))
-    suites.evaluate(workdir, ["perplexity"], 0, 0, said.append)
+    evaluate_run(workdir, ["perplexity"], 0, 0, said.append)
     assert "is running: this is its checkpoint after step 20 of 40" in said[0]
     found = scores(workdir)
     assert found["complete"] is False and found["step"] == 20

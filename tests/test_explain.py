@@ -179,17 +179,17 @@ command.run(main.main)
     [
         (
             ["--explain", "--topology=v5e:4x4"],
-            "--topology=v5e:4x4 is compiled for by libtpu, which is missing; "
-            "pip install 'lmscale_jax[tpu]' brings it",
+            "--topology=v5e:4x4 needs libtpu, which is not installed; "
+            "use pip install 'lmscale_jax[tpu]'",
         ),
         (
             ["--explain", "--topology=H900:8"],
-            "--topology=H900:8: CHIP:COUNT or CHIP:SHAPE of H100, H200, B200, A100, v5e, v5p, v6e; "
-            "--topology=v5e:4x4 or --topology=H100:64 would work",
+            "--topology=H900:8 is not CHIP:COUNT or CHIP:SHAPE of H100, H200, B200, A100, v5e, "
+            "v5p, v6e; use --topology=v5e:4x4 or --topology=H100:64",
         ),
         (
             ["--explain", "--topology=H100:4x4"],
-            "--topology=H100:4x4: H100 has no torus; H100:16 would work",
+            "--topology=H100:4x4: H100 has no torus; use --topology=H100:16",
         ),
         (
             ["--explain", "--topology=H100:48", "--config.mesh.fsdp=32"],
@@ -203,7 +203,7 @@ command.run(main.main)
         ),
         (
             ["--topology=H100:64", "--workdir=elsewhere"],
-            "--topology=H100:64 describes chips elsewhere; with --explain it works",
+            "--topology=H100:64 describes chips of another machine; use it with --explain",
         ),
     ],
 )

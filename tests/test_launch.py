@@ -86,18 +86,18 @@ def test_scripts_are_sound(path):
 
 def test_the_jobs_of_the_jobset_follow_the_schema_of_kubernetes():
     template = jobset()["spec"]["replicatedJobs"][0]["template"]
-    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "hosts"}, **template}
-    kubernetes_validate.validate(whole, "1.31", strict=True)
-    whole["spec"]["parallelism"] = "two"
+    manifest = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "hosts"}, **template}
+    kubernetes_validate.validate(manifest, "1.31", strict=True)
+    manifest["spec"]["parallelism"] = "two"
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(whole, "1.31", strict=True)
+        kubernetes_validate.validate(manifest, "1.31", strict=True)
 
 
 def test_the_jobset_around_them_has_the_fields_of_its_documentation():
-    whole = jobset()
-    assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert set(whole) == {"apiVersion", "kind", "metadata", "spec"}
-    spec = whole["spec"]
+    manifest = jobset()
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert set(manifest) == {"apiVersion", "kind", "metadata", "spec"}
+    spec = manifest["spec"]
     assert set(spec) == {"network", "failurePolicy", "replicatedJobs"}
     assert set(spec["network"]) <= {"enableDNSHostnames", "subdomain", "publishNotReadyAddresses"}
     assert set(spec["failurePolicy"]) == {"maxRestarts", "rules"}
@@ -112,16 +112,16 @@ def test_the_jobset_around_them_has_the_fields_of_its_documentation():
 
 
 def test_the_hosts_of_the_jobset_agree():
-    whole, pod = jobset(), job()["template"]["spec"]
+    manifest, pod = jobset(), job()["template"]["spec"]
     (container,) = pod["containers"]
     env = {entry["name"]: entry for entry in container["env"]}
     hosts = int(env["LMSCALE_NUM_PROCESSES"]["value"])
     assert hosts == job()["parallelism"] == job()["completions"] >= 2
-    (replicated,) = whole["spec"]["replicatedJobs"]
+    (replicated,) = manifest["spec"]["replicatedJobs"]
     host, port = env["LMSCALE_COORDINATOR"]["value"].split(":")
-    subdomain = whole["spec"]["network"]["subdomain"]
+    subdomain = manifest["spec"]["network"]["subdomain"]
     # JOBSET-REPLICATEDJOB-JOB-INDEX.SUBDOMAIN is the name that JobSet gives a pod.
-    assert host == f"{whole['metadata']['name']}-{replicated['name']}-0-0.{subdomain}"
+    assert host == f"{manifest['metadata']['name']}-{replicated['name']}-0-0.{subdomain}"
     assert 1024 < int(port) < 32768
     index = env["LMSCALE_PROCESS_ID"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert index == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -205,8 +205,8 @@ def test_every_flag_exists(path, main_flags):
 @pytest.mark.parametrize("path", PIECES, ids=name)
 def test_every_config_key_exists(path):
     named = set(re.findall(r"\bconfig\.(\w+\.\w+)", path.read_text()))
-    known = {key for key, _ in keys(SPEC)}
-    assert named <= known, named - known
+    all_keys = {key for key, _ in keys(SPEC)}
+    assert named <= all_keys, named - all_keys
 
 
 @pytest.mark.parametrize("path", PIECES, ids=name)

@@ -21,12 +21,12 @@ on_linux = pytest.mark.skipif(
     not (shutil.which("setsid") and shutil.which("setpriv")), reason="needs util-linux"
 )
 
-# In place of Python with lmscale_jax: it says what it was given, and does what --act asks for.
+# In place of Python with lmscale_jax: it prints its arguments, and does what --act asks for.
 STAND_IN = """#!{python}
 import json, os, pathlib, signal, subprocess, sys, time
 
-given = dict(a[2:].split("=", 1) for a in sys.argv if a.startswith("--"))
-me, act = int(given["process_id"]), given.get("act", "end")
+arguments = dict(a[2:].split("=", 1) for a in sys.argv if a.startswith("--"))
+me, act = int(arguments["process_id"]), arguments.get("act", "end")
 print(json.dumps(sys.argv[1:]), flush=True)
 
 
@@ -124,15 +124,15 @@ def alive(pid: int) -> bool:
         return False
 
 
-def given(line: str) -> dict:
+def arguments_in(line: str) -> dict:
     return dict(a[2:].split("=", 1) for a in json.loads(line) if a.startswith("--"))
 
 
 @pytest.fixture
 def local(tmp_path):
-    made = Local(tmp_path)
-    yield made
-    made.end()
+    launcher = Local(tmp_path)
+    yield launcher
+    launcher.end()
 
 
 # --- local_multiprocess.sh
@@ -141,7 +141,7 @@ def local(tmp_path):
 def test_processes_are_numbered_and_meet_at_one_port(local):
     status, _, err = local.run(3, "--config=C", "--workdir=W")
     assert (status, err) == (0, "")
-    each = [given(local.log(i)[0]) for i in range(3)]
+    each = [arguments_in(local.log(i)[0]) for i in range(3)]
     assert [e["process_id"] for e in each] == ["0", "1", "2"]
     assert {e["num_processes"] for e in each} == {"3"}
     assert {e["cluster"] for e in each} == {"hosts"}
@@ -240,7 +240,7 @@ def test_a_missing_interpreter_is_a_failure(local):
 def test_a_count_that_is_none_is_refused(local, count):
     status, out, err = local.run(count)
     assert (status, out) == (2, "")
-    assert len(err.splitlines()) == 1 and "2 works" in err
+    assert len(err.splitlines()) == 1 and "use 2" in err
     assert not local.logs.exists()
 
 
@@ -276,8 +276,8 @@ def test_slurm_puts_back_what_was_stopped_and_nothing_else(tmp_path, status):
     assert srun[-4:] == ["-m", "lmscale_jax.main", "--cluster=slurm", "--workdir=my runs/a"]
     assert {"--cpus-per-task=8", "--output=logs/42-%t.log", "--open-mode=append"} < set(srun)
     assert (tmp_path / "logs").is_dir(), "Slurm makes no directories"
-    wanted = [["scontrol", "requeue", "42"]] if status == 143 else []
-    assert calls(tmp_path, "scontrol") == wanted
+    expected = [["scontrol", "requeue", "42"]] if status == 143 else []
+    assert calls(tmp_path, "scontrol") == expected
 
 
 def test_slurm_reads_its_options(tmp_path):
@@ -330,15 +330,15 @@ def slice_of(folder: Path, *ends) -> subprocess.Popen:
 
 def verbs(folder: Path) -> list[str]:
     """What was asked of gcloud, without looking at the state."""
-    found = []
+    verbs_called = []
     for call in calls(folder, "gcloud"):
         trains = any(a.startswith("--output-directory=") for a in call)
-        found.append("train" if trains else call[4])
-    return [verb for verb in found if verb not in ("describe", "scp", "ssh")]
+        verbs_called.append("train" if trains else call[4])
+    return [verb for verb in verbs_called if verb not in ("describe", "scp", "ssh")]
 
 
 @pytest.mark.parametrize(
-    ("ends", "wanted", "status"),
+    ("ends", "expected", "status"),
     [
         ([0], ["create", "train"], 0),
         ([2], ["create", "train"], 2),
@@ -348,11 +348,11 @@ def verbs(folder: Path) -> list[str]:
         (["lost"] * 6 + [0], [*["create", "train", "delete"] * 6, "create", "train"], 0),
     ],
 )
-def test_a_tpu_slice_is_made_and_training_goes_on(tmp_path, ends, wanted, status):
+def test_a_tpu_slice_is_made_and_training_goes_on(tmp_path, ends, expected, status):
     process = slice_of(tmp_path, *ends)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
-    assert verbs(tmp_path) == wanted
+    assert verbs(tmp_path) == expected
 
 
 def test_all_workers_of_a_slice_get_the_arguments_whole(tmp_path):

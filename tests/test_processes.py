@@ -35,10 +35,10 @@ def free_port() -> int:
 
 def begin(settings, workdir, index: int, count: int, port: int, **changes) -> subprocess.Popen:
     """One process of a run."""
-    given = settings | STEPS | {"mesh.cpu_devices": 1} | changes
+    values = settings | STEPS | {"mesh.cpu_devices": 1} | changes
     cluster = ("--cluster=hosts", f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}")
     arguments = (f"--process_id={index}", "--config=configs/base.py", f"--workdir={workdir}")
-    return start("main", *cluster, *arguments, *flags(given))
+    return start("main", *cluster, *arguments, *flags(values))
 
 
 def together(settings, workdir, count: int, **changes) -> list[subprocess.Popen]:
@@ -66,16 +66,16 @@ def lines(workdir) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def alike(one, other) -> None:
+def alike(workdir, other) -> None:
     """The same metrics but for the order of sums, and the same tokens."""
-    ours, theirs = lines(one), lines(other)
+    ours, theirs = lines(workdir), lines(other)
     assert len(ours) == len(theirs) > 5
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             bound = 5e-6 if name in ("train_loss", "val_loss") else 5e-4
             np.testing.assert_allclose(a[name], b[name], rtol=bound, err_msg=name)
-    assert record(one)["final"]["val_tokens"] == record(other)["final"]["val_tokens"]
+    assert record(workdir)["final"]["val_tokens"] == record(other)["final"]["val_tokens"]
 
 
 def errors(text: str) -> list[str]:
@@ -86,8 +86,8 @@ def errors(text: str) -> list[str]:
 def alone(settings, tmp_path_factory):
     """The same run in one process on one device."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
-    given = settings | STEPS | SHARDED | {"mesh.cpu_devices": 1, "mesh.fsdp": 1}
-    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(given))
+    values = settings | STEPS | SHARDED | {"mesh.cpu_devices": 1, "mesh.fsdp": 1}
+    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(values))
     status, _, err = finish(process)
     assert status == 0, err
     return workdir
@@ -131,15 +131,15 @@ def test_the_number_of_processes_changes_on_the_way(settings, alone, tmp_path):
         processes[-1].send_signal(signal.SIGTERM)
         ended = [finish(process) for process in processes]
         assert {status for status, _, _ in ended} == {128 + signal.SIGTERM}, ended
-        said = ended[0][1]
-        assert "stopped by SIGTERM: step" in said and not any(
+        printed = ended[0][1]
+        assert "stopped by SIGTERM: step" in printed and not any(
             "step" in out for _, out, _ in ended[1:]
         )
         saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-        assert f"step {saved} of 12 is saved" in said and saved > before
+        assert f"step {saved} of 12 is saved" in printed and saved > before
         before = saved
-    given = settings | STEPS | SHARDED | {"mesh.cpu_devices": 2}
-    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(given))
+    values = settings | STEPS | SHARDED | {"mesh.cpu_devices": 2}
+    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(values))
     status, out, err = finish(process)
     assert status == 0 and f"going on from step {before}" in out, err
     alike(workdir, alone)
@@ -183,11 +183,11 @@ def test_processes_that_do_not_come_are_named(settings, tmp_path):
     changes = {"mesh.start_timeout": 3.0}
     status, _, err = finish(begin(settings, workdir, 0, 3, port, **changes))
     assert status == 1 and len(errors(err)) == 1
-    assert f"1 of 3 processes came to 127.0.0.1:{port} (127.0.0.1 is 127.0.0.1 here)" in err
+    assert f"1 of 3 processes connected to 127.0.0.1:{port} (127.0.0.1 is 127.0.0.1 here)" in err
     assert "within 3 s: 0 on " in err and "missing: 1, 2" in err
     status, _, err = finish(begin(settings, workdir, 1, 3, port, **changes))
     assert status == 1 and len(errors(err)) == 1
-    assert f"found no process 0 at 127.0.0.1:{port}" in err
+    assert f"could not connect to process 0 at 127.0.0.1:{port}" in err
     assert "a loopback address is this machine itself" in err
     assert not workdir.exists()
 
@@ -239,23 +239,23 @@ def peak():
 
 
 with cluster.joined(cluster.Launch("hosts", f"127.0.0.1:{port}", 4, index), config, {}):
-    config, grid, model, transform, placed = made = setup(changes)
-    state, _ = abstract(*made)
+    config, grid, model, transform, placed = parts = setup(changes)
+    state, _ = abstract(*parts)
     first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
     first = first.lower().compile()
     checkpoint.Checkpoints(Path(folder)).manager  # what importing Orbax takes
-    found = {"before": peak(), "whole": 4 * sum(x.size for x in jax.tree.leaves(state))}
-    there = jax.block_until_ready(first())
-    found["begin"] = peak()
+    peaks = {"before": peak(), "total": 4 * sum(x.size for x in jax.tree.leaves(state))}
+    state_here = jax.block_until_ready(first())
+    peaks["begin"] = peak()
     saved = checkpoint.Checkpoints(Path(folder))
-    saved.save(1, there, {})
+    saved.save(1, state_here, {})
     saved.wait()
-    found["save"] = peak()
-    del there
-    again, _ = checkpoint.Checkpoints(Path(folder)).restore(state, print)
-    jax.block_until_ready(again)
-    found["restore"] = peak()
-    print(json.dumps(found))
+    peaks["save"] = peak()
+    del state_here
+    restored, _ = checkpoint.Checkpoints(Path(folder)).restore(state, print)
+    jax.block_until_ready(restored)
+    peaks["restore"] = peak()
+    print(json.dumps(peaks))
 """
 
 
@@ -281,9 +281,9 @@ def test_no_process_ever_holds_the_whole_state(tmp_path):
     for process in processes:
         status, out, err = finish(process)
         assert status == 0, err[-2000:]
-        found = json.loads(out.splitlines()[-1])
-        whole, before = found.pop("whole"), found.pop("before")
-        assert whole > 550e6
+        peaks = json.loads(out.splitlines()[-1])
+        total, before = peaks.pop("total"), peaks.pop("before")
+        assert total > 550e6
         # A quarter is its own; reading and writing need room beside it.
-        grown = {name: (size - before) / whole for name, size in found.items()}
+        grown = {name: (size - before) / total for name, size in peaks.items()}
         assert 0.2 < grown["begin"] < 0.5 and max(grown.values()) < 0.8, grown

@@ -35,20 +35,20 @@ def parameters(workdir: Path) -> dict[str, np.ndarray]:
 
 def same(a: Path, b: Path) -> None:
     """The same parameters to the bit, and the same metrics."""
-    one, two = parameters(a), parameters(b)
-    assert one.keys() == two.keys() and len(one) > 5
-    for name in one:
-        assert np.array_equal(one[name].view(np.uint32), two[name].view(np.uint32)), name
+    ours, theirs = parameters(a), parameters(b)
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for name in ours:
+        assert np.array_equal(ours[name].view(np.uint32), theirs[name].view(np.uint32)), name
     assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
     assert record(a)["final"] == record(b)["final"]
 
 
 @pytest.fixture(scope="module")
-def whole(settings, tmp_path_factory) -> Path:
+def undisturbed(settings, tmp_path_factory) -> Path:
     """A run that nobody disturbs."""
     from conftest import flags, start
 
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
     named = {k.replace("__", "."): v for k, v in STEPS.items()}
     process = start(
         "main", "--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)
@@ -59,7 +59,7 @@ def whole(settings, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_killed_five_times_at_random_moments(train, whole, tmp_path):
+def test_killed_five_times_at_random_moments(train, undisturbed, tmp_path):
     workdir, chance = tmp_path / "killed", random.Random(0)
     metrics = workdir / "metrics.jsonl"
 
@@ -80,10 +80,10 @@ def test_killed_five_times_at_random_moments(train, whole, tmp_path):
     assert kills >= 4
     status, _, err = finish(train(workdir, **STEPS))
     assert status == 0, err
-    same(workdir, whole)
+    same(workdir, undisturbed)
 
 
-def test_sigterm_saves_and_leaves(train, whole, tmp_path):
+def test_sigterm_saves_and_leaves(train, undisturbed, tmp_path):
     workdir = tmp_path / "stopped"
     process = train(workdir, **STEPS)
     wait_until(lambda: (workdir / "metrics.jsonl").exists(), process)
@@ -95,14 +95,14 @@ def test_sigterm_saves_and_leaves(train, whole, tmp_path):
     assert record(workdir)["status"] == "running"
     status, out, err = finish(train(workdir, **STEPS))
     assert status == 0 and "going on from step" in out, err
-    same(workdir, whole)
+    same(workdir, undisturbed)
 
 
 @pytest.mark.parametrize(
     "damage",
     ["truncated", *(pytest.param(d, marks=pytest.mark.slow) for d in ("flipped", "emptied"))],
 )
-def test_falls_back_from_a_damaged_checkpoint(train, whole, tmp_path, damage):
+def test_falls_back_from_a_damaged_checkpoint(train, undisturbed, tmp_path, damage):
     workdir = tmp_path / "damaged"
     process = train(workdir, **STEPS, checkpoint__keep=3)
     wait_until(lambda: (workdir / "checkpoints" / "20").exists(), process)
@@ -123,20 +123,20 @@ def test_falls_back_from_a_damaged_checkpoint(train, whole, tmp_path, damage):
     assert status == 0, err
     assert f"checkpoint {saved[-1]} cannot be read" in out
     assert (workdir / "checkpoints_unreadable" / str(saved[-1])).is_dir()
-    same(workdir, whole)
+    same(workdir, undisturbed)
 
 
 @pytest.mark.slow
-def test_continues_on_another_number_of_devices(train, whole, tmp_path):
+def test_continues_on_another_number_of_devices(train, undisturbed, tmp_path):
     workdir = tmp_path / "moved"
     process = train(workdir, **STEPS)
     wait_until(lambda: (workdir / "checkpoints" / "10").exists(), process)
     process.kill()
     process.communicate()
-    more = {"mesh__cpu_devices": 4, "mesh__fsdp": 2, "mesh__tensor": 2}
-    status, out, err = finish(train(workdir, **STEPS, **more))
+    meshes = {"mesh__cpu_devices": 4, "mesh__fsdp": 2, "mesh__tensor": 2}
+    status, out, err = finish(train(workdir, **STEPS, **meshes))
     assert status == 0 and "going on from step" in out, err
-    ours, theirs = record(workdir)["final"], record(whole)["final"]
+    ours, theirs = record(workdir)["final"], record(undisturbed)["final"]
     assert abs(ours["val_loss"] - theirs["val_loss"]) < 1e-5
     assert ours["val_tokens"] == theirs["val_tokens"]
 
@@ -151,20 +151,20 @@ def test_second_process_refuses(train, tmp_path):
     assert status == 2 and "in use by process" in err and err.count("\n") == 1
 
 
-def test_finished_run_is_left_alone(train, whole):
-    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
-    status, out, err = finish(train(whole, **STEPS))
+def test_finished_run_is_left_alone(train, undisturbed):
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
+    status, out, err = finish(train(undisturbed, **STEPS))
     assert status == 0 and "is finished" in out, err
-    assert before == {p: p.stat().st_mtime_ns for p in whole.rglob("*") if p.is_file()}
+    assert before == {p: p.stat().st_mtime_ns for p in undisturbed.rglob("*") if p.is_file()}
 
 
-def test_another_config_is_refused(train, whole):
-    status, _out, err = finish(train(whole, **STEPS, optim__lr=0.5))
+def test_another_config_is_refused(train, undisturbed):
+    status, _out, err = finish(train(undisturbed, **STEPS, optim__lr=0.5))
     assert status == 2 and err.count("\n") == 1
     assert "optim.lr is 0.001 there and 0.5 here" in err
 
 
-def test_full_disk_leaves_the_earlier_checkpoint(settings, whole, tmp_path):
+def test_full_disk_leaves_the_earlier_checkpoint(settings, undisturbed, tmp_path):
     """Files above a size fail to be written, as on a full disk; then there is room again."""
     from conftest import flags
 
@@ -185,4 +185,4 @@ def test_full_disk_leaves_the_earlier_checkpoint(settings, whole, tmp_path):
     assert record(workdir)["status"] == "failed"
     status, out, err = attempt()
     assert status == 0, err
-    same(workdir, whole)
+    same(workdir, undisturbed)

@@ -1,4 +1,4 @@
-"""The small parts of a run: clock, metrics file, record."""
+"""The small parts of a run: clock, metrics file, metric logger."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.run import clock as clocks
-from lmscale_jax.run import journal, record, writers
+from lmscale_jax.run import journal, writers
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def test_clock_counts_waiting(time):
             time(1.0)
             yield item
 
-    seen = []
+    items = []
     for item in clock.waiting_for(slow()):
         time(3.0)
         clock.lap(1)
-        seen.append(item)
-    assert seen == [0, 1, 2]
+        items.append(item)
+    assert items == [0, 1, 2]
     # The first lap is left out of the seconds, its wait is not: 3 of 8.
     assert clock.data_wait == pytest.approx(3 / 8)
 
@@ -76,9 +76,9 @@ def test_metrics_file_drops_what_comes_after_the_checkpoint(tmp_path):
         before.write({"step": step, "loss": math.nan if step == 2 else 1.0})
     before.close()
     path.write_text(path.read_text() + '{"step": 4, "los')
-    again = writers.MetricsFile(path, 2)
-    again.write({"step": 3, "loss": 0.5})
-    again.close()
+    continued = writers.MetricsFile(path, 2)
+    continued.write({"step": 3, "loss": 0.5})
+    continued.close()
     lines = writers.read_metrics(path)
     assert lines == [
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5},
@@ -86,23 +86,14 @@ def test_metrics_file_drops_what_comes_after_the_checkpoint(tmp_path):
 
 
 def test_what_a_checkpoint_remembers_does_not_change_after(small, tmp_path):
-    """It is written by a thread, while the run goes on adding losses."""
+    """A thread writes it, while the run adds further losses."""
     config = small(log__tensorboard=False, log__every=4)
-    own = journal.Journal(config, tmp_path, 0, {}, clocks.Clock(), "run", writers.Silence())
-    own.take(1, {"train_loss": 2.0, "bad": 0})
-    remembered = own.sync()
-    own.take(2, {"train_loss": 3.0, "bad": 0})
-    assert remembered == {"losses": [2.0]} and own.sync() == {"losses": [2.0, 3.0]}
-    own.close()
-
-
-def test_json_is_atomic_and_finite(tmp_path):
-    path = tmp_path / "x.json"
-    record.write_json(path, {"a": [1.0, math.inf], "b": {"c": math.nan}})
-    assert json.loads(path.read_text()) == {"a": [1.0, None], "b": {"c": None}}
-    with pytest.raises(TypeError):
-        record.write_json(path, {"a": object()})
-    assert json.loads(path.read_text())["b"] == {"c": None}
+    logger = journal.Journal(config, tmp_path, 0, {}, clocks.Clock(), "run", writers.Silence())
+    logger.log(1, {"train_loss": 2.0, "bad": 0})
+    remembered = logger.sync()
+    logger.log(2, {"train_loss": 3.0, "bad": 0})
+    assert remembered == {"losses": [2.0]} and logger.sync() == {"losses": [2.0, 3.0]}
+    logger.close()
 
 
 def test_scalars_name_layers_and_leave_out_what_is_not_finite():
@@ -110,9 +101,9 @@ def test_scalars_name_layers_and_leave_out_what_is_not_finite():
     assert writers.scalars(line) == {"loss": 2.0, "norms/0": 1.0}
 
 
-def test_a_writer_that_is_not_installed_is_said_at_once(monkeypatch, small):
+def test_a_writer_that_is_not_installed_is_refused(monkeypatch, small):
     config = small(log__wandb="offline")
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"log\.wandb='offline' needs .*'off' works"):
+    with pytest.raises(InputError, match=r"log\.wandb='offline' needs .*or 'off'"):
         writers.check(config)
     writers.check(small())

@@ -1,163 +1,146 @@
-"""What `evaluate` can say of a run, suite by suite; each gives the fields of eval.json it fills."""
+"""The suites of `evaluate`: each measures a model on held-out tokens, for fields of eval.json."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from lmscale_jax import clashes
+from lmscale_jax.data.pipeline import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import agreement, attention_stats, mur_stats, redundancy
-from lmscale_jax.run import record
-from lmscale_jax.run.load import Loaded, load
+from lmscale_jax.model.build import Model
 
 
-def evaluate(
-    workdir: Path, names: list[str], step: int, n_tokens: int, say: Callable[[str], None]
-) -> Path:
-    """Writes eval.json beside run.json: the suites named, of the checkpoint after `step` (0: the
-    newest), over `n_tokens` (0: as eval.tokens) held-out tokens.
+class TrainedModel(NamedTuple):
+    """A trained model with held-out tokens, for suites to measure.
 
-    Raises InputError as `run.load.load` and `check` do, and then writes nothing.
+    Attributes:
+      config: resolved.
+      model, mesh: what the config describes.
+      params: weights, placed on the mesh.
+      held_out: number of tokens -> batches of the first of the held-out tokens (0: all).
+      validate: params -> the fields of the suite perplexity.
     """
-    loaded = load(workdir, step)
-    check(names, loaded.setup.config.model)
-    status, last = loaded.record["status"], loaded.setup.config.train.steps
-    if status != "finished" or loaded.step != last:
-        say(f"{workdir} is {status}: this is its checkpoint after step {loaded.step} of {last}")
-    about = {
-        "name": loaded.record["name"],
-        "config_hash": loaded.record["config_hash"],
-        "run_status": status,
-        "step": loaded.step,
-        "last_step": last,
-        "complete": status == "finished" and loaded.step == last,
-        "val_fingerprint": loaded.setup.data.val_fingerprint,
-        "versions": record.provenance()["versions"],
-    }
-    path = workdir / "eval.json"
-    earlier = _beside(path, about)
-    tokens = n_tokens or loaded.setup.config.eval.tokens
-    record.write_json(path, earlier | about | run(names, loaded, tokens, say))
-    return path
+
+    config: object
+    model: Model
+    mesh: jax.sharding.Mesh
+    params: dict
+    held_out: Callable[[int], Iterator[Batch]]
+    validate: Callable[[dict], dict]
 
 
 def check(names: list[str], model) -> None:
-    """Raises InputError where a suite cannot measure a model of this kind."""
+    """Raises InputError where a suite cannot measure a model with this config group."""
     for name in {"redundancy", "mur"}.intersection(names):
         clashes.check_chain(model, f"--suites={name}", clashes.READ_ONLY)
     if "attention" in names and (model.window_layers != "none" or model.mask == "document"):
         raise InputError(
-            f"--suites=attention takes every earlier token for visible, and config.model has "
-            f"window_layers={model.window_layers!r} and mask={model.mask!r}; "
-            f"--suites=perplexity would work"
+            f"--suites=attention does not support config.model.window_layers="
+            f"{model.window_layers!r} with mask={model.mask!r}, as it needs every earlier token "
+            f"visible; use --suites=perplexity"
         )
 
 
-def _beside(path: Path, about: dict) -> dict:
-    """What an earlier evaluation of the same checkpoint found; that of another is set aside."""
-    try:
-        before = json.loads(path.read_text())
-        same = all(before[name] == about[name] for name in ("step", "config_hash"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is no evaluation of this project; move it away") from None
-    if same:
-        return before
-    path.rename(path.with_name(f"eval_step_{before['step']}.json"))
-    return {}
+def run(names: list[str], trained: TrainedModel, n_tokens: int, say: Callable[[str], None]) -> dict:
+    """Returns the fields of the suites named, over the first `n_tokens` held-out tokens (0: all).
 
-
-def run(names: list[str], loaded: Loaded, n_tokens: int, say: Callable[[str], None]) -> dict:
-    """The fields of the suites named, over the first `n_tokens` held-out tokens (0: all).
-
-    With "redundancy" and "mur" both, also how alike they rank the blocks.
+    Perplexity takes as many tokens as eval.tokens. With "redundancy" and "mur" both, the fields
+    also have the rank correlations of their rankings of the blocks.
     """
-    result, measures, n_windows = {}, {}, 0
+    fields, rankings, n_windows = {}, {}, 0
     if "perplexity" in names:
-        result |= loaded.setup.validate(loaded.params)
-        say(f"perplexity           {result['perplexity']:.4f}, loss {result['val_loss']:.4f}")
+        fields |= trained.validate(trained.params)
+        say(f"perplexity           {fields['perplexity']:.4f}, loss {fields['val_loss']:.4f}")
     if "redundancy" in names:
-        fields, found = missed(loaded, n_tokens)
-        result |= fields
-        n_windows = len(found.count_W)
-        alone = slice(1, 1 + len(fields["block_influence"]))
-        measures["block_influence"] = found.influence
-        measures["layer_drop"] = lambda weight_W: found.damage(weight_W)[alone]
+        suite_fields, drops = missed(trained, n_tokens)
+        fields |= suite_fields
+        n_windows = len(drops.count_W)
+        single = slice(1, 1 + len(fields["block_influence"]))
+        rankings["block_influence"] = drops.influence
+        rankings["layer_drop"] = lambda weight_W: drops.damage(weight_W)[single]
         say(f"block influence      {_line(fields['block_influence'])}")
         say(f"layer drop, nats     {_line(fields['layer_drop'])}")
     if "mur" in names:
-        fields, found_mur = utilities(loaded, n_tokens)
-        result |= fields
-        n_windows = int(found_mur.window.max()) + 1
-        measures["utility"] = lambda weight_W: found_mur.utility("block", weight_W)
+        suite_fields, block_utilities = utilities(trained, n_tokens)
+        fields |= suite_fields
+        n_windows = int(block_utilities.window.max()) + 1
+        rankings["utility"] = lambda weight_W: block_utilities.utility("block", weight_W)
         say(f"{fields['mur']['metric']} utility          {_line(fields['mur']['mean'])}")
     if "attention" in names:
-        setup = loaded.setup
-        result["attention"] = attention_stats.evaluate(
-            attention_stats.make(setup.model, setup.mesh),
-            loaded.params,
-            setup.held_out(n_tokens),
-            setup.mesh,
+        fields["attention"] = attention_stats.evaluate(
+            attention_stats.make(trained.model, trained.mesh),
+            trained.params,
+            trained.held_out(n_tokens),
+            trained.mesh,
         )
-        say(f"attention sink       {_line(result['attention']['sink'])}")
-    if len(measures) > 1:
-        result["rank_correlation"] = agreement.rank_correlations(measures, n_windows)
-        for pair, found in result["rank_correlation"].items():
-            say(f"rank correlation     {found['rho']:+.2f} [{found['low']:+.2f}, "
-                f"{found['high']:+.2f}] of {pair}")  # fmt: skip
-    return result
+        say(f"attention sink       {_line(fields['attention']['sink'])}")
+    if len(rankings) > 1:
+        fields["rank_correlation"] = agreement.rank_correlations(rankings, n_windows)
+        for pair, rho in fields["rank_correlation"].items():
+            interval = f"[{rho['low']:+.2f}, {rho['high']:+.2f}]"
+            say(f"rank correlation     {rho['rho']:+.2f} {interval} of {pair}")
+    return fields
 
 
-def missed(loaded: Loaded, n_tokens: int) -> tuple[dict, redundancy.Found]:
-    """Block Influence and layer drop: each block alone, neighbours, and in order of influence."""
-    setup, n = loaded.setup, loaded.setup.config.model.n_layers
+def missed(trained: TrainedModel, n_tokens: int) -> tuple[dict, redundancy.Found]:
+    """Measures Block Influence and layer drop: single blocks, runs of neighbours, and cumulatively.
 
-    def drop(drops):
-        batches = setup.held_out(n_tokens)
-        return redundancy.measure(setup.drop_sums, loaded.params, batches, setup.mesh, n, drops)
+    The cumulative drops take the blocks in order of their influence, the least first.
+    """
+    n_layers = trained.config.model.n_layers
+    drop_sums = redundancy.make(trained.model, trained.mesh)
 
-    found = drop(redundancy.alone(n) + redundancy.contiguous(n))
-    damage_M, sem_M = found.damage()[1:], found.damage_sem()[1:]
-    several = [
+    def measure(blocks):
+        batches = trained.held_out(n_tokens)
+        return redundancy.measure(
+            drop_sums, trained.params, batches, trained.mesh, n_layers, blocks
+        )
+
+    drops = measure(redundancy.alone(n_layers) + redundancy.contiguous(n_layers))
+    damage_M, sem_M = drops.damage()[1:], drops.damage_sem()[1:]
+    contiguous = [
         {"first": d[0], "length": len(d), "damage": damage, "sem": sem}
-        for d, damage, sem in zip(found.drops[1:], damage_M.tolist(), sem_M.tolist(), strict=True)
-    ][n:]
-    pruned = drop(redundancy.cumulative(found.influence()))
+        for d, damage, sem in zip(drops.drops[1:], damage_M.tolist(), sem_M.tolist(), strict=True)
+    ][n_layers:]
+    cumulative = measure(redundancy.cumulative(drops.influence()))
     fields = {
-        "block_influence": found.influence().tolist(),
-        "layer_drop": damage_M[:n].tolist(),
-        "layer_drop_sem": sem_M[:n].tolist(),
-        "layer_drop_contiguous": several,
+        "block_influence": drops.influence().tolist(),
+        "layer_drop": damage_M[:n_layers].tolist(),
+        "layer_drop_sem": sem_M[:n_layers].tolist(),
+        "layer_drop_contiguous": contiguous,
         "layer_drop_cumulative": {
-            "order": [int(i) for i in np.argsort(found.influence(), kind="stable")],
-            "damage": pruned.damage()[1:].tolist(),
-            "sem": pruned.damage_sem()[1:].tolist(),
+            "order": [int(i) for i in np.argsort(drops.influence(), kind="stable")],
+            "damage": cumulative.damage()[1:].tolist(),
+            "sem": cumulative.damage_sem()[1:].tolist(),
         },
-        "redundancy_tokens": int(found.count_W.sum()),
+        "redundancy_tokens": int(drops.count_W.sum()),
     }
-    return fields, found
+    return fields, drops
 
 
-def utilities(loaded: Loaded, n_tokens: int) -> tuple[dict, mur_stats.Found]:
-    """Marginal utility of the blocks, and of their branches apart."""
-    setup, config = loaded.setup, loaded.setup.config
-    mur, found = config.mur, {}
+def utilities(trained: TrainedModel, n_tokens: int) -> tuple[dict, mur_stats.Found]:
+    """Measures the marginal utility of the blocks, and of their branches separately."""
+    config, mur, by_granularity = trained.config, trained.config.mur, {}
     for granularity in ("block", "branch"):
-        tokens = mur_stats.make(setup.model, config, granularity, setup.mesh)
-        batches = setup.held_out(n_tokens)
-        found[granularity] = mur_stats.measure(
-            tokens, loaded.params, batches, setup.mesh, granularity
+        token_utilities = mur_stats.make(trained.model, config, granularity, trained.mesh)
+        by_granularity[granularity] = mur_stats.measure(
+            token_utilities,
+            trained.params,
+            trained.held_out(n_tokens),
+            trained.mesh,
+            granularity,
         )
+    blocks, branches = by_granularity["block"], by_granularity["branch"]
     tau = mur.tau if mur.tau_kind == "absolute" else 0.0
-    about = {"metric": mur.metric, "tau": tau, "tokens": len(found["block"].window)}
+    fields = {"metric": mur.metric, "tau": tau, "tokens": len(blocks.window)}
     # Cosines with a random direction have this standard deviation.
-    about["noise_floor"] = config.model.d_model**-0.5 if mur.metric == "cos" else None
-    fields = about | mur_stats.summary(found["block"], "block", tau)
-    branches = {p: mur_stats.summary(found["branch"], p, tau) for p in ("attention", "mlp")}
-    return {"mur": fields | branches}, found["block"]
+    fields["noise_floor"] = config.model.d_model**-0.5 if mur.metric == "cos" else None
+    fields |= mur_stats.summary(blocks, "block", tau)
+    fields |= {part: mur_stats.summary(branches, part, tau) for part in ("attention", "mlp")}
+    return {"mur": fields}, blocks
 
 
 def _line(values: list[float]) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lmscale_jax.files import write_json
 from lmscale_jax.fleet import packing
 from lmscale_jax.fleet.progress import Progress
 from lmscale_jax.run import record
@@ -123,4 +124,4 @@ def _close_record(directory: Path, ended) -> None:
     fields = json.loads(path.read_text())
     if fields["status"] == "running":
         text = f"its process ended with status {ended.status}: {ended.said}"
-        record.write_json(path, fields | {"status": "failed", "error": text})
+        write_json(path, fields | {"status": "failed", "error": text})

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from lmscale_jax import config as configs
 from lmscale_jax.data import pipeline, prepared
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import plain_values, write_json
 from lmscale_jax.lab.family import deliberately_wrong, resized
 from lmscale_jax.model.build import Model, build
 from lmscale_jax.model.param import named
@@ -99,7 +100,7 @@ def check(plan: Plan, n_seeds: int, workdir: Path, say: Callable[[str], None]) -
     if plan.control != "none":
         result["predicted"] = coords.as_predicted(slopes, plan.control)
     workdir.mkdir(parents=True, exist_ok=True)
-    record.write_json(workdir / "coord_check.json", result)
+    write_json(workdir / "coord_check.json", result)
     figure.draw(result, workdir / "coord_check.png")
     say(summary(result))
     return result
@@ -124,7 +125,7 @@ def _refuse_another(workdir: Path, asked: dict) -> None:
     if not path.exists():
         return
     before = json.loads(path.read_text())
-    for name, value in record.finite(asked).items():
+    for name, value in plain_values(asked).items():
         if before.get(name) != value:
             raise InputError(
                 f"--workdir={workdir} holds a check of another {name}; name a new --workdir"

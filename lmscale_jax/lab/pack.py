@@ -82,8 +82,8 @@ class Member:
         """The metrics of the steps after `first`."""
         count = len(each["train_loss"])
         for t in range(count - 1):
-            self.journal.take(first + t + 1, {name: values[t] for name, values in each.items()})
-        self.journal.take(first + count, last, extra)
+            self.journal.log(first + t + 1, {name: values[t] for name, values in each.items()})
+        self.journal.log(first + count, last, extra)
 
     def save(self, done: int, state) -> None:
         host = {"journal": self.journal.sync(), "clock": self.clock.state()}
@@ -113,12 +113,12 @@ class Pack:
             for member in self.members:
                 member.journal.close()
             stop.restore()
-        if stop.asked and int(state.step[0]) < self._config.train.steps:
+        if stop.received and int(state.step[0]) < self._config.train.steps:
             for member in self._alive():
-                member.record.update(interrupted=f"{stop.asked} in a pack")
+                member.record.update(interrupted=f"{stop.received} in a pack")
                 member.checkpoints.close()
-            self._say(f"stopped by {stop.asked}: the same command goes on from there")
-            raise SystemExit(128 + signal.Signals[stop.asked])
+            self._say(f"stopped by {stop.received}: the same command goes on from there")
+            raise SystemExit(128 + signal.Signals[stop.received])
         for k, member in enumerate(self.members):
             if not member.diverged:
                 own = _member(state, k)
@@ -138,7 +138,7 @@ class Pack:
             abstract = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=_here()), state
             )
-            found = [member.checkpoints.at(first, abstract) for member in self.members]
+            found = [member.checkpoints.restore_step(first, abstract) for member in self.members]
             state = jax.tree.map(lambda *x: jax.numpy.stack(x), *[one for one, _ in found])
             hosts = [host for _, host in found]
             self._say(f"going on from step {first}")
@@ -161,9 +161,9 @@ class Pack:
             for k, member in enumerate(self.members):
                 if not member.diverged:
                     self._take(k, begin, end, metrics, state, evaluate)
-            if save or stop.asked:
+            if save or stop.received:
                 self._save(end, state)
-            if stop.asked or not self._alive():
+            if stop.received or not self._alive():
                 break
         return state
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lmscale_jax import config as configs
 from lmscale_jax.data import prepared
+from lmscale_jax.files import write_json
 from lmscale_jax.lab import population
 from lmscale_jax.lab.family import deliberately_wrong, resized
 from lmscale_jax.parametrization.rules import ORTHOGONAL
@@ -73,10 +74,10 @@ def sweep(
                 f"{name} width {width}: best lr 2^{said['log2_lr']:.2f} ± {said['se']:.2f} "
                 f"(on the grid 2^{said['grid']:g}), {time.perf_counter() - begin:.0f} s"
             )
-            record.write_json(workdir / "lr_transfer.json", result)
+            write_json(workdir / "lr_transfer.json", result)
         arm["drift"] = drift(arm["optimum"])
         say(f"{name}: {headline(arm['drift'], widths)}")
-    record.write_json(workdir / "lr_transfer.json", result)
+    write_json(workdir / "lr_transfer.json", result)
     figure.draw(result, workdir / "lr_transfer.png")
     return result
 

@@ -1,4 +1,4 @@
-"""The training step compiled ahead of time, with nothing allocated, and the bytes it will take."""
+"""Compiles the training step ahead of time, with nothing allocated, and counts its memory."""
 
 import jax
 import numpy as np
@@ -11,28 +11,30 @@ from lmscale_jax.run import step
 
 
 def lowered(config, model: build.Model, mesh):
-    """The step that training will call, lowered for shapes alone; `mesh` may be of chips that are
-    only described."""
+    """Lowers the training step for abstract shapes.
+
+    `mesh` may be of chips that are only described, as by `Topology.devices`.
+    """
     platform = mesh.devices.flat[0].platform
     transform = optim.build(config, model.rows, mesh, platform)
-    placed = step.shardings(config, model, transform, mesh)
+    shardings = step.shardings(config, model, transform, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(lambda: step.initial(config, model, transform, 0)),
-        placed,
+        shardings,
     )
-    rows = jax.ShapeDtypeStruct(
+    tokens = jax.ShapeDtypeStruct(
         (config.train.batch_size, config.data.seq_len),
         np.int32,
         sharding=jax.sharding.NamedSharding(mesh, BATCH),
     )
-    return step.Step(config, model, mesh, placed).lower(state, Batch(rows, rows))
+    return step.Step(config, model, mesh, shardings).lower(state, Batch(tokens, tokens))
 
 
 def memory(compiled) -> dict[str, int] | None:
-    """Bytes on one device by the compiler's own account; None where it keeps none.
+    """Returns the bytes on one device as the compiler counts them; None where it does not.
 
-    "peak" is arguments + outputs - what shares their place + temporaries.
+    "peak" is arguments + outputs - aliased + temporaries.
     """
     used = compiled.memory_analysis()
     if used is None:
@@ -48,8 +50,8 @@ def memory(compiled) -> dict[str, int] | None:
 
 
 def rows(config, model: build.Model, mesh) -> list[tuple[str, str]]:
-    """`memory` of the training step for people to read; it takes as long as compiling does."""
-    found = memory(lowered(config, model, mesh).compile())
-    if found is None:
-        return [("not known", "this platform's compiler keeps no account")]
-    return [(name, f"{size / 2**20:,.1f} MiB") for name, size in found.items()]
+    """Compiles the training step and formats its `compiled_memory` as (name, MiB) rows."""
+    sizes = memory(lowered(config, model, mesh).compile())
+    if sizes is None:
+        return [("not known", "this platform's compiler does not count memory")]
+    return [(name, f"{size / 2**20:,.1f} MiB") for name, size in sizes.items()]

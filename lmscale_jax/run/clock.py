@@ -1,4 +1,4 @@
-"""Training time apart from everything else, kept across restarts."""
+"""Training time, apart from everything else and kept across restarts."""
 
 import contextlib
 import time
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 
 class Clock:
-    """Counts seconds and tokens of steps; compilation, evaluation and saving are left out.
+    """Counts the seconds and tokens of steps; compilation, evaluation and saving are left out.
 
-    `state()` goes into each checkpoint, so a run that was stopped reports the sum.
+    `state()` goes into each checkpoint, so a run that was stopped and continued reports the sum.
     """
 
     def __init__(self, state: dict | None = None):
@@ -16,42 +16,42 @@ class Clock:
         self.step_seconds = state.get("step_seconds", 0.0)
         self.step_tokens = state.get("step_tokens", 0)
         self.wait_seconds = state.get("wait_seconds", 0.0)
-        self._wall_before = state.get("wall_seconds", 0.0)
-        self._begin = self._mark = time.perf_counter()
-        self._skip = True
+        self._earlier_seconds = state.get("wall_seconds", 0.0)
+        self._start = self._lap_start = time.perf_counter()
+        self._skip_lap = True
 
     def lap(self, tokens: int) -> float | None:
-        """Ends one step; tokens per second of it, or None if it was left out."""
+        """Ends one step. Returns its tokens per second, or None if it was left out."""
         now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        if self._skip:
-            self._skip = False
+        seconds, self._lap_start = now - self._lap_start, now
+        if self._skip_lap:
+            self._skip_lap = False
             return None
         self.step_seconds += seconds
         self.step_tokens += tokens
         return tokens / seconds
 
     def leave_out(self) -> None:
-        """The lap under way is not representative: something was compiled in it."""
-        self._skip = True
+        """Leaves the current lap out, as one in which something was compiled."""
+        self._skip_lap = True
 
     @contextlib.contextmanager
     def pause(self):
-        """What happens inside is not training time."""
-        begin = time.perf_counter()
+        """Leaves the time of the block out of the training time."""
+        start = time.perf_counter()
         yield
-        self._mark += time.perf_counter() - begin
+        self._lap_start += time.perf_counter() - start
 
     def waiting_for(self, stream: Iterable) -> Iterator:
-        """The same items, with the time that each `next` took counted as waiting for data."""
+        """Yields the same items, and counts the time of each `next` as waiting for data."""
         iterator = iter(stream)
         while True:
-            begin = time.perf_counter()
+            start = time.perf_counter()
             try:
                 item = next(iterator)
             except StopIteration:
                 return
-            self.wait_seconds += time.perf_counter() - begin
+            self.wait_seconds += time.perf_counter() - start
             yield item
 
     @property
@@ -61,13 +61,16 @@ class Clock:
 
     @property
     def wall_seconds(self) -> float:
-        return self._wall_before + time.perf_counter() - self._begin
+        """Seconds since the run started, without those between a stop and a restart."""
+        return self._earlier_seconds + time.perf_counter() - self._start
 
     @property
     def tokens_per_second(self) -> float | None:
+        """Mean over all steps that were counted."""
         return self.step_tokens / self.step_seconds if self.step_seconds else None
 
     def state(self) -> dict:
+        """Returns the counts as a checkpoint keeps them."""
         return {
             "step_seconds": self.step_seconds,
             "step_tokens": self.step_tokens,

@@ -1,7 +1,7 @@
 """Several processes as one run: how each scheduler starts them, what they agree on, how they end.
 
-One process is the rule; then nothing here does anything. Call `joined` before anything asks JAX for
-a device.
+With one process, which is usual, nothing here does anything. Call `join_processes` before anything
+asks JAX for a device.
 """
 
 import atexit
@@ -22,16 +22,14 @@ import numpy as np
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.run import peers
 
-CLUSTERS = ("none", "slurm", "tpu", "hosts")
-
 
 class Launch(NamedTuple):
-    """What the command line says of the processes of this run.
+    """What the command line says about the processes of this run.
 
     Attributes:
-      cluster: who started them, of CLUSTERS.
-      coordinator: HOST:PORT of process 0, for "hosts"; it takes the next port too.
-      count, index: processes, and the number of this one, for "hosts".
+      cluster: who started them: "none" (there is one), "slurm", "tpu" or "hosts".
+      coordinator: HOST:PORT of process 0, for "hosts"; the next port is used too.
+      count, index: number of processes, and which of them this is, for "hosts".
     """
 
     cluster: str = "none"
@@ -42,12 +40,12 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def joined(launch: Launch, config, same: dict, say: Callable[[str], None] = print) -> Iterator:
-    """Joins the other processes, for as long as the block lasts.
+    """Joins the other processes for the duration of the block.
 
-    `same` is what must be equal on all of them, by name. Process 0 prints who has come.
+    `same` holds, by name, what must be equal on all of them. Process 0 prints hosts and devices.
 
     Raises:
-      InputError, RunFailed: they are not all there, or are not alike.
+      InputError, RunFailed: a process is missing or differs.
     """
     if launch.cluster == "none":
         yield
@@ -59,11 +57,11 @@ def joined(launch: Launch, config, same: dict, say: Callable[[str], None] = prin
         status = error.code if isinstance(error, SystemExit) else 1
         orderly = isinstance(error, (InputError, SystemExit))
         if watch and not orderly:
-            watch.explain()
+            watch.end_if_peer_failed()
         if watch:
             watch.leave("" if orderly else f"a process ended: {' '.join(str(error).split())[:300]}")
         if not isinstance(error, SystemExit):
-            # Without JAX's own farewell, which waits for processes that may be gone.
+            # Skips JAX's own shutdown, which waits for processes that may be gone.
             atexit.register(_leave_now, 2 if isinstance(error, InputError) else status)
         raise
     if watch:
@@ -77,12 +75,12 @@ def _leave_now(status: int) -> None:
 
 
 def _join(launch: Launch, config, same: dict, say) -> peers.Watch | None:
-    # JAX's would swallow SIGTERM, which `watchdog.Stop` handles.
+    # JAX's service would swallow SIGTERM, which `watchdog.SignalHandler` handles.
     jax.config.update("jax_enable_preemption_service", False)
     start, grace = config.mesh.start_timeout, config.mesh.peer_timeout
     times = {
         "initialization_timeout": int(start),
-        # JAX ends a process with a stack trace; `peers` does it earlier, with a line.
+        # JAX ends a process with a stack trace; `peers` does it earlier, with one line.
         "heartbeat_timeout_seconds": int(2 * grace) + 10,
         "shutdown_timeout_seconds": int(grace) + 240,
     }
@@ -93,16 +91,17 @@ def _join(launch: Launch, config, same: dict, say) -> peers.Watch | None:
         except (ValueError, RuntimeError) as error:
             raise RunFailed(f"--cluster=tpu: {error}") from error
     else:
-        how = from_slurm() if launch.cluster == "slurm" else _from_flags(launch)
-        address, own = peers.Address(how.coordinator), _own_addresses()
-        if how.count > 1:
-            peers.check_loopback(address, own)
-        card = {"host": platform.node(), "address": own[0], "pid": os.getpid(), "same": same}
-        _, watch = peers.meet(address, how.count, how.index, card, start, grace)
+        complete = from_slurm() if launch.cluster == "slurm" else _from_flags(launch)
+        address, local_addresses = peers.Address(complete.coordinator), _local_addresses()
+        if complete.count > 1:
+            peers.check_loopback(address, local_addresses)
+        facts = {"host": platform.node(), "address": local_addresses[0]}
+        facts |= {"pid": os.getpid(), "same": same}
+        _, watch = peers.meet(address, complete.count, complete.index, facts, start, grace)
         jax.distributed.initialize(
             address.jax,
-            how.count,
-            how.index,
+            complete.count,
+            complete.index,
             local_device_ids=local_devices() if launch.cluster == "slurm" else None,
             cluster_detection_method="deactivate",
             **times,
@@ -118,8 +117,11 @@ def _join(launch: Launch, config, same: dict, say) -> peers.Watch | None:
 
 
 def _from_flags(launch: Launch) -> Launch:
-    """Flags, or the variables of the same meaning, which launchers find easier to set."""
-    given = {}
+    """Takes each field from its flag, or else from the environment variable of the same meaning.
+
+    Launchers find variables easier to set. Raises InputError where both are missing or wrong.
+    """
+    fields = {}
     for flag, field, variable in (
         ("coordinator", "coordinator", "LMSCALE_COORDINATOR"),
         ("num_processes", "count", "LMSCALE_NUM_PROCESSES"),
@@ -130,28 +132,28 @@ def _from_flags(launch: Launch) -> Launch:
         if value in (None, ""):
             example = {"coordinator": "node1:8476", "num_processes": 2, "process_id": 0}[flag]
             raise InputError(
-                f"--cluster=hosts needs --{flag} (or {variable}); --{flag}={example} would work"
+                f"--cluster=hosts needs --{flag} (or {variable}); use --{flag}={example}"
             )
         if flag != "coordinator" and not str(value).isdecimal():
-            raise InputError(f"{variable}={value} is no number; 2 would work")
-        given[field] = value if flag == "coordinator" else int(value)
-    if not 0 <= given["index"] < given["count"]:
+            raise InputError(f"{variable}={value} is not a number; use {variable}=2")
+        fields[field] = value if flag == "coordinator" else int(value)
+    if not 0 <= fields["index"] < fields["count"]:
         raise InputError(
-            f"--process_id={given['index']} with --num_processes={given['count']}; "
-            f"0 to {given['count'] - 1} would work"
+            f"--process_id={fields['index']} is out of range with "
+            f"--num_processes={fields['count']}; use 0 to {fields['count'] - 1}"
         )
-    return launch._replace(**given)
+    return launch._replace(**fields)
 
 
 def from_slurm() -> Launch:
-    """What srun tells each of its tasks. Raises InputError outside of one."""
+    """Reads what srun tells each of its tasks. Raises InputError outside of a task."""
     environment = os.environ
     needed = ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID")
     absent = [name for name in needed if name not in environment]
     if absent:
         raise InputError(
-            f"--cluster=slurm: {absent[0]} is not set, so this is no task of srun; "
-            f"srun python -m lmscale_jax.main ... would work, as in launch/slurm.sh"
+            f"--cluster=slurm: {absent[0]} is not set, so this is not a task of srun; "
+            f"use srun python -m lmscale_jax.main ..., as in launch/slurm.sh"
         )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     # Jobs that share a node get different ports.
@@ -165,31 +167,32 @@ def from_slurm() -> Launch:
 
 
 def first_node(nodes: str) -> str:
-    """The first host of Slurm's list, such as gpu-[003-007,12] or a1,b2."""
+    """Returns the first host of Slurm's list, such as gpu-[003-007,12] or a1,b2."""
     head = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
     return head[1] + (head[2] or "") + (head[3] or "") or platform.node()
 
 
 def local_devices() -> list[int] | None:
-    """Which GPUs a task of Slurm takes: its own where several share a node and see all of them;
-    None: all that it sees."""
+    """Returns the indices of the GPUs that a task of Slurm takes; None: all that it sees.
+
+    Where several tasks share a node and each sees all GPUs, a task takes the one of its own number.
+    """
     counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE")
-    here = int(re.match(r"\d+", counts or "1")[0])
-    seen = visible_gpus()
-    number = int(os.environ.get("SLURM_LOCALID", 0))
-    return [number] if here > 1 and seen >= here else None
+    tasks_on_node = int(re.match(r"\d+", counts or "1")[0])
+    local_index = int(os.environ.get("SLURM_LOCALID", 0))
+    return [local_index] if 1 < tasks_on_node <= visible_gpus() else None
 
 
 def visible_gpus() -> int:
-    """How many NVIDIA GPUs this process may use, as its environment says."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return len([part for part in named.split(",") if part])
+    """Counts the NVIDIA GPUs that this process may use, according to its environment."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return len([part for part in listed.split(",") if part])
     return len(glob.glob("/proc/driver/nvidia/gpus/*"))
 
 
-def _own_addresses() -> list[str]:
-    """This machine's address on the network, found without sending anything."""
+def _local_addresses() -> list[str]:
+    """Returns this machine's address on the network, without sending anything."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))
@@ -199,11 +202,11 @@ def _own_addresses() -> list[str]:
 
 
 def census_row() -> dict:
-    """What this process has, for `census` and `missing`."""
+    """Returns the host and devices of this process, for `census` and `missing_devices`."""
     devices = jax.local_devices()
     return {
         "host": platform.node(),
-        "address": _own_addresses()[0],
+        "address": _local_addresses()[0],
         "devices": len(devices),
         "platform": devices[0].platform,
         "kind": devices[0].device_kind,
@@ -214,19 +217,20 @@ def census_row() -> dict:
 
 
 def _check_devices() -> None:
+    """Raises InputError where the processes have different numbers of devices."""
     counts = [0] * jax.process_count()
     for device in jax.devices():
         counts[device.process_index] += 1
     odd = next((i for i, n in enumerate(counts) if n != counts[0]), None)
     if odd is not None:
         raise InputError(
-            f"process {odd} has {counts[odd]} device(s) and process 0 {counts[0]}; all need the "
-            f"same number, or one of them has lost some"
+            f"process {odd} has {counts[odd]} device(s) and process 0 {counts[0]}; start all with "
+            f"the same number"
         )
 
 
 def census(rows: list[dict]) -> list[str]:
-    """Who has come, for people: a line for all and one for each host."""
+    """Returns the lines that process 0 prints: one for all processes and one for each host."""
     hosts: dict[tuple, list[int]] = {}
     for index, row in enumerate(rows):
         hosts.setdefault((row["host"], row["address"], row["kind"]), []).append(index)
@@ -235,39 +239,40 @@ def census(rows: list[dict]) -> list[str]:
     for (host, address, kind), members in hosts.items():
         numbers = f"{members[0]}" + (f" to {members[-1]}" if len(members) > 1 else "")
         count = sum(rows[i]["devices"] for i in members)
-        gpus, seen = rows[members[0]]["gpus"], rows[members[0]]["visible"]
-        more = f" of {gpus} GPUs (CUDA_VISIBLE_DEVICES={seen})" if gpus > count and seen else ""
-        lines.append(f"  {host} ({address}): process {numbers}, {count} x {kind}{more}")
+        gpus, visible = rows[members[0]]["gpus"], rows[members[0]]["visible"]
+        note = (
+            f" of {gpus} GPUs (CUDA_VISIBLE_DEVICES={visible})" if gpus > count and visible else ""
+        )
+        lines.append(f"  {host} ({address}): process {numbers}, {count} x {kind}{note}")
     return lines
 
 
 def missing(rows: list[dict]) -> list[str]:
-    """What is wrong with the devices of the hosts, in one line for each host where something is."""
-    faults = []
+    """Returns one message for each host whose processes see fewer GPUs than the job has there."""
+    messages = []
     for host in dict.fromkeys(row["host"] for row in rows):
-        own = [row for row in rows if row["host"] == host and row["platform"] in ("gpu", "cuda")]
-        used = sum(row["devices"] for row in own)
-        if own and used < own[0]["allocated"]:
-            shown = own[0]["visible"]
-            faults.append(
-                f"{host} has {own[0]['allocated']} GPUs of this job and its {len(own)} process(es) "
-                f"see {used} (CUDA_VISIBLE_DEVICES={shown or 'not set'}); "
-                f"--ntasks-per-node={own[0]['allocated']} would work, or one task a node without "
-                f"--gpus-per-task"
+        gpu_rows = [r for r in rows if r["host"] == host and r["platform"] in ("gpu", "cuda")]
+        n_used = sum(row["devices"] for row in gpu_rows)
+        if gpu_rows and n_used < (n_allocated := gpu_rows[0]["allocated"]):
+            visible = gpu_rows[0]["visible"] or "not set"
+            messages.append(
+                f"{host} has {n_allocated} GPUs of this job and its {len(gpu_rows)} process(es) "
+                f"see {n_used} (CUDA_VISIBLE_DEVICES={visible}); use "
+                f"--ntasks-per-node={n_allocated}, or one task a node without --gpus-per-task"
             )
-    return faults
+    return messages
 
 
 # --- What processes agree on ---------------------------------------------------------------------
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which prints and writes."""
+    """Returns whether this is process 0, which prints and writes."""
     return jax.process_index() == 0
 
 
 def gather(value) -> list:
-    """The value of every process, in their order; anything that JSON can say."""
+    """Returns the values of all processes, in their order; a value is anything JSON can hold."""
     if jax.process_count() == 1:
         return [value]
     from jax.experimental import multihost_utils
@@ -281,13 +286,15 @@ def gather(value) -> list:
 
 
 def shared(value):
-    """Process 0's value, everywhere."""
+    """Returns process 0's value, in every process."""
     return gather(value if is_first() else None)[0]
 
 
 def on_first(function: Callable):
-    """Calls it in process 0 alone. Returns its value there and None elsewhere; the InputError that
-    it raises is raised everywhere."""
+    """Calls a function in process 0 alone. Returns its value there and None elsewhere.
+
+    An InputError that it raises is raised in every process.
+    """
     value = fault = None
     if is_first():
         try:
@@ -299,21 +306,22 @@ def on_first(function: Callable):
     return value
 
 
-def agree(what: str, value, works: str) -> None:
-    """Raises InputError, everywhere, where a process has another value than process 0."""
-    found = gather([platform.node(), value])
-    for index, (host, other) in enumerate(found):
-        if other != found[0][1]:
+def agree(name: str, value, remedy: str) -> None:
+    """Raises InputError, in every process, where a process has another value than process 0."""
+    answers = gather([platform.node(), value])
+    first = answers[0][1]
+    for index, (host, other) in enumerate(answers):
+        if other != first:
             raise InputError(
-                f"{what} is {other} in process {index} on {host} and {found[0][1]} in process 0; "
-                f"{works} would work"
+                f"{name} is {other} in process {index} on {host} and {first} in process 0; "
+                f"use {remedy}"
             )
 
 
 class Votes:
-    """Whether any process has been asked to stop, known to all of them after the same step.
+    """Tells all processes, after the same step, whether any of them has been asked to stop.
 
-    With each step every process casts a number, which lies on one of its devices; the largest is
+    With each step every process casts a number, which lies on one of its devices. The largest is
     read with the metrics of that step, one step late, so nothing waits for it.
     """
 
@@ -323,13 +331,13 @@ class Votes:
             for index in range(jax.process_count())
         ]
         mesh = jax.sharding.Mesh(np.array(devices), "process")
-        self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        self._largest = jax.jit(lambda votes: votes.max(), out_shardings=whole)
+        self._sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        self._largest = jax.jit(lambda votes: votes.max(), out_shardings=replicated)
 
     def cast(self, number: int) -> jax.Array | int:
-        """The largest of all votes, to be read later with `int`."""
+        """Casts this process's number. Returns the largest of all, to be read later with `int`."""
         if jax.process_count() == 1:
             return number
-        own = np.array([number], np.int32)
-        return self._largest(jax.make_array_from_process_local_data(self._split, own))
+        vote = np.array([number], np.int32)
+        return self._largest(jax.make_array_from_process_local_data(self._sharding, vote))

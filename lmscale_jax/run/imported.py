@@ -1,4 +1,4 @@
-"""A run directory around weights that were trained elsewhere, for `evaluate` to read."""
+"""Makes a run directory of weights that were trained elsewhere, for `evaluate` to read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +13,11 @@ from lmscale_jax.run.checkpoint import Checkpoints
 
 
 def make(config: ConfigDict, source: Path, workdir: Path, say: Callable[[str], None]):
-    """Reads a Hugging Face directory into `workdir` and returns the record.
+    """Reads a Hugging Face directory into `workdir` and returns the run's record.
 
-    The config's data must be in ids of the model's own tokenizer. The record counts one step, which
-    was not taken here. Raises InputError where the source cannot be read or `workdir` is in use.
+    The config's data must be in ids of the model's own tokenizer. The record counts one step,
+    though none was taken here. Raises InputError where the source cannot be read or `workdir` is
+    not empty.
     """
     config = ConfigDict(config.to_dict())
     settings = hf.read_config(source)
@@ -25,12 +26,12 @@ def make(config: ConfigDict, source: Path, workdir: Path, say: Callable[[str], N
     config.train.steps, config.train.tokens = 1, 0.0
     config.schedule.warmup, config.eval.baselines = "0", False
     if workdir.exists() and any(workdir.iterdir()):
-        raise InputError(f"--workdir={workdir} is not empty; name a new directory")
+        raise InputError(f"--workdir={workdir} is not empty; use a new directory")
     mesh.start(config)
     setup = train.prepare(config, workdir, say)
     params = hf.read_params(source, setup.config.model, setup.model.specs)
-    placed = mesh.param_shardings(setup.model.specs, setup.mesh)
-    params = jax.tree.map(jax.device_put, params, placed)
+    shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
+    params = jax.tree.map(jax.device_put, params, shardings)
     lock = record.Lock(workdir)
     try:
         run = record.Record(workdir, train.facts(setup) | {"imported_from": source.name})

@@ -1,4 +1,4 @@
-"""A trained run, read back: its record, what it is made of, and the parameters of a checkpoint."""
+"""Reads a trained run: its record, its model and data, and the parameters of a checkpoint."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +13,13 @@ from lmscale_jax.run.record import read_record
 
 
 class Loaded(NamedTuple):
-    """Attributes:
-    record: run.json as it is.
-    setup: as the run was prepared, over the devices that there are here.
-    step: of the checkpoint.
-    params: verified against their checksums.
+    """A run as it was read back.
+
+    Attributes:
+      record: run.json as it is.
+      setup: the run's model, data and mesh, over the devices of this machine.
+      step: of the checkpoint.
+      params: verified against their checksums.
     """
 
     record: dict
@@ -27,15 +29,15 @@ class Loaded(NamedTuple):
 
 
 def load(workdir: Path, step: int = 0) -> Loaded:
-    """Reads a run that may be unfinished. `step` 0 is the newest checkpoint.
+    """Reads a run, which may be unfinished. `step` 0 is the newest checkpoint.
 
-    Raises InputError where there is no run, no such checkpoint, one that cannot be read whole, or
-    other data than the run was trained with.
+    Raises InputError where there is no run or no such checkpoint, where it cannot be read
+    completely, and where the data differ from those that the run was trained with.
     """
     record = read_record(workdir)
     config = ConfigDict(record["config"])
     config.mesh.update(dict.fromkeys(AXES, 1) | {"data": -1, "cpu_devices": 0})
-    # Before anything of size: a directory without checkpoints is told at once.
+    # Before anything large, so that a directory without checkpoints is an error at once.
     checkpoints = checkpoint.Checkpoints(workdir)
     if not checkpoints.steps():
         raise InputError(
@@ -45,15 +47,15 @@ def load(workdir: Path, step: int = 0) -> Loaded:
     setup = train.prepare(config, workdir, say=lambda line: None)
     if setup.data.val_fingerprint != record["data"]["val_fingerprint"]:
         raise InputError(
-            f"config.data.source={config.data.source!r} holds other held-out tokens here than "
-            f"{workdir} was evaluated on; its own data would work"
+            f"config.data.source={config.data.source!r} holds other held-out tokens than "
+            f"{workdir} was evaluated on; use the data that it was trained on"
         )
-    placed = mesh.param_shardings(setup.model.specs, setup.mesh)
+    shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(setup.model.init, jax.random.key(0)),
-        placed,
+        shardings,
     )
-    step, params = checkpoints.params(abstract, step)
+    step, params = checkpoints.restore_params(abstract, step)
     checkpoints.close()
     return Loaded(record, setup, step, params)

@@ -1,9 +1,9 @@
-"""How the processes of a run find each other, and how they notice that one is gone.
+"""How the processes of a run find each other, and how they notice that one is lost.
 
 Process 0 listens on the coordinator's port. Each of the others connects, says who it is, and keeps
-the connection: a line a second in both directions. So a process that dies is noticed at once, one
-that hangs or whose machine is lost after a set time, and everybody learns which it was. JAX's own
-service, on the next port, would end them too, but later and without a name.
+the connection open: a line a second in both directions. So a process that dies is noticed at once,
+and one that hangs, or whose machine is lost, after a set time; everybody learns which one it was.
+JAX's own service, on the next port, would end the processes too, but later and without a name.
 """
 
 import ipaddress
@@ -17,7 +17,7 @@ import time
 
 from lmscale_jax.errors import InputError, RunFailed
 
-BEAT = 1.0
+HEARTBEAT_SECONDS = 1.0
 
 
 class Address:
@@ -29,7 +29,7 @@ class Address:
         if not self.host or not port.isdecimal() or not 0 < int(port) < 65535:
             raise InputError(
                 f"--coordinator={text} must be HOST:PORT of process 0's machine; "
-                f"node1:8476 would work"
+                f"use --coordinator=node1:8476"
             )
         self.port = int(port)
 
@@ -39,30 +39,32 @@ class Address:
         return f"{self.host}:{self.port + 1}"
 
     def resolved(self) -> list[str]:
-        """The addresses that the name stands for here; [] where it has none (yet)."""
+        """Looks up the addresses of the host name; [] where it has none (yet)."""
         try:
-            found = socket.getaddrinfo(self.host.strip("[]"), None, type=socket.SOCK_STREAM)
+            entries = socket.getaddrinfo(self.host.strip("[]"), None, type=socket.SOCK_STREAM)
         except OSError:
             return []
-        return sorted({entry[4][0] for entry in found})
+        return sorted({entry[4][0] for entry in entries})
 
     def described(self) -> str:
-        found = ", ".join(self.resolved()) or "no address"
-        return f"{self.text} ({self.host} is {found} here)"
+        """Returns the text and the addresses it resolves to, for messages."""
+        addresses = ", ".join(self.resolved()) or "no address"
+        return f"{self.text} ({self.host} is {addresses} here)"
 
 
-def check_loopback(address: Address, own: list[str]) -> None:
-    """Raises InputError where a machine's name stands for an address that only it can reach.
+def check_loopback(address: Address, local_addresses: list[str]) -> None:
+    """Raises InputError where a machine's name resolves to an address that only it can reach.
 
-    `own` are this machine's other addresses, to name one that would work.
+    `local_addresses` are this machine's other addresses, from which the message takes a better one.
     """
-    found = address.resolved()
+    resolved = address.resolved()
     literal = address.host == "localhost" or _is_loopback(address.host.strip("[]"))
-    if found and all(map(_is_loopback, found)) and not literal:
-        better = next((a for a in own if not _is_loopback(a)), "its address on the network")
+    if resolved and all(map(_is_loopback, resolved)) and not literal:
+        better = next((a for a in local_addresses if not _is_loopback(a)), "ADDRESS_ON_THE_NETWORK")
         raise InputError(
-            f"--coordinator={address.text}: {address.host} is {found[0]} here, a loopback address "
-            f"that no other host can reach (see /etc/hosts); {better}:{address.port} would work"
+            f"--coordinator={address.text}: {address.host} is {resolved[0]} here, a loopback "
+            f"address that no other host can reach (see /etc/hosts); "
+            f"use --coordinator={better}:{address.port}"
         )
 
 
@@ -73,68 +75,73 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def meet(address: Address, count: int, index: int, card: dict, timeout: float, grace: float):
-    """Waits until all processes are there. Returns (the cards of all, the `Watch` over them).
+def meet(address: Address, count: int, index: int, facts: dict, timeout: float, grace: float):
+    """Waits until all processes are connected.
+
+    Returns (facts of all processes in their order, the `PeerWatch` that looks after them).
 
     Args:
       address: of process 0.
-      count, index: how many processes there are, and which this one is.
-      card: what this process says of itself; "host" is shown to people, "same" must be equal on
-        all of them.
+      count, index: number of processes, and which of them this is.
+      facts: what this process reports of itself. "host" is shown in messages; "same" is a dict
+        that must be equal on all processes.
       timeout: seconds to wait.
-      grace: seconds of silence after which a process counts as gone.
+      grace: seconds of silence after which a process counts as lost.
 
     Raises:
-      InputError: the port is in use, two processes have the same number, or they are not alike.
-      RunFailed: not all came in time.
+      InputError: the port is in use, two processes have the same index, or "same" differs.
+      RunFailed: not all processes connected in time.
     """
-    until = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     if index:
-        return _call(address, count, index, card, until, timeout, grace)
-    return _host(address, count, card, until, timeout, grace)
+        return _connect(address, count, index, facts, deadline, timeout, grace)
+    return _listen_for_all(address, count, facts, deadline, timeout, grace)
 
 
-def _host(address: Address, count: int, card: dict, until: float, timeout: float, grace: float):
+def _listen_for_all(
+    address: Address, count: int, facts: dict, deadline: float, timeout: float, grace: float
+):
+    """Process 0's side of `meet_peers`."""
     try:
-        listening = _listen(address.port)
+        listener = _listen(address.port)
     except OSError as error:
         raise InputError(
             f"--coordinator={address.text}: port {address.port} cannot be used here "
-            f"({error.strerror}), perhaps by another run; {address.host}:{address.port + 10} might"
+            f"({error.strerror}), perhaps by another run; try {address.host}:{address.port + 10}"
         ) from None
-    cards, lines = {0: card}, {}
+    facts_by_index, connections = {0: facts}, {}
     try:
-        while len(cards) < count and (left := until - time.monotonic()) > 0:
-            listening.settimeout(left)
+        while len(facts_by_index) < count and (seconds := deadline - time.monotonic()) > 0:
+            listener.settimeout(seconds)
             try:
-                connection, _ = listening.accept()
+                peer_socket, _ = listener.accept()
             except TimeoutError:
                 break
-            line = Line(connection)
+            connection = Line(peer_socket)
             try:
-                came = line.wait(min(5.0, timeout))
-                number = came["index"]
+                hello = connection.next_message(min(5.0, timeout))
+                index = hello["index"]
             except (OSError, ValueError, KeyError, TypeError):
-                line.close()  # somebody else, or one that gave up
+                connection.close()  # not a process of a run, or one that gave up
                 continue
-            fault = _fault(cards, count, number, came)
-            cards.setdefault(number, came["card"])
-            lines.setdefault(number, line)
+            fault = _hello_fault(facts_by_index, count, index, hello)
+            facts_by_index.setdefault(index, hello["facts"])
+            connections.setdefault(index, connection)
             if fault:
-                line.say({"end": fault})
-                _tell(lines, {"end": fault})
+                connection.send({"end": fault})
+                _send_all(connections, {"end": fault})
                 raise InputError(fault)
-        if len(cards) < count:
-            fault = _absent(cards, count, timeout, address)
-            _tell(lines, {"end": fault})
+        if len(facts_by_index) < count:
+            fault = _absent(facts_by_index, count, timeout, address)
+            _send_all(connections, {"end": fault})
             raise RunFailed(fault)
     except BaseException:
-        listening.close()
+        listener.close()
         raise
-    everyone = [cards[i] for i in range(count)]
-    _tell(lines, {"cards": everyone})
-    # Still listening, so that another run finds the port taken.
-    return everyone, Watch(0, everyone, lines, grace, listening)
+    all_facts = [facts_by_index[i] for i in range(count)]
+    _send_all(connections, {"all_facts": all_facts})
+    # The listener stays open, so that another run finds the port taken.
+    return all_facts, Watch(0, all_facts, connections, grace, listener)
 
 
 def _listen(port: int) -> socket.socket:
@@ -143,180 +150,196 @@ def _listen(port: int) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def _fault(cards: dict, count: int, number: int, came: dict) -> str | None:
-    host = came["card"]["host"]
-    if came["count"] != count:
-        return f"process {number} on {host} has --num_processes={came['count']}, process 0 {count}"
-    if number in cards or not 0 < number < count:
-        taken = f", which is on {cards[number]['host']}" if number in cards else ""
+def _hello_fault(facts_by_index: dict, count: int, index: int, hello: dict) -> str | None:
+    """Says what is wrong with the first message of a process, if anything is."""
+    host = hello["facts"]["host"]
+    if hello["count"] != count:
+        return f"process {index} on {host} has --num_processes={hello['count']}, process 0 {count}"
+    if index in facts_by_index or not 0 < index < count:
+        user = facts_by_index.get(index)
+        in_use = f"is in use on {user['host']}" if user else "is out of range"
         return (
-            f"--process_id={number} on {host} is none of the {count - 1} that are awaited{taken}; "
+            f"--process_id={index} on {host} {in_use}; "
             f"each process needs a number of its own from 0 to {count - 1}"
         )
-    for name, value in cards[0]["same"].items():
-        other = came["card"]["same"].get(name)
+    for name, value in facts_by_index[0]["same"].items():
+        other = hello["facts"]["same"].get(name)
         if other != value:
             return (
-                f"process {number} on {host} has another {name} than process 0 on "
-                f"{cards[0]['host']}: {other} and {value}; all must start alike"
+                f"process {index} on {host} has another {name} than process 0 on "
+                f"{facts_by_index[0]['host']}: {other} and {value}; start all with the same"
             )
     return None
 
 
-def _absent(cards: dict, count: int, timeout: float, address: Address) -> str:
-    absent = [i for i in range(count) if i not in cards]
-    here = ", ".join(f"{i} on {cards[i]['host']}" for i in sorted(cards))
+def _absent(facts_by_index: dict, count: int, timeout: float, address: Address) -> str:
+    absent = [i for i in range(count) if i not in facts_by_index]
+    connected = ", ".join(f"{i} on {facts_by_index[i]['host']}" for i in sorted(facts_by_index))
     shown = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
     return (
-        f"{len(cards)} of {count} processes came to {address.described()} within {timeout:g} s: "
-        f"{here}; missing: {shown}"
+        f"{len(facts_by_index)} of {count} processes connected to {address.described()} within "
+        f"{timeout:g} s: {connected}; missing: {shown}"
     )
 
 
-def _call(address: Address, count: int, index: int, card: dict, until, timeout, grace: float):
-    connection = None
-    while connection is None and time.monotonic() < until:
+def _connect(
+    address: Address, count: int, index: int, facts: dict, deadline: float, timeout, grace: float
+):
+    """The side of `meet_peers` of all processes but 0."""
+    peer_socket = None
+    while peer_socket is None and time.monotonic() < deadline:
         # Names are looked up again: those of pods appear some time after their machines.
         for host in address.resolved():
             try:
-                connection = socket.create_connection((host, address.port), timeout=5)
+                peer_socket = socket.create_connection((host, address.port), timeout=5)
                 break
             except OSError:
                 continue
         else:
             time.sleep(0.2)
-    if connection is None:
-        only = all(map(_is_loopback, address.resolved())) and address.resolved()
-        why = "; a loopback address is this machine itself" if only else ""
+    if peer_socket is None:
+        loopback = all(map(_is_loopback, address.resolved())) and address.resolved()
+        hint = "; a loopback address is this machine itself" if loopback else ""
         raise RunFailed(
-            f"process {index} on {card['host']} found no process 0 at {address.described()} within "
-            f"{timeout:g} s{why}; it has not started, or a firewall stands between"
+            f"process {index} on {facts['host']} could not connect to process 0 at "
+            f"{address.described()} within {timeout:g} s{hint}; process 0 has not started, or a "
+            f"firewall blocks the port"
         )
-    line = Line(connection)
+    connection = Line(peer_socket)
     try:
-        line.say({"index": index, "count": count, "card": card})
-        # Process 0 waits as long as we do, and knows better what is missing.
-        answer = line.wait(max(1.0, until - time.monotonic()) + 10)
+        connection.send({"index": index, "count": count, "facts": facts})
+        # Process 0 waits as long as this one does, and knows better what is missing.
+        answer = connection.next_message(max(1.0, deadline - time.monotonic()) + 10)
     except (OSError, ValueError):
-        raise RunFailed(f"process 0 at {address.described()} left before all had come") from None
+        raise RunFailed(
+            f"process 0 at {address.described()} left before all had connected"
+        ) from None
     if "end" in answer:
         raise RunFailed(answer["end"])
-    return answer["cards"], Watch(index, answer["cards"], {0: line}, grace)
+    return answer["all_facts"], Watch(index, answer["all_facts"], {0: connection}, grace)
 
 
 class Line:
-    """JSON objects over a connection, one a line."""
+    """Exchanges JSON objects over a socket, one a line."""
 
-    def __init__(self, connection: socket.socket):
-        self.socket, self._rest = connection, b""
+    def __init__(self, peer_socket: socket.socket):
+        self.socket, self._incomplete = peer_socket, b""
 
-    def say(self, message: dict) -> None:
+    def send(self, message: dict) -> None:
         self.socket.settimeout(5)
         self.socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def hear(self) -> list[dict] | None:
-        """What has come; None where the other end is closed."""
+    def receive(self) -> list[dict] | None:
+        """Returns the messages that have arrived; None where the other end is closed."""
         try:
             data = self.socket.recv(1 << 16)
         except OSError:
             return None
-        *whole, self._rest = (self._rest + data).split(b"\n")
-        return [json.loads(line) for line in whole] if data else None
+        *complete, self._incomplete = (self._incomplete + data).split(b"\n")
+        return [json.loads(line) for line in complete] if data else None
 
-    def wait(self, seconds: float) -> dict:
-        """The next message. Raises OSError where none comes in time."""
-        until = time.monotonic() + seconds
+    def next_message(self, seconds: float) -> dict:
+        """Waits for the next message. Raises OSError where none arrives in time."""
+        deadline = time.monotonic() + seconds
         while True:
-            self.socket.settimeout(max(0.01, until - time.monotonic()))
-            found = self.hear()
-            if found is None:
+            self.socket.settimeout(max(0.01, deadline - time.monotonic()))
+            messages = self.receive()
+            if messages is None:
                 raise ConnectionError("the other end is closed")
-            if found:
-                return found[0]
+            if messages:
+                return messages[0]
 
     def close(self) -> None:
         self.socket.close()
 
 
-def _tell(lines: dict[int, Line], message: dict) -> None:
-    for line in lines.values():
+def _send_all(connections: dict[int, Line], message: dict) -> None:
+    for connection in connections.values():
         try:
-            line.say(message)
+            connection.send(message)
         except OSError:
             continue
 
 
 class Watch:
-    """Ends this process, with one line on stderr and status 1, when another is gone."""
+    """Ends this process, with one line on stderr and status 1, when another process is lost."""
 
     def __init__(
-        self, index: int, cards: list[dict], lines: dict[int, Line], grace: float, port=None
+        self,
+        index: int,
+        all_facts: list[dict],
+        connections: dict[int, Line],
+        grace: float,
+        listener: socket.socket | None = None,
     ):
-        self._index, self._cards, self._lines, self._grace = index, cards, lines, grace
-        self._port = port
-        self._last = dict.fromkeys(lines, time.monotonic())
-        # Those that leave say so; they have `grace` seconds more to see the others leave as well.
-        self._left: dict[int, str] = {}
+        self._index, self._all_facts, self._connections = index, all_facts, connections
+        self._grace, self._listener = grace, listener
+        self._last_heard = dict.fromkeys(connections, time.monotonic())
+        # {index: reason} of the processes that say they leave. They have `grace` seconds more to
+        # see the others leave as well.
+        self._leaving: dict[int, str] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        selector, said = selectors.DefaultSelector(), 0.0
-        for index, line in self._lines.items():
-            selector.register(line.socket, selectors.EVENT_READ, (index, line))
+        selector, last_sent = selectors.DefaultSelector(), 0.0
+        for index, connection in self._connections.items():
+            selector.register(connection.socket, selectors.EVENT_READ, (index, connection))
         while not self._done.is_set():
-            for key, _ in selector.select(timeout=BEAT / 2):
-                index, line = key.data
-                found = line.hear()
-                if found is None:
-                    selector.unregister(line.socket)
-                    del self._last[index]
-                    self._gone(index, "has died")
-                for message in found or ():
-                    self._note(index, message)
+            for key, _ in selector.select(timeout=HEARTBEAT_SECONDS / 2):
+                index, connection = key.data
+                messages = connection.receive()
+                if messages is None:
+                    selector.unregister(connection.socket)
+                    del self._last_heard[index]
+                    self._lost(index, "has died")
+                for message in messages or ():
+                    self._handle(index, message)
             now = time.monotonic()
-            if now - said >= BEAT:
-                _tell({i: self._lines[i] for i in self._last}, {"beat": 1})
-                said = now
-            for index, last in list(self._last.items()):
-                if now - last > self._grace and index not in self._left:
-                    self._gone(index, f"has been silent for {self._grace:g} s")
+            if now - last_sent >= HEARTBEAT_SECONDS:
+                _send_all({i: self._connections[i] for i in self._last_heard}, {"beat": 1})
+                last_sent = now
+            for index, last in list(self._last_heard.items()):
+                if now - last > self._grace and index not in self._leaving:
+                    self._lost(index, f"has been silent for {self._grace:g} s")
 
-    def _note(self, index: int, message: dict) -> None:
-        self._last[index] = time.monotonic()
+    def _handle(self, index: int, message: dict) -> None:
+        self._last_heard[index] = time.monotonic()
         if "end" in message:
             self._end(message["end"])
         if "leave" in message:
-            self._left[index] = message["leave"]
+            self._leaving[index] = message["leave"]
             if message["leave"]:
                 threading.Timer(self._grace, self._end, [message["leave"]]).start()
 
-    def _gone(self, index: int, how: str) -> None:
-        if index in self._left or self._done.is_set():
+    def _lost(self, index: int, how: str) -> None:
+        if index in self._leaving or self._done.is_set():
             return
-        self._end(f"process {index} on {self._cards[index]['host']} {how}")
+        self._end(f"process {index} on {self._all_facts[index]['host']} {how}")
 
-    def _end(self, why: str) -> None:
+    def _end(self, reason: str) -> None:
         if self._done.is_set():
             return
         self._done.set()
         if self._index == 0:
-            _tell(self._lines, {"end": why})
-        more = "its checkpoints are whole, and the same command goes on from the last one"
-        print(f"error: {why}; the run ends here: {more}", file=sys.stderr, flush=True)
+            _send_all(self._connections, {"end": reason})
+        advice = "its checkpoints are complete, and the same command continues from the last one"
+        print(f"error: {reason}; the run ends here: {advice}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    def explain(self, seconds: float = 5.0) -> None:
-        """Called where something failed in this process: does not return if another one's end was
-        the reason, which may become known a moment later."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            if why := next((text for text in self._left.values() if text), None):
-                self._end(why)
+    def end_if_peer_failed(self, seconds: float = 5.0) -> None:
+        """Ends this process if another one's failure is the cause of the failure here.
+
+        Waits for `seconds`, as the other's reason may arrive a moment later.
+        """
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if reason := next((text for text in self._leaving.values() if text), None):
+                self._end(reason)
             time.sleep(0.05)
 
-    def leave(self, why: str = "") -> None:
-        """This process is about to end; `why` says what went wrong, if anything did."""
+    def leave(self, reason: str = "") -> None:
+        """Tells the others that this process is about to end, and what went wrong, if anything."""
         self._done.set()
-        _tell(self._lines, {"leave": why})
+        _send_all(self._connections, {"leave": reason})

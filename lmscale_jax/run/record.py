@@ -1,10 +1,9 @@
-"""The run directory: who may write in it, whether it may be continued, and run.json."""
+"""The run directory: its lock, whether its run may be continued, and run.json."""
 
 import datetime
 import fcntl
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import subprocess
@@ -12,54 +11,59 @@ from pathlib import Path
 
 from lmscale_jax.config import differences, get
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def check(workdir: Path, config) -> dict | None:
-    """The record of the run that `workdir` already holds, or None. Writes nothing.
+    """Reads the record of the run that `workdir` already holds; None if there is none.
 
-    Raises InputError where the directory cannot be written or holds another run.
+    Writes nothing. Raises InputError where the directory cannot be written or holds another run.
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir} is a file; name a directory")
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir={workdir} cannot be written; one under {Path.home()} could")
+        raise InputError(f"--workdir={workdir} cannot be written; use one under {Path.home()}")
     path = workdir / "run.json"
     if not path.exists():
         if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
             raise InputError(
-                f"--workdir={workdir} holds files but no run.json; name an empty or new directory"
+                f"--workdir={workdir} holds files but no run.json; use an empty or new directory"
             )
         return None
     try:
         record = json.loads(path.read_text())
-        before = record["config"]
+        saved = record["config"]
     except (ValueError, KeyError) as error:
-        raise InputError(f"--workdir={workdir}: run.json is no run record ({error})") from None
-    changed = differences(before, config.to_dict(), identity_only=True)
+        raise InputError(
+            f"--workdir={workdir}: run.json is not a run record ({error}); use another directory"
+        ) from None
+    changed = differences(saved, config.to_dict(), identity_only=True)
     if changed:
         first = changed[0]
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        was = get(before, first) if _has(before, first) else "absent"
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        saved_value = get(saved, first) if _has(saved, first) else "absent"
         raise InputError(
-            f"--workdir={workdir} holds a run of another config: {first} is {was!r} there and "
-            f"{get(config, first)!r} here{more}; name a new --workdir"
+            f"--workdir={workdir} holds a run of another config: {first} is {saved_value!r} there "
+            f"and {get(config, first)!r} here{others}; use a new --workdir"
         )
     return record
 
 
 def read_record(workdir: Path) -> dict:
-    """run.json of a directory. Raises InputError where there is none that can be read."""
+    """Reads run.json of a directory. Raises InputError where there is none that can be read."""
     path = workdir / "run.json"
     if not path.exists():
-        raise InputError(f"--workdir={workdir} holds no run.json; name the directory of a run")
+        raise InputError(f"--workdir={workdir} holds no run.json; use the directory of a run")
     try:
         record = json.loads(path.read_text())
         assert {"config", "status", "data"} <= record.keys()
     except (ValueError, AssertionError, AttributeError):
-        raise InputError(f"--workdir={workdir}: run.json is no run record") from None
+        raise InputError(
+            f"--workdir={workdir}: run.json is not a run record; use the directory of a run"
+        ) from None
     return record
 
 
@@ -72,20 +76,23 @@ def _has(config: dict, path: str) -> bool:
 
 
 class Lock:
-    """Holds a run directory for one process; the system releases it when the process ends."""
+    """A run directory's lock, held by one process; the system releases it when the process ends.
+
+    Raises InputError where another process holds it or the directory cannot be made.
+    """
 
     def __init__(self, workdir: Path):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             self._file = open(workdir / ".lock", "a+")
         except OSError as error:
-            raise InputError(f"--workdir={workdir}: {error.strerror}; name another") from None
+            raise InputError(f"--workdir={workdir}: {error.strerror}; use another") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             other = holder(workdir) or "another process"
             raise InputError(
-                f"--workdir={workdir} is in use by {other}; wait for it or name another"
+                f"--workdir={workdir} is in use by {other}; wait for it or use another"
             ) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {platform.node()}")
@@ -96,7 +103,7 @@ class Lock:
 
 
 def holder(workdir: Path) -> str:
-    """Which process locked the directory last, as this one sees it; "" where it sees none."""
+    """Returns which process locked the directory last, as this one sees it; "" if it sees none."""
     try:
         return (workdir / ".lock").read_text().strip()
     except OSError:
@@ -104,7 +111,7 @@ def holder(workdir: Path) -> str:
 
 
 def in_use(workdir: Path) -> bool:
-    """Whether a process holds the directory now."""
+    """Returns whether a process holds the directory's lock now."""
     try:
         with open(workdir / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -116,9 +123,10 @@ def in_use(workdir: Path) -> bool:
 
 
 class Record:
-    """run.json: read by every plot, fit and table. Each `update` rewrites it atomically.
+    """The record run.json, which every plot, fit and table reads.
 
-    Without a `workdir` it is kept in memory, where another process writes it.
+    Each `update` rewrites it atomically. Without a `workdir` it stays in memory: another process
+    writes it.
     """
 
     def __init__(self, workdir: Path | None, fields: dict):
@@ -130,7 +138,7 @@ class Record:
 
     @property
     def id(self) -> str:
-        """Names the run elsewhere, as in Weights & Biases."""
+        """The run's name elsewhere, as in Weights & Biases."""
         return f"{self['config_hash']}-{self['name']}"
 
     def update(self, **fields) -> None:
@@ -139,30 +147,8 @@ class Record:
             write_json(self._path, self._fields)
 
 
-def write_json(path: Path, value) -> None:
-    """Writes JSON atomically; numbers that are not finite become null."""
-    text = json.dumps(finite(value), indent=1) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def finite(value):
-    """The value with every non-finite float replaced by None."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def provenance() -> dict:
-    """Versions, code revision and start time: what a reader needs to repeat the run."""
+    """Returns versions, code revision and start time, which a reader needs to repeat the run."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         versions[package] = importlib.metadata.version(package)
@@ -174,12 +160,12 @@ def provenance() -> dict:
 
 
 def _revision() -> dict | None:
-    """The commit of the source tree and whether it had changes, where it is a git checkout."""
-    here = Path(__file__).parent
+    """Returns the source tree's commit and whether it had changes; None outside of git."""
+    folder = Path(__file__).parent
 
     def git(*arguments) -> str:
         result = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
         )
         return result.stdout.strip() if result.returncode == 0 else ""
 

@@ -1,4 +1,4 @@
-"""Chips that are not here: what --topology names, and a mesh of them."""
+"""Chips that this machine lacks: what --topology names, and a mesh of them."""
 
 import importlib.util
 import math
@@ -12,15 +12,17 @@ import numpy as np
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import chips
 
-WORKS = "--topology=v5e:4x4 or --topology=H100:64 would work"
+USE = "use --topology=v5e:4x4 or --topology=H100:64"
 
 
 class Topology(NamedTuple):
-    """Attributes:
-    name: as given.
-    chip: one of `chips.CHIPS`.
-    count: of chips.
-    shape: of the torus, as "4x4"; empty where only their number is known.
+    """Chips as --topology names them.
+
+    Attributes:
+      name: the text of the flag.
+      chip: one of `CHIPS`.
+      count: number of chips.
+      shape: of the torus, as "4x4"; empty where only the number of chips is known.
     """
 
     name: str
@@ -29,32 +31,34 @@ class Topology(NamedTuple):
     shape: str = ""
 
     def devices(self) -> list:
-        """Descriptions of the chips, which JAX can lay out and compile for, without any of them.
+        """Returns descriptions of the chips, for which JAX can compile without having any.
 
         Raises InputError where libtpu is missing or does not know the topology.
         """
         need_libtpu(self.name)
-        # libtpu would else ask the metadata server of a cloud machine, for minutes, and let only
-        # one process load it, as if a description were a chip.
+        # Without these libtpu asks the metadata server of a cloud machine, for minutes, and lets
+        # only one process load it, as if it used real chips.
         for flag in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
             os.environ.setdefault(flag, "1")
         from jax.experimental import topologies
 
         try:
-            found = topologies.get_topology_desc(
+            description = topologies.get_topology_desc(
                 platform="tpu", topology_name=f"{self.chip.name}:{self.shape}"
             )
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"--topology={self.name}: libtpu does not describe it ({reason}); {WORKS}"
+                f"--topology={self.name}: libtpu does not describe it ({reason}); {USE}"
             ) from None
-        return list(found.devices)
+        return list(description.devices)
 
 
 class Mesh(NamedTuple):
-    """A mesh as far as arithmetic goes, in place of `jax.sharding.Mesh`: the sizes of its axes and
-    the chip that stands at each place."""
+    """The sizes of a mesh's axes and its kind of chip, in place of `jax.sharding.Mesh`.
+
+    It is enough for forecasts; nothing can be placed on it.
+    """
 
     shape: dict[str, int]
     chip: chips.Chip
@@ -65,32 +69,37 @@ class Mesh(NamedTuple):
 
     @property
     def devices(self) -> np.ndarray:
-        """One stands for all: `devices.flat[0]` has the attributes of a device."""
-        one = types.SimpleNamespace(platform=self.chip.platform, device_kind=self.chip.kind)
-        return np.array([one], dtype=object)
+        """An array of one entry: `devices.flat[0]` has the attributes of every device."""
+        device = types.SimpleNamespace(platform=self.chip.platform, device_kind=self.chip.kind)
+        return np.array([device], dtype=object)
 
 
 def find(name: str) -> Topology:
-    """What a --topology names: CHIP:COUNT, or for TPUs CHIP:AxB or AxBxC."""
-    known = re.fullmatch(r"([A-Za-z0-9]+):(\d+(?:x\d+){0,2})", name)
-    if not known or known[1].lower() not in (low := {c.lower(): c for c in chips.CHIPS}):
+    """Parses a --topology: CHIP:COUNT, or for TPUs CHIP:AxB or AxBxC.
+
+    Raises InputError where it is malformed or names no chip.
+    """
+    match = re.fullmatch(r"([A-Za-z0-9]+):(\d+(?:x\d+){0,2})", name)
+    chips_by_name = {chip.lower(): spec for chip, spec in chips.CHIPS.items()}
+    if not match or match[1].lower() not in chips_by_name:
         raise InputError(
-            f"--topology={name}: CHIP:COUNT or CHIP:SHAPE of {', '.join(chips.CHIPS)}; {WORKS}"
+            f"--topology={name} is not CHIP:COUNT or CHIP:SHAPE of {', '.join(chips.CHIPS)}; {USE}"
         )
-    chip, shape = chips.CHIPS[low[known[1].lower()]], known[2]
+    chip, shape = chips_by_name[match[1].lower()], match[2]
     count = math.prod(int(side) for side in shape.split("x"))
     if not count:
-        raise InputError(f"--topology={name}: no chips; {WORKS}")
+        raise InputError(f"--topology={name} has no chips; {USE}")
     if "x" in shape and chip.platform != "tpu":
         raise InputError(
-            f"--topology={name}: {chip.name} has no torus; {chip.name}:{count} would work"
+            f"--topology={name}: {chip.name} has no torus; use --topology={chip.name}:{count}"
         )
     return Topology(name, chip, count, shape if "x" in shape else "")
 
 
 def need_libtpu(name: str) -> None:
+    """Raises InputError where libtpu, which compiles for TPUs, is not installed."""
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"--topology={name} is compiled for by libtpu, which is missing; "
-            f"pip install 'lmscale_jax[tpu]' brings it"
+            f"--topology={name} needs libtpu, which is not installed; "
+            f"use pip install 'lmscale_jax[tpu]'"
         )

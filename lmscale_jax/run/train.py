@@ -305,7 +305,7 @@ def restore_or_begin(setup: Setup, checkpoints, say) -> tuple[step.State, dict]:
     if setup.parent:
         say(f"branching off step {setup.parent['step']} of {setup.parent['workdir']}")
         parent = checkpoint.Checkpoints(Path(setup.parent["workdir"]))
-        state, _ = parent.at(setup.parent["step"], abstract)
+        state, _ = parent.restore_step(setup.parent["step"], abstract)
         parent.close()
         return state, {}
     return step.begin(setup.config, setup.model, setup.transform, setup.placed), {}
@@ -329,7 +329,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop,
             clock.leave_out()
         stop.vote()
         if pending:
-            journal.take(*pending)
+            journal.log(*pending)
         watchdog.beat(done - 1)
         pending = (done, metrics)
         evaluate = done == last or due(done, config.eval.every)
@@ -340,7 +340,7 @@ def loop(setup: Setup, state, journal: Journal, clock: Clock, checkpoints, stop,
         with clock.pause():
             extra = setup.score(state) if evaluate else {}
             extra |= setup.redundancy(state.params) if done in looks else {}
-        journal.take(*pending, extra)
+        journal.log(*pending, extra)
         pending, final = None, extra if done == last else None
         if evaluate:
             journal.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")

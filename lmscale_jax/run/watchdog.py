@@ -1,4 +1,4 @@
-"""Being stopped, and being stuck."""
+"""Signal handling (`SignalHandler`), and a watchdog for steps that hang."""
 
 import faulthandler
 import signal
@@ -12,63 +12,77 @@ from lmscale_jax.run import cluster
 
 
 class Stop:
-    """SIGTERM and SIGINT, wherever they arrive; a second one ends that process at once.
+    """Handles SIGTERM and SIGINT in any process; a second signal ends that process at once.
 
-    `vote()` with every step; `agreed` names the signal from the same step on in all processes.
+    Call `vote()` with every step.
+
+    Attributes:
+      received: the name of the signal that this process has received, or None.
+      agreed: the name of the signal after which all processes stop, set after the same step in all
+        of them, or None.
     """
 
     def __init__(self):
-        self.asked = self.agreed = None
-        self._votes, self._cast = cluster.Votes(), None
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.received: str | None = None
+        self.agreed: str | None = None
+        self._votes, self._last_vote = cluster.Votes(), None
+        signals = (signal.SIGTERM, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._handle) for number in signals}
 
-    def _note(self, number, _frame) -> None:
-        self.asked = signal.Signals(number).name
+    def _handle(self, number, _frame) -> None:
+        self.received = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
 
     def vote(self) -> None:
+        """Tells the other processes about a signal, and reads what they voted one step ago."""
         if jax.process_count() == 1:
-            self.agreed = self.asked
+            self.agreed = self.received
             return
-        if self._cast is not None and (number := int(self._cast)):
+        if self._last_vote is not None and (number := int(self._last_vote)):
             self.agreed = signal.Signals(number).name
-        self._cast = self._votes.cast(int(signal.Signals[self.asked]) if self.asked else 0)
+        number = int(signal.Signals[self.received]) if self.received else 0
+        self._last_vote = self._votes.cast(number)
 
     def restore(self) -> None:
-        for number, handler in self._before.items():
+        """Puts the previous signal handlers back."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
 
 class Watchdog:
-    """Prints what every thread does when no step has finished for a while, and again after as long.
+    """Prints the stack of every thread when no step has finished for a while, and repeats that.
 
-    It ends nothing: a step may be slow, or compiling. `seconds` 0: it does nothing at all.
+    It ends nothing: a step may be slow, or compiling.
+
+    Args:
+      seconds: how long a step may take before stacks are printed; 0: does nothing.
     """
 
     def __init__(self, seconds: float):
-        self._seconds, self._step, self._last = seconds, None, time.monotonic()
+        self._seconds, self._step, self._last_beat = seconds, None, time.monotonic()
         self._done = threading.Event()
         if seconds:
             threading.Thread(target=self._run, name="watchdog", daemon=True).start()
 
     def beat(self, step: int) -> None:
-        """The metrics of `step` have been read."""
-        self._step, self._last = step, time.monotonic()
+        """Notes that the metrics of `step` have been read."""
+        self._step, self._last_beat = step, time.monotonic()
 
     def stop(self) -> None:
+        """Ends the watching thread."""
         self._done.set()
 
     def _run(self) -> None:
-        said = self._last
+        last_printed = self._last_beat
         while not self._done.wait(min(1.0, self._seconds / 4)):
-            since = max(self._last, said)
+            since = max(self._last_beat, last_printed)
             if time.monotonic() - since < self._seconds:
                 continue
-            said = time.monotonic()
+            last_printed = time.monotonic()
             where = f"since step {self._step}" if self._step else "yet"
             print(
-                f"no step has finished {where}, for {said - self._last:.0f} s (log.watchdog="
-                f"{self._seconds:g}); what every thread of process {jax.process_index()} does:",
+                f"no step has finished {where}, for {last_printed - self._last_beat:.0f} s "
+                f"(log.watchdog={self._seconds:g}); the stacks of process {jax.process_index()}:",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always; terminal, TensorBoard and Weights & Biases beside it."""
+"""Writers of metrics: metrics.jsonl always; terminal, TensorBoard and Weights & Biases as well."""
 
 import importlib.util
 import json
@@ -8,30 +8,28 @@ import time
 from pathlib import Path
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.run.record import finite
+from lmscale_jax.files import atomic_write, plain_values
 
 
 class MetricsFile:
     """metrics.jsonl: one object a line, a function of the run's config alone.
 
-    Lines after `step`, the step of the checkpoint that the run goes on from, are dropped, so that
-    an interrupted run ends with the same file as one that was never stopped. Whatever depends on
-    the machine's speed goes to timing.jsonl instead.
+    Lines after `step`, that of the checkpoint from which the run continues, are dropped, so that an
+    interrupted run ends with the same file as one that was never stopped. Whatever depends on the
+    machine's speed goes to timing.jsonl instead.
     """
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, path)
+        valid = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        atomic_write(path, "".join(line + "\n" for line in valid))
         self._file = open(path, "a")
 
     def write(self, line: dict) -> None:
-        self._file.write(json.dumps(finite(line)) + "\n")
+        self._file.write(json.dumps(plain_values(line)) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Returns once all lines are on the disk."""
+        """Waits until all lines are on the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -39,30 +37,30 @@ class MetricsFile:
 
 
 def _lines(path: Path) -> list[str]:
-    """The whole lines of a file; a last line without its end was being written."""
+    """Reads the complete lines of a file; a last line without its end was being written."""
     if not path.exists():
         return []
     return [line for line in path.read_text().split("\n")[:-1] if line]
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All lines of a metrics.jsonl."""
+    """Reads all lines of a metrics.jsonl."""
     return [json.loads(line) for line in _lines(path)]
 
 
 def check(config) -> None:
-    """Raises InputError where a writer that the config asks for is not installed."""
+    """Raises InputError where a writer that the config names is not installed."""
     if config.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
         raise InputError(
-            f"config.log.wandb={config.log.wandb!r} needs the wandb package, which "
-            f"pip install 'lmscale_jax[wandb]' brings; 'off' works without"
+            f"config.log.wandb={config.log.wandb!r} needs the wandb package; use "
+            f"pip install 'lmscale_jax[wandb]', or 'off'"
         )
 
 
 def scalars(line: dict) -> dict[str, float]:
-    """A line's finite numbers by name; lists by layer become one entry a layer."""
+    """Returns a line's finite numbers by name; a list by layer becomes one entry a layer."""
     flat = {}
-    for name, value in finite(line).items():
+    for name, value in plain_values(line).items():
         if isinstance(value, list):
             flat |= {f"{name}/{index}": v for index, v in enumerate(value) if v is not None}
         elif isinstance(value, (int, float)) and name != "step":
@@ -71,7 +69,7 @@ def scalars(line: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files under tb/; what lies after the step that a run goes on from is marked void."""
+    """Event files under tb/; those after the step from which a run continues are marked void."""
 
     def __init__(self, workdir: Path, step: int):
         from tensorboardX import SummaryWriter
@@ -87,7 +85,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A Weights & Biases run of the same name, continued when the run is."""
+    """A Weights & Biases run of the same name; it continues when the run does."""
 
     def __init__(self, workdir: Path, config, run_id: str):
         import wandb
@@ -110,16 +108,19 @@ class Wandb:
 
 
 class Progress:
-    """A bar with loss, speed and time left on a terminal; plain lines elsewhere."""
+    """A bar with loss, speed and time left on a terminal; plain lines elsewhere.
+
+    Plain lines are at least `seconds_between` seconds apart.
+    """
 
     def __init__(self, total: int, step: int, seconds_between: float = 10.0):
-        self._total, self._between, self._last = total, seconds_between, 0.0
+        self._total, self._seconds_between, self._last_shown = total, seconds_between, 0.0
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True)
-        self._begin, self._first = time.monotonic(), step
+        self._start, self._first_step = time.monotonic(), step
 
     def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
         speed = f"{tokens_per_second:,.0f} tok/s" if tokens_per_second else ""
@@ -128,14 +129,15 @@ class Progress:
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
-        if now - self._last < self._between and step < self._total:
+        if now - self._last_shown < self._seconds_between and step < self._total:
             return
-        left = (now - self._begin) / max(1, step - self._first) * (self._total - step)
-        self.say(f"step {step}/{self._total}  loss {loss:.4f}  {speed}  {_hms(left)} left")
-        self._last = now
+        seconds_per_step = (now - self._start) / max(1, step - self._first_step)
+        time_left = _hms(seconds_per_step * (self._total - step))
+        self.say(f"step {step}/{self._total}  loss {loss:.4f}  {speed}  {time_left} left")
+        self._last_shown = now
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Prints a line, above the bar where there is one."""
         if self._bar is not None:
             self._bar.write(text)
         else:
@@ -147,7 +149,7 @@ class Progress:
 
 
 class Nowhere:
-    """A file that another process writes."""
+    """Stands for a file that another process writes."""
 
     def write(self, line) -> None:
         pass
@@ -163,7 +165,7 @@ class Nowhere:
 
 
 class Silence:
-    """Progress that is shown elsewhere."""
+    """Stands for progress that another process shows."""
 
     def show(self, step: int, loss: float, tokens_per_second: float | None) -> None:
         pass
@@ -176,6 +178,7 @@ class Silence:
 
 
 def _hms(seconds: float) -> str:
+    """Formats a duration as H:MM:SS or M:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.run import record
+from lmscale_jax.files import plain_values, write_json
 from lmscale_jax.study import records, results
 from lmscale_jax.study.cells import ANCHOR, HELD_OUT
 from lmscale_jax.study.plan import Plan, now
@@ -76,9 +76,9 @@ def make(plan: Plan, workdir: Path, found: list[dict]) -> dict:
         "inputs_sha256": digest,
         "arms": {arm: _of_arm(plan, rows, arm) for arm in plan.ladder["arms"]},
     }
-    content = json.loads(json.dumps(record.finite(content)))
+    content = json.loads(json.dumps(plain_values(content)))
     made = content | {"sha256": _hash(content), "warnings": warnings, "scores": None}
-    record.write_json(path, made)
+    write_json(path, made)
     return made
 
 
@@ -134,8 +134,8 @@ def score(plan: Plan, workdir: Path, made: dict, found: list[dict]) -> dict:
             "inside": said["low"] <= mean <= said["high"],
         }
     if scores and scores != made.get("scores"):
-        made = made | {"scores": record.finite(scores), "scored": now()}
-        record.write_json(workdir / "forecast.json", made)
+        made = made | {"scores": plain_values(scores), "scored": now()}
+        write_json(workdir / "forecast.json", made)
     return made
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lmscale_jax import config as configs
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
-from lmscale_jax.run import record
+from lmscale_jax.files import write_json
 from lmscale_jax.study import cells
 from lmscale_jax.study.cells import Cell
 
@@ -148,7 +148,7 @@ def write(plan: Plan, before: Plan | None, workdir: Path) -> None:
     if before is not None and before.id != plan.id:
         (workdir / "plans").mkdir(exist_ok=True)
         (workdir / "plans" / f"{before.id}.json").write_bytes(path.read_bytes())
-    record.write_json(
+    write_json(
         path,
         {
             "id": plan.id,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.run import record
+from lmscale_jax.files import write_json
 from lmscale_jax.study import cells, records, results
 from lmscale_jax.study.plan import Plan, now
 
@@ -60,7 +60,7 @@ def judge(plan: Plan, workdir: Path, found: list[dict], forecast: dict | None) -
 
 def write(verdict: dict, workdir: Path) -> Path:
     path = workdir / "verdict.json"
-    record.write_json(path, verdict)
+    write_json(path, verdict)
     return path
 
 
