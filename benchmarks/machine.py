@@ -81,9 +81,9 @@ def resolved(config) -> tuple[str, object]:
 
     from lmscale_jax import config as configs
 
-    given = config_flags.get_config_filename(flags.FLAGS["config"])
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
     rows = config.model.vocab_size or config.data.vocab_size
-    return Path(given.partition(":")[0]).stem, configs.resolve(config, rows)
+    return Path(path.partition(":")[0]).stem, configs.resolve(config, rows)
 
 
 def asked(*names: str) -> dict:
@@ -96,12 +96,12 @@ def _cpu() -> dict:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return {"name": platform.processor() or platform.machine(), "instructions": []}
-    said = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    has = (said.get("flags") or said.get("Features") or "").split()
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    has = (fields.get("flags") or fields.get("Features") or "").split()
     return {
-        "name": said.get("model name", platform.machine()),
-        "family": said.get("cpu family"),
-        "model": said.get("model"),
+        "name": fields.get("model name", platform.machine()),
+        "family": fields.get("cpu family"),
+        "model": fields.get("model"),
         "instructions": [name for name in _NOTABLE if name in has],
     }
 

@@ -47,14 +47,14 @@ def compare(number: int, batch: int) -> dict:
             worker.close()
     rows = {
         label: {
-            "ms": interleave.ms(own),
-            "ratio_to_adamw": interleave.ratio(own, chunks["adamw"]),
-            "ratio_to_stacked": interleave.ratio(own, chunks["muon"]),
+            "ms": interleave.ms(turn),
+            "ratio_to_adamw": interleave.ratio(turn, chunks["adamw"]),
+            "ratio_to_stacked": interleave.ratio(turn, chunks["muon"]),
             "last_loss": losses[label],
-            "ms_by_round": [round(c.ms, 3) for c in own],
-            "clean_by_round": [c.clean for c in own],
+            "ms_by_round": [round(c.ms, 3) for c in turn],
+            "clean_by_round": [c.clean for c in turn],
         }
-        for label, own in chunks.items()
+        for label, turn in chunks.items()
     }
     return {"shape": SHAPES[number] | {"B": batch}, "rows": rows, **predicted(number, batch)}
 

@@ -49,7 +49,7 @@ CHECKS = {
 
 def main(out: Path, names: list[str]) -> None:
     path = out / "coordinates.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
     for name in names or CHECKS:
         make, sweep, sizes, control = CHECKS[name]
         plan = coordinates.plan(make(), sweep, sizes, control)
@@ -57,7 +57,7 @@ def main(out: Path, names: list[str]) -> None:
         print(f"== {name}", flush=True)
         result = coordinates.check(plan, 3, out / name.replace(" ", "_"), print)
         last = str(result["config"]["train"]["steps"])
-        found[name] = {
+        results[name] = {
             "passed": result["passed"],
             "failures": len(result["failures"]),
             "predicted": result.get("predicted"),
@@ -66,7 +66,7 @@ def main(out: Path, names: list[str]) -> None:
                 for tensor, steps in result["slopes"].items()
             },
         }
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

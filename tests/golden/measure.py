@@ -113,9 +113,9 @@ def digest(array) -> str:
 
 def ladder(name: str) -> dict:
     """Returns the ids of a ladder's plan and cells, in the order in which they are trained."""
-    made = plan.make(LADDERS[name](), lambda line: None)
-    cells = [[c.id, c.label, c.role, c.needs, c.tokens, c.flops_per_token] for c in made.cells]
-    return {"id": made.id, "vocab_size": made.vocab_size, "cells": cells}
+    new_plan = plan.make(LADDERS[name](), lambda line: None)
+    cells = [[c.id, c.label, c.role, c.needs, c.tokens, c.flops_per_token] for c in new_plan.cells]
+    return {"id": new_plan.id, "vocab_size": new_plan.vocab_size, "cells": cells}
 
 
 def _arms() -> dict:
@@ -150,8 +150,8 @@ def _arm(name: str):
 
 def _forecast() -> dict:
     table = science.read("kyo_takano")
-    made = science.forecast(table, n=1e9, d=2e10, bootstrap=100, seed=5, cluster="size")
-    return {name: value for name, value in made.items() if name != "warnings"}
+    forecast = science.forecast(table, n=1e9, d=2e10, bootstrap=100, seed=5, cluster="size")
+    return {name: value for name, value in forecast.items() if name != "warnings"}
 
 
 FITS = {
