@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
+from lmscale_jax.files import atomic_write
 from lmscale_jax.run import record
 
 TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "interpreter that has PyTorch")
@@ -114,4 +115,4 @@ def save(name: str, result: dict, directory: Path | None = None) -> None:
     text = re.sub(
         r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), json.dumps(result, indent=1)
     )
-    path.write_text(text + "\n")
+    atomic_write(path, text + "\n")

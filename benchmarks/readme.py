@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import tables
 from benchmarks.shapes import GPT2_WITHOUT_READOUT, SHAPES, shape_text
+from lmscale_jax.files import atomic_write
 
 README = Path(__file__).parent / "README.md"
 MARKED = re.compile(r"<!-- table: (?P<name>[\w ]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
@@ -101,5 +102,5 @@ def rewrite_file(path: Path, results: Path) -> list[str]:
     """The names of the tables that changed."""
     text, changed = rewrite(path.read_text(), results)
     if changed:
-        path.write_text(text)
+        atomic_write(path, text)
     return changed

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from configs.base import get_config
 from lmscale_jax.config import resolve
+from lmscale_jax.files import atomic_write
 from lmscale_jax.lab import layouts
 from lmscale_jax.model import build, chips, costs, flops
 
@@ -170,4 +171,4 @@ def written(text: str) -> str:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/scale.md"
-    path.write_text(written(path.read_text()))
+    atomic_write(path, written(path.read_text()))
