@@ -218,7 +218,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
 def test_what_cannot_be_a_branch_is_refused(small, stable, tmp_path, changes, message):
     good = QUIET | MUON | {
         "schedule__name": "wsd", "schedule__warmup": "2", "schedule__cooldown": "2",

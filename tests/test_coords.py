@@ -159,7 +159,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("asked", "said"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("asked", "message"), BAD.values(), ids=BAD)
 def test_bad_sweeps_are_named(asked, message):
     sweep, sizes, changes = asked
     config = family.get_config()

@@ -88,7 +88,7 @@ def test_a_derived_value_keeps_what_was_asked_for(small):
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("changes", "expected"),
     [
         ({"schedule__warmup": "10%"}, []),
         # Without warm-up the peak comes at once.
@@ -175,7 +175,7 @@ command.run(main.main)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--explain", "--topology=v5e:4x4"],
