@@ -84,9 +84,9 @@ class Outcome:
 
 
 def command_of(run: Run) -> list[str]:
-    given = [f"--{n}={flags.FLAGS[n].value}" for n in ("results", "torch_python", "others")]
+    shared = [f"--{n}={flags.FLAGS[n].value}" for n in ("results", "torch_python", "others")]
     more = run.short if LENGTH.value == "short" else ()
-    return [sys.executable, "-m", f"benchmarks.{run.module}", *run.always, *more, *given]
+    return [sys.executable, "-m", f"benchmarks.{run.module}", *run.always, *more, *shared]
 
 
 def carry_out(name: str, program: list[str], limit_s: float, results: Path) -> Outcome:

@@ -50,21 +50,21 @@ def compiled(name: str, length: int, platform: str):
     context = context.replace(batch=batch, length=length)
     shape = (batch, length, HEADS.value, HEAD_DIM.value)
     keys = jax.random.split(jax.random.key(0), 3)
-    given = [jax.random.normal(key, shape, jnp.dtype(DTYPE.value)) for key in keys]
+    inputs = [jax.random.normal(key, shape, jnp.dtype(DTYPE.value)) for key in keys]
 
     def loss(q, k, v):
         return kernels.KERNELS[name].attend(q, k, v, context).astype(jnp.float32).sum()
 
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*given).compile(), given
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*inputs).compile(), inputs
 
 
-def rate(program, given) -> float:
+def rate(program, inputs) -> float:
     """Seconds of one call, over at least the time of a turn."""
     import jax
 
     start, done = time.perf_counter(), 0
     while not done or time.perf_counter() - start < SECONDS.value:
-        jax.block_until_ready(program(*given))
+        jax.block_until_ready(program(*inputs))
         done += 1
     return (time.perf_counter() - start) / done
 
@@ -101,12 +101,12 @@ def main() -> None:
         lengths.append(int(text))
     mesh.start(config_of(lengths[0]))
     device = jax.devices()[0]
-    found = machine.facts(None, machine.asked("tokens", "heads", "head_dim", "dtype", "rounds"))
-    found |= {"device": device.device_kind, "rows": []}
+    result = machine.facts(None, machine.asked("tokens", "heads", "head_dim", "dtype", "rounds"))
+    result |= {"device": device.device_kind, "rows": []}
     for length in lengths:
-        found["rows"] += measure(length, device.platform)
-        machine.save(f"attention_{device.platform}_{DTYPE.value}", found)
-    print(f"\n{tables.headline(found)}\n\n{tables.attention(found)}")
+        result["rows"] += measure(length, device.platform)
+        machine.save(f"attention_{device.platform}_{DTYPE.value}", result)
+    print(f"\n{tables.headline(result)}\n\n{tables.attention(result)}")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ class Loop:
         self._journal.close()
 
 
-def one(shape: dict, dtype: str) -> dict:
+def measure_parts(shape: dict, dtype: str) -> dict:
     """{"parts": {part: median and quartiles}, "device", "turns"} of one process."""
     with tempfile.TemporaryDirectory() as folder:
         turns, device = parts(shape, dtype, Path(folder))
@@ -157,7 +157,7 @@ def one(shape: dict, dtype: str) -> dict:
         "device": device,
         "parts": {name: difference(chunks, *of) for name, of in PARTS.items()},
         "rounds": len(chunks["step"]),
-        "turns": {k: [dataclasses.asdict(c) for c in own] for k, own in chunks.items()},
+        "turns": {k: [dataclasses.asdict(c) for c in turn] for k, turn in chunks.items()},
     }
 
 
@@ -171,12 +171,14 @@ def difference(chunks: dict, whole: str, without: str | None = None) -> dict:
 
 def apart(shape: dict, dtype: str) -> dict:
     """`one` in a process of its own, which holds no memory of the others."""
-    given = [f"--{n}={flags.FLAGS[n].value}" for n in ("rounds", "chunk_ms", "limit", "others")]
+    arguments = [f"--{n}={flags.FLAGS[n].value}" for n in ("rounds", "chunk_ms", "limit", "others")]
     program = [sys.executable, "-m", "benchmarks.breakdown", f"--one={json.dumps(shape)}"]
-    done = subprocess.run([*program, f"--dtypes={dtype}", *given], capture_output=True, text=True)
+    done = subprocess.run(
+        [*program, f"--dtypes={dtype}", *arguments], capture_output=True, text=True
+    )
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing on stderr"]
-        raise RunFailed(f"breakdown of {shape}, {dtype}: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        raise RunFailed(f"breakdown of {shape}, {dtype}: {errors[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -196,7 +198,7 @@ def plans() -> tuple[str, dict]:
 
 def main() -> None:
     if ONE.value:
-        print(json.dumps(one(json.loads(ONE.value), DTYPES.value[0])))
+        print(json.dumps(measure_parts(json.loads(ONE.value), DTYPES.value[0])))
         return
     name, wanted = plans()
     asked = machine.asked("shapes", "dtypes", "rounds", "chunk_ms", "limit")

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import interleave, machine, tables
-from benchmarks.shapes import SHAPES, said
+from benchmarks.shapes import SHAPES, shape_text
 from lmscale_jax import command
 from lmscale_jax.fleet import executors
 
@@ -35,8 +35,8 @@ class Together:
         self.label, self._workers = label, []
         for core in sorted(os.sched_getaffinity(0)):
             with executors.pinned([core]):
-                one = interleave.Worker(f"{label}, {core}", program, {"OMP_NUM_THREADS": "1"})
-            self._workers.append(one)
+                worker = interleave.Worker(f"{label}, {core}", program, {"OMP_NUM_THREADS": "1"})
+            self._workers.append(worker)
 
     def wait(self) -> None:
         for worker in self._workers:
@@ -59,10 +59,10 @@ class Together:
 def programs(shape: dict, dtype: str, torch: bool) -> dict[str, list[str]]:
     """{side: command}."""
     text = json.dumps(shape)
-    own = [sys.executable, "-m", "benchmarks.worker_jax", f"--shape={text}", f"--dtype={dtype}"]
+    ours = [sys.executable, "-m", "benchmarks.worker_jax", f"--shape={text}", f"--dtype={dtype}"]
     peer = [machine.TORCH_PYTHON.value, str(HERE / "peer_torch.py"), "step", "--shape", text]
     peer += ["--precision", PEER_PRECISION[dtype], "--compile", "default"]
-    return {"ours": own} | ({"torch compiled": peer} if torch else {})
+    return {"ours": ours} | ({"torch compiled": peer} if torch else {})
 
 
 def compare(shape: dict, dtype: str, torch: bool) -> dict:
@@ -80,20 +80,20 @@ def compare(shape: dict, dtype: str, torch: bool) -> dict:
         for worker in workers:
             worker.close()
     rows = {}
-    for label, own in chunks.items():
+    for label, turn in chunks.items():
         whole = label.replace(APART, WHOLE)
         peer = label.replace("ours", "torch compiled")
         rows[label] = {
-            "ms": interleave.ms(own),
+            "ms": interleave.ms(turn),
             # Of steps a second, so above 1 is faster.
-            "gain": interleave.ratio(chunks[whole], own) if whole != label else None,
-            "over_torch": interleave.ratio(chunks[peer], own)
+            "gain": interleave.ratio(chunks[whole], turn) if whole != label else None,
+            "over_torch": interleave.ratio(chunks[peer], turn)
             if peer in chunks and peer != label
             else None,
-            "rounds": len(own),
+            "rounds": len(turn),
             "last_loss": losses[label],
-            "ms_by_round": [round(c.ms, 3) for c in own],
-            "clean_by_round": [c.clean for c in own],
+            "ms_by_round": [round(c.ms, 3) for c in turn],
+            "clean_by_round": [c.clean for c in turn],
         }
     return rows
 
@@ -108,7 +108,7 @@ def main() -> None:
         rows = {dtype: compare(shape, dtype, torch is not None) for dtype in DTYPES.value}
         result["shapes"][number] = {"shape": shape, "rows": rows}
         machine.save("cores", result)
-        print(f"shape {number} ({said(shape)}) done", flush=True)
+        print(f"shape {number} ({shape_text(shape)}) done", flush=True)
     print(f"\n{tables.cores(result)}")
 
 

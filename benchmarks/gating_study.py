@@ -49,12 +49,12 @@ def members(config, vocab_size: int) -> list:
 
     from lmscale_jax.config.resolve import resolve
 
-    made = []
+    resolved = []
     for seed in range(SEEDS.value):
-        one = ConfigDict(config.to_dict())
-        one.seed = one.data.seed = seed
-        made.append(resolve(one, vocab_size))
-    return made
+        config_of_seed = ConfigDict(config.to_dict())
+        config_of_seed.seed = config_of_seed.data.seed = seed
+        resolved.append(resolve(config_of_seed, vocab_size))
+    return resolved
 
 
 def arms(vocab_size: int) -> dict[str, dict]:
@@ -66,12 +66,12 @@ def arms(vocab_size: int) -> dict[str, dict]:
         counts, per_token = sizes.described(resolve(config_of(changes), vocab_size))
         return per_token if measure == "flops" else counts["non_embedding"]
 
-    found = {"none": {}} | GATES
+    changes_of = {"none": {}} | GATES
     for gate in ("headwise", "elementwise"):
         for measure in ("parameters", "flops"):
             wider = sizes.matched(config_of({}), spent(GATES[gate], measure), measure, vocab_size)
-            found[f"none, {measure} of {gate}"] = {"d_ff": wider.model.d_ff}
-    return found
+            changes_of[f"none, {measure} of {gate}"] = {"d_ff": wider.model.d_ff}
+    return changes_of
 
 
 def step_ratio(data) -> list[float]:
@@ -82,13 +82,13 @@ def step_ratio(data) -> list[float]:
 
     def turn(changes):
         group = members(config_of(changes), data.vocab_size)
-        made = population.Population(group)
-        state, batches = made.begin(), population.reader(group, data)(0, 10)
+        runs = population.Population(group)
+        state, batches = runs.begin(), population.reader(group, data)(0, 10)
 
         def run() -> float:
             nonlocal state
             start = time.perf_counter()
-            state, metrics = made.advance(state, batches)
+            state, metrics = runs.advance(state, batches)
             jax.block_until_ready(metrics)
             return time.perf_counter() - start
 
@@ -114,27 +114,27 @@ def train(name: str, changes: dict, data) -> dict:
     }  # fmt: skip
 
 
-def difference(one: dict, other: dict) -> tuple[float, float]:
+def difference(arm: dict, other: dict) -> tuple[float, float]:
     """(mean, half of the 95 % interval) of one minus other in nats a token, paired by seed."""
     from scipy import stats
 
-    d = np.array(one["loss"]) - np.array(other["loss"])
+    d = np.array(arm["loss"]) - np.array(other["loss"])
     half = stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
     return float(d.mean()), float(half)
 
 
-def show(found: dict) -> str:
+def show(results: dict) -> str:
     """The table of docs/gating.md."""
     head = ["arm", "parameters outside embeddings", "d_ff", "steps", "loss ± deviation over seeds",
             "minus none, 95 %", "minus its control, 95 %"]  # fmt: skip
     rows = []
-    for name, arm in found.items():
+    for name, arm in results.items():
         cost = "headwise" if name.startswith("headwise") else "elementwise"
-        control = found[f"none, parameters of {cost}"] if name in GATES else None
+        control = results[f"none, parameters of {cost}"] if name in GATES else None
         if name == "const":
-            control = found["none"]
+            control = results["none"]
         told = ["" if other is None else "{:+.4f} ± {:.4f}".format(*difference(arm, other))
-                for other in (None if name == "none" else found["none"], control)]  # fmt: skip
+                for other in (None if name == "none" else results["none"], control)]  # fmt: skip
         rows.append([
             name, f"{arm['non_embedding']:,}", str(arm["d_ff"]), str(arm["steps"]),
             f"{np.mean(arm['loss']):.4f} ± {np.std(arm['loss'], ddof=1):.4f}", *told,

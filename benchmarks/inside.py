@@ -34,8 +34,12 @@ class Program:
         return mesh.put_batch(self.batches[number % len(self.batches)], self.grid)
 
     def device(self) -> dict:
-        one = self.grid.devices.flat[0]
-        return {"platform": one.platform, "kind": one.device_kind, "count": self.grid.devices.size}
+        first = self.grid.devices.flat[0]
+        return {
+            "platform": first.platform,
+            "kind": first.device_kind,
+            "count": self.grid.devices.size,
+        }
 
 
 def program(config, devices: list | None = None) -> Program:
@@ -84,13 +88,13 @@ class Steps(Turns):
         return float(metrics["train_loss"])
 
 
-def calls(label: str, function: Callable, *given) -> Turns:
+def calls(label: str, function: Callable, *inputs) -> Turns:
     """A function of arrays again and again; only the last result is waited for."""
     import jax
 
     def run(times: int) -> float:
         for _ in range(times):
-            result = function(*given)
+            result = function(*inputs)
         jax.block_until_ready(result)
         return 0.0
 

@@ -79,8 +79,8 @@ class Worker:
             if wanted(line):
                 return line
         self._errors.seek(0)
-        said = self._errors.read().strip().splitlines() or ["nothing on stderr"]
-        raise RunFailed(f"the process of {self.label!r} died: {said[-1]}")
+        errors = self._errors.read().strip().splitlines() or ["nothing on stderr"]
+        raise RunFailed(f"the process of {self.label!r} died: {errors[-1]}")
 
     def cpu_seconds(self) -> float:
         """Seconds of processor time since its start."""
@@ -100,12 +100,12 @@ class Watch:
 
     def clean(self) -> bool:
         """Whether all others used little of it until now."""
-        seconds, busy, own = (b - a for a, b in zip(self._before, self._now(), strict=True))
-        return _clean(busy - own, seconds)
+        seconds, busy, ours = (b - a for a, b in zip(self._before, self._now(), strict=True))
+        return _clean(busy - ours, seconds)
 
     def _now(self) -> tuple[float, float, float]:
-        own = sum(worker.cpu_seconds() for worker in self._workers)
-        return time.perf_counter(), _busy_seconds(), own
+        ours = sum(worker.cpu_seconds() for worker in self._workers)
+        return time.perf_counter(), _busy_seconds(), ours
 
 
 def _clean(others: float, seconds: float) -> bool:
@@ -189,10 +189,10 @@ class Turns:
 
     def chunk(self, steps: int) -> tuple[Chunk, float]:
         self.run(1)
-        begin, busy, own = time.perf_counter(), _busy_seconds(), time.process_time()
+        begin, busy, ours = time.perf_counter(), _busy_seconds(), time.process_time()
         loss = self.run(steps)
         spent = time.perf_counter() - begin
-        others = (_busy_seconds() - busy) - (time.process_time() - own)
+        others = (_busy_seconds() - busy) - (time.process_time() - ours)
         return Chunk(spent / steps * 1e3, _clean(others, spent)), loss
 
 

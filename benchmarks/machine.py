@@ -12,6 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
+from lmscale_jax.files import atomic_write
 from lmscale_jax.run import record
 
 TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "interpreter that has PyTorch")
@@ -81,9 +82,9 @@ def resolved(config) -> tuple[str, object]:
 
     from lmscale_jax.config.resolve import resolve
 
-    given = config_flags.get_config_filename(flags.FLAGS["config"])
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
     rows = config.model.vocab_size or config.data.vocab_size
-    return Path(given.partition(":")[0]).stem, resolve(config, rows)
+    return Path(path.partition(":")[0]).stem, resolve(config, rows)
 
 
 def asked(*names: str) -> dict:
@@ -96,12 +97,12 @@ def _cpu() -> dict:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return {"name": platform.processor() or platform.machine(), "instructions": []}
-    said = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-    has = (said.get("flags") or said.get("Features") or "").split()
+    fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    has = (fields.get("flags") or fields.get("Features") or "").split()
     return {
-        "name": said.get("model name", platform.machine()),
-        "family": said.get("cpu family"),
-        "model": said.get("model"),
+        "name": fields.get("model name", platform.machine()),
+        "family": fields.get("cpu family"),
+        "model": fields.get("model"),
         "instructions": [name for name in _NOTABLE if name in has],
     }
 
@@ -114,4 +115,4 @@ def save(name: str, result: dict, directory: Path | None = None) -> None:
     text = re.sub(
         r"\[[^\[\]{}]*\]", lambda m: re.sub(r"\s+", " ", m[0]), json.dumps(result, indent=1)
     )
-    path.write_text(text + "\n")
+    atomic_write(path, text + "\n")

@@ -28,10 +28,10 @@ VOCABULARY = 32_000
 def case(name: str, where: str, measured: bool = False, **changes) -> dict:
     """`where`: cpu and how many devices, or a topology."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
-    given = {"train.accum": 1} | changes
+    settings = {"train.accum": 1} | changes
     if where.startswith("cpu"):
-        given["mesh.cpu_devices"] = int(where[3:])
-    return {"config": name, "where": where, "changes": given, "measured": measured}
+        settings["mesh.cpu_devices"] = int(where[3:])
+    return {"config": name, "where": where, "changes": settings, "measured": measured}
 
 
 def cases() -> list[dict]:
@@ -57,44 +57,44 @@ def cases() -> list[dict]:
         case("gpt2_100m", "v5e:4x4", train__batch_size=128),
     ]
     # Rows of docs/scale.md.
-    one = {
+    llama_1b = {
         "model__n_layers": 22, "model__d_model": 2048, "model__n_heads": 32,
         "model__n_kv_heads": 4, "model__d_ff": 5632, "data__seq_len": 2048,
     }  # fmt: skip
     whole = {"train__batch_size": 512, "mesh__data": 1, "mesh__fsdp": 64}
     on_many = [
         case("llama_300m", "v5p:4x4x4", **whole),
-        case("llama_300m", "v5p:4x4x4", train__accum=2, **one, **whole),
+        case("llama_300m", "v5p:4x4x4", train__accum=2, **llama_1b, **whole),
     ]
     return on_cpu + on_tpu + on_many
 
 
-def described(given: dict):
+def described(row: dict):
     """(config, mesh, model) of a case."""
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model import build
     from lmscale_jax.run import mesh as meshes
     from lmscale_jax.run import topology
 
-    config = importlib.import_module(f"lmscale_jax.configs.{given['config']}").get_config()
-    config.update_from_flattened_dict(given["changes"])
+    config = importlib.import_module(f"lmscale_jax.configs.{row['config']}").get_config()
+    config.update_from_flattened_dict(row["changes"])
     config = resolve(config, VOCABULARY)
     meshes.start(config)
-    where = given["where"]
+    where = row["where"]
     devices = None if where.startswith("cpu") else topology.find(where).devices()
     mesh = meshes.make(config, devices)
     model = build.build(config, platform=mesh.devices.flat[0].platform, mesh=mesh)
     return config, mesh, model
 
 
-def compiled(given: dict) -> dict:
+def compiled(row: dict) -> dict:
     from lmscale_jax.run import ahead
 
-    config, mesh, model = described(given)
+    config, mesh, model = described(row)
     return ahead.memory(ahead.lowered(config, model, mesh).compile())
 
 
-def measured(given: dict) -> dict:
+def measured(row: dict) -> dict:
     """Bytes that training adds to a process for each of its devices, at the most."""
     import jax
     import numpy as np
@@ -104,7 +104,7 @@ def measured(given: dict) -> dict:
     from lmscale_jax.run import mesh as meshes
     from lmscale_jax.run import step
 
-    config, mesh, model = described(given)
+    config, mesh, model = described(row)
     transform = optim.build(config, model.rows, mesh, "cpu")
     placed = step.shardings(config, model, transform, mesh)
     shape = (config.train.batch_size, config.data.seq_len)
@@ -127,9 +127,9 @@ def resident(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def apart(given: dict, what: str) -> dict:
+def apart(row: dict, what: str) -> dict:
     """A process of its own: the number of CPU devices is fixed once."""
-    text = json.dumps(given | {"what": what})
+    text = json.dumps(row | {"what": what})
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", f"--case={text}"],
         capture_output=True, text=True, check=False,
@@ -139,16 +139,16 @@ def apart(given: dict, what: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def estimate(given: dict) -> dict:
+def estimate(row: dict) -> dict:
     from lmscale_jax.run import budget
 
-    config, mesh, model = described(given)
+    config, mesh, model = described(row)
     return budget.sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
 
 
-def key(given: dict) -> str:
-    changes = " ".join(f"{k}={v}" for k, v in sorted(given["changes"].items()))
-    return f"{given['config']} {given['where']} {changes}"
+def key(row: dict) -> str:
+    changes = " ".join(f"{k}={v}" for k, v in sorted(row["changes"].items()))
+    return f"{row['config']} {row['where']} {changes}"
 
 
 WHAT = {"compiled": compiled, "measured": measured, "estimate": estimate}
@@ -156,33 +156,33 @@ WHAT = {"compiled": compiled, "measured": measured, "estimate": estimate}
 
 def main() -> None:
     if CASE.value:
-        given = json.loads(CASE.value)
-        print(json.dumps(WHAT[given["what"]](given)))
+        new_case = json.loads(CASE.value)
+        print(json.dumps(WHAT[new_case["what"]](new_case)))
         return
     path = Path(machine.OUT.value) / "memory.json"
     before = json.loads(path.read_text())["rows"] if path.exists() and not FRESH.value else {}
     result = {"machine": machine.facts(None, machine.asked("fresh")), "rows": before}
-    for given in cases():
-        if not given["where"].startswith(WHERE.value):
+    for new_case in cases():
+        if not new_case["where"].startswith(WHERE.value):
             continue
-        row = before.get(key(given), {})
+        row = before.get(key(new_case), {})
         if "compiled" not in row:
-            row["compiled"] = apart(given, "compiled")
-        if given["measured"] and "measured" not in row:
+            row["compiled"] = apart(new_case, "compiled")
+        if new_case["measured"] and "measured" not in row:
             # From the cache: compiling takes memory too.
-            row["measured"] = apart(given, "measured")["added"]
-        row["estimate"] = apart(given, "estimate")
-        result["rows"][key(given)] = row
+            row["measured"] = apart(new_case, "measured")["added"]
+        row["estimate"] = apart(new_case, "estimate")
+        result["rows"][key(new_case)] = row
         machine.save("memory", result)
-        print(show(key(given), row), flush=True)
+        print(show(key(new_case), row), flush=True)
 
 
 def show(name: str, row: dict) -> str:
     peak, ours = row["compiled"]["peak"], row["estimate"]["total"]
-    said = f"estimate / compiled {ours / peak:.2f}"
+    ratios = f"estimate / compiled {ours / peak:.2f}"
     if "measured" in row:
-        said += f", compiled / measured {peak / row['measured']:.2f}"
-    return f"{name}: compiled {peak / 2**20:,.0f} MiB, {said}"
+        ratios += f", compiled / measured {peak / row['measured']:.2f}"
+    return f"{name}: compiled {peak / 2**20:,.0f} MiB, {ratios}"
 
 
 if __name__ == "__main__":

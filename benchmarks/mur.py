@@ -11,7 +11,7 @@ import functools
 from absl import flags
 
 from benchmarks import interleave, machine, tables
-from benchmarks.shapes import SHAPES, config_of, said
+from benchmarks.shapes import SHAPES, config_of, shape_text
 from lmscale_jax import command
 
 WANTED = flags.DEFINE_list("shapes", ["1", "2"], "numbers of the shapes")
@@ -153,9 +153,9 @@ def main() -> None:
     result = {"machine": machine.facts(None, asked), "shapes": {}}
     print(tables.headline(result["machine"]))
     for number in wanted:
-        found = compare(SHAPES[number])
-        result["shapes"][str(number)] = {"shape": SHAPES[number], "rows": found}
-        print(f"\nShape {number} ({said(SHAPES[number])})\n\n{tables.mur(found)}", flush=True)
+        rows = compare(SHAPES[number])
+        result["shapes"][str(number)] = {"shape": SHAPES[number], "rows": rows}
+        print(f"\nShape {number} ({shape_text(SHAPES[number])})\n\n{tables.mur(rows)}", flush=True)
         machine.save(f"mur_{STACK.value}_{REMAT.value}_{DTYPE.value}", result)
 
 

@@ -77,10 +77,10 @@ def combined(config, model, how, lam, layers, weigh):
             return (nll_BxT.sum() / n, deltas), nll_BxT
 
         (loss, deltas), pull, nll_BxT = jax.vjp(both, params, zeros, has_aux=True)
-        one = jnp.ones(())
-        _, g = pull((one, jnp.zeros_like(deltas)))
+        unit = jnp.ones(())
+        _, g = pull((unit, jnp.zeros_like(deltas)))
         e = lam * jax.grad(hinges, argnums=1)(g * n, deltas, nll_BxT, batch)
-        return loss, pull((one, e))[0]
+        return loss, pull((unit, e))[0]
 
     return gradient
 
@@ -94,14 +94,14 @@ def _parts(config, model, how, layers, weigh):
     def hinges(g, deltas, nll_BxT, batch):
         labelled_BxT = batch.targets_BxT >= 0
         weight_N = weigh(nll_BxT, labelled_BxT).reshape(-1)
-        found = [
+        terms = [
             utility.hinge(
                 how, g[l, p], deltas[l, p], labelled_BxT.reshape(-1), weight_N, config.mur.tau
             )
             for l in layers  # noqa: E741
             for p in range(len(PARTS[granularity]))
         ]
-        return sum(found) / len(found)
+        return sum(terms) / len(terms)
 
     return forward, hinges
 

@@ -47,9 +47,9 @@ def compare(folder: Path, arm: str, seeds: range) -> dict:
     from lmscale_jax.reports import compared, pairs
 
     sides = [[pairs.read(folder / f"{a}_{s}") for s in seeds] for a in ("baseline", arm)]
-    found = pairs.match(*sides, "mur", allow_differences=False) if arm != "baseline" else []
-    result = pairs.difference(found) if found else {}
-    if found:
+    matched = pairs.match(*sides, "mur", allow_differences=False) if arm != "baseline" else []
+    result = pairs.difference(matched) if matched else {}
+    if matched:
         print(f"{arm:<10} {compared.sentence(result)}", flush=True)
     runs = sides[1]
 

@@ -90,8 +90,8 @@ def timed(side: str, text: Path, precision: str, seed: int, folder: Path) -> dic
     )
     seconds, after = time.perf_counter() - begin, os.times()
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing on stderr"]
-        raise RunFailed(f"{side}, {precision}, seed {seed}: status {done.returncode}: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        raise RunFailed(f"{side}, {precision}, seed {seed}: status {done.returncode}: {errors[-1]}")
     cpu = after.children_user + after.children_system
     cpu -= before.children_user + before.children_system
     run = {"side": side, "precision": precision, "seed": seed, "seconds": seconds}
@@ -129,10 +129,10 @@ def main() -> None:
     torch = machine.torch_version(machine.TORCH_PYTHON.value)
     with tempfile.TemporaryDirectory() as folder:
         text = Path(TEXT.value).absolute() if TEXT.value else Path(folder) / "input.txt"
-        made = text.name if TEXT.value else library_text(text)
+        description = text.name if TEXT.value else library_text(text)
         asked = machine.asked("seeds", "steps", "precisions", "limit")
-        result = {"machine": machine.facts(torch, asked), "text": made, "runs": []}
-        print(f"{tables.headline(result['machine'])}\ntext: {made}", flush=True)
+        result = {"machine": machine.facts(torch, asked), "text": description, "runs": []}
+        print(f"{tables.headline(result['machine'])}\ntext: {description}", flush=True)
         measure(text, torch is not None, result, Path(folder))
     print("\n" + tables.whole_runs(result["runs"]))
 

@@ -56,9 +56,9 @@ def run(side: str, rate: float, adamw_rate: float, seed: int) -> dict:
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     curve = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
     final = record["final"]
-    found = {"rate": rate, "seed": seed, "loss": final["val_loss"], "sem": final["val_loss_sem"]}
+    result = {"rate": rate, "seed": seed, "loss": final["val_loss"], "sem": final["val_loss_sem"]}
     print(f"{workdir.name}: {final['val_loss']:.4f}, {record['wall_seconds']:.0f} s", flush=True)
-    return found | {"wall_seconds": record["wall_seconds"], "curve": curve}
+    return result | {"wall_seconds": record["wall_seconds"], "curve": curve}
 
 
 def reached(curve: list[tuple[int, float]], loss: float) -> float | None:
@@ -71,22 +71,24 @@ def reached(curve: list[tuple[int, float]], loss: float) -> float | None:
 
 def show(results: dict) -> str:
     """Both tables of docs/optimizers.md."""
-    made = []
-    for side, found in results.items():
-        rows = [[f"{r['rate']:g}", f"{r['loss']:.4f}"] for r in found["sweep"]]
-        made.append(tables.table([f"{side}: peak rate", "validation loss"], rows))
+    shown = []
+    for side, result in results.items():
+        rows = [[f"{r['rate']:g}", f"{r['loss']:.4f}"] for r in result["sweep"]]
+        shown.append(tables.table([f"{side}: peak rate", "validation loss"], rows))
     aim = float(np.mean([r["loss"] for r in results["adamw"]["seeds"]]))
     rows = []
-    for side, found in results.items():
-        losses = [r["loss"] for r in found["seeds"]]
-        steps = [reached(r["curve"], aim) for r in found["seeds"]]
-        said = ", ".join("never" if s is None else f"{s:.0f}" for s in steps)
+    for side, result in results.items():
+        losses = [r["loss"] for r in result["seeds"]]
+        steps = [reached(r["curve"], aim) for r in result["seeds"]]
+        reached_at = ", ".join("never" if s is None else f"{s:.0f}" for s in steps)
         spread = np.std(losses, ddof=1) if len(losses) > 1 else 0.0
         mean = f"{np.mean(losses):.4f} ± {spread:.4f}"
-        rows.append([side, f"{found['best']:g}", ", ".join(f"{x:.4f}" for x in losses), mean, said])
+        rows.append(
+            [side, f"{result['best']:g}", ", ".join(f"{x:.4f}" for x in losses), mean, reached_at]
+        )
     head = ["", "peak rate", "by seed", "mean ± deviation", f"step at which {aim:.4f} is reached"]
-    made.append(tables.table(head, rows))
-    return "\n\n".join(made)
+    shown.append(tables.table(head, rows))
+    return "\n\n".join(shown)
 
 
 def main() -> None:

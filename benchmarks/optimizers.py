@@ -47,14 +47,14 @@ def compare(number: int, batch: int) -> dict:
             worker.close()
     rows = {
         label: {
-            "ms": interleave.ms(own),
-            "ratio_to_adamw": interleave.ratio(own, chunks["adamw"]),
-            "ratio_to_stacked": interleave.ratio(own, chunks["muon"]),
+            "ms": interleave.ms(turn),
+            "ratio_to_adamw": interleave.ratio(turn, chunks["adamw"]),
+            "ratio_to_stacked": interleave.ratio(turn, chunks["muon"]),
             "last_loss": losses[label],
-            "ms_by_round": [round(c.ms, 3) for c in own],
-            "clean_by_round": [c.clean for c in own],
+            "ms_by_round": [round(c.ms, 3) for c in turn],
+            "clean_by_round": [c.clean for c in turn],
         }
-        for label, own in chunks.items()
+        for label, turn in chunks.items()
     }
     return {"shape": SHAPES[number] | {"B": batch}, "rows": rows, **predicted(number, batch)}
 
@@ -65,6 +65,7 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     from lmscale_jax.model import flops
     from lmscale_jax.model.build import build
     from lmscale_jax.optim import muon
+    from lmscale_jax.optim.rules import update_rules
 
     shape = SHAPES[number] | {"B": batch}
     config = config_of(shape, "float32", 1)
@@ -73,11 +74,11 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     model = build(config, platform="cpu")
     steps, tokens = len(muon.COEFFICIENTS[config.optim.muon_coefficients].steps), batch * shape["T"]
     spent = 0.0
-    for row in model.rows.values():
-        if row.optimizer == "muon":
-            m, n = muon.matrices(row.spec, "matrix").shape
+    for rule in update_rules(model.rows, config).values():
+        if rule.optimizer == "muon":
+            m, n = muon.matrices(rule.spec, "matrix").shape
             # X X', its square, and the product with X.
-            spent += row.spec.shape[0] * steps * (4 * m * m * n + 2 * m**3)
+            spent += rule.spec.shape[0] * steps * (4 * m * m * n + 2 * m**3)
     whole = flops.flops_per_token(config, model.specs)["model"] * tokens
     return {"rule": steps * shape["D"] / tokens, "share": spent / whole}
 

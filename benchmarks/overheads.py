@@ -12,7 +12,7 @@ import gc
 from absl import flags
 
 from benchmarks import inside, interleave, machine, tables
-from benchmarks.shapes import SHAPES, config_of, said, shape_of
+from benchmarks.shapes import SHAPES, config_of, shape_of, shape_text
 from lmscale_jax import command
 from lmscale_jax.errors import InputError, RunFailed
 
@@ -87,17 +87,17 @@ def compare(plain, label: str, shape: dict, dtype: str, devices: list) -> dict:
     changed = inside.Steps(label, inside.program(config, some), measure)
     rounds, chunk_ms, limit = ROUNDS.value, CHUNK.value, machine.LIMIT.value
     chunks, losses = interleave.measure([plain, changed], rounds, chunk_ms, limit)
-    own, base = chunks[label], chunks["plain"]
+    ours, base = chunks[label], chunks["plain"]
     return {
-        "ratio": interleave.ratio(own, base),
+        "ratio": interleave.ratio(ours, base),
         "plain_ms": interleave.ms(base),
-        "ms": interleave.ms(own),
-        "rounds": len(own),
+        "ms": interleave.ms(ours),
+        "rounds": len(ours),
         "bytes": changed.bytes,
         "bytes_ratio": changed.bytes / plain.bytes if changed.bytes and plain.bytes else None,
         "last_loss": losses[label],
-        "ms_by_round": [round(c.ms, 3) for c in own],
-        "clean_by_round": [c.clean for c in own],
+        "ms_by_round": [round(c.ms, 3) for c in ours],
+        "clean_by_round": [c.clean for c in ours],
     }
 
 
@@ -130,7 +130,9 @@ def main() -> None:
     asked = machine.asked("shape", "dtype", "rounds", "chunk_ms", "limit")
     result = {"machine": machine.facts(None, asked), "device": of.device(), "what": what}
     result |= {"shape": shape, "dtype": dtype, "rows": {}}
-    print(f"{tables.headline(result['machine'])}\n{what} ({said(shape)}), {dtype}", flush=True)
+    print(
+        f"{tables.headline(result['machine'])}\n{what} ({shape_text(shape)}), {dtype}", flush=True
+    )
     failed = []
     for label in WANTED.value or CHANGES:
         try:

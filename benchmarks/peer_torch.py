@@ -206,11 +206,11 @@ def time_product(args) -> None:
 
 def print_loss(args) -> None:
     """The loss of given weights and tokens, and the norm of its gradient, in float32."""
-    given = json.loads(Path(args.weights).read_text())
+    inputs = json.loads(Path(args.weights).read_text())
     model = Decoder(shape_of(args))
-    model.load_state_dict({name: torch.tensor(x) for name, x in given["weights"].items()})
+    model.load_state_dict({name: torch.tensor(x) for name, x in inputs["weights"].items()})
     trainer = Trainer(model, "float32", args.compile)
-    x, y = (torch.tensor(given[name], device=DEVICE) for name in ("tokens", "targets"))
+    x, y = (torch.tensor(inputs[name], device=DEVICE) for name in ("tokens", "targets"))
     loss = trainer.loss(x, y)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf)

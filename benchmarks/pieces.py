@@ -33,27 +33,27 @@ def run(side: str, precision: str) -> dict:
         [*program, precision], capture_output=True, text=True, cwd=HERE.parent
     )  # fmt: skip
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing on stderr"]
-        raise RunFailed(f"{side}, {precision}: status {done.returncode}: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        raise RunFailed(f"{side}, {precision}: status {done.returncode}: {errors[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     torch = machine.torch_version(machine.TORCH_PYTHON.value)
     sides = ["torch", "ours"] if torch else ["ours"]
-    found: dict = {p: {s: {} for s in sides} for p in PRECISIONS}
+    times: dict = {p: {s: {} for s in sides} for p in PRECISIONS}
     for number in range(ROUNDS.value):
         for precision in PRECISIONS:
             for side in sides[:: 1 if number % 2 == 0 else -1]:
                 for shape, parts in run(side, precision).items():
-                    kept = found[precision][side].setdefault(shape, {})
+                    kept = times[precision][side].setdefault(shape, {})
                     for part, ms in parts.items():
                         kept.setdefault(part, []).append(round(ms, 4))
-    result = {"machine": machine.facts(torch, machine.asked("rounds")), "ms": found}
+    result = {"machine": machine.facts(torch, machine.asked("rounds")), "ms": times}
     print(tables.headline(result["machine"]))
     for shape in map(str, GPT2_WITHOUT_READOUT):
         for precision in PRECISIONS:
-            text = tables.pieces(found, shape, precision, SHAPES[int(shape)]["L"])
+            text = tables.pieces(times, shape, precision, SHAPES[int(shape)]["L"])
             print(f"\nShape {shape}, {precision}\n\n{text}", flush=True)
     machine.save("pieces", result)
 

@@ -82,10 +82,10 @@ def measure(width: int) -> dict:
     kinds = {"alone": (Alone(setup), 1)}
     for count in map(int, COUNTS.value):
         kinds[f"{count}"] = (Together(setup, count), count)
-    for one, _ in kinds.values():
-        one.turn()
+    for kind, _ in kinds.values():
+        kind.turn()
     rounds = [
-        {name: rate(one.turn, runs, tokens) for name, (one, runs) in kinds.items()}
+        {name: rate(kind.turn, runs, tokens) for name, (kind, runs) in kinds.items()}
         for _ in range(ROUNDS.value)
     ]
     counts = {"parameters": sum(x.size for x in jax.tree.leaves(kinds["alone"][0]._state.params))}
@@ -103,11 +103,11 @@ def main() -> None:
     mesh.start(config_of(16))
     np.random.seed(0)
     asked = machine.asked("widths", "counts", "rounds", "turn_ms", "batch")
-    found = machine.facts(None, asked) | {"sizes": []}
+    result = machine.facts(None, asked) | {"sizes": []}
     for width in WIDTHS.value:
-        found["sizes"].append(measure(int(width)))
-        machine.save("population", found)
-    print(f"\n{tables.headline(found)}\n\n{tables.population(found)}")
+        result["sizes"].append(measure(int(width)))
+        machine.save("population", result)
+    print(f"\n{tables.headline(result)}\n\n{tables.population(result)}")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def ours(path: Path, folder: Path):
     from lmscale_jax.data import prepared
 
     start = time.perf_counter()
-    found = prepared.prepare(config_of(path, folder), log=lambda line: None)
-    return time.perf_counter() - start, found
+    data = prepared.prepare(config_of(path, folder), log=lambda line: None)
+    return time.perf_counter() - start, data
 
 
 def plain(path: Path, tokenizer, folder: Path) -> tuple[float, int]:
@@ -75,11 +75,11 @@ def plain(path: Path, tokenizer, folder: Path) -> tuple[float, int]:
     return time.perf_counter() - start, len(ids)
 
 
-def reading(found) -> float:
+def reading(data) -> float:
     """Tokens a second of the batches of a run, by one thread."""
     from lmscale_jax.data import pipeline
 
-    batches = pipeline.TrainBatches(found, 256, 32, 0)
+    batches = pipeline.TrainBatches(data, 256, 32, 0)
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < 1.0:
         batches.at(done)
@@ -89,11 +89,11 @@ def reading(found) -> float:
 
 def consumed() -> float:
     """Tokens a second that the fastest training step of benchmarks.train_step takes here."""
-    found = json.loads((Path(__file__).parent / "results/train_step.json").read_text())
+    result = json.loads((Path(__file__).parent / "results/train_step.json").read_text())
     return max(
-        1e3 * one["shape"]["B"] * one["shape"]["T"] / row["ms"]["median"]
-        for one in found["shapes"].values()
-        for row in one["rows"].values()
+        1e3 * shape["shape"]["B"] * shape["shape"]["T"] / row["ms"]["median"]
+        for shape in result["shapes"].values()
+        for row in shape["rows"].values()
         if row.get("ms", {}).get("median")
     )
 
@@ -106,11 +106,11 @@ def main() -> None:
         for number in range(ROUNDS.value):
             folder = Path(temporary) / f"round{number}"
             folder.mkdir()
-            seconds, found = ours(path, folder)
-            tokens = found.train.n_tokens + found.val.n_tokens
-            theirs, count = plain(path, found.tokenizer, folder)
+            seconds, data = ours(path, folder)
+            tokens = data.train.n_tokens + data.val.n_tokens
+            theirs, count = plain(path, data.tokenizer, folder)
             rows.append({"ours_s": seconds, "plain_s": theirs, "tokens": tokens,
-                         "plain_tokens": count, "read": reading(found)})  # fmt: skip
+                         "plain_tokens": count, "read": reading(data)})  # fmt: skip
             print(f"round {number}: ours {seconds:.1f} s, plain {theirs:.1f} s", flush=True)
 
     def middle(name):

@@ -11,40 +11,43 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import tables
-from benchmarks.shapes import GPT2_WITHOUT_READOUT, SHAPES, said
+from benchmarks.shapes import GPT2_WITHOUT_READOUT, SHAPES, shape_text
+from lmscale_jax.files import atomic_write
 
 README = Path(__file__).parent / "README.md"
 MARKED = re.compile(r"<!-- table: (?P<name>[\w ]+) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
 
 
-def _train_step(found: dict) -> str:
+def _train_step(result: dict) -> str:
     parts = [
-        f"Shape {label} ({said(one['shape'])})\n\n{tables.train_step(one)}"
-        for label, one in found["shapes"].items()
+        f"Shape {label} ({shape_text(entry['shape'])})\n\n{tables.train_step(entry)}"
+        for label, entry in result["shapes"].items()
     ]
     return "\n\n".join(parts)
 
 
-def _mur(found: dict) -> str:
+def _mur(result: dict) -> str:
     parts = [
-        f"Shape {label} ({said(one['shape'])})\n\n{tables.mur(one['rows'])}"
-        for label, one in found["shapes"].items()
+        f"Shape {label} ({shape_text(entry['shape'])})\n\n{tables.mur(entry['rows'])}"
+        for label, entry in result["shapes"].items()
     ]
     return "\n\n".join(parts)
 
 
-def _pieces(found: dict) -> str:
+def _pieces(result: dict) -> str:
+    times = result["ms"]
     parts = [
-        f"Shape {n}, {precision}\n\n{tables.pieces(found['ms'], str(n), precision, SHAPES[n]['L'])}"
+        f"Shape {n}, {precision}\n\n{tables.pieces(times, str(n), precision, SHAPES[n]['L'])}"
         for n in GPT2_WITHOUT_READOUT
-        for precision in found["ms"]
+        for precision in times
     ]
     return "\n\n".join(parts)
 
 
-def _overheads(found: dict) -> str:
-    return f"{found['what']} ({said(found['shape'])}), {found['dtype']}\n\n" + tables.overheads(
-        found
+def _overheads(result: dict) -> str:
+    return (
+        f"{result['what']} ({shape_text(result['shape'])}), {result['dtype']}\n\n"
+        + tables.overheads(result)
     )
 
 
@@ -60,8 +63,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "start": (("start",), tables.start),
     "overheads": (("overheads",), _overheads),
     "mur": (("mur_unroll_none_float32",), _mur),
-    "optimizers": (("optimizers",), lambda found: tables.optimizers(found["sizes"])),
-    "nanogpt_char": (("nanogpt_char",), lambda found: tables.whole_runs(found["runs"])),
+    "optimizers": (("optimizers",), lambda result: tables.optimizers(result["sizes"])),
+    "nanogpt_char": (("nanogpt_char",), lambda result: tables.whole_runs(result["runs"])),
     "population": (("population",), tables.population),
     "attention": (("attention_cpu_float32", "attention_cpu_bfloat16"), tables.attention),
     "fits": (("fits",), tables.fits),
@@ -69,35 +72,35 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
 }
 
 
-def made(name: str, results: Path) -> str:
+def table_text(name: str, results: Path) -> str:
     """A table, with the machine it was made on above it."""
     names, show = TABLES[name]
     paths = [results / f"{n}.json" for n in names]
     if not all(path.is_file() for path in paths):
         return "Not measured yet."
-    found = [json.loads(path.read_text()) for path in paths]
-    facts = found[0].get("machine", found[0])
+    contents = [json.loads(path.read_text()) for path in paths]
+    facts = contents[0].get("machine", contents[0])
     files = ", ".join(f"`results/{path.name}`" for path in paths)
-    return f"{files}: {tables.headline(facts)}\n\n{show(*found)}"
+    return f"{files}: {tables.headline(facts)}\n\n{show(*contents)}"
 
 
 def rewrite(text: str, results: Path) -> tuple[str, list[str]]:
     """(the document with its tables made anew, the names of those that changed)."""
     changed = []
 
-    def one(match: re.Match) -> str:
+    def replace(match: re.Match) -> str:
         name = match["name"]
-        new = f"<!-- table: {name} -->\n{made(name, results)}\n<!-- end -->"
+        new = f"<!-- table: {name} -->\n{table_text(name, results)}\n<!-- end -->"
         if new != match[0]:
             changed.append(name)
         return new
 
-    return MARKED.sub(one, text), changed
+    return MARKED.sub(replace, text), changed
 
 
 def rewrite_file(path: Path, results: Path) -> list[str]:
     """The names of the tables that changed."""
     text, changed = rewrite(path.read_text(), results)
     if changed:
-        path.write_text(text)
+        atomic_write(path, text)
     return changed

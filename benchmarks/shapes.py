@@ -32,7 +32,7 @@ def whole(shape: dict) -> dict:
     return _DEFAULTS | sizes | shape
 
 
-def said(shape: dict) -> str:
+def shape_text(shape: dict) -> str:
     """In one line."""
     return " ".join(f"{key}={value}" for key, value in shape.items())
 

@@ -51,13 +51,13 @@ def once(name: str, cache: Path, workdir: Path) -> tuple[dict[str, float], dict]
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing on stderr"]
-        raise RunFailed(f"start of {name}: status {done.returncode}: {said[-1]}")
+        errors = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        raise RunFailed(f"start of {name}: status {done.returncode}: {errors[-1]}")
     marks = json.loads(done.stdout.splitlines()[-1])
-    found, last = {}, begin
+    seconds, last = {}, begin
     for part in PARTS:
-        found[part], last = marks[part] - last, marks[part]
-    return found | {"all": last - begin}, marks["device"]
+        seconds[part], last = marks[part] - last, marks[part]
+    return seconds | {"all": last - begin}, marks["device"]
 
 
 def cold_copy(filled: Path, empty: Path) -> Path:
@@ -75,15 +75,15 @@ def measure(name: str, folder: Path) -> dict[str, dict]:
         for kind in list(seen)[:: 1 if number % 2 == 0 else -1]:
             label = f"{name}-{kind}-{number}"
             cache = filled if kind == "warm" else cold_copy(filled, folder / f"{label}-cache")
-            found, device = once(name, cache, folder / label)
-            seen[kind].append(found)
+            seconds, device = once(name, cache, folder / label)
+            seen[kind].append(seconds)
             print(f"{label}: {seen[kind][-1]['all']:.1f} s", flush=True)
             if kind == "cold":
                 shutil.rmtree(cache)
     return {
         f"{name}, {kind}": {
             "parts": {
-                part: interleave.quartiles([one[part] for one in rounds]) for part in rounds[0]
+                part: interleave.quartiles([parts[part] for parts in rounds]) for part in rounds[0]
             },
             "by_round": rounds,
             "device": device,

@@ -25,21 +25,21 @@ def watch() -> None:
 
     prepare, restore, make = train.prepare, train.restore_or_begin, train.step.Step
 
-    def prepared(*given):
+    def marked_prepare(*arguments):
         mark("imports, devices")
-        found = prepare(*given)
+        run = prepare(*arguments)
         mark("data and model")
-        return found
+        return run
 
-    def begun(setup, checkpoints, say):
+    def marked_restore(setup, checkpoints, say):
         mark("record, checkpoints")
-        found = restore(setup, checkpoints, say)
-        jax.block_until_ready(found)
+        state = restore(setup, checkpoints, say)
+        jax.block_until_ready(state)
         mark("initial state")
-        return found
+        return state
 
-    def made(*given):
-        program = make(*given)
+    def marked_step(*arguments):
+        program = make(*arguments)
 
         def first(state, batch, measure):
             mark("loop, first batch")
@@ -48,14 +48,18 @@ def watch() -> None:
             jax.block_until_ready(compiled(state, batch, program.hparams))
             mark("first step")
             kind = jax.devices()[0].device_kind
-            said = MARKS | {"device": {"kind": kind, "count": jax.device_count()}}
-            print("\n" + json.dumps(said), flush=True)
+            message = MARKS | {"device": {"kind": kind, "count": jax.device_count()}}
+            print("\n" + json.dumps(message), flush=True)
             # The run is not to go on, and its threads are not to be waited for.
             os._exit(0)
 
         return first
 
-    train.prepare, train.restore_or_begin, train.step.Step = prepared, begun, made
+    train.prepare, train.restore_or_begin, train.step.Step = (
+        marked_prepare,
+        marked_restore,
+        marked_step,
+    )
 
 
 def timed() -> None:

@@ -20,12 +20,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def cell(found: dict | None, digits: int) -> str:
+def cell(quantity: dict | None, digits: int) -> str:
     """Median and quartiles."""
-    if not found or not found["n"]:
+    if not quantity or not quantity["n"]:
         return NONE
-    low, high = found["quartiles"]
-    return f"{found['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    low, high = quantity["quartiles"]
+    return f"{quantity['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def headline(facts: dict) -> str:
@@ -45,11 +45,11 @@ def _filled(head: list[str], rows: list[list[str]]) -> str:
     return table([head[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
-def train_step(found: dict) -> str:
+def train_step(result: dict) -> str:
     """The table of one shape of train_step.json."""
     head = ["", "ms a step", "clean rounds", "tokens/s", "GFLOP/s", "of a bare product", *BASES]
     rows = []
-    for label, row in found["rows"].items():
+    for label, row in result["rows"].items():
         if "error" in row:
             rows.append([label, "failed"] + [""] * (len(head) - 2))
             continue
@@ -62,21 +62,21 @@ def train_step(found: dict) -> str:
         clean = f"{row['ms']['n']} of {row['rounds']}"
         rows.append([label, cell(row["ms"], 1), clean, *speed, share, *ratios])
     text = _filled(head, rows)
-    if found.get("products"):
+    if result.get("products"):
         rates = [
-            f"{label} {one['gflops']:,.0f}" for label, one in found["products"].items()
-            if one["gflops"]
+            f"{label} {product['gflops']:,.0f}" for label, product in result["products"].items()
+            if product["gflops"]
         ]  # fmt: skip
         text += f"\n\nBare products, GFLOP/s: {'; '.join(rates)}."
     return text
 
 
-def ratios_in_short(found: dict) -> str:
+def ratios_in_short(result: dict) -> str:
     """Only our rows of all shapes of train_step.json, and only what they are divided by."""
     head = ["ours", *BASES]
     rows = []
-    for number, one in found["shapes"].items():
-        for label, row in one["rows"].items():
+    for number, shape in result["shapes"].items():
+        for label, row in shape["rows"].items():
             if label.startswith("ours") and "error" not in row:
                 ratios = [
                     next((_short(row["ratio_to"][b]) for b in some if b in row["ratio_to"]), "")
@@ -86,22 +86,22 @@ def ratios_in_short(found: dict) -> str:
     return _filled(head, rows)
 
 
-def _short(found: dict) -> str:
-    if not found["n"]:
+def _short(quantity: dict) -> str:
+    if not quantity["n"]:
         return NONE
-    low, high = found["quartiles"]
-    return f"{found['median']:.2f} [{low:.2f}, {high:.2f}] n={found['n']}"
+    low, high = quantity["quartiles"]
+    return f"{quantity['median']:.2f} [{low:.2f}, {high:.2f}] n={quantity['n']}"
 
 
-def pieces(found: dict, shape: str, precision: str, layers: int) -> str:
+def pieces(times: dict, shape: str, precision: str, layers: int) -> str:
     """Parts of pieces.json times how often they occur, and their sum."""
-    sides = [side for side in ("torch", "ours") if side in found[precision]]
+    sides = [side for side in ("torch", "ours") if side in times[precision]]
     rows, totals = [], dict.fromkeys(sides, 0.0)
-    for part in found[precision]["ours"][shape]:
+    for part in times[precision]["ours"][shape]:
         n = {"norm": 2 * layers + 1, "readout and loss": 1, "clip and AdamW": 1}.get(part, layers)
         cells = []
         for side in sides:
-            ms = n * statistics.median(found[precision][side][shape][part])
+            ms = n * statistics.median(times[precision][side][shape][part])
             totals[side] += ms
             cells.append(ms)
         rows.append([part, str(n), *(f"{ms:.2f}" for ms in cells), f"{cells[-1] / cells[0]:.2f}"])
@@ -110,13 +110,13 @@ def pieces(found: dict, shape: str, precision: str, layers: int) -> str:
     return table(["", "times a step", *(f"{s}, ms a step" for s in sides), "ours / torch"], rows)
 
 
-def cores(found: dict) -> str:
+def cores(result: dict) -> str:
     """cores.json: a process on each core beside one process on all."""
     head = ["shape, type", "", "ms over all steps", "steps/s / one process", "steps/s / torch",
             "clean rounds"]  # fmt: skip
     rows = []
-    for number, one in found["shapes"].items():
-        for dtype, some in one["rows"].items():
+    for number, shape in result["shapes"].items():
+        for dtype, some in shape["rows"].items():
             for label, row in some.items():
                 ratios = [cell(row[k], 2) if row[k] else "" for k in ("gain", "over_torch")]
                 clean = f"{row['ms']['n']} of {row['rounds']}"
@@ -124,40 +124,40 @@ def cores(found: dict) -> str:
     return table(head, rows)
 
 
-def breakdown(found: dict) -> str:
+def breakdown(result: dict) -> str:
     """breakdown.json: a line for each shape and type."""
-    parts = list(next(iter(found["rows"].values()))["parts"])
+    parts = list(next(iter(result["rows"].values()))["parts"])
     head = ["shape, type, devices", *(f"{part}, ms" for part in parts)]
     rows = [
-        [f"{label}, {one['device']['count']}", *(cell(one["parts"][p], 2) for p in parts)]
-        for label, one in found["rows"].items()
+        [f"{label}, {row['device']['count']}", *(cell(row["parts"][p], 2) for p in parts)]
+        for label, row in result["rows"].items()
     ]
     return table(head, rows)
 
 
-def start(found: dict) -> str:
+def start(result: dict) -> str:
     """start.json: seconds from the process's start to the end of its first step, by part."""
-    parts = list(next(iter(found["rows"].values()))["parts"])
+    parts = list(next(iter(result["rows"].values()))["parts"])
     head = ["config, compile cache", *parts]
     rows = [
-        [label, *(cell(one["parts"][part], 2) for part in parts)]
-        for label, one in found["rows"].items()
+        [label, *(cell(row["parts"][part], 2) for part in parts)]
+        for label, row in result["rows"].items()
     ]
     return table(head, rows)
 
 
-def overheads(found: dict) -> str:
+def overheads(result: dict) -> str:
     """overheads.json: steps with one thing changed over the plain step."""
     head = ["changed", "/ the plain step", "plain, ms", "ms", "clean rounds", "temporaries / plain"]
     rows = []
-    for label, one in found["rows"].items():
-        if "error" in one:
-            rows.append([label, one["error"], "", "", "", ""])
+    for label, row in result["rows"].items():
+        if "error" in row:
+            rows.append([label, row["error"], "", "", "", ""])
             continue
-        clean = f"{one['ratio']['n']} of {one['rounds']}"
-        memory = f"{one['bytes_ratio']:.2f}" if one["bytes_ratio"] else ""
-        plain, own = cell(one["plain_ms"], 1), cell(one["ms"], 1)
-        rows.append([label, cell(one["ratio"], 3), plain, own, clean, memory])
+        clean = f"{row['ratio']['n']} of {row['rounds']}"
+        memory = f"{row['bytes_ratio']:.2f}" if row["bytes_ratio"] else ""
+        plain, changed = cell(row["plain_ms"], 1), cell(row["ms"], 1)
+        rows.append([label, cell(row["ratio"], 3), plain, changed, clean, memory])
     return table(head, rows)
 
 
@@ -180,38 +180,40 @@ def optimizers(results: dict[str, dict]) -> str:
     """One table over all sizes of optimizers.json."""
     head = ["", "tokens a step", "side", "ms a step", "/ adamw", "/ stacked", "T m / B", "share"]
     rows = []
-    for size, found in results.items():
-        tokens = found["shape"]["B"] * found["shape"]["T"]
-        for label, row in found["rows"].items():
+    for size, result in results.items():
+        tokens = result["shape"]["B"] * result["shape"]["T"]
+        for label, row in result["rows"].items():
             versus = "" if label == "adamw" else cell(row["ratio_to_adamw"], 2)
             stacked = cell(row["ratio_to_stacked"], 2) if "muon" in label else ""
-            expected = [f"1 + {found[k]:.2f}" if label == "muon" else "" for k in ("rule", "share")]
+            expected = [
+                f"1 + {result[k]:.2f}" if label == "muon" else "" for k in ("rule", "share")
+            ]
             rows.append(
                 [size, f"{tokens:,}", label, cell(row["ms"], 1), versus, stacked, *expected]
             )
     return table(head, rows)
 
 
-def population(found: dict) -> str:
+def population(result: dict) -> str:
     """population.json: tokens a second of all members over those of one run."""
-    counts = [name for name in found["sizes"][0]["ratios"] if name != "alone"]
+    counts = [name for name in result["sizes"][0]["ratios"] if name != "alone"]
     head = ["width", "alone, tokens/s", *(f"K = {name}" for name in counts)]
     rows = [
-        [str(one["width"]), f"{one['alone']:,.0f}", *(f"{one['ratios'][n]:.2f}" for n in counts)]
-        for one in found["sizes"]
+        [str(size["width"]), f"{size['alone']:,.0f}", *(f"{size['ratios'][n]:.2f}" for n in counts)]
+        for size in result["sizes"]
     ]
     return table(head, rows)
 
 
-def attention(*found: dict) -> str:
+def attention(*results: dict) -> str:
     """attention_*.json of one or several types, side by side."""
     head, rows = ["length", "kernel"], {}
-    for one in found:
-        head += [f"{one['asked']['dtype']}: ms", "over xla", "temporaries, MiB"]
-    for number, one in enumerate(found):
-        for row in one["rows"]:
+    for result in results:
+        head += [f"{result['asked']['dtype']}: ms", "over xla", "temporaries, MiB"]
+    for number, result in enumerate(results):
+        for row in result["rows"]:
             key = (row["length"], row["kernel"])
-            cells = rows.setdefault(key, [""] * 3 * len(found))
+            cells = rows.setdefault(key, [""] * 3 * len(results))
             memory = row["temporary_bytes"] / 2**20
             cells[3 * number : 3 * number + 3] = [
                 f"{row['ms']:.1f}", f"{row['over_xla']:.2f}", f"{memory:.0f}"
@@ -219,9 +221,9 @@ def attention(*found: dict) -> str:
     return table(head, [[str(a), b, *rows[a, b]] for a, b in sorted(rows)])
 
 
-def prepare(found: dict) -> str:
+def prepare(result: dict) -> str:
     """prepare.json."""
-    rounds = found["rounds"]
+    rounds = result["rounds"]
     rows = []
     for label, name, count in (
         ("ours: train the BPE, drop duplicates, split, encode, write, hash", "ours_s", "tokens"),
@@ -237,25 +239,25 @@ def prepare(found: dict) -> str:
 
 def fits(result: dict) -> str:
     """fits.json."""
-    own, other = result["ours"], result["peer"]
+    ours, other = result["ours"], result["peer"]
     scale = result["asked"]["starts"] / other["starts"]
     note = "" if scale == 1 else f" (extrapolated from {other['starts']})"
-    agree, near = 100 * own["agree"] / own["starts"], 100 * other["within_0.1%"]
+    agree, near = 100 * ours["agree"] / ours["starts"], 100 * other["within_0.1%"]
     rows = [
-        ["full point fit, s", f"{own['fit_s']:.4f}", f"{other['fit_s'] * scale:.1f}{note}"],
-        ["the same with the other widths and all checks, s", f"{own['fit_and_checks_s']:.4f}", ""],
-        ["starts", str(own["starts"]), str(result["asked"]["starts"])],
-        ["objective", f"{own['objective']:.10e}", f"{other['objective']:.10e}"],
+        ["full point fit, s", f"{ours['fit_s']:.4f}", f"{other['fit_s'] * scale:.1f}{note}"],
+        ["the same with the other widths and all checks, s", f"{ours['fit_and_checks_s']:.4f}", ""],
+        ["starts", str(ours["starts"]), str(result["asked"]["starts"])],
+        ["objective", f"{ours['objective']:.10e}", f"{other['objective']:.10e}"],
         ["starts that end within 0.1 % of the best", f"{agree:.0f} %", f"{near:.1f} %"],
         ["starts that end more than 10 % worse", "", f"{100 * other['over_10%']:.1f} %"],
     ]
     if other["draws"]:
-        factor = own["draws"] / other["draws"]
+        factor = ours["draws"] / other["draws"]
         note = "" if factor == 1 else f" (extrapolated from {other['draws']})"
-        said = f"{other['draws_s'] * factor:.1f}{note}"
-        rows.append([f"{own['draws']} bootstrap draws, s", f"{own['draws_s']:.2f}", said])
-    if "worse_draws" in own:
-        worse = [f"{100 * side['worse_draws']:.1f} %" for side in (own, other)]
+        seconds = f"{other['draws_s'] * factor:.1f}{note}"
+        rows.append([f"{ours['draws']} bootstrap draws, s", f"{ours['draws_s']:.2f}", seconds])
+    if "worse_draws" in ours:
+        worse = [f"{100 * side['worse_draws']:.1f} %" for side in (ours, other)]
         rows.append(["draws ending more than 1e-6 worse than the other's", *worse])
     return table(["", "ours", "L-BFGS-B, finite differences"], rows)
 

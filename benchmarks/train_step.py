@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import interleave, machine, tables
-from benchmarks.shapes import SHAPES, said, shape_of
+from benchmarks.shapes import SHAPES, shape_of, shape_text
 from lmscale_jax import command
 from lmscale_jax.errors import InputError, RunFailed
 
@@ -56,30 +56,30 @@ ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 def commands(shape: dict, torch: bool, dtypes: tuple[str, ...], changes: dict) -> dict:
     """{label: command} of every row of a shape, and of the bare products."""
-    found, accelerated = {}, machine.accelerated()
+    programs, accelerated = {}, machine.accelerated()
     side = str(SIDE.value or (8192 if accelerated else 2048))
     peer = [machine.TORCH_PYTHON.value, str(HERE / "peer_torch.py")]
     module, text = [sys.executable, "-m", "benchmarks.worker_jax"], json.dumps(shape)
     for label, (precision, compiled) in TORCH.items() if torch else ():
         if any(dtype in label for dtype in dtypes) and (COMPILE.value or not compiled):
             mode = ["--compile", COMPILE.value] if compiled else []
-            found[label] = [*peer, "step", "--shape", text, "--precision", precision, *mode]
+            programs[label] = [*peer, "step", "--shape", text, "--precision", precision, *mode]
     for label, (dtype, devices) in (OURS_ACCELERATED if accelerated else OURS).items():
         if dtype in dtypes:
             devices = devices or (0 if accelerated else machine.cores_for(shape["B"]))
-            own = [f"--shape={text}", f"--dtype={dtype}", f"--devices={devices}"]
-            found[label] = [*module, *own, f"--changes={json.dumps(changes)}"]
+            arguments = [f"--shape={text}", f"--dtype={dtype}", f"--devices={devices}"]
+            programs[label] = [*module, *arguments, f"--changes={json.dumps(changes)}"]
     chosen = tuple(ROWS.value)
-    found = {k: v for k, v in found.items() if not chosen or k.startswith(chosen)}
+    programs = {k: v for k, v in programs.items() if not chosen or k.startswith(chosen)}
     for dtype in dtypes:
-        if not any(dtype in label for label in found):
+        if not any(dtype in label for label in programs):
             continue
         if torch:
             precision = {"bfloat16": "bf16-pure"}.get(dtype, dtype)
             more = ["product", "--precision", precision, "--size", side]
-            found[f"{PRODUCT}torch {dtype}"] = [*peer, *more]
-        found[f"{PRODUCT}ours {dtype}"] = [*module, f"--product={side}", f"--dtype={dtype}"]
-    return found
+            programs[f"{PRODUCT}torch {dtype}"] = [*peer, *more]
+        programs[f"{PRODUCT}ours {dtype}"] = [*module, f"--product={side}", f"--dtype={dtype}"]
+    return programs
 
 
 def timed(jobs: dict) -> tuple[dict, dict, dict, dict]:
@@ -132,10 +132,10 @@ def compare(
     flops = next((f["flops"] for k, f in facts.items() if k.startswith("ours") and f), None)
     products = {
         label.removeprefix(PRODUCT): {
-            "ms": interleave.ms(own),
-            "gflops": _rate(facts[label]["flops"], interleave.ms(own)["median"]),
+            "ms": interleave.ms(turn),
+            "gflops": _rate(facts[label]["flops"], interleave.ms(turn)["median"]),
         }
-        for label, own in chunks.items()
+        for label, turn in chunks.items()
         if label.startswith(PRODUCT)
     }
     rows = {}
@@ -160,15 +160,15 @@ def compare(
 
 
 def _row(label: str, chunks: dict) -> dict:
-    own = chunks[label]
+    ours = chunks[label]
     precision = "float32" if "float32" in label else "bfloat16"
     bases = [base for base in TORCH if base in chunks and precision in base and base != label]
     return {
-        "ms": interleave.ms(own),
-        "ratio_to": {base: interleave.ratio(own, chunks[base]) for base in bases},
-        "rounds": len(own),
-        "ms_by_round": [round(c.ms, 3) for c in own],
-        "clean_by_round": [c.clean for c in own],
+        "ms": interleave.ms(ours),
+        "ratio_to": {base: interleave.ratio(ours, chunks[base]) for base in bases},
+        "rounds": len(ours),
+        "ms_by_round": [round(c.ms, 3) for c in ours],
+        "clean_by_round": [c.clean for c in ours],
     }
 
 
@@ -224,10 +224,11 @@ def main() -> None:
     print(tables.headline(result["machine"]), flush=True)
     failed = {}
     for label, compared in wanted.items():
-        found = compared(torch=torch is not None)
-        failed |= {f"{label}: {row}": why for row, why in found.pop("failed").items()}
-        result["shapes"][label] = found
-        print(f"\nShape {label} ({said(found['shape'])})\n\n{tables.train_step(found)}", flush=True)
+        rows = compared(torch=torch is not None)
+        failed |= {f"{label}: {row}": why for row, why in rows.pop("failed").items()}
+        result["shapes"][label] = rows
+        title = f"Shape {label} ({shape_text(rows['shape'])})"
+        print(f"\n{title}\n\n{tables.train_step(rows)}", flush=True)
         machine.save(name, result)
     for row, why in failed.items():
         print(f"failed: {row}: {why}", flush=True)

@@ -27,7 +27,7 @@ def one_by_one(stacks: dict, iterate, mesh) -> dict:
     import jax
 
     def each(x):
-        return jax.numpy.concatenate([iterate(one) for one in jax.lax.split(x, [1] * len(x))])
+        return jax.numpy.concatenate([iterate(matrix) for matrix in jax.lax.split(x, [1] * len(x))])
 
     return {path: each(x) for path, x in stacks.items()}
 
@@ -83,8 +83,8 @@ def make(shape: dict, dtype: str, devices: int, changes: dict):
 
 
 def device(grid) -> dict:
-    one = grid.devices.flat[0]
-    kind = {"platform": one.platform, "kind": one.device_kind, "count": grid.devices.size}
+    first = grid.devices.flat[0]
+    kind = {"platform": first.platform, "kind": first.device_kind, "count": grid.devices.size}
     return {"device": kind}
 
 

@@ -65,8 +65,8 @@ def version(name):
 
 def requirements():
     """What lmscale_jax needs on this Python, without its extras."""
-    found = map(Requirement, metadata.requires("lmscale_jax") or [])
-    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+    required = map(Requirement, metadata.requires("lmscale_jax") or [])
+    return [r for r in required if r.marker is None or r.marker.evaluate({"extra": ""})]
 
 
 def pip(*arguments):
@@ -91,13 +91,13 @@ def install():
         pip("--constraint", str(constraints), *missing)
 
 
-# A folder of this name without an __init__.py, such as a clone, is found too, but has no origin.
-found = importlib.util.find_spec("lmscale_jax")
-if found is None or found.origin is None:
+# A folder of this name without an __init__.py, such as a clone, also has a spec, but no origin.
+spec = importlib.util.find_spec("lmscale_jax")
+if spec is None or spec.origin is None:
     install()
     importlib.invalidate_caches()
 if version("lmscale_jax") is None:
-    print(f"lmscale_jax comes from {found.origin}, not installed: no versions were compared")
+    print(f"lmscale_jax comes from {spec.origin}, not installed: no versions were compared")
 else:
     for r in requirements():
         have = version(r.name)

@@ -43,6 +43,7 @@ def main() -> None:
             f"different sizes; 64,128,256 would work"
         )
     from lmscale_jax.lab import coordinates
+    from lmscale_jax.reports.coordinates import draw
     from lmscale_jax.run import mesh
 
     config = CONFIG.value
@@ -51,7 +52,9 @@ def main() -> None:
     sweep = {"widths": "width", "head_dims": "head_dim", "depths": "depth"}[flag.name]
     plan = coordinates.plan(config, sweep, sorted(set(sizes)), CONTROL.value)
     mesh.start(config)
-    result = coordinates.check(plan, SEEDS.value, Path(WORKDIR.value), print)
+    workdir = Path(WORKDIR.value)
+    result = coordinates.check(plan, SEEDS.value, workdir, print)
+    draw(result, workdir / "coord_check.png")
     if not result["passed"]:
         worst = result["failures"][0]
         raise RunFailed(

@@ -33,11 +33,13 @@ def main() -> None:
             f"and three learning rates; --widths=16,128 would work"
         )
     from lmscale_jax.lab import transfer
+    from lmscale_jax.reports.transfer import draw
     from lmscale_jax.run import mesh
 
     transfer.arms(CONFIG.value, widths)
     mesh.start(CONFIG.value)
-    transfer.sweep(CONFIG.value, widths, rates, SEEDS.value, workdir, print)
+    result = transfer.sweep(CONFIG.value, widths, rates, SEEDS.value, workdir, print)
+    draw(result, workdir / "lr_transfer.png")
 
 
 def _numbers(flag) -> list[float]:

@@ -1,6 +1,7 @@
-"""Makes a page of records alone: python -m lmscale_jax.report --workdir=runs/first
+"""Writes a page about a run from its records: python -m lmscale_jax.report --workdir=runs/first
 
-With pairs of evaluated runs, of any number of seeds and sizes (directories or globs, comma-joined):
+Or about pairs of evaluated runs, of any number of seeds and sizes (directories or globs, joined by
+commas):
 
 python -m lmscale_jax.report --workdir=runs/mur --baseline='runs/base_*' --variant='runs/loss_*'
 """
@@ -12,9 +13,11 @@ from absl import flags
 from lmscale_jax import command
 from lmscale_jax.errors import InputError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a run, or where report/ is written", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "a run, or the directory that gets report/", required=True
+)
 BASELINE = flags.DEFINE_string("baseline", "", "run directories without the switch")
-VARIANT = flags.DEFINE_string("variant", "", "run directories with it, the same seeds")
+VARIANT = flags.DEFINE_string("variant", "", "run directories with it, of the same seeds")
 SWITCH = flags.DEFINE_string("switch", "mur", "the key or group of keys that is studied")
 ALLOW = flags.DEFINE_bool("allow_differences", False, "compare runs that differ in more than that")
 
@@ -22,8 +25,8 @@ ALLOW = flags.DEFINE_bool("allow_differences", False, "compare runs that differ 
 def main() -> None:
     if bool(BASELINE.value) != bool(VARIANT.value):
         raise InputError(
-            f"--baseline={BASELINE.value} and --variant={VARIANT.value} go together; "
-            f"--baseline=runs/a --variant=runs/b would work"
+            f"--baseline={BASELINE.value!r} and --variant={VARIANT.value!r} go together; "
+            f"use --baseline=runs/a --variant=runs/b"
         )
     from lmscale_jax.config.keys import SPEC, keys
     from lmscale_jax.config.resolve import hint
@@ -33,13 +36,15 @@ def main() -> None:
     if not BASELINE.value:
         print(f"page                 {compared.of_run(pairs.read(Path(WORKDIR.value)), folder)}")
         return
-    known = [*SPEC, *(path for path, _ in keys())]
-    if SWITCH.value not in known:
-        raise InputError(f"--switch={SWITCH.value} is no key; {hint(SWITCH.value, known)}")
+    switches = [*SPEC, *(path for path, _ in keys())]
+    if SWITCH.value not in switches:
+        raise InputError(
+            f"--switch={SWITCH.value} is not a config key; {hint(SWITCH.value, switches)}"
+        )
     sides = (pairs.read_all(f.name, f.value) for f in (BASELINE, VARIANT))
-    found = pairs.match(*sides, SWITCH.value, ALLOW.value)
-    page = compared.of_pairs(found, SWITCH.value, folder)
-    print(f"difference           {compared.sentence(pairs.difference(found))}")
+    matched = pairs.match(*sides, SWITCH.value, ALLOW.value)
+    page = compared.of_pairs(matched, SWITCH.value, folder)
+    print(f"difference           {compared.sentence(pairs.difference(matched))}")
     print(f"page                 {page}")
 
 

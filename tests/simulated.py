@@ -55,9 +55,9 @@ given = json.loads(sys.argv[1])
 """
 
 
-def run(program: str, given) -> str:
+def run(program: str, argument) -> str:
     """What it prints. Raises AssertionError with its last lines where it fails."""
-    command = [sys.executable, "-c", PROLOGUE + program, json.dumps(given)]
+    command = [sys.executable, "-c", PROLOGUE + program, json.dumps(argument)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -48,17 +48,17 @@ def test_a_dead_worker_is_named_with_its_last_words():
 
 
 def test_ratios_are_of_rounds_in_which_both_were_clean():
-    own = [Chunk(10.0, True), Chunk(90.0, False), Chunk(12.0, True), Chunk(14.0, True)]
+    chunks = [Chunk(10.0, True), Chunk(90.0, False), Chunk(12.0, True), Chunk(14.0, True)]
     base = [Chunk(10.0, True), Chunk(10.0, True), Chunk(10.0, False), Chunk(7.0, True)]
-    assert interleave.ms(own)["median"] == 12.0
-    assert interleave.ratio(own, base) == {"n": 2, "median": 1.5, "quartiles": [1.25, 1.75]}
-    nothing = interleave.ratio(own, [Chunk(10.0, False)] * 4)
+    assert interleave.ms(chunks)["median"] == 12.0
+    assert interleave.ratio(chunks, base) == {"n": 2, "median": 1.5, "quartiles": [1.25, 1.75]}
+    nothing = interleave.ratio(chunks, [Chunk(10.0, False)] * 4)
     assert nothing["median"] is None and tables.cell(nothing, 2) == "no clean chunk"
 
 
 def test_the_text_is_the_same_every_time(tmp_path):
-    said = [nanogpt_char.library_text(tmp_path / name) for name in "ab"]
-    assert said[0] == said[1] and "1,115,394 characters" in said[0]
+    lines = [nanogpt_char.library_text(tmp_path / name) for name in "ab"]
+    assert lines[0] == lines[1] and "1,115,394 characters" in lines[0]
     texts = [(tmp_path / name).read_bytes() for name in "ab"]
     assert texts[0] == texts[1] and len(texts[0]) == nanogpt_char.TEXT_CHARACTERS
 
@@ -73,11 +73,11 @@ def test_runs_become_a_table():
 
 def test_the_cost_of_newton_schulz_is_predicted_by_counting():
     """Square matrices of the attention: 6 m^3 a step and matrix, over 6 m^2 B."""
-    found = optimizers.predicted(1, 12)
-    assert found["rule"] == 5 * 128 / (12 * 64)
+    cost = optimizers.predicted(1, 12)
+    assert cost["rule"] == 5 * 128 / (12 * 64)
     # The rule is a bound; the readout and attention itself cost too.
-    assert 0.5 * found["rule"] < found["share"] < found["rule"]
-    assert optimizers.predicted(1, 48)["share"] == pytest.approx(found["share"] / 4)
+    assert 0.5 * cost["rule"] < cost["share"] < cost["rule"]
+    assert optimizers.predicted(1, 48)["share"] == pytest.approx(cost["share"] / 4)
 
 
 def test_the_step_at_which_a_loss_is_reached():
@@ -112,18 +112,18 @@ TINY = [
 
 def benchmark(name: str, results: Path, *arguments: str) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of a benchmark, on a machine that need not be quiet."""
-    given = ["--others=99", "--torch_python=no-such-python", f"--results={results}", *arguments]
+    flags = ["--others=99", "--torch_python=no-such-python", f"--results={results}", *arguments]
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *given],
+        [sys.executable, "-m", f"benchmarks.{name}", *flags],
         cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"LMSCALE_CACHE": str(results / "cache"), **QUICK},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
 
-def check_facts(found: dict) -> None:
-    assert {"python", "jax", "torch"} <= found["versions"].keys()
-    assert found["cpu"] and found["cores"] and found["date"]
+def check_facts(facts: dict) -> None:
+    assert {"python", "jax", "torch"} <= facts["versions"].keys()
+    assert facts["cpu"] and facts["cores"] and facts["date"]
 
 
 def test_steps_have_times_rates_and_shares(tmp_path):
@@ -132,13 +132,13 @@ def test_steps_have_times_rates_and_shares(tmp_path):
     assert status == 0, err
     result = json.loads((tmp_path / "train_step_quickstart.json").read_text())
     check_facts(result["machine"])
-    one = result["shapes"]["quickstart B=2"]
-    row = one["rows"]["ours float32, one device"]
+    shape = result["shapes"]["quickstart B=2"]
+    row = shape["rows"]["ours float32, one device"]
     assert row["ms"]["n"] == 1 and len(row["ms"]["quartiles"]) == 2
     assert row["device"]["platform"] and row["device"]["count"] == 1
-    assert row["tokens_s"] == pytest.approx(1e3 * one["tokens"] / row["ms"]["median"])
-    assert row["gflops"] == pytest.approx(one["flops"] / row["ms"]["median"] / 1e6)
-    assert row["of_product"] > 0 and one["products"]["ours float32"]["gflops"] > 0
+    assert row["tokens_s"] == pytest.approx(1e3 * shape["tokens"] / row["ms"]["median"])
+    assert row["gflops"] == pytest.approx(shape["flops"] / row["ms"]["median"] / 1e6)
+    assert row["of_product"] > 0 and shape["products"]["ours float32"]["gflops"] > 0
     assert "| tokens/s | GFLOP/s | of a bare product |" in out
 
 
@@ -161,12 +161,12 @@ def test_a_step_is_taken_apart(tmp_path):
     assert status == 0, err
     result = json.loads((tmp_path / "breakdown_quickstart.json").read_text())
     check_facts(result["machine"])
-    one = result["rows"]["quickstart B=2, float32"]
-    assert one["device"]["count"] == 1
-    assert all(part["n"] == 1 for part in one["parts"].values())
-    turns = {name: own[0]["ms"] for name, own in one["turns"].items()}
+    row = result["rows"]["quickstart B=2, float32"]
+    assert row["device"]["count"] == 1
+    assert all(part["n"] == 1 for part in row["parts"].values())
+    turns = {name: chunks[0]["ms"] for name, chunks in row["turns"].items()}
     backward = turns["forward and backward"] - turns["forward"]
-    assert one["parts"]["backward"]["median"] == pytest.approx(backward)
+    assert row["parts"]["backward"]["median"] == pytest.approx(backward)
     assert tables.breakdown(result) in out
 
 
@@ -206,10 +206,10 @@ def test_a_start_has_parts_that_add_up(tmp_path):
     result = json.loads((tmp_path / "start.json").read_text())
     check_facts(result["machine"])
     for kind in ("cold", "warm"):
-        one = result["rows"][f"quickstart, {kind}"]
-        parts = dict(one["by_round"][0])
+        row = result["rows"][f"quickstart, {kind}"]
+        parts = dict(row["by_round"][0])
         assert parts.pop("all") == pytest.approx(sum(parts.values()))
-        assert one["device"]["count"] >= 1
+        assert row["device"]["count"] >= 1
     assert tables.start(result) in out
 
 
@@ -250,9 +250,9 @@ def test_a_config_by_name_is_timed(tmp_path):
     few = ["--rounds=1", "--chunk_ms=1", "--product=64", "--apart", "--batches=2,4"]
     status, _, err = benchmark("train_step", tmp_path, *config, *few)
     assert status == 0, err
-    found = json.loads((tmp_path / "train_step_llama_100m.json").read_text())["shapes"]
-    assert list(found) == ["llama_100m B=2", "llama_100m B=4"]
-    assert all("bfloat16" in label for one in found.values() for label in one["rows"])
+    shapes = json.loads((tmp_path / "train_step_llama_100m.json").read_text())["shapes"]
+    assert list(shapes) == ["llama_100m B=2", "llama_100m B=4"]
+    assert all("bfloat16" in label for shape in shapes.values() for label in shape["rows"])
 
 
 def test_a_failing_benchmark_is_named_and_the_others_go_on(tmp_path, capfd):

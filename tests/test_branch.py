@@ -147,8 +147,8 @@ def test_a_stopped_run_ends_with_the_same_bits(make, tmp_path, monkeypatch, kind
     stopped(config, tmp_path / "stopped", 7, monkeypatch)
     resumed = train.train(config, tmp_path / "stopped", **silent)
     same(whole.params, resumed.params)
-    one, two = (tmp_path / name / "metrics.jsonl" for name in ("whole", "stopped"))
-    assert one.read_text() == two.read_text()
+    whole_path, stopped_path = (tmp_path / name / "metrics.jsonl" for name in ("whole", "stopped"))
+    assert whole_path.read_text() == stopped_path.read_text()
     assert record(tmp_path / "whole")["final"] == record(tmp_path / "stopped")["final"]
     assert ("val_loss_ema" in record(tmp_path / "whole")["final"]) == ("mean" in kind)
     if kind == "adamw frozen":
@@ -170,8 +170,8 @@ def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch
     resumed = train.train(config, branch, **silent)
     same(whole.params, resumed.params)
     assert record(branch)["parent"]["name"] == "stable"
-    one, two = (p / "metrics.jsonl" for p in (tmp_path / "whole", branch))
-    assert one.read_text() == two.read_text()
+    whole_path, branch_path = (p / "metrics.jsonl" for p in (tmp_path / "whole", branch))
+    assert whole_path.read_text() == branch_path.read_text()
 
 
 def test_the_mean_of_weights_is_what_it_says(make):
@@ -218,8 +218,8 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
-def test_what_cannot_be_a_branch_is_refused(small, stable, tmp_path, changes, said):
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_a_branch_is_refused(small, stable, tmp_path, changes, message):
     good = QUIET | MUON | {
         "schedule__name": "wsd", "schedule__warmup": "2", "schedule__cooldown": "2",
         "train__steps": 6, "train__parent": str(stable), "train__parent_step": 4,
@@ -228,7 +228,7 @@ def test_what_cannot_be_a_branch_is_refused(small, stable, tmp_path, changes, sa
     files = sorted(stable.rglob("*"))
     with pytest.raises(InputError) as caught:
         train.train(small(**(good | changes)), tmp_path / "branch", **silent)
-    for part in said:
+    for part in message:
         assert part in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "branch").exists()
     assert sorted(stable.rglob("*")) == files
@@ -237,9 +237,9 @@ def test_what_cannot_be_a_branch_is_refused(small, stable, tmp_path, changes, sa
 def test_a_share_of_another_length_is_no_share(small, settings, tmp_path):
     """10 % of the parent's steps are not 10 % of the branch's."""
     parent = tmp_path / "parent"
-    given = QUIET | STABLE | {"optim__name": "muon", "train__steps": 20, "mesh__data": -1}
-    given |= {"train__batch_size": 8}
-    train.train(small(**given), parent, **silent)
+    changes = QUIET | STABLE | {"optim__name": "muon", "train__steps": 20, "mesh__data": -1}
+    changes |= {"train__batch_size": 8}
+    train.train(small(**changes), parent, **silent)
     with pytest.raises(InputError, match=r"momentum_warmup='10%' is 1 steps here and 2 in the"):
         branch = cooldown(parent, 10)
-        train.train(small(**(given | branch)), tmp_path / "branch", **silent)
+        train.train(small(**(changes | branch)), tmp_path / "branch", **silent)

@@ -88,8 +88,8 @@ def test_bounds_are_those_of_the_protocol():
         "logits": steps_of(-0.3, 0.0, 0.0, 0.0, None),
         "change/logits": steps_of(None, 0.0, 0.0, 0.0, -0.5),
     }
-    found = [(f["tensor"], f["step"]) for f in coords.failures(bad)]
-    assert found == [
+    failed = [(f["tensor"], f["step"]) for f in coords.failures(bad)]
+    assert failed == [
         ("logits", 5), ("change/logits", 5), ("logits", 1), ("blocks/0/mlp", 2),
     ]  # fmt: skip
     assert ("logits", 1) not in [
@@ -105,8 +105,8 @@ def test_scores_may_fall_until_heads_align():
     flat = coords.failures({"blocks/0/scores": steps_of(0.0, 0.0)}, sweep="head_dim")
     assert [f["step"] for f in flat] == [1]
     for wrong in (0.2, -0.4):
-        found = coords.failures({"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim")
-        assert [f["step"] for f in found] == [2]
+        failed = coords.failures({"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim")
+        assert [f["step"] for f in failed] == [2]
 
 
 def test_depths_are_compared_at_the_ends():
@@ -125,8 +125,8 @@ def test_predictions_look_at_the_steepest_step():
         "blocks/0/attention": steps_of(0, 0.9, 0.1), "change/blocks/0/mlp": steps_of(0, 9),
         "blocks/0/mlp": steps_of(9, 0.3, 0.2), "logits": steps_of(0, None, 0.1),
     }  # fmt: skip
-    found = coords.as_predicted(slopes, "sp")
-    assert {kind: entry["shown"] for kind, entry in found.items()} == {
+    predicted = coords.as_predicted(slopes, "sp")
+    assert {kind: entry["shown"] for kind, entry in predicted.items()} == {
         "attention": True, "mlp": False, "logits": True,
     }  # fmt: skip
 
@@ -159,25 +159,25 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("asked", "said"), BAD.values(), ids=BAD)
-def test_bad_sweeps_are_named(asked, said):
+@pytest.mark.parametrize(("asked", "message"), BAD.values(), ids=BAD)
+def test_bad_sweeps_are_named(asked, message):
     sweep, sizes, changes = asked
     config = family.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError) as caught:
         coordinates.plan(config, sweep, sizes)
-    for part in said:
+    for part in message:
         assert part in str(caught.value), str(caught.value)
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
-    for flags, said in (
+    for flags, message in (
         (["--widths=64,128"], "three different sizes"),
         (["--widths=64,x,128"], "--widths=x is no size"),
         (["--widths=64,128,256", "--depths=2,4,8"], "two sweeps"),
     ):
         status, _, err = run("coord_check", f"--workdir={tmp_path / 'c'}", *flags)
-        assert status == 2 and err.count("\n") == 1 and said in err, err
+        assert status == 2 and err.count("\n") == 1 and message in err, err
     assert not (tmp_path / "c").exists()
 
 
@@ -188,10 +188,10 @@ def test_a_small_check_writes_what_it_measured(tmp_path, settings):
     data += ["--config.data.vocab_size=4096", "--config.model.n_layers=1"]
     arguments = [f"--workdir={tmp_path}", "--widths=32,64,96", "--steps=2", "--seeds=2", *data]
     status, out, err = run("coord_check", *arguments, "--config.parametrization.base_width=64")
-    found = json.loads((tmp_path / "coord_check.json").read_text())
-    assert status == (0 if found["passed"] else 1), err
-    assert set(found["slopes"]["logits"]) == {"1", "2"} and "blocks/0/scores" in found["slopes"]
-    first = found["slopes"]["logits"]["1"]
+    result = json.loads((tmp_path / "coord_check.json").read_text())
+    assert status == (0 if result["passed"] else 1), err
+    assert set(result["slopes"]["logits"]) == {"1", "2"} and "blocks/0/scores" in result["slopes"]
+    first = result["slopes"]["logits"]["1"]
     assert first["se"] > 0 and f"{first['slope']:+.2f}" in out
     assert (tmp_path / "coord_check.png").stat().st_size > 10_000
     status, _, err = run("coord_check", *arguments, "--control=sp")
@@ -209,4 +209,4 @@ def test_mup_passes_and_every_mistake_shows(control, tmp_path):
         assert result["passed"], result["failures"]
     else:
         assert not result["passed"]
-        assert all(found["shown"] for found in result["predicted"].values()), result["predicted"]
+        assert all(entry["shown"] for entry in result["predicted"].values()), result["predicted"]

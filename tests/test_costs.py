@@ -34,8 +34,8 @@ def specs_of(config) -> dict:
 
 def sent(config, chip=ROUND, **sizes) -> dict:
     """{(kind, axes): message}."""
-    found = costs.sent(config, specs_of(config), sizes, chip)
-    return {(message.kind, *message.axes): message for message in found}
+    messages = costs.sent(config, specs_of(config), sizes, chip)
+    return {(message.kind, *message.axes): message for message in messages}
 
 
 # Values of a block's matrices: query, key, value and out of 64 x 64, up and down of 64 x 256.
@@ -49,10 +49,10 @@ def test_one_chip_sends_nothing():
 
 
 def test_weights_are_gathered_twice_and_their_gradients_scattered_by_hand():
-    found = sent(small(), fsdp=4)
+    messages = sent(small(), fsdp=4)
     # bfloat16 twice for the blocks, float32 once for embedding and readout; 3 of 4 parts.
     gathered = (2 * 2 * BLOCK * 2 + 2 * TABLE * 4) * 3 / 4
-    gathers = found["gather weights", "fsdp"]
+    gathers = messages["gather weights", "fsdp"]
     assert gathers.fast == pytest.approx(gathered)
     # 6 matrices of 2 blocks twice, embedding and readout once.
     assert gathers.count == 2 * 6 * 2 + 2
@@ -61,9 +61,9 @@ def test_weights_are_gathered_twice_and_their_gradients_scattered_by_hand():
     taken = gathered / 1e9 / costs.LINK_SHARE + gathers.count * costs.LATENCY
     assert gathers.seconds == pytest.approx(taken)
     scattered = 4 * (2 * BLOCK + 2 * TABLE) * 3 / 4
-    assert found["scatter gradients", "fsdp"].fast == pytest.approx(scattered)
+    assert messages["scatter gradients", "fsdp"].fast == pytest.approx(scattered)
     # Gains are whole everywhere: 2 of each block and the last, float32, summed: twice 3 of 4 parts.
-    assert found["sum gradients", "fsdp"].fast == pytest.approx(2 * 4 * 5 * 64 * 3 / 4)
+    assert messages["sum gradients", "fsdp"].fast == pytest.approx(2 * 4 * 5 * 64 * 3 / 4)
 
 
 def test_each_micro_batch_gathers_again_and_so_does_recomputing():
@@ -84,10 +84,10 @@ def test_the_loss_in_chunks_gathers_the_readout_once_and_multiplies_again():
 
 
 def test_gradients_of_parts_are_summed_over_what_else_splits_tokens():
-    found = sent(small(), replica=2, data=2, fsdp=4)
+    messages = sent(small(), replica=2, data=2, fsdp=4)
     # The 4 chips of a node are one fsdp group: what is left crosses nodes only. Ring over 4.
     part = 4 * (2 * BLOCK + 2 * TABLE) / 4
-    message = found["sum gradients", "replica", "data"]
+    message = messages["sum gradients", "replica", "data"]
     assert (message.fast, message.network) == (0, pytest.approx(2 * part * 3 / 4))
     taken = message.network / 1e8 / costs.LINK_SHARE + message.count * costs.LATENCY
     assert message.seconds == pytest.approx(taken)
@@ -119,17 +119,17 @@ def test_keys_and_values_are_gathered_over_sequence_by_hand():
 
 def test_memory_by_hand():
     config, sizes = small(), {"data": 2, "fsdp": 2}
-    found = memory.on_chip(config, specs_of(config), sizes, platform="tpu", kernel="splash")
+    estimate = memory.on_chip(config, specs_of(config), sizes, platform="tpu", kernel="splash")
     # Matrices and tables are halved, the 5 gains of 64 are not.
     local = 4 * ((2 * BLOCK + 2 * TABLE) / 2 + 5 * 64)
-    assert found["parameters"] == local
-    assert found["optimizer"] == 2 * local
-    assert found["total"] == sum(size for name, size in found.items() if name != "total")
+    assert estimate["parameters"] == local
+    assert estimate["optimizer"] == 2 * local
+    assert estimate["total"] == sum(size for name, size in estimate.items() if name != "total")
     # 4 rows of 32 tokens and 2 blocks; of a token two float32 streams, in bfloat16 two normed
     # inputs and their twins, queries, keys, values and results, 2 sizes of the MLP, both branches.
     assert memory.tokens_on_chip(config, sizes) == 4 * 32
     token = 2 * 4 * 64 + 2 * (4 * 64 + 256 + 2 * 64 + 2 * 64 + 256)
-    assert found["activations"] == 128 * 2 * token
+    assert estimate["activations"] == 128 * 2 * token
 
 
 @pytest.mark.parametrize("name", ["data", "fsdp", "tensor"])
@@ -176,11 +176,11 @@ def test_the_search_fits_and_is_no_slower_than_any_other_mesh_that_does():
     specs = specs_of(config)
     need = memory.on_chip(config, specs, {"data": 8}, platform="gpu", kernel="cudnn")["total"]
     tight = ROUND._replace(memory=need / 4 / layouts.FILL)
-    found = layouts.best(config, specs, tight, 8)
-    assert found.bytes["total"] <= layouts.FILL * tight.memory
-    assert found.accum > 1
+    layout = layouts.best(config, specs, tight, 8)
+    assert layout.bytes["total"] <= layouts.FILL * tight.memory
+    assert layout.accum > 1
     roomy = layouts.best(config, specs, ROUND, 8)
-    assert roomy.step.seconds <= found.step.seconds
+    assert roomy.step.seconds <= layout.step.seconds
     for sizes in layouts.meshes(config, ROUND, 8):
         config.train.accum, config.model.remat = 1, "none"
         assert roomy.step.seconds <= costs.step(config, specs, sizes, ROUND).seconds

@@ -211,13 +211,13 @@ def test_prepare_to_fills_only_an_empty_directory(tmp_path):
 
 
 def test_a_prepared_directory_is_a_bin_source(tmp_path):
-    made = prepare_to(lines_config(tmp_path), tmp_path / "out", log=quiet)
+    shards = prepare_to(lines_config(tmp_path), tmp_path / "out", log=quiet)
     cfg = config(tmp_path, source="bin", path=str(tmp_path / "out"))
-    found = prepare(cfg, log=quiet)
-    assert found.fingerprint == made.fingerprint
-    assert found.tokenizer.name == "bytes" and found.vocab_size == vocab_size_of(cfg) == 257
+    data = prepare(cfg, log=quiet)
+    assert data.fingerprint == shards.fingerprint
+    assert data.tokenizer.name == "bytes" and data.vocab_size == vocab_size_of(cfg) == 257
     bare = prepare(config(tmp_path, source="bin", path=f"{tmp_path}/out/*.bin"), 300, log=quiet)
-    assert bare.val_fingerprint == made.val_fingerprint
+    assert bare.val_fingerprint == shards.val_fingerprint
     assert (bare.tokenizer, bare.token_bytes, bare.boundary) == (None, None, None)
     assert bare.vocab_size == 300
     cfg.val_path = "x.bin"

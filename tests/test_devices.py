@@ -33,9 +33,9 @@ def single(settings, tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("runs") / "single"
     named = {k.replace("__", "."): v for k, v in SIZES.items()}
-    one = settings | named | {"mesh.cpu_devices": 1}
+    changes = settings | named | {"mesh.cpu_devices": 1}
     status, _, err = finish(
-        start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(one))
+        start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(changes))
     )
     assert status == 0, err
     return workdir
@@ -64,12 +64,12 @@ def test_eight_devices_train_alike(train, single, tmp_path, grid):
     assert not any(any(parts) for parts in split[1])
     ours, theirs = lines(workdir), lines(single)
     assert len(ours) == len(theirs) > 5
-    for one, two in zip(ours, theirs, strict=True):
-        assert one.keys() == two.keys()
-        for name, value in one.items():
+    for ours_line, theirs_line in zip(ours, theirs, strict=True):
+        assert ours_line.keys() == theirs_line.keys()
+        for name, value in ours_line.items():
             # Norms and spreads of small differences carry more relative rounding than losses.
             bound = 2e-6 if name in ("train_loss", "val_loss") else 2e-4
-            np.testing.assert_allclose(value, two[name], rtol=bound, err_msg=name)
+            np.testing.assert_allclose(value, theirs_line[name], rtol=bound, err_msg=name)
 
 
 def test_parameters_are_split_as_annotated():
@@ -82,12 +82,12 @@ def test_parameters_are_split_as_annotated():
     config.model.head, config.model.value_embeddings = "untied", 2
     model = build.build(resolve(config, 50257), platform="cpu")
     sizes = {"data": 1, "fsdp": 2, "tensor": 2}
-    found = {path: partition(spec, sizes) for path, spec in param.named(model.specs).items()}
-    assert found["blocks/attention/query/weight"] == P(None, "fsdp", "tensor", None)
-    assert found["blocks/attention/out/weight"] == P(None, "tensor", None, "fsdp")
-    assert found["blocks/mlp/down/weight"] == P(None, "tensor", "fsdp")
-    assert found["blocks/mlp_norm/scale"] == P(None, None)
+    partitions = {path: partition(spec, sizes) for path, spec in param.named(model.specs).items()}
+    assert partitions["blocks/attention/query/weight"] == P(None, "fsdp", "tensor", None)
+    assert partitions["blocks/attention/out/weight"] == P(None, "tensor", None, "fsdp")
+    assert partitions["blocks/mlp/down/weight"] == P(None, "tensor", "fsdp")
+    assert partitions["blocks/mlp_norm/scale"] == P(None, None)
     # 50257 is odd: that axis stays whole.
-    assert found["embed/tokens"] == P(None, "fsdp")
-    assert found["embed/values"] == P(None, None, "tensor", "fsdp")
-    assert found["readout/weight"] == P("fsdp", None)
+    assert partitions["embed/tokens"] == P(None, "fsdp")
+    assert partitions["embed/values"] == P(None, None, "tensor", "fsdp")
+    assert partitions["readout/weight"] == P("fsdp", None)

@@ -22,7 +22,7 @@ class Stream:
 def test_baselines_equal_their_definitions():
     chance = np.random.default_rng(0)
     train, val = chance.choice(7, 500, p=np.arange(7) / 21), chance.integers(0, 7, 100)
-    found = baselines.losses(Stream(train), Stream(val), 7, 99)
+    losses = baselines.losses(Stream(train), Stream(val), 7, 99)
     unigram, bigram = [], []
     for a, b in itertools.pairwise(val):
         p_b = (np.sum(train == b) + 1) / (500 + 7)
@@ -30,8 +30,8 @@ def test_baselines_equal_their_definitions():
         after = [y for x, y in itertools.pairwise(train) if x == a]
         n, t = len(after), len(set(after))
         bigram.append(-np.log((after.count(b) + t * p_b) / (n + t)) if n else -np.log(p_b))
-    assert found["unigram"] == pytest.approx(np.mean(unigram))
-    assert found["bigram"] == pytest.approx(np.mean(bigram))
+    assert losses["unigram"] == pytest.approx(np.mean(unigram))
+    assert losses["bigram"] == pytest.approx(np.mean(bigram))
 
 
 def test_bigram_probabilities_sum_to_one():
@@ -46,12 +46,12 @@ def test_standard_error_against_the_bootstrap():
     chance = np.random.default_rng(2)
     count = chance.integers(20, 33, 300)
     nll = count * chance.normal(3, 0.4, 300)
-    found = perplexity.summary(nll, count, 1000)
+    summary = perplexity.summary(nll, count, 1000)
     draws = chance.integers(0, 300, (4000, 300))
     spread = (nll[draws].sum(1) / count[draws].sum(1)).std()
-    assert found["val_loss"] == pytest.approx(nll.sum() / count.sum())
-    assert found["val_loss_sem"] == pytest.approx(spread, rel=0.05)
-    assert found["bits_per_byte"] == pytest.approx(nll.sum() / np.log(2) / 1000)
+    assert summary["val_loss"] == pytest.approx(nll.sum() / count.sum())
+    assert summary["val_loss_sem"] == pytest.approx(spread, rel=0.05)
+    assert summary["bits_per_byte"] == pytest.approx(nll.sum() / np.log(2) / 1000)
 
 
 def successor(params, tokens_BxT, key=None):

@@ -24,7 +24,7 @@ def silent(_line):
     pass
 
 
-def made(settings, changes):
+def config_of(settings, changes):
     config = base.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict(settings | {"mesh.cpu_devices": 1} | changes)
@@ -40,7 +40,7 @@ def runs(settings, tmp_path_factory, quick_compiler):
     more |= {"eval.redundancy_every": "20", "eval.redundancy_tokens": 500}
     loss = {"mur.mode": "loss", "mur.tau": 0.2, "mur.warmup": "0"}
     for name, changes in (("base", {}), ("loss", loss)):
-        train.train(made(settings, more | changes), folder / name, say=silent)
+        train.train(config_of(settings, more | changes), folder / name, say=silent)
         evaluate_run(folder / name, SUITES, 0, 0, silent)
     return folder
 
@@ -50,23 +50,23 @@ def scores(workdir) -> dict:
 
 
 def test_eval_json_holds_the_contract(runs):
-    found, final = scores(runs / "base"), record(runs / "base")["final"]
-    assert found["complete"] and found["step"] == 40 and found["run_status"] == "finished"
-    assert found["val_loss"] == pytest.approx(final["val_loss"], rel=1e-6)
-    assert found["perplexity"] == pytest.approx(np.exp(found["val_loss"]))
-    assert found["val_loss_sem"] > 0
-    assert len(found["block_influence"]) == len(found["layer_drop"]) == 3
-    assert all(0 < b < 2 for b in found["block_influence"])
+    result, final = scores(runs / "base"), record(runs / "base")["final"]
+    assert result["complete"] and result["step"] == 40 and result["run_status"] == "finished"
+    assert result["val_loss"] == pytest.approx(final["val_loss"], rel=1e-6)
+    assert result["perplexity"] == pytest.approx(np.exp(result["val_loss"]))
+    assert result["val_loss_sem"] > 0
+    assert len(result["block_influence"]) == len(result["layer_drop"]) == 3
+    assert all(0 < b < 2 for b in result["block_influence"])
     # At the end of training the same numbers, but for fewer tokens.
     lines = (runs / "base" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
-    np.testing.assert_allclose(last["block_influence"], found["block_influence"], rtol=0.2)
+    np.testing.assert_allclose(last["block_influence"], result["block_influence"], rtol=0.2)
     for name in ("mean", "p10", "p50", "p90", "frac_below_tau", "delta_norm", "grad_norm"):
-        assert len(found["mur"][name]) == len(found["mur"]["mlp"][name]) == 3
-    assert found["mur"]["tokens"] == found["redundancy_tokens"] == found["val_tokens"]
-    pruned = found["layer_drop_cumulative"]
-    assert pruned["damage"][0] == pytest.approx(found["layer_drop"][pruned["order"][0]], rel=1e-5)
-    for pair in found["rank_correlation"].values():
+        assert len(result["mur"][name]) == len(result["mur"]["mlp"][name]) == 3
+    assert result["mur"]["tokens"] == result["redundancy_tokens"] == result["val_tokens"]
+    pruned = result["layer_drop_cumulative"]
+    assert pruned["damage"][0] == pytest.approx(result["layer_drop"][pruned["order"][0]], rel=1e-5)
+    for pair in result["rank_correlation"].values():
         assert -1 <= pair["low"] <= pair["rho"] <= pair["high"] <= 1
 
 
@@ -89,12 +89,12 @@ def test_suites_add_up(runs, tmp_path):
     for suite in ("mur", "perplexity"):
         evaluate_run(workdir, [suite], 0, 0, silent)
         assert ("val_loss" in scores(workdir)) == (suite == "perplexity")
-    found = scores(workdir)
-    assert found["mur"] == whole["mur"] and found["val_loss"] == whole["val_loss"]
+    result = scores(workdir)
+    assert result["mur"] == whole["mur"] and result["val_loss"] == whole["val_loss"]
     # Of another checkpoint: the first is set aside.
     evaluate_run(workdir, ["perplexity"], 20, 0, silent)
     assert not scores(workdir)["complete"]
-    assert json.loads((workdir / "eval_step_40.json").read_text()) == found
+    assert json.loads((workdir / "eval_step_40.json").read_text()) == result
 
 
 def damage(folder):
@@ -108,7 +108,7 @@ def damage(folder):
 
 def test_never_random_weights(runs, tmp_path):
     """No checkpoint, a damaged one: an error, which the command says in a line; no eval.json."""
-    for name, said in (("without", "no checkpoint"), ("damaged", "cannot be read")):
+    for name, message in (("without", "no checkpoint"), ("damaged", "cannot be read")):
         workdir = tmp_path / name
         shutil.copytree(runs / "base", workdir)
         (workdir / "eval.json").unlink()
@@ -116,7 +116,7 @@ def test_never_random_weights(runs, tmp_path):
             shutil.rmtree(workdir / "checkpoints")
         else:
             damage(workdir / "checkpoints" / "40" / "params")
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             evaluate_run(workdir, SUITES, 0, 0, silent)
         assert not (workdir / "eval.json").exists()
     status, _, err = run("evaluate", f"--workdir={tmp_path / 'without'}")
@@ -143,23 +143,23 @@ def test_commands(runs, tmp_path):
 
 
 def test_an_unfinished_run_is_marked(runs, tmp_path):
-    workdir, said = tmp_path / "half", []
+    workdir, lines = tmp_path / "half", []
     shutil.copytree(runs / "base", workdir)
     shutil.rmtree(workdir / "checkpoints" / "40")
     (workdir / "eval.json").unlink()
     (workdir / "run.json").write_text(json.dumps(record(workdir) | {"status": "running"}))
-    evaluate_run(workdir, ["perplexity"], 0, 0, said.append)
-    assert "is running: this is its checkpoint after step 20 of 40" in said[0]
-    found = scores(workdir)
-    assert found["complete"] is False and found["step"] == 20
+    evaluate_run(workdir, ["perplexity"], 0, 0, lines.append)
+    assert "is running: this is its checkpoint after step 20 of 40" in lines[0]
+    result = scores(workdir)
+    assert result["complete"] is False and result["step"] == 20
     page = compared.of_run(pairs.read(workdir), tmp_path / "report")
     assert "is running; its evaluation is of step 20" in page.read_text()
 
 
 def test_report_of_a_pair(runs, tmp_path):
     sides = [pairs.read_all("baseline", str(runs / name)) for name in ("base", "loss")]
-    found = pairs.match(*sides, "mur", allow_differences=False)
-    page = compared.of_pairs(found, "mur", tmp_path).read_text()
+    matched = pairs.match(*sides, "mur", allow_differences=False)
+    page = compared.of_pairs(matched, "mur", tmp_path).read_text()
     names = {path.name for path in tmp_path.iterdir()}
     assert {
         "index.html", "mur_mean.png", "mur_frac_below_tau.png", "mur_delta_norm.png",
@@ -182,11 +182,11 @@ def test_report_refuses_other_differences(runs, tmp_path):
     plain, varied = (pairs.read_all("x", str(path)) for path in (runs / "base", other))
     with pytest.raises(InputError) as caught:
         pairs.match(plain, varied, "mur", allow_differences=False)
-    said = str(caught.value)
-    assert "optim.lr (0.01, 0.003)" in said and "schedule.warmup ('2%', '0')" in said
-    found = pairs.match(plain, varied, "mur", allow_differences=True)
+    message = str(caught.value)
+    assert "optim.lr (0.01, 0.003)" in message and "schedule.warmup ('2%', '0')" in message
+    matched = pairs.match(plain, varied, "mur", allow_differences=True)
     assert (
-        "More than mur differs: optim.lr" in compared.of_pairs(found, "mur", tmp_path).read_text()
+        "More than mur differs: optim.lr" in compared.of_pairs(matched, "mur", tmp_path).read_text()
     )
     with pytest.raises(InputError, match="same config, mur included"):
         pairs.match(plain, plain, "mur", allow_differences=False)
@@ -198,18 +198,18 @@ def test_difference_over_pairs():
     """Student's interval of paired differences."""
     from scipy import stats
 
-    def one(loss):
+    def run_of(loss):
         return pairs.Run(None, {}, {"val_loss": loss}, [])
 
     base_S, change_S = np.array([3.0, 3.2, 3.1]), np.array([-0.01, 0.02, 0.01])
-    found = pairs.difference(
-        [pairs.Pair(one(b), one(b + c)) for b, c in zip(base_S, change_S, strict=True)]
+    difference = pairs.difference(
+        [pairs.Pair(run_of(b), run_of(b + c)) for b, c in zip(base_S, change_S, strict=True)]
     )
     wanted = stats.ttest_1samp(change_S, 0)
     low, high = wanted.confidence_interval(0.95)
-    assert found["p"] == pytest.approx(wanted.pvalue)
-    assert (found["low"], found["high"]) == pytest.approx((low, high))
-    assert "no detectable difference" in compared.sentence(found)
+    assert difference["p"] == pytest.approx(wanted.pvalue)
+    assert (difference["low"], difference["high"]) == pytest.approx((low, high))
+    assert "no detectable difference" in compared.sentence(difference)
     same = {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "n": 5}
     assert compared.sentence(same).endswith("p = 1: no detectable difference")
 
@@ -218,7 +218,7 @@ def test_difference_over_pairs():
 def model(settings):
 
     setup = train.prepare(
-        made(settings, {"model.n_layers": 4, "model.stack": "scan"}), None, say=silent
+        config_of(settings, {"model.n_layers": 4, "model.stack": "scan"}), None, say=silent
     )
     return setup, jax.tree.map(lambda x: 3 * x, setup.model.init(jax.random.key(0)))
 
@@ -232,8 +232,8 @@ def test_a_mask_drops_what_deleting_drops(model):
     drops = redundancy.alone(4) + redundancy.contiguous(4)
     assert redundancy.contiguous(4) == [(0, 1), (1, 2), (2, 3)]
     batches = list(setup.held_out(500))
-    found = redundancy.measure(setup.drop_sums, params, batches, setup.mesh, 4, drops)
-    assert found.drops == [(), *drops] and found.damage()[0] == 0
+    drops_of = redundancy.measure(setup.drop_sums, params, batches, setup.mesh, 4, drops)
+    assert drops_of.drops == [(), *drops] and drops_of.damage()[0] == 0
     smaller = base.get_config()
     smaller.update(setup.recorded.copy_and_resolve_references())
     for drop in ((1,), (2, 3)):
@@ -243,30 +243,30 @@ def test_a_mask_drops_what_deleting_drops(model):
         other = build(resolve(smaller), platform="cpu", bos_id=setup.data.boundary)
         left = params | {"blocks": jax.tree.map(lambda x, k=kept: x[k], params["blocks"])}
         total = sum(float(other.losses(left, *batch).sum()) for batch in batches)
-        row = found.drops.index(drop)
-        assert found.nll_MxW[row].sum() == pytest.approx(total, rel=1e-5)
+        row = drops_of.drops.index(drop)
+        assert drops_of.nll_MxW[row].sum() == pytest.approx(total, rel=1e-5)
     h = setup.model.taps(params, batches[0].tokens_BxT, lambda name, x: x)
     h_LxNxD = jnp.concatenate([h["embed"][None], h["blocks"]["residual"]])
     lengths = jnp.linalg.norm(h_LxNxD, axis=-1)
     cos = (h_LxNxD[1:] * h_LxNxD[:-1]).sum(axis=-1) / (lengths[1:] * lengths[:-1])
     each_LxB = (1 - cos).reshape(4, *batches[0].tokens_BxT.shape).mean(axis=-1)
     rows = len(batches[0].tokens_BxT)
-    np.testing.assert_allclose(found.influence_LxW[:, :rows], each_LxB, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(drops_of.influence_LxW[:, :rows], each_LxB, rtol=1e-4, atol=1e-6)
 
 
 def test_statistics_are_of_all_labelled_tokens(model):
     """Pooled over batches; the same whatever the size of a batch."""
     setup, params = model
-    found = []
+    results = []
     for size in (2, 5):
         with setup.config.unlocked():
             setup.config.eval.batch_size = size
         tokens = mur_stats.make(setup.model, setup.config, "block", setup.mesh)
         values = mur_stats.measure(tokens, params, setup.held_out(300), setup.mesh, "block")
         assert len(values.window) == 300
-        found.append(mur_stats.summary(values, "block", 0.0))
-    for name, values in found[0].items():
-        np.testing.assert_allclose(values, found[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+        results.append(mur_stats.summary(values, "block", 0.0))
+    for name, values in results[0].items():
+        np.testing.assert_allclose(values, results[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_rank_correlations():
@@ -277,9 +277,9 @@ def test_rank_correlations():
         "b": lambda w: -(w @ value_WxL) / w.sum(),
         "c": lambda w: w @ (0 * value_WxL + [3, 1, 2, 5, 4]) / w.sum(),
     }
-    found = agreement.rank_correlations(measures, 40)
-    assert found["a, b"] == {"rho": -1.0, "low": -1.0, "high": -1.0}
-    assert found["a, c"]["rho"] == pytest.approx(0.6)
+    correlations = agreement.rank_correlations(measures, 40)
+    assert correlations["a, b"] == {"rho": -1.0, "low": -1.0, "high": -1.0}
+    assert correlations["a, c"]["rho"] == pytest.approx(0.6)
 
 
 def test_when_training_looks(small):

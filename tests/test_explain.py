@@ -23,7 +23,7 @@ def compiled(request, monkeypatch):
         monkeypatch.setattr(explain.ahead, "rows", lambda *_: [("peak", "1.0 MiB")])
 
 
-def said(config, overrides=(), config_file="configs/base.py") -> str:
+def explained(config, overrides=(), config_file="configs/base.py") -> str:
     lines = []
     explain.explain(config, dict(overrides), config_file, print=lines.append)
     return "\n".join(lines)
@@ -34,7 +34,7 @@ def line_of(page: str, start: str) -> str:
 
 
 def test_the_page_has_every_section(small):
-    page = said(small())
+    page = explained(small())
     titles = [line for line in page.splitlines() if line and not line.startswith(" ")]
     wanted = "config schedule parameters counts flops memory data mesh choices time memory"
     assert " ".join(title.split()[0] for title in titles) == wanted
@@ -47,7 +47,7 @@ def test_the_page_has_every_section(small):
 def test_nothing_is_prepared_written_or_allocated(small, tmp_path):
     cache = tmp_path / "cache"
     before = {id(array) for array in jax.live_arrays()}
-    page = said(small(data__cache=str(cache), model__d_model=512))
+    page = explained(small(data__cache=str(cache), model__d_model=512))
     new = [array for array in jax.live_arrays() if id(array) not in before]
     # What the probe of the machine's speed multiplies is all that may be left.
     assert all(array.shape == (1024, 1024) for array in new)
@@ -59,7 +59,7 @@ def test_nothing_is_prepared_written_or_allocated(small, tmp_path):
 def test_epochs_are_counted_where_the_data_is_prepared(small):
     config = small()
     data = prepared.prepare(config.data, log=lambda line: None)
-    page = said(config)
+    page = explained(config)
     windows = (data.train.n_tokens - 1) // 32
     assert float(line_of(page, "epochs").split()[1]) == pytest.approx(12 * 8 / windows, rel=1e-2)
 
@@ -72,7 +72,7 @@ def test_every_value_has_its_origin(small):
     assert origins["model.d_model"] == "configs/other.py"
     assert origins["optim.beta1"] == "base"
 
-    page = said(config, {"optim.lr": 0.002}, "configs/other.py")
+    page = explained(config, {"optim.lr": 0.002}, "configs/other.py")
     assert line_of(page, "head_dim").split() == ["head_dim", "16", "derived"]
     assert line_of(page, "rope_theta").endswith("not used here")
     marked = [line.split()[1] for line in page.splitlines() if line.startswith("   * ")]
@@ -81,14 +81,14 @@ def test_every_value_has_its_origin(small):
 
 
 def test_a_derived_value_keeps_what_was_asked_for(small):
-    page = said(small(train__steps=0, train__tokens=1e5), {"train.tokens": 1e5})
+    page = explained(small(train__steps=0, train__tokens=1e5), {"train.tokens": 1e5})
     assert "--config.train.tokens gave 100000" in page
     # 100,000 tokens / (8 x 32), rounded up.
     assert re.search(r"\* steps +391 +configs/base.py gave 0\n", page)
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("changes", "expected"),
     [
         ({"schedule__warmup": "10%"}, []),
         # Without warm-up the peak comes at once.
@@ -101,11 +101,11 @@ def test_a_derived_value_keeps_what_was_asked_for(small):
         ({"schedule__name": "wsd", "schedule__warmup": "100", "schedule__cooldown": "20%"}, []),
     ],
 )
-def test_jumps_of_the_schedule(small, changes, found):
+def test_jumps_of_the_schedule(small, changes, expected):
     config = resolve(small(train__steps=1000, optim__lr=1.0, **changes), 256)
     jumps = explain.jumps(config)
-    assert [jump[:2] for jump in jumps] == [jump[:2] for jump in found]
-    for ours, wanted in zip(jumps, found, strict=True):
+    assert [jump[:2] for jump in jumps] == [jump[:2] for jump in expected]
+    for ours, wanted in zip(jumps, expected, strict=True):
         assert ours[2:] == pytest.approx(wanted[2:], rel=1e-4, abs=1e-6)
 
 
@@ -116,7 +116,7 @@ def test_jumps_are_found_across_blocks_of_a_long_run(small):
 
 def test_the_schedule_is_that_of_the_run(small):
     config = resolve(small(optim__lr=0.01, schedule__warmup="3"), 256)
-    page = said(small(optim__lr=0.01, schedule__warmup="3"))
+    page = explained(small(optim__lr=0.01, schedule__warmup="3"))
     factor = schedules.make(config)
     for step, name in ((0, "first"), (2, "done"), (6, "middle"), (11, "last")):
         line = next(
@@ -175,7 +175,7 @@ command.run(main.main)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--explain", "--topology=v5e:4x4"],
@@ -207,11 +207,11 @@ command.run(main.main)
         ),
     ],
 )
-def test_what_cannot_be_explained_is_said_in_one_line(arguments, said):
+def test_what_cannot_be_explained_is_said_in_one_line(arguments, message):
     command = [sys.executable, "-c", WITHOUT, "--config=configs/base.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {said}\n"
+    assert done.stderr == f"error: {message}\n"
 
 
 def test_chips_that_are_not_here_are_explained_by_arithmetic():
@@ -255,32 +255,32 @@ def test_estimate_of_memory_is_near_the_compilers(small, dtype):
     )
     mesh = meshes.make(config, jax.devices()[:1])
     model = build.build(config, platform="cpu")
-    found = ahead.memory(ahead.lowered(config, model, mesh).compile())
-    assert found["peak"] == sum(
-        found[name] * sign
+    compiled_bytes = ahead.memory(ahead.lowered(config, model, mesh).compile())
+    assert compiled_bytes["peak"] == sum(
+        compiled_bytes[name] * sign
         for name, sign in (("arguments", 1), ("outputs", 1), ("aliased", -1), ("temporaries", 1))
     )
     # AdamW's state, which is given back in place, a counter or two and the batch.
     batch = 2 * 4 * 32 * 128
     ours = budget.sizes(config, model, mesh.shape, "cpu")
     state = ours["parameters"] + ours["optimizer"]
-    assert found["arguments"] == pytest.approx(state + batch, abs=200)
-    assert ours["total"] == pytest.approx(found["peak"], rel=0.2)
+    assert compiled_bytes["arguments"] == pytest.approx(state + batch, abs=200)
+    assert ours["total"] == pytest.approx(compiled_bytes["peak"], rel=0.2)
 
 
 @pytest.mark.slow
 def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
     cache = tmp_path / "cache"
-    given = settings | {"data.cache": str(cache), "mesh.cpu_devices": 1, "log.per_layer": False}
-    status, _, err = run("main", "--config=configs/base.py", "--explain", *flags(given))
+    common = settings | {"data.cache": str(cache), "mesh.cpu_devices": 1, "log.per_layer": False}
+    status, _, err = run("main", "--config=configs/base.py", "--explain", *flags(common))
     assert (status, err) == (0, "")
     steps = sorted(path.name for path in cache.rglob("jit_step-*-cache"))
     assert len(steps) == 1
     # So do runs of equal shape: only numbers differ, that of the steps among them.
     others = {"seed": 3, "optim.lr": 2e-3, "optim.weight_decay": 0.2, "data.seed": 4}
-    others |= {"train.steps": given["train.steps"] + 3, "schedule.warmup": "40%"}
+    others |= {"train.steps": common["train.steps"] + 3, "schedule.warmup": "40%"}
     for name, changes in (("one", {}), ("another", others)):
         workdir = f"--workdir={tmp_path / name}"
-        status, _, err = run("main", "--config=configs/base.py", workdir, *flags(given | changes))
+        status, _, err = run("main", "--config=configs/base.py", workdir, *flags(common | changes))
         assert status == 0, err
         assert sorted(path.name for path in cache.rglob("jit_step-*-cache")) == steps

@@ -15,7 +15,7 @@ from lmscale_jax.model import build, flops
 def small(**changes) -> ConfigDict:
     """A resolved config of a model that compiles in a second."""
     config = get_config()
-    given = {
+    defaults = {
         "model.n_layers": 2,
         "model.d_model": 64,
         "model.n_heads": 4,
@@ -23,7 +23,7 @@ def small(**changes) -> ConfigDict:
         "train.batch_size": 4,
         "model.attention": "plain",
     }
-    config.update_from_flattened_dict(given | changes)
+    config.update_from_flattened_dict(defaults | changes)
     return resolve(config, vocab_size=512)
 
 

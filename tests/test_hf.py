@@ -72,8 +72,8 @@ def test_logits_are_those_of_transformers_both_ways(name, tmp_path):
     ids = np.random.default_rng(0).integers(0, VOCAB, (2, T))
     with torch.no_grad():
         wanted = peer(torch.from_numpy(ids)).logits.numpy()
-    found = np.asarray(jax.jit(model.logits)(params, ids))
-    np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=2e-5)
+    logits = np.asarray(jax.jit(model.logits)(params, ids))
+    np.testing.assert_allclose(logits, wanted, atol=2e-5, rtol=2e-5)
     hf.write(tmp_path / "out", config, params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(again) is type(peer)
@@ -89,8 +89,8 @@ def test_several_files_are_read(tmp_path):
     peer.save_pretrained(tmp_path / "one")
     peer.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
-    one, many = ours(tmp_path / "one")[2], ours(tmp_path / "many")[2]
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+    single, several = ours(tmp_path / "one")[2], ours(tmp_path / "many")[2]
+    for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(several), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

@@ -84,8 +84,8 @@ def test_a_pack_that_was_stopped_goes_on(small, tmp_path):
             shutil.rmtree(workdir / "checkpoints" / "16", ignore_errors=True)
         fields = record(workdir) | {"status": "running"}
         (workdir / "run.json").write_text(json.dumps(fields))
-    said = []
-    pack.run(cut, said.append)
+    lines = []
+    pack.run(cut, lines.append)
     for (_, ours), (_, theirs) in zip(cut, whole, strict=True):
         assert record(ours)["restarts"] == 1
         assert lines_of(ours) == lines_of(theirs)
@@ -107,9 +107,9 @@ def test_a_member_that_diverges_leaves_the_others_alone(small, tmp_path):
 
 
 def test_what_differs_in_more_than_numbers_is_no_pack(small, tmp_path):
-    one = small(**COMMON, model__d_model=16)
+    first = small(**COMMON, model__d_model=16)
     two = small(**COMMON, model__d_model=32)
-    assert pack.signature(one) != pack.signature(two)
-    assert pack.signature(one) == pack.signature(small(**COMMON, model__d_model=16, seed=5))
+    assert pack.signature(first) != pack.signature(two)
+    assert pack.signature(first) == pack.signature(small(**COMMON, model__d_model=16, seed=5))
     with pytest.raises(InputError, match=r"config\.model\.d_model is 16 and 32 in members"):
-        pack.run([(one, tmp_path / "a"), (two, tmp_path / "b")], quiet)
+        pack.run([(first, tmp_path / "a"), (two, tmp_path / "b")], quiet)

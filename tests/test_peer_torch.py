@@ -86,17 +86,17 @@ def test_the_peer_has_the_same_loss_and_gradient(name, tmp_path, quick_compiler)
     x, y = tokens[:, :-1], tokens[:, 1:]
     loss, gradient = jax.value_and_grad(lambda p: model.losses(p, x, y).mean())(params)
 
-    given = {"weights": {k: np.asarray(v).tolist() for k, v in theirs(params).items()}}
+    inputs = {"weights": {k: np.asarray(v).tolist() for k, v in theirs(params).items()}}
     path = tmp_path / "given.json"
-    path.write_text(json.dumps(given | {"tokens": x.tolist(), "targets": y.tolist()}))
+    path.write_text(json.dumps(inputs | {"tokens": x.tolist(), "targets": y.tolist()}))
     done = subprocess.run(
         [PYTHON, str(PEER), "loss", "--shape", json.dumps(shape), "--weights", str(path)],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["loss"] == pytest.approx(float(loss), rel=2e-5)
-    assert found["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=2e-4)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["loss"] == pytest.approx(float(loss), rel=2e-5)
+    assert result["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=2e-4)
 
 
 def test_a_shape_says_all_of_a_config():

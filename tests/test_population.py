@@ -32,19 +32,19 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     if optimizer == "muon":
         numbers[0]["optim__muon_lr"], numbers[1]["optim__muon_lr"] = 0.01, 0.03
     each = [train.prepare(small(**changes, **n), None, say=lambda line: None) for n in numbers]
-    found = population.train([own.config for own in each], each[0].data)
-    assert found.train_loss_KxS.shape == (2, 30)
-    for k, own in enumerate(each):
-        begin = functools.partial(step.initial, own.config, own.model, own.transform)
-        state = jax.jit(lambda b=begin, s=own.config.seed: b(s))()
-        take = step.Step(own.config, own.model, own.mesh, own.placed)
+    result = population.train([setup.config for setup in each], each[0].data)
+    assert result.train_loss_KxS.shape == (2, 30)
+    for k, setup in enumerate(each):
+        begin = functools.partial(step.initial, setup.config, setup.model, setup.transform)
+        state = jax.jit(lambda b=begin, s=setup.config.seed: b(s))()
+        take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
         losses = []
         for t in range(30):
-            state, metrics = take(state, mesh.put_batch(own.batches.at(t), own.mesh))
+            state, metrics = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
             losses.append(float(metrics["train_loss"]))
-        np.testing.assert_allclose(found.train_loss_KxS[k], losses, rtol=3e-5)
-        assert found.val_loss_K[k] == pytest.approx(
-            own.validate(state.params)["val_loss"], rel=3e-5
+        np.testing.assert_allclose(result.train_loss_KxS[k], losses, rtol=3e-5)
+        assert result.val_loss_K[k] == pytest.approx(
+            setup.validate(state.params)["val_loss"], rel=3e-5
         )
 
 
@@ -63,9 +63,9 @@ def test_the_optimum_of_a_known_valley():
     x = np.arange(-10.0, -2.0)
     centres = np.array([-6.3, -6.1, -6.2])
     loss = 3 + 0.1 * (x[:, None] - centres) ** 2
-    found = transfer.optimum(x, loss)
-    assert found["log2_lr"] == pytest.approx(-6.2) and found["grid"] == -6
-    assert found["se"] == pytest.approx(0.1 / np.sqrt(3)) and not found["at_edge"]
+    best = transfer.optimum(x, loss)
+    assert best["log2_lr"] == pytest.approx(-6.2) and best["grid"] == -6
+    assert best["se"] == pytest.approx(0.1 / np.sqrt(3)) and not best["at_edge"]
     loss[-2:] = np.nan  # diverged beyond the optimum
     assert transfer.optimum(x, loss)["log2_lr"] == pytest.approx(-6.2)
     edge = transfer.optimum(x, np.tile(x[:, None], (1, 3)))
@@ -76,10 +76,10 @@ def test_drift_is_in_octaves():
     def at(place, grid):
         return {"log2_lr": place, "se": 0.3, "grid": grid, "at_edge": False}
 
-    found = transfer.drift([at(-4.0, -4), at(-4.5, -5), at(-6.4, -6)])
-    assert found["octaves"] == pytest.approx(-2.4) and found["grid_range"] == 2
-    assert found["se"] == pytest.approx(0.3 * 2**0.5) and found["range"] == pytest.approx(2.4)
-    assert "-2.40" in transfer.headline(found, [32, 256])
+    drift = transfer.drift([at(-4.0, -4), at(-4.5, -5), at(-6.4, -6)])
+    assert drift["octaves"] == pytest.approx(-2.4) and drift["grid_range"] == 2
+    assert drift["se"] == pytest.approx(0.3 * 2**0.5) and drift["range"] == pytest.approx(2.4)
+    assert "-2.40" in transfer.headline(drift, [32, 256])
 
 
 @pytest.mark.slow
@@ -93,12 +93,12 @@ def test_a_small_sweep_writes_and_never_overwrites(settings, tmp_path):
     ]  # fmt: skip
     status, out, err = run("lr_transfer", *arguments)
     assert status == 0, err
-    found = json.loads((tmp_path / "lr_transfer.json").read_text())
-    assert set(found["arms"]) == {"sp", "mup"} and out.count("octaves") == 2
-    assert np.array(found["arms"]["mup"]["val_loss"]).shape == (2, 3, 2)
+    result = json.loads((tmp_path / "lr_transfer.json").read_text())
+    assert set(result["arms"]) == {"sp", "mup"} and out.count("octaves") == 2
+    assert np.array(result["arms"]["mup"]["val_loss"]).shape == (2, 3, 2)
     assert (tmp_path / "lr_transfer.png").exists()
     # At the base width the two are the same model.
-    assert found["arms"]["sp"]["val_loss"][0] == found["arms"]["mup"]["val_loss"][0]
+    assert result["arms"]["sp"]["val_loss"][0] == result["arms"]["mup"]["val_loss"][0]
     status, _, err = run("lr_transfer", *arguments)
     assert status == 2 and "holds a sweep already" in err and err.count("\n") == 1
     status, _, err = run("lr_transfer", f"--workdir={tmp_path / 'b'}", "--log2_lrs=a,b,c")
@@ -120,9 +120,9 @@ def test_wider_is_better_under_mup(tmp_path):
     data = prepared.prepare(config.data, log=print)
     losses = []
     for width in (32, 64, 128, 256):
-        one = resolve(resized(config, "width", width), data.vocab_size)
-        members = [ConfigDict(one.to_dict() | {"seed": seed}) for seed in range(3)]
-        found = population.train(members, data)
-        mean_S = found.train_loss_KxS.mean(axis=0)
+        resolved = resolve(resized(config, "width", width), data.vocab_size)
+        members = [ConfigDict(resolved.to_dict() | {"seed": seed}) for seed in range(3)]
+        result = population.train(members, data)
+        mean_S = result.train_loss_KxS.mean(axis=0)
         losses.append((mean_S[90:110].mean(), mean_S[-20:].mean()))
     assert np.all(np.diff(np.array(losses), axis=0) < 0), losses

@@ -56,16 +56,16 @@ def test_every_command_of_the_readme(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable}
     environment |= {"LMSCALE_CACHE": str(tmp_path / "cache")}
     for command in COMMANDS:
-        given = " ".join(command).removeprefix("python -m ")
-        more = next((m for begins, m in SMALLER.items() if given.startswith(begins)), [])
+        text = " ".join(command).removeprefix("python -m ")
+        more = next((m for begins, m in SMALLER.items() if text.startswith(begins)), [])
         if command[0] == "python":
             command = [sys.executable, *command[1:]]
         done = subprocess.run(
             [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
-        assert done.returncode == 0, (given, done.stdout[-2000:], done.stderr[-2000:])
-        assert "Traceback" not in done.stderr, (given, done.stderr[-2000:])
-    for made in ("quickstart/run.json", "quickstart/eval.json", "quickstart/report/index.html",
+        assert done.returncode == 0, (text, done.stdout[-2000:], done.stderr[-2000:])
+        assert "Traceback" not in done.stderr, (text, done.stderr[-2000:])
+    for path in ("quickstart/run.json", "quickstart/eval.json", "quickstart/report/index.html",
                  "ladder/report/index.html", "coords/coord_check.json", "fit.json",
                  "transfer/lr_transfer.json", "shards/manifest.json", "two/run.json"):  # fmt: skip
-        assert (tmp_path / "runs" / made).exists(), made
+        assert (tmp_path / "runs" / path).exists(), path

@@ -11,9 +11,9 @@ TEXT = (ROOT / "docs/scale.md").read_text()
 
 @pytest.fixture(scope="module")
 def plan():
-    found = importlib.util.spec_from_file_location("plan", ROOT / "docs/scale/plan.py")
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    spec = importlib.util.spec_from_file_location("plan", ROOT / "docs/scale/plan.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -18,28 +18,28 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 def collectives(text: str) -> dict[str, list[int]]:
     """{kind: the entries of the largest array of each of them}, largest first."""
-    found: dict[str, list[int]] = {}
+    by_kind: dict[str, list[int]] = {}
     for shapes, kind in re.findall(rf"= (.+?) ({KINDS})(?:-start)?\(", text):
         sizes = [
             math.prod(map(int, dims.split(","))) if dims else 1
             for dims in re.findall(r"[a-z]\d+\[([\d,]*)\]", shapes)
         ]
-        found.setdefault(kind, []).append(max(sizes))
-    return {kind: sorted(sizes, reverse=True) for kind, sizes in found.items()}
+        by_kind.setdefault(kind, []).append(max(sizes))
+    return {kind: sorted(sizes, reverse=True) for kind, sizes in by_kind.items()}
 
 
 def test_fsdp_gathers_weights_and_scatters_gradients(tmp_path):
     changes = SIZES | {"mesh.fsdp": 8, "data.cache": str(tmp_path)}
-    found = collectives(simulated.run(PRINT, changes))
+    sizes = collectives(simulated.run(PRINT, changes))
     # q, k, v, out, up and down in the loop over blocks; readout, tokens and positions once.
-    assert len(found["reduce-scatter"]) == 9
+    assert len(sizes["reduce-scatter"]) == 9
     # Forward and backward, but tokens and positions only forward, and the readout once for both.
-    assert len(found["all-gather"]) == 15
+    assert len(sizes["all-gather"]) == 15
     # Whole gradients are summed only of gains and biases.
-    assert found["all-reduce"][0] == 64
-    assert set(found) == {"reduce-scatter", "all-gather", "all-reduce"}
+    assert sizes["all-reduce"][0] == 64
+    assert set(sizes) == {"reduce-scatter", "all-gather", "all-reduce"}
     # No activation moves: the largest thing gathered is the MLP's matrix.
-    assert found["all-gather"][0] == 64 * 128
+    assert sizes["all-gather"][0] == 64 * 128
 
 
 def test_data_sums_gradients_and_moves_nothing_else(tmp_path):
@@ -49,18 +49,18 @@ def test_data_sums_gradients_and_moves_nothing_else(tmp_path):
 
 def test_replicas_sum_only_their_part_of_a_gradient(tmp_path):
     changes = SIZES | {"mesh.replica": 2, "mesh.fsdp": 4, "data.cache": str(tmp_path)}
-    found = collectives(simulated.run(PRINT, changes))
+    sizes = collectives(simulated.run(PRINT, changes))
     # Between the slices goes a quarter of the largest matrix.
-    assert found["all-reduce"][0] == 64 * 128 // 4
-    assert len(found["reduce-scatter"]) == 9
+    assert sizes["all-reduce"][0] == 64 * 128 // 4
+    assert len(sizes["reduce-scatter"]) == 9
 
 
 def test_sequence_gathers_keys_and_values(tmp_path):
     changes = SIZES | {"mesh.data": 2, "mesh.sequence": 4, "data.cache": str(tmp_path)}
-    found = collectives(simulated.run(PRINT, changes))
+    sizes = collectives(simulated.run(PRINT, changes))
     # Keys and values of a device's 8 rows; their gradients go back the same way.
-    assert found["all-gather"] == [8 * 32 * 64] * len(found["all-gather"]) != []
-    assert len(found["reduce-scatter"]) == 2
+    assert sizes["all-gather"] == [8 * 32 * 64] * len(sizes["all-gather"]) != []
+    assert len(sizes["reduce-scatter"]) == 2
 
 
 MEASURE = """

@@ -70,18 +70,18 @@ def test_quantities_are_normalised_by_shape():
     updates = jax.tree.map(lambda x: -0.01 * x, tree)
     vectors = spectral.begin(specs)
     for _ in range(5):
-        found, vectors = spectral.measure(specs, tree, updates, vectors)
-    assert set(found) == {
+        values, vectors = spectral.measure(specs, tree, updates, vectors)
+    assert set(values) == {
         f"spectral/{q}/{p}"
         for q in ("weight", "update", "relative", "stable_rank")
         for p in ("blocks/w", "embed")
     }
     w = np.asarray(tree["blocks"]["w"])
     sigma_L = np.linalg.norm(w, ord=2, axis=(1, 2))
-    np.testing.assert_allclose(found["spectral/weight/blocks/w"], sigma_L * 0.5, rtol=0.01)
-    np.testing.assert_allclose(found["spectral/relative/blocks/w"], [0.01] * 2, rtol=0.02)
+    np.testing.assert_allclose(values["spectral/weight/blocks/w"], sigma_L * 0.5, rtol=0.01)
+    np.testing.assert_allclose(values["spectral/relative/blocks/w"], [0.01] * 2, rtol=0.02)
     rank_L = np.square(w).sum(axis=(1, 2)) / sigma_L**2
-    np.testing.assert_allclose(found["spectral/stable_rank/blocks/w"], rank_L, rtol=0.02)
+    np.testing.assert_allclose(values["spectral/stable_rank/blocks/w"], rank_L, rtol=0.02)
 
 
 def test_each_measurement_has_a_period_of_its_own(small):

@@ -96,11 +96,11 @@ def test_event_files_hold_the_metrics(done):
 def test_generate(done):
     workdir, _ = done
     arguments = [f"--workdir={workdir}", "--prompt=import ", "--tokens=40"]
-    one = run("generate", *arguments)
-    two = run("generate", *arguments, "--temperature=0")
-    assert one[0] == two[0] == 0, one[2]
-    assert one[1].startswith("import ") and one[1] != two[1]
-    assert run("generate", *arguments, "--temperature=0")[1] == two[1]
+    first = run("generate", *arguments)
+    second = run("generate", *arguments, "--temperature=0")
+    assert first[0] == second[0] == 0, first[2]
+    assert first[1].startswith("import ") and first[1] != second[1]
+    assert run("generate", *arguments, "--temperature=0")[1] == second[1]
     status, _, err = run("generate", "--workdir=nowhere")
     assert status == 2 and err.count("\n") == 1
 

@@ -10,7 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lmscale_jax.configs import coord_check as family
+from lmscale_jax.files import write_json
 from lmscale_jax.lab import coordinates
+from lmscale_jax.reports.coordinates import draw
 from lmscale_jax.run import mesh
 
 # The narrowest GPT-2 is too narrow for its attention averages (docs/mup.md).
@@ -49,15 +51,17 @@ CHECKS = {
 
 def main(out: Path, names: list[str]) -> None:
     path = out / "coordinates.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text()) if path.exists() else {}
     for name in names or CHECKS:
         make, sweep, sizes, control = CHECKS[name]
         plan = coordinates.plan(make(), sweep, sizes, control)
         mesh.start(plan.configs[0])
         print(f"== {name}", flush=True)
-        result = coordinates.check(plan, 3, out / name.replace(" ", "_"), print)
+        workdir = out / name.replace(" ", "_")
+        result = coordinates.check(plan, 3, workdir, print)
+        draw(result, workdir / "coord_check.png")
         last = str(result["config"]["train"]["steps"])
-        found[name] = {
+        results[name] = {
             "passed": result["passed"],
             "failures": len(result["failures"]),
             "predicted": result.get("predicted"),
@@ -66,7 +70,7 @@ def main(out: Path, names: list[str]) -> None:
                 for tensor, steps in result["slopes"].items()
             },
         }
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(path, results)
 
 
 if __name__ == "__main__":

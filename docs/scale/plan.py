@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs.base import get_config
+from lmscale_jax.files import atomic_write
 from lmscale_jax.lab import layouts
 from lmscale_jax.model import build, chips, costs, flops
 
@@ -97,20 +98,20 @@ def plans(kind: str) -> tuple[list[str], list[str]]:
         config = config_of(size)
         specs = build.build(config, platform=chip.platform).specs
         for count in COUNTS:
-            found = layouts.best(config, specs, chip, count)
-            if isinstance(found, str):
-                held.append([name, str(count), found, *[""] * (len(held[0]) - 3)])
+            layout = layouts.best(config, specs, chip, count)
+            if isinstance(layout, str):
+                held.append([name, str(count), layout, *[""] * (len(held[0]) - 3)])
                 continue
-            held.append([name, str(count), *_held(found, specs, chip, count)])
-            spent.append([name, str(count), *_spent(found.step, size)])
+            held.append([name, str(count), *_held(layout, specs, chip, count)])
+            spent.append([name, str(count), *_spent(layout.step, size)])
     return table(held), table(spent)
 
 
-def _held(found: layouts.Layout, specs: dict, chip, count: int) -> list[str]:
-    mesh = " ".join(f"{axis}={n}" for axis, n in found.sizes.items() if n > 1)
-    total, (written, seconds) = found.bytes["total"], costs.checkpoint(specs, count, chip)
+def _held(layout: layouts.Layout, specs: dict, chip, count: int) -> list[str]:
+    mesh = " ".join(f"{axis}={n}" for axis, n in layout.sizes.items() if n > 1)
+    total, (written, seconds) = layout.bytes["total"], costs.checkpoint(specs, count, chip)
     fills, saved = f"{total / chip.memory:.0%}", f"{written / 1e9:,.3g} GB, {seconds:.3g} s"
-    return [mesh, str(found.accum), found.remat, f"{total / 1e9:.3g}", fills, saved]
+    return [mesh, str(layout.accum), layout.remat, f"{total / 1e9:.3g}", fills, saved]
 
 
 # Columns of messages, by what they are called in `costs.Message`.
@@ -125,10 +126,10 @@ SHORT = {
 def _spent(step: costs.Step, size: Size) -> list[str]:
     cells = []
     for kind in SHORT:
-        own = [message for message in step.messages if message.kind == kind]
-        gigabytes = sum(message.fast + message.network for message in own) / 1e9
-        share = sum(message.seconds for message in own) / step.compute
-        cells.append(f"{gigabytes:.3g} GB, {share:.0%}" if own else "-")
+        messages = [message for message in step.messages if message.kind == kind]
+        gigabytes = sum(message.fast + message.network for message in messages) / 1e9
+        share = sum(message.seconds for message in messages) / step.compute
+        cells.append(f"{gigabytes:.3g} GB, {share:.0%}" if messages else "-")
     return [
         f"{step.chip_flops:.2e}", f"{step.moved:.2e}", f"{step.compute:.3g}", *cells,
         f"{step.seconds:.3g}", f"{step.mfu:.0%}", f"{size.batch / step.seconds:,.0f}",
@@ -138,8 +139,8 @@ def _spent(step: costs.Step, size: Size) -> list[str]:
 def accuracy() -> list[str]:
     """The rows of benchmarks/results/memory.json."""
     rows = [["config", "on", "changed", "estimate MiB", "compiled MiB", "ratio", "measured MiB"]]
-    found = json.loads((ROOT / "benchmarks/results/memory.json").read_text())["rows"]
-    for key, row in found.items():
+    results = json.loads((ROOT / "benchmarks/results/memory.json").read_text())["rows"]
+    for key, row in results.items():
         name, where, changes = [*key.split(" ", 2), ""][:3]
         ours, theirs = row["estimate"]["total"], row["compiled"]["peak"]
         seen = f"{row['measured'] / 2**20:,.0f}" if "measured" in row else ""
@@ -170,4 +171,4 @@ def written(text: str) -> str:
 
 if __name__ == "__main__":
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs/scale.md"
-    path.write_text(written(path.read_text()))
+    atomic_write(path, written(path.read_text()))

@@ -61,8 +61,6 @@ def check(plan: Plan, n_seeds: int, workdir: Path, say: Callable[[str], None]) -
 
     Raises InputError where `workdir` holds another check.
     """
-    from lmscale_jax.reports import coordinates as figure
-
     asked = {
         "sweep": plan.sweep,
         "sizes": plan.sizes,
@@ -102,7 +100,6 @@ def check(plan: Plan, n_seeds: int, workdir: Path, say: Callable[[str], None]) -
         result["predicted"] = coords.as_predicted(slopes, plan.control)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "coord_check.json", result)
-    figure.draw(result, workdir / "coord_check.png")
     say(summary(result))
     return result
 

@@ -44,8 +44,6 @@ def sweep(
     say: Callable[[str], None],
 ) -> dict:
     """Trains every cell and writes lr_transfer.json, after each width, and the figure."""
-    from lmscale_jax.reports import transfer as figure
-
     data = prepared.prepare(config.data, log=say)
     seeds, log_lrs = range(n_seeds), np.asarray(log2_lrs, float)
     result = {
@@ -78,7 +76,6 @@ def sweep(
         arm["drift"] = drift(arm["optimum"])
         say(f"{name}: {headline(arm['drift'], widths)}")
     write_json(workdir / "lr_transfer.json", result)
-    figure.draw(result, workdir / "lr_transfer.png")
     return result
 
 

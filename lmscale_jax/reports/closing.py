@@ -1,4 +1,4 @@
-"""What a person sees when a run ends: its loss beside simple baselines, plots, and a sample."""
+"""Prints the summary of a finished run: losses, baselines, plots and sampled text."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,13 @@ from lmscale_jax.run import cluster
 
 
 def show(finished, say: Callable[[str], None] = print) -> None:
-    """Adds the baselines to the record, draws the plots and prints the last lines of a run.
+    """Adds baseline losses to the record, plots the run and prints its summary.
 
-    Of several processes all make the sample, and the first one shows it.
+    All processes sample, since the model may be split over them; the first one prints.
+
+    Args:
+      finished: the result of training: the record, the run, its parameters.
+      say: prints a line.
     """
     run, setup, params = finished
     config, data = setup.config, setup.data
@@ -38,35 +42,42 @@ def show(finished, say: Callable[[str], None] = print) -> None:
         f"held out ({final['val_tokens']:,} tokens)"
     )
     if "val_loss_ema" in final:
-        say(f"{'running mean':<20} {final['val_loss_ema']:.4f} nats/token, of the weights")
+        say(f"{'running mean':<20} {final['val_loss_ema']:.4f} nats/token, averaged weights")
     if final["bits_per_byte"] is not None:
         say(f"{'bits per byte':<20} {final['bits_per_byte']:.4f}")
     say(f"{'record and plots':<20} {setup.workdir}/run.json, {setup.workdir}/plots/")
 
 
-def continued(setup, params, n_tokens: int = 0, prompt: str = "", **how) -> str:
-    """A prompt and its continuation; without one, the model begins a document of its own."""
+def continued(setup, params, n_tokens: int = 0, prompt: str = "", **options) -> str:
+    """Samples text from the model; returns the prompt and its continuation.
+
+    Args:
+      n_tokens: tokens to add; 0: eval.sample of the config.
+      prompt: text to continue; empty: a new document.
+      options: further arguments of `sampling.sample`.
+    """
     config, data = setup.config, setup.data
-    ids = (
-        data.tokenizer.encode_batch([prompt])[0] if prompt and data.tokenizer else np.zeros(0, int)
-    )
+    ids = np.zeros(0, int)
+    if prompt and data.tokenizer:
+        ids = data.tokenizer.encode_batch([prompt])[0]
     if data.boundary is not None:
         ids = np.concatenate([[data.boundary], ids])
     if not len(ids):
         ids = data.val.read(0, 1)
-    new = sampling.sample(
+    sampled = sampling.sample(
         setup.model.logits,
         params,
         ids,
         n_tokens or config.eval.sample,
         length=config.data.seq_len,
         vocab_size=data.vocab_size,
-        **how,
+        **options,
     )
     if data.tokenizer is None:
-        return " ".join(map(str, new))
-    return prompt + data.tokenizer.decode(new)
+        return " ".join(map(str, sampled))
+    return prompt + data.tokenizer.decode(sampled)
 
 
 def indent(text: str) -> str:
+    """Marks every line of a text as quoted."""
     return "\n".join("  | " + line for line in text.splitlines())

@@ -1,12 +1,13 @@
-"""A report as one folder: index.html, its figures as PNG, its tables as CSV."""
+"""Writes a report: index.html with its figures inside, tables also as CSV."""
 
 import base64
 import csv
 import html
-import os
 from pathlib import Path
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:1.5em auto;padding:0 1em;
+from lmscale_jax.files import atomic_write
+
+CSS = """body{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:1.5em auto;padding:0 1em;
 color:#222;background:#fff}h1{font-size:1.5em;line-height:1.25}h2{font-size:1.15em;margin-top:2em}
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:.8em 0;font-size:.88em}
 td,th{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
@@ -17,28 +18,33 @@ font-size:.85em}.wide td{white-space:normal;text-align:left}"""
 
 
 class Page:
-    """Collects what a page says and writes it at once."""
+    """An HTML page under construction: parts are appended, then written together."""
 
     def __init__(self, title: str):
         self._title, self._parts = title, []
 
     def say(self, text: str, kind: str = "") -> None:
-        """A paragraph; kind "warn" makes it stand out."""
+        """Appends a paragraph; `kind` is its CSS class: "", "warn" or "answer"."""
         mark = f' class="{kind}"' if kind else ""
         self._parts.append(f"<p{mark}>{html.escape(text)}</p>")
 
     def head(self, text: str) -> None:
+        """Appends a heading."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def code(self, text: str) -> None:
-        """Lines to copy."""
+        """Appends preformatted text, such as a command to copy."""
         self._parts.append(f"<pre>{html.escape(text)}</pre>")
 
     def table(
         self, head: list[str], rows: list[list], path: Path | None = None, kind: str = ""
     ) -> None:
-        """Numbers are shown with six digits; `path` also gets them whole, as CSV. Kind "wide" is a
-        table of sentences."""
+        """Appends a table; floats are shown with six digits.
+
+        Args:
+          path: a CSV file that gets the same rows with all digits.
+          kind: CSS class; "wide" wraps long text in cells.
+        """
 
         def line(cells, tag):
             shown = (f"{c:.6g}" if isinstance(c, float) else str(c) for c in cells)
@@ -54,7 +60,7 @@ class Page:
                 csv.writer(file).writerows([head, *rows])
 
     def figures(self, paths: list[Path]) -> None:
-        """PNG files, put into the page itself, so that it can be sent as one file."""
+        """Appends PNG files as data in the page, so that it is complete as one file."""
         for path in paths:
             image = base64.b64encode(path.read_bytes()).decode()
             self._parts.append(
@@ -62,14 +68,12 @@ class Page:
             )
 
     def write(self, folder: Path) -> Path:
-        """index.html in `folder`."""
+        """Writes index.html in `folder`; returns its path."""
         title, path = html.escape(self._title), folder / "index.html"
         text = (
             f'<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>{''.join(self._parts)}</html>\n"
+            f"<title>{title}</title><style>{CSS}</style><h1>{title}</h1>{''.join(self._parts)}</html>\n"
         )
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        atomic_write(path, text)
         return path

@@ -1,5 +1,4 @@
-"""Runs to be compared: read from their records, matched by seed, refused where more than the
-studied switch differs."""
+"""Reads evaluated runs and pairs them by seed and size; checks that only the switch differs."""
 
 import glob
 import json
@@ -18,10 +17,13 @@ SEEDS = ("seed", "data.seed")
 
 
 class Run(NamedTuple):
-    """Attributes:
-    path: the run directory.
-    record, scores: run.json and eval.json; `scores` is {} where it was not evaluated.
-    lines: of metrics.jsonl.
+    """A run as its files describe it.
+
+    Attributes:
+      path: the run directory.
+      record: run.json.
+      scores: eval.json; {} if the run was not evaluated.
+      lines: the lines of metrics.jsonl.
     """
 
     path: Path
@@ -31,30 +33,36 @@ class Run(NamedTuple):
 
     @property
     def seeds(self) -> tuple[int, ...]:
+        """Seed of the initial parameters, and of the data order."""
         return tuple(get(self.record["config"], name) for name in SEEDS)
 
 
 class Pair(NamedTuple):
+    """Two runs of the same seeds and size, without and with the switch."""
+
     baseline: Run
     variant: Run
 
 
 def read(workdir: Path) -> Run:
-    """Raises InputError where it holds no run record."""
+    """Reads a run directory. Raises InputError if it holds no run.json."""
     path = workdir / "eval.json"
     scores = json.loads(path.read_text()) if path.exists() else {}
     return Run(workdir, read_record(workdir), scores, read_metrics(workdir / "metrics.jsonl"))
 
 
 def read_all(flag: str, value: str) -> list[Run]:
-    """Runs named by directories or globs, joined by commas; each must have been evaluated."""
+    """Reads runs named by directories or globs, joined by commas.
+
+    Raises InputError, with the name of the flag, for a run that was not evaluated.
+    """
     paths = [Path(p) for part in value.split(",") for p in sorted(glob.glob(part)) or [part]]
     runs = [read(path) for path in dict.fromkeys(paths)]
     for run in runs:
         if "val_loss" not in run.scores:
             raise InputError(
-                f"--{flag}={run.path} holds no evaluation; "
-                f"python -m lmscale_jax.evaluate --workdir={run.path} makes it"
+                f"--{flag}={run.path} has no evaluation; "
+                f"run python -m lmscale_jax.evaluate --workdir={run.path}"
             )
     return runs
 
@@ -64,74 +72,86 @@ def match(
 ) -> list[Pair]:
     """Pairs runs of the same seeds and size; there may be several sizes.
 
-    Raises InputError where a run has no partner or several, or where the configs of two partners
-    differ in anything but `switch`, a key or a group of keys, unless that is allowed.
+    Args:
+      switch: the key, or the group of keys, in which partners may differ.
+      allow_differences: accept partners that differ in other keys, too.
+
+    Raises:
+      InputError: a run has no partner or several, or partners differ in more than the switch.
     """
-    found, rest = [], list(baselines)
+    matched, unmatched = [], list(baselines)
     for variant in variants:
-        partners = [b for b in rest if _place(b) == _place(variant)]
+        partners = [b for b in unmatched if _seeds_and_size(b) == _seeds_and_size(variant)]
         if not partners and len(baselines) == len(variants) == 1:
             partners = baselines
         if len(partners) != 1:
             raise InputError(
-                f"--variant={variant.path} has {len(partners) or 'no'} partner(s) among "
-                f"--baseline with its {_told(variant)}; exactly one of each seed would work"
+                f"--variant={variant.path}: {len(partners)} runs of --baseline have its "
+                f"{_seeds_text(variant)}; name exactly one"
             )
         pair = Pair(partners[0], variant)
         if not allow_differences:
-            _check(pair, switch)
-        found.append(pair)
-        rest.remove(pair.baseline)
-    if rest:
+            _check_comparable(pair, switch)
+        matched.append(pair)
+        unmatched.remove(pair.baseline)
+    if unmatched:
         raise InputError(
-            f"--baseline={rest[0].path} has no partner with its {_told(rest[0])}; leave it out"
+            f"--baseline={unmatched[0].path}: no run of --variant has its "
+            f"{_seeds_text(unmatched[0])}; leave it out"
         )
-    return found
+    return matched
 
 
-def _place(run: Run) -> tuple:
+def keys_outside(keys: list[str], switch: str) -> list[str]:
+    """Returns the config keys that are neither `switch` nor in the group of that name."""
+    return [key for key in keys if key != switch and not key.startswith(f"{switch}.")]
+
+
+def _seeds_and_size(run: Run) -> tuple:
     sizes = ("model.n_layers", "model.d_model")
     return (*run.seeds, *(get(run.record["config"], name) for name in sizes))
 
 
-def _told(run: Run) -> str:
+def _seeds_text(run: Run) -> str:
     return " and ".join(f"{n}={v}" for n, v in zip(SEEDS, run.seeds, strict=True)) + " and size"
 
 
-def _check(pair: Pair, switch: str) -> None:
-    one, two = (run.record["config"] for run in pair)
-    changed = differences(one, two, identity_only=True)
-    other = [p for p in changed if p != switch and not p.startswith(f"{switch}.")]
-    said = [f"{path} ({get(one, path)!r}, {get(two, path)!r})" for path in other]
+def _check_comparable(pair: Pair, switch: str) -> None:
+    baseline, variant = (run.record["config"] for run in pair)
+    changed = differences(baseline, variant, identity_only=True)
+    others = [
+        f"{key} ({get(baseline, key)!r}, {get(variant, key)!r})"
+        for key in keys_outside(changed, switch)
+    ]
     for name in ("fingerprint", "val_fingerprint"):
         if pair.baseline.record["data"][name] != pair.variant.record["data"][name]:
-            said.append(f"the data's {name}")
-    if said:
+            others.append(f"the data's {name}")
+    if others:
         raise InputError(
             f"--baseline={pair.baseline.path} and --variant={pair.variant.path} differ in more "
-            f"than {switch}: {', '.join(said)}; --allow_differences compares them all the same"
+            f"than {switch}: {', '.join(others)}; use --allow_differences to compare them anyway"
         )
     if not changed:
         raise InputError(
             f"--baseline={pair.baseline.path} and --variant={pair.variant.path} have the same "
-            f"config, {switch} included; --switch names the group that is studied"
+            f"config, {switch} included; name the studied key or group by --switch"
         )
 
 
 def difference(pairs: list[Pair]) -> dict:
-    """Variant minus baseline in held-out loss, nats a token, paired by seed.
+    """Computes variant minus baseline in held-out loss, nats per token, paired by seed.
 
-    {"mean", "low", "high", "p", "n"}: the 95 % interval and two-sided p of Student's t over pairs;
-    None with a single pair, whose own noise is not known.
+    Returns:
+      {"mean", "low", "high", "p", "n"}: 95 % interval and two-sided p of Student's t over n pairs;
+      None for a single pair, whose noise is unknown.
     """
     d = np.array([v.scores["val_loss"] - b.scores["val_loss"] for b, v in pairs])
-    found = {"mean": float(d.mean()), "low": None, "high": None, "p": None, "n": len(d)}
+    result = {"mean": float(d.mean()), "low": None, "high": None, "p": None, "n": len(d)}
     if len(d) > 1:
         from scipy import stats
 
         se = d.std(ddof=1) / np.sqrt(len(d))
         half = stats.t.ppf(0.975, len(d) - 1) * se
         p = 2 * stats.t.sf(abs(d.mean()) / max(se, 1e-300), len(d) - 1)
-        found |= {"low": d.mean() - half, "high": d.mean() + half, "p": p}
-        found = {k: float(v) if isinstance(v, np.floating) else v for k, v in found.items()}
-    return found
+        result |= {"low": float(d.mean() - half), "high": float(d.mean() + half), "p": float(p)}
+    return result

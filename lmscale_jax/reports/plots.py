@@ -1,4 +1,4 @@
-"""Figures of one run, from its run.json and metrics.jsonl alone."""
+"""Plots a run from its run.json and metrics.jsonl; holds the style that all figures share."""
 
 import json
 from pathlib import Path
@@ -7,69 +7,144 @@ import numpy as np
 
 from lmscale_jax.run.writers import read_metrics
 
+# One colour for each arm that is compared.
+ARM_COLOURS = ("tab:blue", "tab:red", "tab:green", "tab:purple", "tab:orange", "tab:brown")
+STYLE = {"legend.frameon": False, "legend.fontsize": 8, "savefig.dpi": 120}
+
 
 def draw(workdir: Path, folder: Path | None = None) -> list[Path]:
-    """Writes *.png of a run directory into `folder`, by default its plots/; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Plots a run directory as PNG files in `folder`, by default its plots/; returns the paths."""
     lines = read_metrics(workdir / "metrics.jsonl")
     record = json.loads((workdir / "run.json").read_text())
     folder = folder or workdir / "plots"
     folder.mkdir(exist_ok=True)
-    made = [_loss(lines, record, folder / "loss.png")]
+    paths = [_plot_training(lines, record, folder / "loss.png")]
     if any("grad_norm_layers" in line for line in lines):
-        made.append(_layers(lines, folder / "layers.png"))
+        paths.append(_plot_layer_norms(lines, folder / "layers.png"))
     if any("spectral/" in name for line in lines for name in line):
-        made.append(_spectra(lines, folder / "spectral.png"))
-    return made
+        paths.append(_plot_spectra(lines, folder / "spectral.png"))
+    return paths
+
+
+def new_figure(size: tuple[float, float], rows: int = 1, columns: int = 1, **layout):
+    """Creates a figure in our style; returns (figure, axes) as `pyplot.subplots` does.
+
+    Args:
+      size: width and height in inches.
+      layout: further arguments of `pyplot.subplots`.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws files; needs no display
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(STYLE)
+    return pyplot.subplots(rows, columns, figsize=size, **layout)
+
+
+def save(figure, path: Path) -> Path:
+    """Writes a figure as PNG, closes it and returns the path."""
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def graded_colours(n: int) -> np.ndarray:
+    """Returns n colours from dark to light, [n, 4], for lines that have an order."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](np.linspace(0, 0.9, n))
+
+
+def fill_band(axis, x, low, high, colour: str, label: str | None = None) -> None:
+    """Shades the interval from low to high around a line."""
+    axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0, label=label)
+
+
+def plot_gain(axis, gain: list[dict], colour: str, label: str, band: str | None = None) -> None:
+    """Plots k(C), the compute factor at equal loss, with its interval.
+
+    Args:
+      gain: rows with "c" (FLOPs), "k", "low" and "high", in any order.
+      label, band: names of the line and of the interval in the legend.
+    """
+    rows = sorted(gain, key=lambda row: row["c"])
+    c, k, low, high = (np.array([row[x] for row in rows]) for x in ("c", "k", "low", "high"))
+    axis.plot(c, k, color=colour, label=label)
+    fill_band(axis, c, low, high, colour, band)
+    axis.set(xscale="log", yscale="log")
+
+
+def plain_ticks(axis) -> None:
+    """Labels logarithmic axes with few plain numbers: losses span less than a decade."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+    bottom, top = axis.get_ylim()
+    narrow = top < 4 * bottom
+    locator = MaxNLocator(6) if narrow else LogLocator(10, subs=(1.0, 2.0, 5.0))
+    axis.yaxis.set_major_locator(locator)
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    decade_ticks(axis)
+
+
+def decade_ticks(axis) -> None:
+    """Labels a logarithmic x axis at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e+", "e")))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _series(lines: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and values of the lines that have a number under this name."""
-    chosen = [line for line in lines if line.get(name) is not None]
+    """Returns tokens and values of the lines that have a value under this name."""
+    with_value = [line for line in lines if line.get(name) is not None]
     return (
-        np.array([line["tokens"] for line in chosen], float),
-        np.array([line[name] for line in chosen], float),
+        np.array([line["tokens"] for line in with_value], float),
+        np.array([line[name] for line in with_value], float),
     )
 
 
-def _loss(lines: list[dict], record: dict, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1))
-    left.plot(*_series(lines, "train_loss"), lw=1, color="tab:blue", label="training")
+def _plot_training(lines: list[dict], record: dict, path: Path) -> Path:
+    """Plots training and held-out loss with the baselines; learning rate and gradient norm."""
+    figure, (loss_axis, rate_axis) = new_figure((11, 4), columns=2, width_ratios=(2, 1))
+    loss_axis.plot(*_series(lines, "train_loss"), lw=1, color="tab:blue", label="training")
     tokens, loss = _series(lines, "val_loss")
     _, sem = _series(lines, "val_loss_sem")
     if len(loss):
         error = sem if len(sem) == len(loss) else None
-        left.errorbar(tokens, loss, error, fmt="o-", ms=4, color="tab:red", label="held out")
+        loss_axis.errorbar(tokens, loss, error, fmt="o-", ms=4, color="tab:red", label="held out")
     for name, value in (record.get("baselines") or {}).items():
-        left.axhline(value, ls=":", color="0.4")
-        left.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    left.set(xlabel="tokens", ylabel="loss, nats per token", title=record["name"])
-    left.legend(frameon=False)
-    right.plot(*_series(lines, "lr"), color="tab:green")
-    right.set(xlabel="tokens", ylabel="learning rate")
-    twin = right.twinx()
-    twin.plot(*_series(lines, "grad_norm"), lw=0.6, color="0.5")
-    twin.set(ylabel="gradient norm", yscale="log")
+        loss_axis.axhline(value, ls=":", color="0.4")
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        loss_axis.annotate(name, (1, value), **place)
+    loss_axis.set(xlabel="tokens", ylabel="loss, nats per token", title=record["name"])
+    loss_axis.legend()
+    rate_axis.plot(*_series(lines, "lr"), color="tab:green")
+    rate_axis.set(xlabel="tokens", ylabel="learning rate")
+    norm_axis = rate_axis.twinx()
+    norm_axis.plot(*_series(lines, "grad_norm"), lw=0.6, color="0.5")
+    norm_axis.set(ylabel="gradient norm", yscale="log")
     return save(figure, path)
 
 
-def _layers(lines: list[dict], path: Path) -> Path:
-    """Norms of every block over training: gradient, parameters, update, update over parameters."""
-    from matplotlib import pyplot as plt
-
-    chosen = [line for line in lines if "grad_norm_layers" in line]
-    tokens = np.array([line["tokens"] for line in chosen], float)
+def _plot_layer_norms(lines: list[dict], path: Path) -> Path:
+    """Plots norms of every block over training: gradient, parameters, update, their ratio."""
+    tokens, grad_SxL = _series(lines, "grad_norm_layers")
+    _, param_SxL = _series(lines, "param_norm_layers")
+    _, update_SxL = _series(lines, "update_norm_layers")
     values = {
-        name: np.array([line[f"{name}_norm_layers"] for line in chosen], float)
-        for name in ("grad", "param", "update")
+        "grad": grad_SxL,
+        "param": param_SxL,
+        "update": update_SxL,
+        "update / param": update_SxL / np.maximum(param_SxL, 1e-30),
     }
-    values["update / param"] = values["update"] / np.maximum(values["param"], 1e-30)
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
-    colours = plt.cm.viridis(np.linspace(0, 0.9, values["grad"].shape[1]))
+    figure, axes = new_figure((16, 3.6), columns=len(values))
+    colours = graded_colours(grad_SxL.shape[1])
     for axis, (name, series_SxL) in zip(axes, values.items(), strict=True):
         for layer, colour in enumerate(colours):
             axis.plot(tokens, series_SxL[:, layer], lw=1, color=colour, label=f"block {layer}")
@@ -77,43 +152,28 @@ def _layers(lines: list[dict], path: Path) -> Path:
         axis.set(xlabel="tokens", title=f"{name} norm", yscale="log" if positive else "linear")
         axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
     if len(colours) <= 12:
-        axes[-1].legend(frameon=False, fontsize=7)
+        axes[-1].legend()
     return save(figure, path)
 
 
-def _spectra(lines: list[dict], path: Path) -> Path:
-    """For every matrix its spectral norm, that of its update, and its stable rank, by layer."""
-    from matplotlib import pyplot as plt
-
-    first = "spectral/weight/"
-    paths = sorted({n[len(first) :] for line in lines for n in line if n.startswith(first)})
-    rows = {
+def _plot_spectra(lines: list[dict], path: Path) -> Path:
+    """Plots the spectral norm of every matrix, that of its update, and its stable rank."""
+    prefix = "spectral/weight/"
+    matrices = sorted({n[len(prefix) :] for line in lines for n in line if n.startswith(prefix)})
+    quantities = {
         "weight": "σ₁(W) √(in/out)",
         "update": "σ₁(ΔW) √(in/out)",
         "stable_rank": "stable rank of W",
     }
-    figure, axes = plt.subplots(
-        len(rows), len(paths), figsize=(2.6 * len(paths), 2.4 * len(rows)),
-        sharex=True, squeeze=False,
-    )  # fmt: skip
-    for row, (quantity, label) in zip(axes, rows.items(), strict=True):
-        for axis, matrix in zip(row, paths, strict=True):
+    size = (2.6 * len(matrices), 2.4 * len(quantities))
+    figure, axes = new_figure(size, len(quantities), len(matrices), sharex=True, squeeze=False)
+    for row, (quantity, label) in zip(axes, quantities.items(), strict=True):
+        for axis, matrix in zip(row, matrices, strict=True):
             tokens, series_SxL = _series(lines, f"spectral/{quantity}/{matrix}")
-            for layer, colour in enumerate(
-                plt.cm.viridis(np.linspace(0, 0.9, series_SxL.shape[1]))
-            ):
+            for layer, colour in enumerate(graded_colours(series_SxL.shape[1])):
                 axis.plot(tokens, series_SxL[:, layer], lw=1, color=colour)
             axis.tick_params(labelsize=7)
         row[0].set_ylabel(label, fontsize=8)
-    for axis, matrix in zip(axes[0], paths, strict=True):
+    for axis, matrix in zip(axes[0], matrices, strict=True):
         axis.set_title(matrix.removeprefix("blocks/").removesuffix("/weight"), fontsize=8)
     return save(figure, path)
-
-
-def save(figure, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path

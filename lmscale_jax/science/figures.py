@@ -4,36 +4,44 @@ from pathlib import Path
 
 import numpy as np
 
+from lmscale_jax.reports.plots import (
+    ARM_COLOURS,
+    fill_band,
+    graded_colours,
+    new_figure,
+    plain_ticks,
+    plot_gain,
+    save,
+)
 from lmscale_jax.science import intervals, laws
 from lmscale_jax.science.isoflop import DEGREES
 from lmscale_jax.science.table import FLOPS_FACTOR
 
-SIZES = 5
-POINTS = 80
+# Curves of fixed n, and points of a curve.
+N_CURVES = 5
+CURVE_POINTS = 80
 
 
 def fit(result, path: Path) -> Path:
     """Plots the data with the law and its band, the residuals, and the profile of a free floor."""
-    plt = _pyplot()
     panels = 3 if result.profile is not None else 2
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4.2))
-    _data(axes[0], result)
-    _residuals(axes[1], result)
+    figure, axes = new_figure((5.2 * panels, 4.2), columns=panels)
+    _plot_data(axes[0], result)
+    _plot_fit_residuals(axes[1], result)
     if result.profile is not None:
-        _profile(axes[2], result)
-    return _save(figure, path)
+        _plot_floor_profile(axes[2], result)
+    return save(figure, path)
 
 
 def isoflop(summary: dict, curves: dict, path: Path) -> Path:
     """Plots loss against size at each budget with the fitted curves, and N* against compute."""
-    plt = _pyplot()
     table, surface = curves["table"], curves["surface"]
-    figure, (loss_axis, size_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
-    colours = plt.cm.viridis(np.linspace(0, 0.9, len(curves["groups"])))
+    figure, (loss_axis, size_axis) = new_figure((11, 4.4), columns=2)
+    colours = graded_colours(len(curves["groups"]))
     for rows, colour in zip(curves["groups"], colours, strict=True):
         n, c = table.n[rows], float(np.exp(np.log(table.c[rows]).mean()))
         loss_axis.plot(n, table.loss[rows], "o", ms=3, color=colour, label=f"{c:.2g} FLOPs")
-        x = np.linspace(np.log(n.min()), np.log(n.max()), POINTS)
+        x = np.linspace(np.log(n.min()), np.log(n.max()), CURVE_POINTS)
         for degree, style in zip(DEGREES.values(), (":", "--"), strict=True):
             if len(rows) > degree:
                 p = np.polyfit(np.log(n) - x.mean(), table.loss[rows], degree)
@@ -42,57 +50,55 @@ def isoflop(summary: dict, curves: dict, path: Path) -> Path:
         loss_axis.plot(np.exp(x), smooth, color=colour, lw=1)
     loss_axis.set(xscale="log", xlabel="parameters", ylabel="loss, nats per token")
     loss_axis.set_title("parabola dotted, cubic dashed, surface solid")
-    loss_axis.legend(frameon=False, fontsize=7)
+    loss_axis.legend()
     for name, method in summary["methods"].items():
         points = [(b["c"], b["n_star"]) for b in method["budgets"] if b["n_star"]]
         c, n = np.array(points).T
         size_axis.plot(c, n, "o-", ms=4, lw=1, label=f"{name}: a = {method['a']:.3f}")
     size_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="compute-optimal parameters")
-    size_axis.legend(frameon=False)
-    return _save(figure, path)
+    size_axis.legend()
+    return save(figure, path)
 
 
 def compare(verdict: dict, table, fits: dict, path: Path) -> Path:
     """Plots both arms' losses with their laws in c, and the compute factor k(C) with its band."""
-    plt = _pyplot()
-    figure, (loss_axis, gain_axis) = plt.subplots(1, 2, figsize=(11, 4.4))
-    for arm, colour in zip(verdict["arms"], ("tab:blue", "tab:red"), strict=True):
+    figure, (loss_axis, gain_axis) = new_figure((11, 4.4), columns=2)
+    for arm, colour in zip(verdict["arms"], ARM_COLOURS, strict=False):
         rows = table.arm(arm)
         loss_axis.plot(rows.c, rows.loss, "o", ms=4, color=colour, label=arm)
         if arm in fits and fits[arm].law.columns == ("c",):
-            c = np.geomspace(rows.c.min(), rows.c.max() * 3, POINTS)
+            c = np.geomspace(rows.c.min(), rows.c.max() * 3, CURVE_POINTS)
             loss_axis.plot(c, fits[arm].predict(c=c), lw=1, color=colour)
     loss_axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token")
     loss_axis.set_title(verdict["verdict"])
-    _plain_ticks(loss_axis)
-    loss_axis.legend(frameon=False)
-    gain = sorted(verdict["gain"], key=lambda row: row["c"])
-    c, k, low, high = (np.array([row[x] for row in gain]) for x in ("c", "k", "low", "high"))
-    level = verdict["shift"]["level"]
-    gain_axis.plot(c, k, color="tab:green")
-    gain_axis.fill_between(c, low, high, alpha=0.2, color="tab:green", label=f"{100 * level:g} %")
-    gain_axis.axhline(1, color="0.5", lw=0.8)
+    plain_ticks(loss_axis)
+    loss_axis.legend()
     first, second = verdict["arms"]
-    gain_axis.set(xscale="log", yscale="log", xlabel="FLOPs", title="at equal loss")
-    _plain_ticks(gain_axis)
-    gain_axis.set_ylabel(f"compute of {first} / compute of {second}")
-    gain_axis.legend(frameon=False)
-    return _save(figure, path)
+    level = f"{100 * verdict['shift']['level']:g} %"
+    plot_gain(gain_axis, verdict["gain"], "tab:green", f"{first} / {second}", level)
+    gain_axis.axhline(1, color="0.5", lw=0.8)
+    gain_axis.set(xlabel="FLOPs", ylabel=f"compute of {first} / compute of {second}")
+    gain_axis.set_title("at equal loss")
+    plain_ticks(gain_axis)
+    gain_axis.legend()
+    return save(figure, path)
 
 
-def _data(axis, result) -> None:
+def _plot_data(axis, result) -> None:
     """Plots loss against compute: data, law and band; laws in n and d as curves of fixed n."""
     table = result.table
     axis.plot(table.c, table.loss, "o", ms=3, color="0.4", label="runs")
-    c = np.geomspace(table.c.min(), table.c.max() * 3, POINTS)
+    c = np.geomspace(table.c.min(), table.c.max() * 3, CURVE_POINTS)
     if "n" not in result.law.columns:
         columns = {"c": c}
         axis.plot(c, result.predict(c=c), color="tab:red", label=result.law.name)
     else:
-        columns = _optimal(result, c)
-        for n in np.quantile(np.unique(table.n), np.linspace(0, 1, SIZES)):
+        columns = _optimum(result, c)
+        for n in np.quantile(np.unique(table.n), np.linspace(0, 1, N_CURVES)):
             same_size = table.n == table.n[np.abs(np.log(table.n / n)).argmin()]
-            d = np.geomspace(table.d[same_size].min() / 2, table.d[same_size].max() * 2, POINTS)
+            d = np.geomspace(
+                table.d[same_size].min() / 2, table.d[same_size].max() * 2, CURVE_POINTS
+            )
             loss = result.predict(n=n, d=d)
             axis.plot(table.flops(n, d), loss, lw=0.8, color="tab:blue", alpha=0.6)
         if columns:
@@ -100,21 +106,20 @@ def _data(axis, result) -> None:
             axis.plot(c, result.predict(**columns), color="tab:red", label=label)
     if result.draws is not None and columns:
         low, high = intervals.band(result.predict_draws(**columns), result.level)
-        label = f"{100 * result.level:g} %"
-        axis.fill_between(c, low, high, color="tab:red", alpha=0.2, label=label)
+        fill_band(axis, c, low, high, "tab:red", f"{100 * result.level:g} %")
     axis.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel="loss, nats per token",
              title=result.table.name)  # fmt: skip
-    _plain_ticks(axis)
-    axis.legend(frameon=False, fontsize=8)
+    plain_ticks(axis)
+    axis.legend()
 
 
-def _optimal(result, c: np.ndarray) -> dict | None:
+def _optimum(result, c: np.ndarray) -> dict | None:
     """Computes n and d of the optimum at budgets c; None if there is no optimum."""
     n, d = laws.compute_optimum(result.params, c / result.table.flops_factor)
     return {"n": n, "d": d} if np.isfinite(n).all() else None
 
 
-def _residuals(axis, result) -> None:
+def _plot_fit_residuals(axis, result) -> None:
     """Plots the residuals in per cent of the loss, coloured by size."""
     r = 100 * result.residuals()
     axis.axhline(0, color="0.5", lw=0.8)
@@ -128,7 +133,7 @@ def _residuals(axis, result) -> None:
     axis.set(xscale="log", xlabel="FLOPs", ylabel="residual, % of the loss (dotted: delta)")
 
 
-def _profile(axis, result) -> None:
+def _plot_floor_profile(axis, result) -> None:
     """Plots the objective at pinned floors with the interval of E."""
     p = result.profile
     axis.plot(p.E, p.objective, color="tab:purple")
@@ -136,28 +141,4 @@ def _profile(axis, result) -> None:
     axis.axvline(result.params["E"], color="tab:red", lw=0.8, label="fit")
     top = p.objective.min() + 20 * max(p.objective.min() * 0.02, 1e-300)
     axis.set(xlabel="E, nats per token", ylabel="objective at pinned E", ylim=(None, top))
-    axis.legend(frameon=False)
-
-
-def _plain_ticks(axis) -> None:
-    """Labels the loss axis with plain numbers: losses span less than a decade."""
-    from matplotlib.ticker import ScalarFormatter
-
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_formatter(ScalarFormatter())
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure, path: Path) -> Path:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    _pyplot().close(figure)
-    return path
+    axis.legend()
