@@ -8,16 +8,16 @@ at once through one forward pass.
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.model.stack import PARTS
 from lmscale_jax.mur import utility
+from lmscale_jax.mur.settings import GRANULARITIES
 
 
 class Collect:
     """Adds `probes` [L, P, N, D] to the outputs of all blocks and returns (nll_BxT, δ_LxPxNxD)."""
 
-    def __init__(self, probes: jax.Array, granularity: str):
+    def __init__(self, probes: jax.Array, part_names: tuple[str, ...]):
         self.first, self.stop = 0, len(probes)
-        self.probes, self.granularity = probes, granularity
+        self.probes, self.part_names = probes, part_names
 
     def begin(self, h_NxD):
         return h_NxD, jnp.zeros_like(self.probes)
@@ -86,10 +86,10 @@ def combined(config, model, how, lam, layers, weigh):
 
 
 def _parts(config, model, how, layers, weigh):
-    granularity = config.mur.granularity
+    names = GRANULARITIES[config.mur.granularity].names
 
     def forward(params, probes, batch, key):
-        return model.losses(params, *batch, key, Collect(probes, granularity))
+        return model.losses(params, *batch, key, Collect(probes, names))
 
     def hinges(g, deltas, nll_BxT, batch):
         labelled_BxT = batch.targets_BxT >= 0
@@ -99,7 +99,7 @@ def _parts(config, model, how, layers, weigh):
                 how, g[l, p], deltas[l, p], labelled_BxT.reshape(-1), weight_N, config.mur.tau
             )
             for l in layers  # noqa: E741
-            for p in range(len(PARTS[granularity]))
+            for p in range(len(names))
         ]
         return sum(terms) / len(terms)
 
@@ -107,5 +107,5 @@ def _parts(config, model, how, layers, weigh):
 
 
 def _zeros(config, batch):
-    parts = len(PARTS[config.mur.granularity])
+    parts = len(GRANULARITIES[config.mur.granularity].names)
     return jnp.zeros((config.model.n_layers, parts, batch.tokens_BxT.size, config.model.d_model))

@@ -77,7 +77,11 @@ REFUSED = {
 }
 # Keys with several tables, and why.
 SEVERAL_TABLES = {
-    "data.source": "reading documents (sources.py) and opening shards (prepared.py) are two layers"
+    "data.source": "reading documents (sources.py) and opening shards (prepared.py) are two layers",
+    **dict.fromkeys(
+        ("model.gelu", "model.mlp", "model.norm", "model.positions"),
+        "hf.py has the names that Hugging Face uses",
+    ),
 }
 
 

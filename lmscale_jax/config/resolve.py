@@ -10,9 +10,8 @@ from ml_collections import ConfigDict
 from lmscale_jax.config import conflicts
 from lmscale_jax.config.durations import DURATION, in_steps, total_steps
 from lmscale_jax.config.key import Key
-from lmscale_jax.config.keys import SPEC, get, keys
+from lmscale_jax.config.keys import SPEC, get, is_used, keys
 from lmscale_jax.errors import InputError
-from lmscale_jax.parametrization.schemes import scheme
 
 
 def validate(config: ConfigDict) -> None:
@@ -118,7 +117,7 @@ def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     model = config.model
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.head_dim = model.head_dim or model.d_model // model.n_heads
-    if scheme(config).has_base:
+    if is_used(config, "parametrization.base_width"):
         _resolve_base(config)
     model.d_ff = model.d_ff or _mlp_width(model, model.d_model)
     if model.positions == "learned":

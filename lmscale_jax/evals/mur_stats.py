@@ -34,7 +34,8 @@ def make(model: Model, config, granularity: str, mesh) -> Callable:
     """The jitted (params, batch) -> utility, |δ| and |g| of every token as [L, P, 3, B, T], and
     which of them have a label, [B, T]."""
     taking = streams.Taking(Measure(config.mur.metric, config.mur.eps), ())
-    n_layers, parts = config.model.n_layers, len(GRANULARITIES[granularity].names)
+    n_layers, names = config.model.n_layers, GRANULARITIES[granularity].names
+    parts = len(names)
 
     def tokens(params, batch):
         labelled_BxT = batch.targets_BxT >= 0
@@ -42,7 +43,7 @@ def make(model: Model, config, granularity: str, mesh) -> Callable:
         known = streams.Known(labelled_BxT, 1.0, jnp.zeros((n_layers, parts)), 0.0, None)
 
         def total(slots):
-            around = streams.Watch(taking, slots, known, range(n_layers), granularity)
+            around = streams.Watch(taking, slots, known, range(n_layers), names)
             return model.losses(params, *batch, None, around).sum()
 
         values = jax.grad(total)(taking.slots(n_layers, parts, labelled_BxT.size))

@@ -21,7 +21,7 @@ from lmscale_jax.run import mesh as meshes
 class Thinned:
     """Skips the blocks whose `keep_L` is 0 and measures the influence of all; a `BlockWrapper`."""
 
-    granularity, first = "block", 0
+    part_names, first = ("block",), 0
 
     def __init__(self, keep_L: jax.Array):
         self.keep_L, self.stop = keep_L, len(keep_L)

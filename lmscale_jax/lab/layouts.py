@@ -9,7 +9,8 @@ from lmscale_jax.model.chips import Chip
 # Share of a chip's memory that the estimate may fill: the runtime takes some, and the estimate is
 # not exact.
 FILL = 0.85
-REMAT = ("none", "dots", "block")
+# From the fastest to the smallest.
+REMAT_BY_COST = ("none", "dots", "block")
 
 
 class Layout(NamedTuple):
@@ -38,7 +39,7 @@ def best(config, specs: dict, chip: Chip, count: int) -> Layout | str:
     rows, least = config.train.batch_size, None
     found = []
     for sizes in meshes(config, chip, count):
-        for remat in REMAT:
+        for remat in REMAT_BY_COST:
             fitting, smallest = _fit(config, specs, chip, sizes, remat)
             least = min(least or smallest, smallest)
             if fitting:

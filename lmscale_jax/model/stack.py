@@ -13,32 +13,30 @@ from lmscale_jax.model.context import ForwardContext
 from lmscale_jax.model.transformer import Block
 from lmscale_jax.modes import Modes
 
-# The parts of a block, in turn, that a wrapper may wrap apart from each other.
-BRANCHES = (Block.attend, Block.feed)
-
 
 def _whole(block: Block, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
     return block.feed(context, block.attend(context, h_NxD))
 
 
-PARTS = Modes("mur.granularity", {"block": (_whole,), "branch": BRANCHES})
+# The parts of a block that a wrapper may wrap, by name.
+PARTS = {"block": _whole, "attention": Block.attend, "mlp": Block.feed}
 
 
 class BlockWrapper(Protocol):
     """Wraps some of the blocks: their inputs and outputs, and how gradients pass.
 
-    `part(context, h_NxD, (params, index)) -> h_NxD` is a block, or with granularity "branch" first
-    its attention and then its MLP. It closes over no traced value, so that it can be put inside a
-    `jax.custom_vjp`; `index` counts layers.
+    `part(context, h_NxD, (params, index)) -> h_NxD` is a block, or first its attention and then its
+    MLP. It closes over no traced value, so that it can be put inside a `jax.custom_vjp`; `index`
+    counts layers.
 
     Attributes:
       first, stop: the blocks first..stop-1 are wrapped.
-      granularity: "block" or "branch".
+      part_names: the parts of each block that are wrapped in turn, keys of PARTS.
     """
 
     first: int
     stop: int
-    granularity: str
+    part_names: tuple[str, ...]
 
     def begin(self, h_NxD: jax.Array):
         """Returns what is carried through the blocks in place of h."""
@@ -162,7 +160,7 @@ def run_blocks(
     def body_of(segment: Segment, context: ForwardContext) -> Callable:
         def body(h_NxD, layer):
             block, here = at_layer(context.replace(taps={}), layer)
-            for branch in BRANCHES:
+            for branch in (Block.attend, Block.feed):
                 h_NxD = branch(block, here, h_NxD)
             return h_NxD, (here.taps, h_NxD if segment.hands_out else None)
 
@@ -194,8 +192,8 @@ def run_blocks(
 
 def _wrapped_body(wrapper: BlockWrapper, part, context: ForwardContext, remat: str) -> Callable:
     wrapped_parts = [
-        wrapper.wrap(functools.partial(part, branch), number, remat)
-        for number, branch in enumerate(PARTS[wrapper.granularity])
+        wrapper.wrap(functools.partial(part, PARTS[name]), number, remat)
+        for number, name in enumerate(wrapper.part_names)
     ]
 
     def body(carry, layer):

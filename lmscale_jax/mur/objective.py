@@ -167,7 +167,7 @@ class Asked:
         o = self._objective
         layers = o.layers if o.mode.adds_hinge else range(o._n)
         kind = streams.Paired if o.mode.adds_hinge else streams.Watch
-        return kind(self._taking, slots, known, layers, o._mur.granularity)
+        return kind(self._taking, slots, known, layers, GRANULARITIES[o._mur.granularity].names)
 
     def taken(self, slot_bars) -> dict:
         """{statistic: [L, P]}, the mean over micro-batches."""

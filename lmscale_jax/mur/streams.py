@@ -75,10 +75,10 @@ class Watch:
     """
 
     def __init__(
-        self, taking: Taking, slots: jax.Array, known: Known, layers: range, granularity: str
+        self, taking: Taking, slots: jax.Array, known: Known, layers: range, part_names: tuple
     ):
         self.taking, self.slots, self.known = taking, slots, known
-        self.first, self.stop, self.granularity = layers.start, layers.stop, granularity
+        self.first, self.stop, self.part_names = layers.start, layers.stop, part_names
 
     def begin(self, h_NxD):
         return h_NxD, jnp.zeros(len(h_NxD), FLOAT)

@@ -10,11 +10,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmscale_jax.config.keys import is_used
 from lmscale_jax.data.prepared import cache_root
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import map_named, named
 from lmscale_jax.model.placement import AXES, BATCH, ROWS, partition
-from lmscale_jax.mur.settings import MODES
 
 # Packages that bring another backend than CPU.
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
@@ -125,7 +125,7 @@ def _check_batch(config, sizes: dict[str, int]) -> None:
             f"config.data.seq_len={config.data.seq_len} cannot be split over mesh.sequence="
             f"{pieces}; {-(-config.data.seq_len // pieces) * pieces} would work"
         )
-    measures = MODES[config.mur.mode].measures or config.eval.redundancy_every != "0"
+    measures = is_used(config, "mur.metric") or config.eval.redundancy_every != "0"
     if pieces > 1 and measures:
         raise InputError(
             f"config.mesh.sequence={pieces}: marginal utility and redundancy look at whole windows "
