@@ -86,8 +86,8 @@ def evaluate(
     bounds: tuple[float, float] = (0.0, 1.0),
 ) -> dict:
     """Lists by layer over host batches: {"sink", "largest": {name}, "gate": {"mean", "p10", "p50",
-    "p90", "frac_below_0.1"}}, the last where there is one. Windows of padding do not count; `bounds`
-    are those of `make`."""
+    "p90", "frac_below_0.1"}}, the last where there is one. Windows of padding do not count;
+    `bounds` are those of `make`."""
     kept: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         real_B = (np.asarray(batch.targets_BxT) >= 0).any(axis=1)
