@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import config_dict
 from test_modes import SMALL, program
 
-from lmscale_jax.config import keys
+from lmscale_jax.config.keys import keys
 from lmscale_jax.configs import base
 from lmscale_jax.data import prepared
 from lmscale_jax.errors import InputError
@@ -20,11 +20,13 @@ LIBRARY = config_dict.__file__
 # Functions that read all keys alike, to check, name, compare or copy a config; a key that nothing
 # else reads is one without a meaning. `resolve` reads by name those that only derive others.
 ALIKE = {
-    "config.py": {
-        "get", "validate", "check_keys", "_check_names", "_check_value", "_check_used",
-        "differences", "fingerprint",
+    "keys.py": {"get", "has", "is_used"},
+    "resolve.py": {
+        "validate", "check_keys", "_check_names", "_check_value", "_check_used", "differences",
+        "fingerprint",
     },
-    "clashes.py": None,
+    "durations.py": {"steps_of", "in_steps"},
+    "conflicts.py": None,
 }  # fmt: skip
 
 
@@ -32,7 +34,7 @@ def _reads_alike(frame) -> bool:
     path = Path(frame.f_code.co_filename)
     if str(path) == LIBRARY:
         return True
-    if path.parent.name == "lmscale_jax" and path.name in ALIKE:
+    if path.parent.name == "config" and path.name in ALIKE:
         functions = ALIKE[path.name]
         return functions is None or frame.f_code.co_qualname.split(".")[0] in functions
     return "lmscale_jax" not in path.parts

@@ -12,8 +12,9 @@ import pytest
 
 import lmscale_jax
 from lmscale_jax import modes
-from lmscale_jax.config import get, keys, resolve
+from lmscale_jax.config.keys import get, keys
 from lmscale_jax.config.ladder_keys import LADDER
+from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.data.pipeline import Batch
 from lmscale_jax.errors import InputError

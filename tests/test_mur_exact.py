@@ -173,7 +173,7 @@ def test_finite_differences_of_the_objective_with_g_held(metric):
     weight_N = utility.weights("mean", batch.tokens_BxT * 0.0, batch.targets_BxT >= 0, None, 1, 1.0)
 
     def forward(params, probes):
-        return model.losses(params, *batch, None, mur_forms.Collect(probes, "block"))
+        return model.losses(params, *batch, None, mur_forms.Collect(probes, ("block",)))
 
     g = jax.jit(jax.grad(lambda probes: forward(params, probes)[0].sum()))(probes)
 
@@ -215,7 +215,7 @@ def test_watching_changes_nothing(stack):
     probes, n = mur_forms._zeros(config, batch), (batch.targets_BxT >= 0).sum()
 
     def forward(params, probes):
-        nll_BxT, deltas = model.losses(params, *batch, None, mur_forms.Collect(probes, "block"))
+        nll_BxT, deltas = model.losses(params, *batch, None, mur_forms.Collect(probes, ("block",)))
         return nll_BxT.sum() / n, deltas
 
     both = jax.grad(forward, argnums=(0, 1), has_aux=True)
@@ -242,7 +242,7 @@ def test_utilities_do_not_depend_on_the_batch(metric):
         known = objective.streams.Known(part.targets_BxT >= 0, n, jnp.zeros((4, 1)), 0.0, None)
 
         def loss(slots):
-            around = objective.streams.Watch(taking, slots, known, range(4), "block")  # noqa: B023
+            around = objective.streams.Watch(taking, slots, known, range(4), ("block",))  # noqa: B023
             return model.losses(params, *part, None, around).sum() / n  # noqa: B023
 
         values = jax.jit(jax.grad(loss))(taking.slots(4, 1, part.tokens_BxT.size))

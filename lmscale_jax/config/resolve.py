@@ -12,6 +12,7 @@ from lmscale_jax.config.durations import DURATION, in_steps, total_steps
 from lmscale_jax.config.key import Key
 from lmscale_jax.config.keys import SPEC, get, is_used, keys
 from lmscale_jax.errors import InputError
+from lmscale_jax.model.mlp_forms import MLP_FORMS
 
 
 def validate(config: ConfigDict) -> None:
@@ -119,7 +120,7 @@ def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     model.head_dim = model.head_dim or model.d_model // model.n_heads
     if is_used(config, "parametrization.base_width"):
         _resolve_base(config)
-    model.d_ff = model.d_ff or _mlp_width(model, model.d_model)
+    model.d_ff = model.d_ff or MLP_FORMS[model.mlp].default_width(model.d_model)
     if model.positions == "learned":
         model.max_seq_len = model.max_seq_len or config.data.seq_len
     if model.vocab_size and vocab_size > model.vocab_size:
@@ -134,19 +135,13 @@ def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     return config.lock()
 
 
-def _mlp_width(model, width: int) -> int:
-    if model.mlp in ("swiglu", "geglu"):
-        return max(64, round(8 * width / 3 / 64) * 64)
-    return 4 * width
-
-
 def _resolve_base(config: ConfigDict) -> None:
     """The base shapes: heads of the same size, and d_ff by the same rule, unless said otherwise."""
     base, model = config.parametrization, config.model
     base.base_head_dim = base.base_head_dim or model.head_dim
     if not base.base_d_ff:
         in_proportion = round(model.d_ff * base.base_width / model.d_model)
-        base.base_d_ff = in_proportion or _mlp_width(model, base.base_width)
+        base.base_d_ff = in_proportion or MLP_FORMS[model.mlp].default_width(base.base_width)
 
 
 def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:
