@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import machine, readme, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
 ONLY = flags.DEFINE_list("only", [], "some of the benchmarks by name; all by default")
@@ -159,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -12,7 +12,7 @@ import time
 from absl import flags
 
 from benchmarks import machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 LENGTHS = flags.DEFINE_list("lengths", ["128", "256", "512", "1024"], "tokens of a sequence")
@@ -42,7 +42,7 @@ def compiled(name: str, length: int, platform: str):
     import jax.numpy as jnp
 
     from lmscale_jax.model import build, kernels
-    from lmscale_jax.model.placement import ShardingContext
+    from lmscale_jax.model.sharding import ShardingContext
 
     config = config_of(length)
     batch = max(1, TOKENS.value // length)
@@ -74,7 +74,7 @@ def measure(length: int, platform: str) -> list[dict]:
 
     programs, rows = {}, []
     for name in kernels.KERNELS:
-        reason = kernels.unable(name, config_of(length), platform)
+        reason = kernels.why_unable(name, config_of(length), platform)
         if reason:
             print(f"{length}: no {name}: {reason}", flush=True)
         else:
@@ -92,14 +92,14 @@ def measure(length: int, platform: str) -> list[dict]:
 def main() -> None:
     import jax
 
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
 
     lengths = []
     for text in LENGTHS.value:
         if not text.isdigit() or int(text) < 1:
             raise InputError(f"--lengths={','.join(LENGTHS.value)}: 128,256,512 would work")
         lengths.append(int(text))
-    mesh.start(config_of(lengths[0]))
+    mesh.start_jax(config_of(lengths[0]))
     device = jax.devices()[0]
     result = machine.facts(None, machine.asked("tokens", "heads", "head_dim", "dtype", "rounds"))
     result |= {"device": device.device_kind, "rows": []}
@@ -110,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

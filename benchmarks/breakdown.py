@@ -4,7 +4,7 @@
 
 Each shape and type is a process of its own, in which the parts take turns: the forward pass alone;
 forward and backward; the whole step; a batch read by the pipeline; the same put on the devices; and
-the loop of run/train.py, which reads ahead, puts, steps and keeps the journal. Backward pass,
+the loop of train/loop.py, which reads ahead, puts, steps and keeps the journal. Backward pass,
 optimizer and host are differences of turns of the same round; they can come out below 0 where what
 is looked for is smaller than the noise. A line of the journal with norms by layer is a matter of
 overheads.py: here log.per_layer is off.
@@ -21,11 +21,11 @@ from absl import flags
 
 from benchmarks import interleave, machine, tables
 from benchmarks.shapes import SHAPES, config_of, shape_of
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
 WANTED = flags.DEFINE_list("shapes", [str(n) for n in SHAPES], "numbers of the shapes")
-CONFIG = command.config_flag(required=False)
+CONFIG = cli.config_flag(required=False)
 BATCH = flags.DEFINE_integer("batch", 8, "with --config: sequences a step", lower_bound=1)
 DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "model.dtype")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "turns of each part", lower_bound=1)
@@ -52,11 +52,12 @@ def parts(shape: dict, dtype: str, folder: Path) -> tuple[list, dict]:
 
     from benchmarks import inside
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.run import mesh, step
+    from lmscale_jax.model import mesh
+    from lmscale_jax.train import step
 
     config = config_of(shape, dtype, 0, {"log.per_layer": False})
     config = resolve(config, shape["V"])
-    mesh.start(config)
+    mesh.start_jax(config)
     of = inside.program(config)
     params, batch = of.initial().params, of.batch()
     losses = of.model.losses
@@ -93,7 +94,8 @@ def _reader(folder: Path, shape: dict):
     """The pipeline over random tokens on the disk."""
     import numpy as np
 
-    from lmscale_jax.data import pipeline, shards
+    from lmscale_jax.data import batches as pipeline
+    from lmscale_jax.data import shards
 
     rng = np.random.default_rng(0)
     writer = shards.ShardWriter(folder, "train", shape["V"], TOKENS)
@@ -106,31 +108,32 @@ def _reader(folder: Path, shape: dict):
 
 
 class Loop:
-    """N steps as `run.train.loop` takes them where it neither evaluates nor saves."""
+    """N steps as `train.loop.train_steps` takes them where it neither evaluates nor saves."""
 
     def __init__(self, of, batches, folder: Path):
-        from lmscale_jax.run import step, writers
-        from lmscale_jax.run.clock import Clock
-        from lmscale_jax.run.journal import Journal
-        from lmscale_jax.run.watchdog import Watchdog
+        from lmscale_jax.train import metrics as writers
+        from lmscale_jax.train import step
+        from lmscale_jax.train.metrics import Clock, MetricLogger
+        from lmscale_jax.train.watchdog import Watchdog
 
         self._of, self._batches, self._done = of, batches, 0
         self._clock, self._state = Clock(), of.initial()
-        silence = writers.Silence()
-        self._journal = Journal(of.config, folder, 0, {}, self._clock, "benchmark", silence)
+        silence = writers.SilentProgress()
+        self._journal = MetricLogger(of.config, folder, 0, {}, self._clock, "benchmark", silence)
         self._watchdog = Watchdog(of.config.log.watchdog)
-        self._take = step.Step(of.config, of.model, of.grid, of.placed)
+        self._take = step.TrainStep(of.config, of.model, of.grid, of.placed)
         self(2)
 
     def __call__(self, steps: int) -> float:
-        from lmscale_jax.data import pipeline
-        from lmscale_jax.run import measures, mesh
+        from lmscale_jax.data import batches as pipeline
+        from lmscale_jax.model import mesh
+        from lmscale_jax.train import diagnostics
 
         first, config, pending = self._done, self._of.config, None
         stream = pipeline.prefetch(self._batches.at, first, first + steps)
         for done, batch in enumerate(self._clock.waiting_for(stream), first + 1):
             batch = mesh.put_batch(batch, self._of.grid)
-            what = measures.due(config, done)
+            what = diagnostics.due_measurements(config, done)
             self._state, metrics = self._take(self._state, batch, measure=what)
             if pending:
                 self._journal.log(*pending)
@@ -213,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -15,8 +15,8 @@ from absl import flags
 
 from benchmarks import interleave, machine, tables
 from benchmarks.shapes import SHAPES, shape_text
-from lmscale_jax import command
-from lmscale_jax.fleet import executors
+from lmscale_jax import cli
+from lmscale_jax.ladders import executors
 
 WANTED = flags.DEFINE_list("shapes", ["1", "2", "4"], "numbers of the shapes")
 DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "model.dtype")
@@ -34,7 +34,7 @@ class Together:
     def __init__(self, label: str, program: list[str]):
         self.label, self._workers = label, []
         for core in sorted(os.sched_getaffinity(0)):
-            with executors.pinned([core]):
+            with executors.pin_to([core]):
                 worker = interleave.Worker(f"{label}, {core}", program, {"OMP_NUM_THREADS": "1"})
             self._workers.append(worker)
 
@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 
 INPUT = flags.DEFINE_string("input", "kyo_takano", "bundled table, or a CSV with n, d or c, loss")
 STARTS = flags.DEFINE_integer("starts", 4500, "starts of the peer's grid, spread evenly if fewer")
@@ -86,22 +86,22 @@ def peer(table, weights) -> dict:
 
 def ours(table, weights) -> dict:
     """Times our point fit, the fit with all checks, and the bootstrap draws."""
-    from lmscale_jax.science import fit, intervals, laws, solve
+    from lmscale_jax.scaling import fit, intervals, laws, solve
 
-    problem = laws.problem(table, laws.LAWS["chinchilla"])
+    problem = laws.fit_problem(table, laws.LAWS["chinchilla"])
     times, full = [], []
     for _ in range(REPEATS.value):
         start_time = time.perf_counter()
-        solution = solve.solve(problem, DELTA)
+        solution = solve.solve_many_starts(problem, DELTA)
         times.append(time.perf_counter() - start_time)
         start_time = time.perf_counter()
         result = fit(table, bootstrap=0)
         full.append(time.perf_counter() - start_time)
     start_time = time.perf_counter()
-    theta = intervals.refit(problem, solution.theta, DELTA, weight=weights[: DRAWS.value])
+    theta = intervals.refit_draws(problem, solution.theta, DELTA, weight=weights[: DRAWS.value])
     seconds = time.perf_counter() - start_time
-    r = solve.predict(problem, theta) - problem.y
-    drawn = (weights[: DRAWS.value] * solve.rho(r, DELTA)).sum(axis=1)
+    r = solve.predict_log_loss(problem, theta) - problem.y
+    drawn = (weights[: DRAWS.value] * solve.huber(r, DELTA)).sum(axis=1)
     return {
         "starts": solution.n_starts,
         "fit_s": float(np.median(times)),
@@ -116,7 +116,7 @@ def ours(table, weights) -> dict:
 
 
 def main() -> None:
-    from lmscale_jax.science import read
+    from lmscale_jax.scaling import read
 
     table = read(INPUT.value)
     count = max(DRAWS.value, PEER_DRAWS.value)
@@ -140,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

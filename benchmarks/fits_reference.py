@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import tables
-from lmscale_jax import command
+from lmscale_jax import cli
 
 DATA = flags.DEFINE_string("data", None, "directory of the reference data", required=True)
 EXPERIMENTS = (
@@ -25,7 +25,7 @@ CURVES = ("optimal_lr_sgd_scaling", "vanilla_scaling_optimal_lr", "mup_scaling_e
 
 def row(name: str, table, delta: float) -> list[str]:
     """Fits one table and formats its row."""
-    from lmscale_jax.science import fit
+    from lmscale_jax.scaling import fit
 
     result = fit(table, delta=delta, bootstrap=0)
     p = result.params
@@ -36,8 +36,8 @@ def row(name: str, table, delta: float) -> list[str]:
 
 
 def main() -> None:
-    from lmscale_jax.science import read
-    from lmscale_jax.science.sources import dataset
+    from lmscale_jax.scaling import read
+    from lmscale_jax.scaling.read import read_named
 
     folder = Path(DATA.value)
     all_runs = read(str(folder / "epoch_chinchilla/svg_extracted_data.csv"))
@@ -51,10 +51,10 @@ def main() -> None:
     for name in ("kyo_takano", "olmo_ladder_c4", "olmo_ladder_pile", "olmo_ladder_wikitext"):
         rows.append(row(name, read(name), 1e-3))
     for name in CURVES:
-        rows.append(row(f"{name}, curves", dataset(name, str(folder / "seed_runs")), 1e-3))
+        rows.append(row(f"{name}, curves", read_named(name, str(folder / "seed_runs")), 1e-3))
     head = ["data", "points", "delta", "E", "A", "B", "alpha", "beta", "F", "warnings"]
     print(tables.table(head, rows))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

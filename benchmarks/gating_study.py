@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 
 SEEDS = flags.DEFINE_integer("seeds", 3, "members of each arm", lower_bound=2)
 STEPS = flags.DEFINE_integer("steps", 400, "steps of every run", lower_bound=50)
@@ -33,9 +33,9 @@ TIMED = "elementwise"
 
 def config_of(changes: dict):
     """The unresolved config of an arm; sizes that are solved for come in `changes` too."""
-    from lmscale_jax.config.corpora import embedded
+    from lmscale_jax.config.recipes import small_decoder
 
-    config = embedded()
+    config = small_decoder()
     config.model.n_layers, config.model.d_model, config.model.n_heads = 4, 64, 4
     config.train.steps, config.train.batch_size = STEPS.value, 8
     config.mesh.cpu_devices = 1
@@ -60,16 +60,18 @@ def members(config, vocab_size: int) -> list:
 def arms(vocab_size: int) -> dict[str, dict]:
     """{name: changes}: the plain model, the gated ones and the controls of equal cost."""
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.lab import sizes
+    from lmscale_jax.model import sizes
 
     def spent(changes: dict, measure: str) -> float:
-        counts, per_token = sizes.described(resolve(config_of(changes), vocab_size))
+        counts, per_token = sizes.describe_shape(resolve(config_of(changes), vocab_size))
         return per_token if measure == "flops" else counts["non_embedding"]
 
     changes_of = {"none": {}} | GATES
     for gate in ("headwise", "elementwise"):
         for measure in ("parameters", "flops"):
-            wider = sizes.matched(config_of({}), spent(GATES[gate], measure), measure, vocab_size)
+            wider = sizes.match_parameters(
+                config_of({}), spent(GATES[gate], measure), measure, vocab_size
+            )
             changes_of[f"none, {measure} of {gate}"] = {"d_ff": wider.model.d_ff}
     return changes_of
 
@@ -78,12 +80,12 @@ def step_ratio(data) -> list[float]:
     """Step time of the timed gate over that of the plain model, one for each round."""
     import jax
 
-    from lmscale_jax.lab import population
+    from lmscale_jax.sweeps import population
 
     def turn(changes):
         group = members(config_of(changes), data.vocab_size)
         runs = population.Population(group)
-        state, batches = runs.begin(), population.reader(group, data)(0, 10)
+        state, batches = runs.begin(), population.batch_reader(group, data)(0, 10)
 
         def run() -> float:
             nonlocal state
@@ -100,12 +102,13 @@ def step_ratio(data) -> list[float]:
 
 
 def train(name: str, changes: dict, data) -> dict:
-    from lmscale_jax.lab import population, sizes
+    from lmscale_jax.model import sizes
+    from lmscale_jax.sweeps import population
 
     start = time.perf_counter()
     group = members(config_of(changes), data.vocab_size)
-    losses = population.train(group, data).val_loss_K
-    counts, per_token = sizes.described(group[0])
+    losses = population.train_population(group, data).val_loss_K
+    counts, per_token = sizes.describe_shape(group[0])
     seconds = time.perf_counter() - start
     print(f"{name}: {losses.mean():.4f} nats/token, {seconds:.0f} s", flush=True)
     return {
@@ -143,12 +146,12 @@ def show(results: dict) -> str:
 
 
 def main() -> None:
-    from lmscale_jax.data import prepared
-    from lmscale_jax.run import mesh
+    from lmscale_jax.data import prepare
+    from lmscale_jax.model import mesh
 
     config = config_of({})
-    mesh.start(config)
-    data = prepared.prepare(config.data, log=print)
+    mesh.start_jax(config)
+    data = prepare.prepare_data(config.data, log=print)
     ratios = step_ratio(data)
     result = {"machine": machine.facts(None, machine.asked("seeds", "steps")), "arms": {}}
     result["step_time_ratio"] = {
@@ -165,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

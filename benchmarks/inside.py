@@ -20,16 +20,16 @@ class Program:
     def initial(self):
         import jax
 
-        from lmscale_jax.run import step
+        from lmscale_jax.train import step
 
         def first():
-            return step.initial(self.config, self.model, self.transform, 0)
+            return step.initial_state(self.config, self.model, self.transform, 0)
 
         return jax.jit(first, out_shardings=self.placed)()
 
     def batch(self, number: int = 0):
         """A batch on the devices."""
-        from lmscale_jax.run import mesh
+        from lmscale_jax.model import mesh
 
         return mesh.put_batch(self.batches[number % len(self.batches)], self.grid)
 
@@ -43,21 +43,22 @@ class Program:
 
 
 def program(config, devices: list | None = None) -> Program:
-    """Of a resolved config; `mesh.start` comes before it."""
+    """Of a resolved config; `mesh.start_jax` comes before it."""
     import numpy as np
 
-    from lmscale_jax.data.pipeline import Batch
-    from lmscale_jax.model.build import build
+    from lmscale_jax.data.batches import Batch
+    from lmscale_jax.model import mesh
+    from lmscale_jax.model.build import build_model
     from lmscale_jax.optim import build as optim
-    from lmscale_jax.run import mesh, step
+    from lmscale_jax.train import step
 
-    grid = mesh.make(config, devices)
+    grid = mesh.make_mesh(config, devices)
     platform = grid.devices.flat[0].platform
     # Where documents are masked, token 0 marks their beginning; some batches hold several.
     bos_id = 0 if config.model.mask == "document" else None
-    model = build(config, platform=platform, bos_id=bos_id, mesh=grid)
-    transform = optim.build(config, model.rows, grid, platform)
-    placed = step.shardings(config, model, transform, grid)
+    model = build_model(config, platform=platform, bos_id=bos_id, mesh=grid)
+    transform = optim.build_optimizer(config, model.rows, grid, platform)
+    placed = step.train_state_shardings(config, model, transform, grid)
     size = (8, config.train.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, np.int32)
     tokens[:, :, :: max(1, config.data.seq_len // 4)] = 0
@@ -69,11 +70,11 @@ class Steps(Turns):
     """Training steps on one batch, with what is measured in each of them."""
 
     def __init__(self, label: str, of: Program, measure: tuple[str, ...] = ()):
-        from lmscale_jax.run import step
+        from lmscale_jax.train import step
 
         super().__init__(label, self._steps)
         self._batch, self._state = of.batch(), of.initial()
-        take = step.Step(of.config, of.model, of.grid, of.placed)
+        take = step.TrainStep(of.config, of.model, of.grid, of.placed)
         self._take, self._hparams = (
             take.lower(self._state, self._batch, measure).compile(),
             take.hparams,

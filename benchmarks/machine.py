@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from lmscale_jax.files import atomic_write
-from lmscale_jax.run import record
+from lmscale_jax.train import run_dir
 
 TORCH_PYTHON = flags.DEFINE_string("torch_python", sys.executable, "interpreter that has PyTorch")
 LIMIT = flags.DEFINE_float(
@@ -46,7 +46,7 @@ def torch_version(python: str) -> str | None:
 def accelerated() -> bool:
     """Whether JAX has a backend beside CPU installed. Asks no device: a process that did would
     hold it."""
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
 
     return any(importlib.util.find_spec(name) for name in mesh.ACCELERATORS)
 
@@ -62,7 +62,7 @@ def cores_for(batch: int) -> int:
 
 def facts(torch: str | None, asked: dict) -> dict:
     """Processor, versions, commit, date and what was asked for."""
-    provenance = record.provenance()
+    provenance = run_dir.provenance()
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": _cpu(),

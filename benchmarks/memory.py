@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory
 
-Each row is the step of run/step.py for one config. `compiled`: the compiler's bytes on one device;
-rows that are there already keep theirs unless --fresh. `measured`, on CPU: the highest resident
-size of a process that takes three steps, less its size before it has a state, from a warm cache of
+Each row is the step of train/step.py for one config. `compiled`: the compiler's bytes on one
+device; rows that are there already keep theirs unless --fresh. `measured`, on CPU: the highest
+resident size of a process that takes three steps, less its size before it has a state, from a warm cache of
 compiled programs, over its devices. Rows of a TPU topology need libtpu, and no TPU.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import machine
-from lmscale_jax import command
+from lmscale_jax import cli
 
 CASE = flags.DEFINE_string("case", "", "what one process does, by the command itself")
 WHERE = flags.DEFINE_string("where", "", "only rows whose place begins with this: cpu, v5e")
@@ -73,25 +73,25 @@ def described(row: dict):
     """(config, mesh, model) of a case."""
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model import build
-    from lmscale_jax.run import mesh as meshes
-    from lmscale_jax.run import topology
+    from lmscale_jax.model import mesh as meshes
+    from lmscale_jax.train import aot
 
     config = importlib.import_module(f"lmscale_jax.configs.{row['config']}").get_config()
     config.update_from_flattened_dict(row["changes"])
     config = resolve(config, VOCABULARY)
-    meshes.start(config)
+    meshes.start_jax(config)
     where = row["where"]
-    devices = None if where.startswith("cpu") else topology.find(where).devices()
-    mesh = meshes.make(config, devices)
-    model = build.build(config, platform=mesh.devices.flat[0].platform, mesh=mesh)
+    devices = None if where.startswith("cpu") else aot.parse_topology(where).devices()
+    mesh = meshes.make_mesh(config, devices)
+    model = build.build_model(config, platform=mesh.devices.flat[0].platform, mesh=mesh)
     return config, mesh, model
 
 
 def compiled(row: dict) -> dict:
-    from lmscale_jax.run import ahead
+    from lmscale_jax.train import aot
 
     config, mesh, model = described(row)
-    return ahead.memory(ahead.lowered(config, model, mesh).compile())
+    return aot.compiled_memory(aot.lower_step(config, model, mesh).compile())
 
 
 def measured(row: dict) -> dict:
@@ -99,22 +99,22 @@ def measured(row: dict) -> dict:
     import jax
     import numpy as np
 
-    from lmscale_jax.data.pipeline import Batch
+    from lmscale_jax.data.batches import Batch
+    from lmscale_jax.model import mesh as meshes
     from lmscale_jax.optim import build as optim
-    from lmscale_jax.run import mesh as meshes
-    from lmscale_jax.run import step
+    from lmscale_jax.train import step
 
     config, mesh, model = described(row)
-    transform = optim.build(config, model.rows, mesh, "cpu")
-    placed = step.shardings(config, model, transform, mesh)
+    transform = optim.build_optimizer(config, model.rows, mesh, "cpu")
+    placed = step.train_state_shardings(config, model, transform, mesh)
     shape = (config.train.batch_size, config.data.seq_len)
     rows = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
     batch = meshes.put_batch(Batch(rows, rows), mesh)
     jax.block_until_ready(batch)
     before = resident("VmRSS")
-    first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
+    first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)
     state = first()
-    take_step = step.Step(config, model, mesh, placed)
+    take_step = step.TrainStep(config, model, mesh, placed)
     for _ in range(3):
         state, metrics = take_step(state, batch)
         jax.block_until_ready((state, metrics))
@@ -140,10 +140,10 @@ def apart(row: dict, what: str) -> dict:
 
 
 def estimate(row: dict) -> dict:
-    from lmscale_jax.run import budget
+    from lmscale_jax.train import aot
 
     config, mesh, model = described(row)
-    return budget.sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
+    return aot.memory_sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
 
 
 def key(row: dict) -> str:
@@ -186,4 +186,4 @@ def show(name: str, row: dict) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.mur --shapes=1,2
 
-All forms are steps of run/step.py in one process, compiled first and then taken in turns. "two
+All forms are steps of train/step.py in one process, compiled first and then taken in turns. "two
 passes" and "combined pull-back" are the ways of benchmarks/mur_forms.py to the same gradient.
 """
 
@@ -12,7 +12,7 @@ from absl import flags
 
 from benchmarks import interleave, machine, tables
 from benchmarks.shapes import SHAPES, config_of, shape_text
-from lmscale_jax import command
+from lmscale_jax import cli
 
 WANTED = flags.DEFINE_list("shapes", ["1", "2"], "numbers of the shapes")
 ROUNDS = flags.DEFINE_integer("rounds", 16, "turns of each form", lower_bound=1)
@@ -44,18 +44,20 @@ class Form(interleave.Turns):
     def __init__(self, label: str, shape: dict):
         import jax
 
-        from lmscale_jax.run import step
+        from lmscale_jax.train import step
 
         super().__init__(label, self._steps)
         setup, measure, gradient = _setup(shape, *FORMS[label])
         config, model, transform, grid = setup
         if gradient is not None:
             ours, step.make_gradient = step.make_gradient, lambda *_: _as_ours(gradient)
-        placed = step.shardings(config, model, transform, grid)
+        placed = step.train_state_shardings(config, model, transform, grid)
         self._batch = _batch(shape, grid)
-        begin = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
+        begin = jax.jit(
+            lambda: step.initial_state(config, model, transform, 0), out_shardings=placed
+        )
         self._state = begin()
-        take = step.Step(config, model, grid, placed)
+        take = step.TrainStep(config, model, grid, placed)
         self._step = take.lower(self._state, self._batch, measure=measure).compile()
         self._hparams = take.hparams
         if gradient is not None:
@@ -75,7 +77,7 @@ def _as_ours(gradient):
     """Returns a function of `mur_forms` with the signature of what `step.make_gradient` makes."""
 
     def same(params, slots, tokens_BxT, targets_BxT, key):
-        from lmscale_jax.data.pipeline import Batch
+        from lmscale_jax.data.batches import Batch
 
         loss, grads = gradient(params, Batch(tokens_BxT, targets_BxT), key)[:2]
         return loss, (grads, slots)
@@ -87,20 +89,20 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     from benchmarks import mur_forms
     from lmscale_jax.config.blocks import mur_layers
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.model.build import build
+    from lmscale_jax.model import mesh
+    from lmscale_jax.model.build import build_model
     from lmscale_jax.mur import utility
     from lmscale_jax.optim import build as optim
-    from lmscale_jax.run import mesh
 
     how = {"model.stack": STACK.value, "model.remat": REMAT.value}
     config = config_of(shape, DTYPE.value, CORES.value, how | changes)
     config = resolve(config, shape["V"])
-    mesh.start(config)
-    grid = mesh.make(config)
-    model = build(config, platform="cpu", mesh=grid)
+    mesh.start_jax(config)
+    grid = mesh.make_mesh(config)
+    model = build_model(config, platform="cpu", mesh=grid)
     gradient = None
     if form:
-        weigh = functools.partial(utility.weights, "mean", key=None, k=1, share=1.0)
+        weigh = functools.partial(utility.token_weights, "mean", key=None, k=1, share=1.0)
         how = utility.Measure(config.mur.metric, config.mur.eps)
         layers, lam = mur_layers(config), config.mur.lambda_max
         value = getattr(mur_forms, form)(config, model, how, lam, layers, weigh)
@@ -109,14 +111,14 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
             # The step reports nothing, so what would be taken out is not missed.
             return *value(params, batch, key), {}
 
-    return (config, model, optim.build(config, model.rows), grid), measure, gradient
+    return (config, model, optim.build_optimizer(config, model.rows), grid), measure, gradient
 
 
 def _batch(shape: dict, grid):
     import numpy as np
 
-    from lmscale_jax.data.pipeline import Batch
-    from lmscale_jax.run import mesh
+    from lmscale_jax.data.batches import Batch
+    from lmscale_jax.model import mesh
 
     size = (shape["B"], shape["T"] + 1)
     tokens = np.random.default_rng(0).integers(0, shape["V"], size, np.int32)
@@ -160,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -41,7 +41,8 @@ class Collect:
 def two_pass(config, model, how, lam, layers, weigh):
     """(params, batch, key) -> (mean loss, gradient of it + lam * mean of the hinges).
 
-    `weigh(nll_BxT, labelled_BxT) -> weights` as `utility.weights` gives; tau is config.mur.tau.
+    `weigh(nll_BxT, labelled_BxT) -> weights` as `utility.token_weights` gives; tau is
+    config.mur.tau.
     """
     forward, hinges = _parts(config, model, how, layers, weigh)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import machine
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the runs", required=True)
@@ -25,15 +25,16 @@ ARMS = flags.DEFINE_list("arms", [], "of configs/mur_small.py; all by default, b
 def train(arm: str, seed: int, workdir: Path) -> None:
     """Trains and evaluates one run, or does nothing where that was done."""
     from lmscale_jax.configs import mur_small
-    from lmscale_jax.run import mesh, train
+    from lmscale_jax.model import mesh
+    from lmscale_jax.train import loop
 
     config = mur_small.get_config(arm)
     config.seed = config.data.seed = seed
     config.log.tensorboard, config.mesh.cpu_devices = False, 1
     config.eval.redundancy_every, config.eval.redundancy_tokens = "100", 2048
     config.log.every, config.log.per_layer = 50, False
-    mesh.start(config)
-    train.train(config, workdir, say=lambda line: None)
+    mesh.start_jax(config)
+    loop.train(config, workdir, say=lambda line: None)
     if not (workdir / "eval.json").exists():
         program = [sys.executable, "-m", "lmscale_jax.evaluate"]
         program += [f"--workdir={workdir}", "--tokens=20000"]
@@ -44,13 +45,13 @@ def compare(folder: Path, arm: str, seeds: range) -> dict:
     """Differences of an arm to the baseline, and means by layer."""
     import numpy as np
 
-    from lmscale_jax.reports import compared, pairs
+    from lmscale_jax.reports import pairs, run_report
 
-    sides = [[pairs.read(folder / f"{a}_{s}") for s in seeds] for a in ("baseline", arm)]
-    matched = pairs.match(*sides, "mur", allow_differences=False) if arm != "baseline" else []
-    result = pairs.difference(matched) if matched else {}
+    sides = [[pairs.read_run(folder / f"{a}_{s}") for s in seeds] for a in ("baseline", arm)]
+    matched = pairs.match_runs(*sides, "mur", allow_differences=False) if arm != "baseline" else []
+    result = pairs.paired_difference(matched) if matched else {}
     if matched:
-        print(f"{arm:<10} {compared.sentence(result)}", flush=True)
+        print(f"{arm:<10} {run_report.difference_sentence(result)}", flush=True)
     runs = sides[1]
 
     def mean(pick):
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

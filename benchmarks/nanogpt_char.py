@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
 TEXT = flags.DEFINE_string("text", "", "UTF-8 text file; empty: one of Python's own source")
@@ -138,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 
 WORKDIR = flags.DEFINE_string("runs", "runs/optimizers", "directory of the runs")
 SEEDS = flags.DEFINE_integer("best_seeds", 3, "seeds at the best rate", lower_bound=1)
@@ -48,10 +48,10 @@ def config_default(path: str):
 
 def run(side: str, rate: float, adamw_rate: float, seed: int) -> dict:
     """Trains one run unless its record is there. {"rate", "seed", "loss", "curve"}."""
-    from lmscale_jax.run import train
+    from lmscale_jax.train import loop
 
     workdir = Path(WORKDIR.value) / f"{side}_{rate:g}_seed{seed}"
-    train.train(config_of(side, rate, adamw_rate, seed), workdir, say=lambda line: None)
+    loop.train(config_of(side, rate, adamw_rate, seed), workdir, say=lambda line: None)
     record = json.loads((workdir / "run.json").read_text())
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     curve = [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
@@ -92,9 +92,9 @@ def show(results: dict) -> str:
 
 
 def main() -> None:
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
 
-    mesh.start(config_of("adamw", 1e-3, 0.0, 0))
+    mesh.start_jax(config_of("adamw", 1e-3, 0.0, 0))
     results, adamw_rate = {}, 0.0
     for side, rates in RATES.items():
         sweep = [run(side, rate, adamw_rate, 0) for rate in rates]
@@ -108,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -13,7 +13,7 @@ from absl import flags
 
 from benchmarks import interleave, machine, tables
 from benchmarks.shapes import SHAPES, config_of
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 SIZES = flags.DEFINE_list(
@@ -63,7 +63,7 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     """{"rule": T m / B, "share": FLOPs of Newton-Schulz over those of the model's step}."""
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model import flops
-    from lmscale_jax.model.build import build
+    from lmscale_jax.model.build import build_model
     from lmscale_jax.optim import muon
     from lmscale_jax.optim.rules import update_rules
 
@@ -71,12 +71,12 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     config = config_of(shape, "float32", 1)
     config.optim.name = "muon"
     config = resolve(config, shape["V"])
-    model = build(config, platform="cpu")
+    model = build_model(config, platform="cpu")
     steps, tokens = len(muon.COEFFICIENTS[config.optim.muon_coefficients].steps), batch * shape["T"]
     spent = 0.0
     for rule in update_rules(model.rows, config).values():
         if rule.optimizer == "muon":
-            m, n = muon.matrices(rule.spec, "matrix").shape
+            m, n = muon.as_matrices(rule.spec, "matrix").shape
             # X X', its square, and the product with X.
             spent += rule.spec.shape[0] * steps * (4 * m * m * n + 2 * m**3)
     whole = flops.flops_per_token(config, model.specs)["model"] * tokens
@@ -101,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

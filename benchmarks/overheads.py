@@ -13,11 +13,11 @@ from absl import flags
 
 from benchmarks import inside, interleave, machine, tables
 from benchmarks.shapes import SHAPES, config_of, shape_of, shape_text
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
 SHAPE = flags.DEFINE_integer("shape", 4, "number of the shape")
-CONFIG = command.config_flag(required=False)
+CONFIG = cli.config_flag(required=False)
 BATCH = flags.DEFINE_integer("batch", 8, "with --config: sequences a step", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "model.dtype")
 ROUNDS = flags.DEFINE_integer("rounds", 12, "turns of each step", lower_bound=1)
@@ -64,7 +64,7 @@ def unable(label: str, config, devices: list) -> str | None:
     from lmscale_jax.model import fp8
 
     if label == "fp8":
-        matmul = fp8.choose(config.model, devices[0].platform)
+        matmul = fp8.choose_fp8(config.model, devices[0].platform)
         if matmul.product is None:
             return f"not here: {matmul.described}"
     if label == A_CORE and (machine.accelerated() or len(devices) == 1):
@@ -119,11 +119,11 @@ def plan() -> tuple[str, str, dict, str]:
 def main() -> None:
     import jax
 
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
 
     name, what, shape, dtype = plan()
     config = config_with(shape, dtype, {})
-    mesh.start(config)
+    mesh.start_jax(config)
     devices = jax.devices()
     of = inside.program(config, default(devices))
     plain = inside.Steps("plain", of)
@@ -150,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -14,7 +14,7 @@ from absl import flags
 
 from benchmarks import machine, tables
 from benchmarks.shapes import GPT2_WITHOUT_READOUT, SHAPES
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import RunFailed
 
 ROUNDS = flags.DEFINE_integer("rounds", 3, "processes of each side and precision", lower_bound=1)
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

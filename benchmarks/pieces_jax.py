@@ -10,7 +10,7 @@ from absl import flags
 
 from benchmarks.shapes import GPT2_WITHOUT_READOUT, SHAPES
 from benchmarks.turns import timed
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.optim.build import clip_by_global_norm
 
 DTYPE = flags.DEFINE_string("dtype", "float32", "type of products")
@@ -42,10 +42,10 @@ def pieces(shape: dict, dtype: str) -> dict[str, float]:
     import jax.numpy as jnp
     import optax
 
-    from lmscale_jax.model import layers, ops
+    from lmscale_jax.model import layers, primitives
 
     D, T, B, H, V = (shape[name] for name in "DTBHV")
-    N, half, cpu = B * T, jnp.dtype(dtype), ops.cpu
+    N, half, cpu = B * T, jnp.dtype(dtype), primitives.cpu
     keys = iter(jax.random.split(jax.random.key(0), 100))
 
     def draw(*size, dtype=jnp.float32):
@@ -102,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

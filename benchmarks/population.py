@@ -16,10 +16,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from benchmarks import machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.configs import base
-from lmscale_jax.lab import population
-from lmscale_jax.run import mesh, step, train
+from lmscale_jax.model import mesh
+from lmscale_jax.sweeps import population
+from lmscale_jax.train import loop, step
 
 WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128", "256"], "model.d_model")
 COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8", "16"], "members")
@@ -43,8 +44,10 @@ class Alone:
 
     def __init__(self, setup):
         self._setup = setup
-        self._state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-        self._take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+        self._state = jax.jit(
+            lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
+        )()
+        self._take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
         self._batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
 
     def turn(self) -> None:
@@ -60,7 +63,7 @@ class Together:
         members = [ConfigDict(setup.config.to_dict() | {"seed": seed}) for seed in range(count)]
         self._population = population.Population(members)
         self._state = self._population.begin()
-        self._batches = population.reader(members, setup.data)(0, 10)
+        self._batches = population.batch_reader(members, setup.data)(0, 10)
 
     def turn(self) -> None:
         self._state, metrics = self._population.advance(self._state, self._batches)
@@ -77,7 +80,7 @@ def rate(turn, runs: int, tokens: int) -> float:
 
 
 def measure(width: int) -> dict:
-    setup = train.prepare(config_of(width), None, print)
+    setup = loop.build_run(config_of(width), None, print)
     tokens = BATCH.value * 128
     kinds = {"alone": (Alone(setup), 1)}
     for count in map(int, COUNTS.value):
@@ -100,7 +103,7 @@ def measure(width: int) -> dict:
 def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    mesh.start(config_of(16))
+    mesh.start_jax(config_of(16))
     np.random.seed(0)
     asked = machine.asked("widths", "counts", "rounds", "turn_ms", "batch")
     result = machine.facts(None, asked) | {"sizes": []}
@@ -111,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

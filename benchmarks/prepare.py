@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 
 COPIES = flags.DEFINE_integer("copies", 1, "of the text, each a little different", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "turns", lower_bound=1)
@@ -49,10 +49,10 @@ def config_of(path: Path, cache: Path):
 
 def ours(path: Path, folder: Path):
     """(seconds, the prepared data)."""
-    from lmscale_jax.data import prepared
+    from lmscale_jax.data import prepare
 
     start = time.perf_counter()
-    data = prepared.prepare(config_of(path, folder), log=lambda line: None)
+    data = prepare.prepare_data(config_of(path, folder), log=lambda line: None)
     return time.perf_counter() - start, data
 
 
@@ -77,7 +77,7 @@ def plain(path: Path, tokenizer, folder: Path) -> tuple[float, int]:
 
 def reading(data) -> float:
     """Tokens a second of the batches of a run, by one thread."""
-    from lmscale_jax.data import pipeline
+    from lmscale_jax.data import batches as pipeline
 
     batches = pipeline.TrainBatches(data, 256, 32, 0)
     start, done = time.perf_counter(), 0
@@ -128,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

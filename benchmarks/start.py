@@ -19,7 +19,7 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import interleave, machine, tables
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
 ROUNDS = flags.DEFINE_integer("rounds", 3, "processes of each kind", lower_bound=1)
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -8,7 +8,7 @@ import json
 import os
 import time
 
-from lmscale_jax import command, main
+from lmscale_jax import cli, main
 
 MARKS = {}
 
@@ -21,9 +21,9 @@ def watch() -> None:
     """Puts marks into run.train, and an end after the first step."""
     import jax
 
-    from lmscale_jax.run import train
+    from lmscale_jax.train import loop
 
-    prepare, restore, make = train.prepare, train.restore_or_begin, train.step.Step
+    prepare, restore, make = loop.build_run, loop.restore_or_begin, loop.step.Step
 
     def marked_prepare(*arguments):
         mark("imports, devices")
@@ -55,7 +55,7 @@ def watch() -> None:
 
         return first
 
-    train.prepare, train.restore_or_begin, train.step.Step = (
+    loop.build_run, loop.restore_or_begin, loop.step.Step = (
         marked_prepare,
         marked_restore,
         marked_step,
@@ -68,4 +68,4 @@ def timed() -> None:
 
 
 if __name__ == "__main__":
-    command.run(timed)
+    cli.run_command(timed)

@@ -3,7 +3,7 @@
     python -m benchmarks.train_step --torch_python=PATH
     python -m benchmarks.train_step --config=configs/llama_100m.py --batches=8,16,32 --apart
 
-Ours is the step of run/step.py with the batch put on the devices, as in a run; PyTorch's is
+Ours is the step of train/step.py with the batch put on the devices, as in a run; PyTorch's is
 forward, backward, clipping and fused AdamW of the same model (peer_torch.py) on tensors at hand.
 With --config the model is that of a config, in its own type, at several batch sizes; on a GPU take
 --apart, so that one process at a time holds the memory.
@@ -18,11 +18,11 @@ from absl import flags
 
 from benchmarks import interleave, machine, tables
 from benchmarks.shapes import SHAPES, shape_of, shape_text
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
 WANTED = flags.DEFINE_list("shapes", [str(n) for n in SHAPES], "numbers of the shapes")
-CONFIG = command.config_flag(required=False)
+CONFIG = cli.config_flag(required=False)
 BATCHES = flags.DEFINE_list("batches", ["8"], "with --config: sequences a step")
 GELU = flags.DEFINE_enum("gelu", "", ["", "erf", "tanh"], "empty: each shape's own")
 ROUNDS = flags.DEFINE_integer("rounds", 16, "turns of each process", lower_bound=1)
@@ -237,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -6,7 +6,7 @@ from absl import flags
 
 from benchmarks.shapes import SHAPES, config_of
 from benchmarks.turns import serve
-from lmscale_jax import command
+from lmscale_jax import cli
 
 SHAPE = flags.DEFINE_string("shape", "1", "number of the shape, or the shape as JSON")
 CHANGES = flags.DEFINE_string("changes", "{}", "further keys of the config, as JSON")
@@ -33,36 +33,36 @@ def one_by_one(stacks: dict, iterate, mesh) -> dict:
 
 
 def make(shape: dict, dtype: str, devices: int, changes: dict):
-    """(a function that takes N steps as run/train.py does and returns the last loss, facts)."""
+    """(a function that takes N steps as train/loop.py does and returns the last loss, facts)."""
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
 
     config = config_of(shape, dtype, devices, changes)
     config.optim.name = OPTIMIZER.value
     if OPTIMIZER.value != "adamw":
         config.optim.muon_dtype = NS_DTYPE.value
     config = resolve(config, shape["V"])
-    mesh.start(config)
+    mesh.start_jax(config)
 
     import jax
     import numpy as np
 
-    from lmscale_jax.data.pipeline import Batch
+    from lmscale_jax.data.batches import Batch
     from lmscale_jax.model import flops
-    from lmscale_jax.model.build import build
+    from lmscale_jax.model.build import build_model
     from lmscale_jax.optim import build as optim
     from lmscale_jax.optim import muon
-    from lmscale_jax.run import step
+    from lmscale_jax.train import step
 
     if CALLS.value == "each":
         muon.orthogonal = one_by_one
-    grid = mesh.make(config)
+    grid = mesh.make_mesh(config)
     platform = grid.devices.flat[0].platform
-    model = build(config, platform=platform, mesh=grid)
-    transform = optim.build(config, model.rows, grid, platform)
-    placed = step.shardings(config, model, transform, grid)
-    state = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)()
-    take_step = step.Step(config, model, grid, placed)
+    model = build_model(config, platform=platform, mesh=grid)
+    transform = optim.build_optimizer(config, model.rows, grid, platform)
+    placed = step.train_state_shardings(config, model, transform, grid)
+    state = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)()
+    take_step = step.TrainStep(config, model, grid, placed)
     tokens = np.random.default_rng(0).integers(0, shape["V"], (8, shape["B"], shape["T"] + 1))
     tokens = tokens.astype(np.int32)
     batches = [Batch(t[:, :-1].copy(), t[:, 1:].copy()) for t in tokens]
@@ -91,10 +91,10 @@ def device(grid) -> dict:
 def make_product(side: int, dtype: str):
     """(a function that multiplies two square matrices N times, facts)."""
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
 
     config = resolve(config_of(SHAPES[1], dtype, 0), 65)
-    mesh.start(config)
+    mesh.start_jax(config)
 
     import jax
     import jax.numpy as jnp
@@ -111,7 +111,7 @@ def make_product(side: int, dtype: str):
             c = product(a, b)
         return float(c[0, 0])
 
-    return run, device(mesh.make(config, jax.devices()[:1])) | {"flops": 2 * side**3}
+    return run, device(mesh.make_mesh(config, jax.devices()[:1])) | {"flops": 2 * side**3}
 
 
 def main() -> None:
@@ -126,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

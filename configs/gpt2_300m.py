@@ -1,7 +1,7 @@
-"""GPT-2, 300M size: lmscale_jax/config/families.py; `:embedded` needs no network."""
+"""GPT-2, 300M size: lmscale_jax/config/recipes.py; `:embedded` needs no network."""
 
-from lmscale_jax.config import families
+from lmscale_jax.config import recipes
 
 
-def get_config(corpus: str = families.WEB):
-    return families.gpt2("300m", corpus)
+def get_config(corpus: str = recipes.WEB):
+    return recipes.gpt2("300m", corpus)

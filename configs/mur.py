@@ -3,16 +3,16 @@
     python -m lmscale_jax.main --config=configs/mur.py:llama_50m,update --workdir=runs/llama_update
 
 FAMILY_SIZE: gpt2, llama or transformer_pp, 50m, 100m or 300m; shape and recipe are those of
-lmscale_jax/config/families.py. The data are shards of FineWeb-Edu in GPT-2's tokens,
+lmscale_jax/config/recipes.py. The data are shards of FineWeb-Edu in GPT-2's tokens,
 fineweb_edu/*.bin, those with `val` in their name held out; --config.data.path names others.
 """
 
-from lmscale_jax.config import families
+from lmscale_jax.config import recipes
 
 FAMILIES = {
-    "gpt2": families.gpt2,
-    "llama": families.llama,
-    "transformer_pp": families.transformer_pp,
+    "gpt2": recipes.gpt2,
+    "llama": recipes.llama,
+    "transformer_pp": recipes.transformer_pp,
 }
 
 # The middle third, where the original looked for redundancy; its tau, s and λ. Its 1000 and 2000
@@ -29,7 +29,7 @@ MODES = {
 def get_config(which: str = "gpt2_50m,baseline"):
     name, _, mode = which.partition(",")
     family, _, size = name.rpartition("_")
-    c = FAMILIES[family](size, families.EMBEDDED)
+    c = FAMILIES[family](size, recipes.EMBEDDED)
     c.data.source, c.data.path = "bin", "fineweb_edu/*.bin"
     # GPT-2's 50,257 ids, up to a multiple of 64.
     c.model.vocab_size, c.data.vocab_size = 50_304, 4096

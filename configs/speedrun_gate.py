@@ -5,11 +5,11 @@
 The argument is model.attn_gate. Muon takes the matrices; free gates and those of heads are AdamW's.
 """
 
-from lmscale_jax.config import speedruns
+from lmscale_jax.config import recipes
 
 
 def get_config(gate: str = "none"):
-    c = speedruns.embedded()
+    c = recipes.speedrun_base()
     c.model.norm_gain, c.model.attn_gate = "none", gate
     c.parametrization.init_std = (3 * 768) ** -0.5
     o = c.optim

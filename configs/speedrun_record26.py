@@ -7,12 +7,12 @@ By default on the embedded corpus; with shards of GPT-2 tokens it is the origina
 validation loss after 1,750 steps is 3.279. Block 7 has no attention there, and has here.
 """
 
-from lmscale_jax.config import speedruns
+from lmscale_jax.config import recipes
 
 
 def get_config(path: str = ""):
-    c = speedruns.embedded()
-    speedruns.untied(c)
+    c = recipes.speedrun_base()
+    recipes.untie_readout(c)
     m, o = c.model, c.optim
     m.norm_gain, m.logit_scale = "none", "inverse_sqrt_width"
     m.embed_norm, m.skips, m.x0_mix, m.value_embeddings = "rmsnorm", "unet", "learned", 3
@@ -23,4 +23,4 @@ def get_config(path: str = ""):
     o.lr, o.head_lr_factor, o.vector_lr_factor = 0.6, 0.22 / 0.6, 0.04 / 0.6
     c.schedule.cooldown, c.schedule.final = "45%", 0.05
     c.data.seq_len, c.train.steps, c.train.batch_size = 8192, 1750, 48
-    return speedruns.on(c, path)
+    return recipes.on_path(c, path)

@@ -7,12 +7,12 @@ original's task, where the validation loss after 3,250 steps is 3.279. There emb
 vectors decay by 0.001 of their rate as well.
 """
 
-from lmscale_jax.config import speedruns
+from lmscale_jax.config import recipes
 
 
 def get_config(path: str = ""):
-    c = speedruns.embedded()
-    speedruns.untied(c)
+    c = recipes.speedrun_base()
+    recipes.untie_readout(c)
     o = c.optim
     c.model.bias, c.model.softcap_form = True, "algebraic"
     c.parametrization.init_std = (0.33 / 768) ** 0.5
@@ -20,4 +20,4 @@ def get_config(path: str = ""):
     o.weight_decay, o.decay_mode, o.decay_on = 0.05, "coupled", "hidden"
     o.lr, o.head_lr_factor, o.vector_lr_factor = 0.7, 0.004 / 0.7, 0.015 / 0.7
     c.schedule.cooldown, c.train.steps = "70%", 3250
-    return speedruns.on(c, path)
+    return recipes.on_path(c, path)

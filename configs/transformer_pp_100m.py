@@ -1,7 +1,7 @@
-"""Transformer++, 100M size: lmscale_jax/config/families.py; `:embedded` needs no network."""
+"""Transformer++, 100M size: lmscale_jax/config/recipes.py; `:embedded` needs no network."""
 
-from lmscale_jax.config import families
+from lmscale_jax.config import recipes
 
 
-def get_config(corpus: str = families.WEB):
-    return families.transformer_pp("100m", corpus)
+def get_config(corpus: str = recipes.WEB):
+    return recipes.transformer_pp("100m", corpus)

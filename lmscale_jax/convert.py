@@ -10,10 +10,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
-CONFIG = command.config_flag(required=False, default="configs/base.py")
+CONFIG = cli.config_flag(required=False, default="configs/base.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run, or a new one")
 FROM = flags.DEFINE_string("from_hf", None, "directory with config.json and safetensors")
 TO = flags.DEFINE_string("to_hf", None, "new directory for transformers to load")
@@ -27,17 +27,17 @@ def main() -> None:
         )
     if TO.value:
         from lmscale_jax.model import hf
-        from lmscale_jax.run import load
+        from lmscale_jax.train import restore
 
-        run = load.load(Path(WORKDIR.value))
-        hf.write(Path(TO.value), run.setup.config, run.params)
+        run = restore.load_run(Path(WORKDIR.value))
+        hf.write_hf(Path(TO.value), run.setup.config, run.params)
         print(f"written {TO.value}, from the checkpoint after step {run.step}")
         return
-    from lmscale_jax.run import imported
+    from lmscale_jax.train import restore
 
-    record = imported.make(CONFIG.value, Path(FROM.value), Path(WORKDIR.value), print)
+    record = restore.import_run(CONFIG.value, Path(FROM.value), Path(WORKDIR.value), print)
     print(f"written {WORKDIR.value}: held-out loss {record['final']['val_loss']:.4f} nats/token")
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

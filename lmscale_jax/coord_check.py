@@ -9,10 +9,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
-CONFIG = command.config_flag(default="configs/coord_check.py")
+CONFIG = cli.config_flag(default="configs/coord_check.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "where coord_check.json and .png are written")
 WIDTHS = flags.DEFINE_list("widths", [], "model.d_model; default 64,128,256,512,1024")
 HEAD_DIMS = flags.DEFINE_list("head_dims", [], "sweep channels per head, heads as in the config")
@@ -42,19 +42,19 @@ def main() -> None:
             f"--{flag.name}={','.join(map(str, sizes))}: a slope with an error needs three "
             f"different sizes; 64,128,256 would work"
         )
-    from lmscale_jax.lab import coordinates
-    from lmscale_jax.reports.coordinates import draw
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
+    from lmscale_jax.reports.sweep_plots import draw_coord_check
+    from lmscale_jax.sweeps import coord_check
 
     config = CONFIG.value
     if STEPS.value:
         config.train.steps = STEPS.value
     sweep = {"widths": "width", "head_dims": "head_dim", "depths": "depth"}[flag.name]
-    plan = coordinates.plan(config, sweep, sorted(set(sizes)), CONTROL.value)
-    mesh.start(config)
+    plan = coord_check.plan_sizes(config, sweep, sorted(set(sizes)), CONTROL.value)
+    mesh.start_jax(config)
     workdir = Path(WORKDIR.value)
-    result = coordinates.check(plan, SEEDS.value, workdir, print)
-    draw(result, workdir / "coord_check.png")
+    result = coord_check.check_coordinates(plan, SEEDS.value, workdir, print)
+    draw_coord_check(result, workdir / "coord_check.png")
     if not result["passed"]:
         worst = result["failures"][0]
         raise RunFailed(
@@ -70,4 +70,4 @@ def _size(name: str, text: str) -> int:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

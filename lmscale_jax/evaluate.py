@@ -8,7 +8,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run", required=True)
@@ -51,12 +51,12 @@ def evaluate_run(
     """
     from lmscale_jax.evals import suites
     from lmscale_jax.files import write_json
-    from lmscale_jax.run.load import load
-    from lmscale_jax.run.record import provenance
+    from lmscale_jax.train.restore import load_run
+    from lmscale_jax.train.run_dir import provenance
 
-    loaded = load(workdir, step)
+    loaded = load_run(workdir, step)
     record, setup = loaded.record, loaded.setup
-    suites.check(names, setup.config.model)
+    suites.check_suite(names, setup.config.model)
     status, last = record["status"], setup.config.train.steps
     if status != "finished" or loaded.step != last:
         say(f"{workdir} is {status}: this is its checkpoint after step {loaded.step} of {last}")
@@ -80,7 +80,7 @@ def evaluate_run(
         held_out=setup.held_out,
         validate=setup.validate,
     )
-    scores = suites.run(names, trained, n_tokens or setup.config.eval.tokens, say)
+    scores = suites.run_suites(names, trained, n_tokens or setup.config.eval.tokens, say)
     write_json(path, earlier | header | scores)
     return path
 
@@ -103,4 +103,4 @@ def _earlier_evaluation(path: Path, header: dict) -> dict:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

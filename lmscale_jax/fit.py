@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 INPUT = flags.DEFINE_string(
@@ -52,11 +52,11 @@ def main() -> None:
     if not INPUT.value:
         raise InputError("--input is missing; use --input=results.csv or --input=kyo_takano")
     _check_flags()
-    from lmscale_jax.science import sources
+    from lmscale_jax.scaling import read
 
     paths = _paths()
     pairs = {"columns": _pairs("columns", COLUMNS.value), "where": _pairs("where", WHERE.value)}
-    table = sources.read(INPUT.value, points=POINTS.value, skip=SKIP.value, **pairs)
+    table = read.read_table(INPUT.value, points=POINTS.value, skip=SKIP.value, **pairs)
     if VARIANT.value is not None:
         table = table.arm(VARIANT.value)
     if COMPARE.value is not None:
@@ -142,13 +142,15 @@ def _settings() -> dict:
 
 def _fit_law(table):
     """Fits one law: (JSON to write, function that draws the plot)."""
-    from lmscale_jax.science import advice, describe, figures
-    from lmscale_jax.science import fit as fit_law
-    from lmscale_jax.science.forecast import of as forecast
+    from lmscale_jax.reports import fit_plots
+    from lmscale_jax.scaling import fit as fit_law
+    from lmscale_jax.scaling import next_runs
+    from lmscale_jax.scaling import summary as describe
+    from lmscale_jax.scaling.forecast import forecast_from_fit as forecast
 
     result = fit_law(table, law=LAW.value, **_settings())
     written = result.to_json()
-    lines = describe.lines(result)
+    lines = describe.fit_lines(result)
     target = {"n": FORECAST_N.value, "d": FORECAST_D.value, "c": FORECAST_C.value}
     if any(v is not None for v in target.values()):
         prediction = forecast(result, **target, level=FORECAST_LEVEL.value)
@@ -157,20 +159,24 @@ def _fit_law(table):
         written["warnings"] += [w for w in prediction["warnings"] if w["code"] not in printed_codes]
         lines += describe.forecast_lines(prediction, printed_codes)
         if ADVISE.value is not None:
-            written["advice"] = advice.advise(result, ADVISE.value, **target, tau=prediction["tau"])
+            written["advice"] = next_runs.rank_next_runs(
+                result, ADVISE.value, **target, tau=prediction["tau"]
+            )
             lines += describe.advice_lines(written["advice"])
     if BUDGET.value is not None:
-        written["plan"] = advice.plan(result, BUDGET.value)
+        written["plan"] = next_runs.plan_optimum(result, BUDGET.value)
         lines += describe.plan_lines(written["plan"])
     print("\n".join(lines))
-    return written, lambda path: figures.fit(result, path)
+    return written, lambda path: fit_plots.plot_fit(result, path)
 
 
 def _compare_arms(table):
     """Compares two arms: (JSON to write, function that draws the plot)."""
-    from lmscale_jax.science import compare, describe, figures
-    from lmscale_jax.science import fit as fit_law
-    from lmscale_jax.science.forecast import suited
+    from lmscale_jax.reports import fit_plots
+    from lmscale_jax.scaling import compare
+    from lmscale_jax.scaling import fit as fit_law
+    from lmscale_jax.scaling import summary as describe
+    from lmscale_jax.scaling.forecast import richest_law
 
     settings = _settings()
     verdict = compare(
@@ -183,12 +189,12 @@ def _compare_arms(table):
     )
     print("\n".join(describe.verdict_lines(verdict)))
     # The arms of a ladder lie on one curve in C, which does not identify the default law.
-    chosen = LAW.value if flags.FLAGS["law"].present else suited(table.arm(COMPARE.value[0]))
+    chosen = LAW.value if flags.FLAGS["law"].present else richest_law(table.arm(COMPARE.value[0]))
     arms = {name: fit_law(table.arm(name), law=chosen, **settings) for name in COMPARE.value}
     shown = {name: result.to_json() for name, result in arms.items()}
     for name, result in arms.items():
         print(f"{name}:")
-        print("\n".join(describe.lines(result)))
+        print("\n".join(describe.fit_lines(result)))
     # The first arm's law is at the top level, as in a fit without comparison.
     written = shown[COMPARE.value[0]] | verdict | {"arms": shown}
     written["warnings"] = verdict["warnings"] + [
@@ -197,13 +203,14 @@ def _compare_arms(table):
         for w in result["warnings"]
         if w not in verdict["warnings"]
     ]
-    return written, lambda path: figures.compare(verdict, table, arms, path)
+    return written, lambda path: fit_plots.plot_comparison(verdict, table, arms, path)
 
 
 def _fit_isoflop(table):
     """Fits isoFLOP minima: (JSON to write, function that draws the plot)."""
-    from lmscale_jax.science import describe, figures
-    from lmscale_jax.science import isoflop as isoflops
+    from lmscale_jax.reports import fit_plots
+    from lmscale_jax.scaling import isoflop as isoflops
+    from lmscale_jax.scaling import summary as describe
 
     settings = _settings()
     summary, curves = isoflops(table, **settings)
@@ -218,7 +225,7 @@ def _fit_isoflop(table):
         "warnings": summary["warnings"],
         "isoflop": summary,
     }
-    return written, lambda path: figures.isoflop(summary, curves, path)
+    return written, lambda path: fit_plots.plot_isoflop(summary, curves, path)
 
 
 def _write(paths, written: dict, draw) -> None:
@@ -238,8 +245,10 @@ def _write(paths, written: dict, draw) -> None:
 
 def _fit_named() -> None:
     """Lists the named data sets, or fits those of --dataset side by side."""
-    from lmscale_jax.science import describe, figures, sources
-    from lmscale_jax.science import fit as fit_law
+    from lmscale_jax.reports import fit_plots
+    from lmscale_jax.scaling import fit as fit_law
+    from lmscale_jax.scaling import read
+    from lmscale_jax.scaling import summary as describe
 
     if not DATASETS.value:
         raise InputError("--dataset needs --datasets=DIR, the directory with their folders")
@@ -248,17 +257,17 @@ def _fit_named() -> None:
             f"--datasets={DATASETS.value} is no directory; use the one with the data sets"
         )
     if DATASET.value == ["list"]:
-        for name in sources.DATASETS:
-            files = sources.locate(name, DATASETS.value)
+        for name in read.DATASETS:
+            files = read.locate_named(name, DATASETS.value)
             print(f"{name:<28} {len(files)} files" if files else f"{name:<28} not there")
         return
     everything = DATASET.value == ["all"]
-    names = list(sources.DATASETS) if everything else DATASET.value
+    names = list(read.DATASETS) if everything else DATASET.value
     paths, results = _paths(), {}
     points = POINTS.value if flags.FLAGS["points"].present else "curve"
     for name in names:
         try:
-            table = sources.dataset(name, DATASETS.value, points, SKIP.value)
+            table = read.read_named(name, DATASETS.value, points, SKIP.value)
             results[name] = fit_law(table, law=LAW.value, **_settings())
         except InputError as error:
             # One unusable set among several is reported; a single one is an error.
@@ -267,16 +276,18 @@ def _fit_named() -> None:
             print(f"{name}: not fitted: {' '.join(str(error).split())}")
     for name, result in results.items():
         print(f"{name}:")
-        print("\n".join(describe.lines(result)))
+        print("\n".join(describe.fit_lines(result)))
     if not results:
         raise InputError(
             f"--datasets={DATASETS.value}: no data set could be fitted; see the lines above"
         )
-    print("\n".join(describe.side_by_side(results)))
+    print("\n".join(describe.table_lines(results)))
     first = next(iter(results.values()))
     shown = {name: result.to_json() for name, result in results.items()}
-    _write(paths, first.to_json() | {"datasets": shown}, lambda path: figures.fit(first, path))
+    _write(
+        paths, first.to_json() | {"datasets": shown}, lambda path: fit_plots.plot_fit(first, path)
+    )
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

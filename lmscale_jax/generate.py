@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run", required=True)
 PROMPT = flags.DEFINE_string("prompt", "", "text to continue; empty: a new document")
@@ -15,13 +15,13 @@ SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling")
 
 
 def main() -> None:
-    from lmscale_jax.reports.closing import continued
-    from lmscale_jax.run import load
+    from lmscale_jax.reports.final_summary import sample_text
+    from lmscale_jax.train import restore
 
-    run = load.load(Path(WORKDIR.value))
+    run = restore.load_run(Path(WORKDIR.value))
     options = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
-    print(continued(run.setup, run.params, TOKENS.value, PROMPT.value, **options))
+    print(sample_text(run.setup, run.params, TOKENS.value, PROMPT.value, **options))
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

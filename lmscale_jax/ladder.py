@@ -9,10 +9,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
-CONFIG = command.config_flag()
+CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the ladder; continued if it exists")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the cells and their cost, and exit")
 ANCHORS_ONLY = flags.DEFINE_bool("anchors_only", False, "stop after the forecast")
@@ -22,25 +22,25 @@ ONLY = flags.DEFINE_list(
 
 
 def main() -> None:
-    from lmscale_jax.fleet import conduct, drive
+    from lmscale_jax.ladders import run, scheduler
 
     if DRY_RUN.value:
-        print(conduct.preview(CONFIG.value, Path(WORKDIR.value or "."), ONLY.value))
+        print(run.preview_ladder(CONFIG.value, Path(WORKDIR.value or "."), ONLY.value))
         return
     if not WORKDIR.value:
         raise InputError("--workdir is missing; use --workdir=runs/ladder")
-    from lmscale_jax.reports import ladder as page
+    from lmscale_jax.reports import ladder_report as page
 
     workdir = Path(WORKDIR.value)
     try:
-        message = conduct.run(
+        message = run.run_ladder(
             CONFIG.value,
             workdir,
             only=ONLY.value,
             until="forecast" if ANCHORS_ONLY.value else "verdict",
-            write_report=functools.partial(page.write, argv=sys.argv[1:]),
+            write_report=functools.partial(page.write_ladder_report, argv=sys.argv[1:]),
         )
-    except drive.Stopped as error:
+    except scheduler.Interrupted as error:
         print("stopped: run the same command to continue", flush=True)
         raise SystemExit(error.status) from None
     except OSError as error:
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

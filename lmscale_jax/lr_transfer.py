@@ -7,10 +7,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
-CONFIG = command.config_flag(default="configs/lr_transfer.py")
+CONFIG = cli.config_flag(default="configs/lr_transfer.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "where lr_transfer.json and .png are written")
 WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128"], "model.d_model")
 LOG2_LRS = flags.DEFINE_list(
@@ -32,14 +32,14 @@ def main() -> None:
             f"--widths={len(widths)} and --log2_lrs={len(rates)} values: a drift needs two widths "
             f"and three learning rates; --widths=16,128 would work"
         )
-    from lmscale_jax.lab import transfer
-    from lmscale_jax.reports.transfer import draw
-    from lmscale_jax.run import mesh
+    from lmscale_jax.model import mesh
+    from lmscale_jax.reports.sweep_plots import draw_lr_transfer
+    from lmscale_jax.sweeps import lr_transfer
 
-    transfer.arms(CONFIG.value, widths)
-    mesh.start(CONFIG.value)
-    result = transfer.sweep(CONFIG.value, widths, rates, SEEDS.value, workdir, print)
-    draw(result, workdir / "lr_transfer.png")
+    lr_transfer.sweep_arms(CONFIG.value, widths)
+    mesh.start_jax(CONFIG.value)
+    result = lr_transfer.sweep_rates(CONFIG.value, widths, rates, SEEDS.value, workdir, print)
+    draw_lr_transfer(result, workdir / "lr_transfer.png")
 
 
 def _numbers(flag) -> list[float]:
@@ -53,4 +53,4 @@ def _numbers(flag) -> list[float]:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

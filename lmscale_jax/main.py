@@ -4,10 +4,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import __version__, command
+from lmscale_jax import __version__, cli
 from lmscale_jax.errors import InputError
 
-CONFIG = command.config_flag()
+CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; continues an unfinished one")
 CLUSTER = flags.DEFINE_enum(
     "cluster",
@@ -30,30 +30,33 @@ def main() -> None:
             f"--topology={TOPOLOGY.value} describes chips of another machine; use it with --explain"
         )
     if EXPLAIN.value:
-        from lmscale_jax.run.explain import explain
+        from lmscale_jax.train.explain import explain
 
-        explain(CONFIG.value, command.overrides(), command.config_file(), topology=TOPOLOGY.value)
+        explain(CONFIG.value, cli.overrides(), cli.config_file(), topology=TOPOLOGY.value)
         return
     if not WORKDIR.value:
         raise InputError("--workdir is missing; use --workdir=runs/first")
     from lmscale_jax.config.resolve import fingerprint, validate
-    from lmscale_jax.run import cluster, mesh
+    from lmscale_jax.model import mesh
+    from lmscale_jax.train import distributed
 
     config = CONFIG.value
     validate(config)
-    launch = cluster.Launch(CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
+    launch = distributed.Launch(
+        CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
+    )
     # How many processes share the cores of a host is not known yet.
-    mesh.start(config, cpu_devices=0 if launch.cluster == "none" else 1)
+    mesh.start_jax(config, cpu_devices=0 if launch.cluster == "none" else 1)
     same = {"config": fingerprint(config), "lmscale_jax": __version__}
-    with cluster.joined(launch, config, same):
-        from lmscale_jax.run.train import train
+    with distributed.join_processes(launch, config, same):
+        from lmscale_jax.train.loop import train
 
         finished = train(config, Path(WORKDIR.value))
         if finished:
-            from lmscale_jax.reports import closing
+            from lmscale_jax.reports import final_summary
 
-            closing.show(finished)
+            final_summary.show_final_summary(finished)
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
-CONFIG = command.config_flag(required=False, default="configs/base.py")
+CONFIG = cli.config_flag(required=False, default="configs/base.py")
 SOURCE = flags.DEFINE_string("source", None, "replaces config.data.source")
 PATH = flags.DEFINE_string("path", None, "replaces config.data.path")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "replaces config.data.tokenizer")
@@ -20,7 +20,7 @@ OUT = flags.DEFINE_string("out", None, "new or empty directory; default: the cac
 
 def main() -> None:
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.data import prepared
+    from lmscale_jax.data import prepare
 
     config = CONFIG.value
     for name, flag in (("source", SOURCE), ("path", PATH), ("tokenizer", TOKENIZER)):
@@ -30,9 +30,9 @@ def main() -> None:
     if OUT.value == "":
         raise InputError("--out='' names no directory; use for example --out=shards")
     if OUT.value:
-        data = prepared.prepare_to(config.data, Path(OUT.value))
+        data = prepare.prepare_directory(config.data, Path(OUT.value))
     else:
-        data = prepared.prepare(config.data, config.model.vocab_size)
+        data = prepare.prepare_data(config.data, config.model.vocab_size)
     for side, shards in (("training", data.train), ("validation", data.val)):
         print(f"{side:<12} {shards.n_tokens:>14,} tokens  in {len(shards.paths)} shard(s)")
     print(f"{'vocabulary':<12} {data.vocab_size:>14,} ids")
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lmscale_jax import command
+from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 WORKDIR = flags.DEFINE_string(
@@ -30,23 +30,26 @@ def main() -> None:
         )
     from lmscale_jax.config.keys import SPEC, keys
     from lmscale_jax.config.resolve import hint
-    from lmscale_jax.reports import compared, pairs
+    from lmscale_jax.reports import pairs, run_report
 
     folder = Path(WORKDIR.value) / "report"
     if not BASELINE.value:
-        print(f"page                 {compared.of_run(pairs.read(Path(WORKDIR.value)), folder)}")
+        page = run_report.report_run(pairs.read_run(Path(WORKDIR.value)), folder)
+        print(f"page                 {page}")
         return
     switches = [*SPEC, *(path for path, _ in keys())]
     if SWITCH.value not in switches:
         raise InputError(
             f"--switch={SWITCH.value} is not a config key; {hint(SWITCH.value, switches)}"
         )
-    sides = (pairs.read_all(f.name, f.value) for f in (BASELINE, VARIANT))
-    matched = pairs.match(*sides, SWITCH.value, ALLOW.value)
-    page = compared.of_pairs(matched, SWITCH.value, folder)
-    print(f"difference           {compared.sentence(pairs.difference(matched))}")
+    sides = (pairs.read_runs(f.name, f.value) for f in (BASELINE, VARIANT))
+    matched = pairs.match_runs(*sides, SWITCH.value, ALLOW.value)
+    page = run_report.report_pairs(matched, SWITCH.value, folder)
+    print(
+        f"difference           {run_report.difference_sentence(pairs.paired_difference(matched))}"
+    )
     print(f"page                 {page}")
 
 
 if __name__ == "__main__":
-    command.run(main)
+    cli.run_command(main)

@@ -16,10 +16,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from lmscale_jax.configs import base
 from lmscale_jax.config.resolve import resolve
-from lmscale_jax.data.pipeline import Batch
+from lmscale_jax.data.batches import Batch
 from lmscale_jax.evals import perplexity
 from lmscale_jax.model.build import build
-from lmscale_jax.model.placement import BATCH
+from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.optim import build as optim
 from lmscale_jax.run import checkpoint, mesh as meshes, step
 

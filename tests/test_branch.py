@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.optim.average import averaged
-from lmscale_jax.run import checkpoint, journal, mesh, step, train
+from lmscale_jax.model import mesh
+from lmscale_jax.optim.layerwise import averaged_params
+from lmscale_jax.train import checkpoint, loop, metrics, step
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -44,8 +45,8 @@ def compiled_once(tmp_path_factory):
 def make(small, monkeypatch):
     """Configs of this file; every run takes one device, whatever this process has."""
     devices = jax.devices()[:1]
-    whole = mesh.make
-    monkeypatch.setattr(mesh, "make", lambda config, _=None: whole(config, devices))
+    whole = mesh.make_mesh
+    monkeypatch.setattr(mesh, "make_mesh", lambda config, _=None: whole(config, devices))
     return lambda **changes: small(**(QUIET | changes))
 
 
@@ -67,13 +68,15 @@ def same(a: dict, b: dict) -> None:
 
 def from_checkpoint(config, parent, at: int) -> dict:
     """The parameters after the steps of a config from a checkpoint on, without any branch."""
-    setup = train.prepare(config, parent, **silent)
-    begin = jax.eval_shape(lambda: step.initial(setup.config, setup.model, setup.transform, 0))
+    setup = loop.build_run(config, parent, **silent)
+    begin = jax.eval_shape(
+        lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
+    )
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), begin, setup.placed
     )
     state, _ = checkpoint.Checkpoints(parent).restore_step(at, abstract)
-    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
     for t in range(at, config.train.steps):
         state, _ = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
     return state.params
@@ -82,16 +85,16 @@ def from_checkpoint(config, parent, at: int) -> dict:
 @pytest.mark.slow
 def test_three_budgets_from_one_stable_run(make, tmp_path):
     stable = tmp_path / "stable"
-    train.train(make(**STABLE, train__steps=32), stable, **silent)
+    loop.train(make(**STABLE, train__steps=32), stable, **silent)
     spent = record(stable)["tokens_own"]
     for budget in BUDGETS:
         workdir = tmp_path / str(budget)
         changes = cooldown(stable, budget)
-        finished = train.train(make(**changes), workdir, **silent)
+        finished = loop.train(make(**changes), workdir, **silent)
         # To the bit what the same cooldown from that checkpoint gives, and a run of its own.
         same(finished.params, from_checkpoint(make(**changes), stable, budget * 4 // 5))
         alone = {k: v for k, v in changes.items() if "parent" not in k}
-        unbranched = train.train(make(**alone), tmp_path / f"{budget} alone", **silent)
+        unbranched = loop.train(make(**alone), tmp_path / f"{budget} alone", **silent)
         same(finished.params, unbranched.params)
         run, whole = record(workdir), record(tmp_path / f"{budget} alone")
         assert run["final"] == whole["final"]
@@ -111,7 +114,7 @@ def test_three_budgets_from_one_stable_run(make, tmp_path):
 
 def stopped(config, workdir, at: int, monkeypatch) -> None:
     """Trains until a SIGTERM comes after step `at`."""
-    log = journal.Journal.log
+    log = metrics.MetricLogger.log
 
     def stop(self, done, *rest):
         log(self, done, *rest)
@@ -119,9 +122,9 @@ def stopped(config, workdir, at: int, monkeypatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal.Journal, "log", stop)
+        patched.setattr(metrics.MetricLogger, "log", stop)
         with pytest.raises(SystemExit):
-            train.train(config, workdir, **silent)
+            loop.train(config, workdir, **silent)
     assert record(workdir)["status"] == "running"
 
 
@@ -143,9 +146,9 @@ FAST = ("muon unfrozen step by step",)
 )
 def test_a_stopped_run_ends_with_the_same_bits(make, tmp_path, monkeypatch, kind):
     config = make(**KINDS[kind], train__steps=12, eval__every=4)
-    whole = train.train(config, tmp_path / "whole", **silent)
+    whole = loop.train(config, tmp_path / "whole", **silent)
     stopped(config, tmp_path / "stopped", 7, monkeypatch)
-    resumed = train.train(config, tmp_path / "stopped", **silent)
+    resumed = loop.train(config, tmp_path / "stopped", **silent)
     same(whole.params, resumed.params)
     whole_path, stopped_path = (tmp_path / name / "metrics.jsonl" for name in ("whole", "stopped"))
     assert whole_path.read_text() == stopped_path.read_text()
@@ -162,12 +165,12 @@ def test_a_stopped_run_ends_with_the_same_bits(make, tmp_path, monkeypatch, kind
 @pytest.mark.slow
 def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch):
     stable, branch = tmp_path / "stable", tmp_path / "branch"
-    train.train(make(**STABLE, **MUON, train__steps=16), stable, **silent)
+    loop.train(make(**STABLE, **MUON, train__steps=16), stable, **silent)
     config = make(**MUON, **cooldown(stable, 20))
-    whole = train.train(config, tmp_path / "whole", **silent)
+    whole = loop.train(config, tmp_path / "whole", **silent)
     stopped(config, branch, 17, monkeypatch)
     shutil.rmtree(stable)
-    resumed = train.train(config, branch, **silent)
+    resumed = loop.train(config, branch, **silent)
     same(whole.params, resumed.params)
     assert record(branch)["parent"]["name"] == "stable"
     whole_path, branch_path = (p / "metrics.jsonl" for p in (tmp_path / "whole", branch))
@@ -175,18 +178,18 @@ def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch
 
 
 def test_the_mean_of_weights_is_what_it_says(make):
-    setup = train.prepare(make(optim__ema_decay=0.5), None, **silent)
-    state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+    setup = loop.build_run(make(optim__ema_decay=0.5), None, **silent)
+    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
+    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
     mean = np.asarray(state.params["embed"]["tokens"], np.float64)
     for t in range(12):
         state, _ = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
         decay = min(0.5, (1 + t) / (10 + t))
         mean = decay * mean + (1 - decay) * np.asarray(state.params["embed"]["tokens"])
-    np.testing.assert_allclose(averaged(state.opt_state)["embed"]["tokens"], mean, atol=1e-6)
+    np.testing.assert_allclose(averaged_params(state.opt_state)["embed"]["tokens"], mean, atol=1e-6)
     scores = setup.score(state)
     assert scores["val_loss_ema"] != scores["val_loss"]
-    assert scores["val_loss_ema"] == setup.validate(averaged(state.opt_state))["val_loss"]
+    assert scores["val_loss_ema"] == setup.validate(averaged_params(state.opt_state))["val_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +202,7 @@ def stable(settings, tmp_path_factory):
     more = {k.replace("__", "."): v for k, v in (QUIET | STABLE | MUON).items()}
     more |= {"train.steps": 8, "checkpoint.every": 4, "mesh.data": -1, "train.batch_size": 8}
     config.update_from_flattened_dict(settings | more)
-    train.train(config, workdir, **silent)
+    loop.train(config, workdir, **silent)
     return workdir
 
 
@@ -227,7 +230,7 @@ def test_what_cannot_be_a_branch_is_refused(small, stable, tmp_path, changes, me
     }  # fmt: skip
     files = sorted(stable.rglob("*"))
     with pytest.raises(InputError) as caught:
-        train.train(small(**(good | changes)), tmp_path / "branch", **silent)
+        loop.train(small(**(good | changes)), tmp_path / "branch", **silent)
     for part in message:
         assert part in str(caught.value), str(caught.value)
     assert "\n" not in str(caught.value) and not (tmp_path / "branch").exists()
@@ -239,7 +242,7 @@ def test_a_share_of_another_length_is_no_share(small, settings, tmp_path):
     parent = tmp_path / "parent"
     changes = QUIET | STABLE | {"optim__name": "muon", "train__steps": 20, "mesh__data": -1}
     changes |= {"train__batch_size": 8}
-    train.train(small(**changes), parent, **silent)
+    loop.train(small(**changes), parent, **silent)
     with pytest.raises(InputError, match=r"momentum_warmup='10%' is 1 steps here and 2 in the"):
         branch = cooldown(parent, 10)
-        train.train(small(**(changes | branch)), tmp_path / "branch", **silent)
+        loop.train(small(**(changes | branch)), tmp_path / "branch", **silent)

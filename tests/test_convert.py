@@ -37,12 +37,12 @@ def written(tmp_path):
 
     def make(name):
         config = resolved(**SHAPES[name])
-        model = build.build(config, platform="cpu")
+        model = build.build_model(config, platform="cpu")
         noise = np.random.default_rng(0)
         start = model.init(jax.random.key(0))
         params = jax.tree.map(lambda x: np.asarray(x) + noise.normal(size=x.shape), start)
         params = jax.tree.map(np.float32, params)
-        hf.write(tmp_path / "out", config, params)
+        hf.write_hf(tmp_path / "out", config, params)
         return tmp_path / "out", params
 
     return make
@@ -50,7 +50,7 @@ def written(tmp_path):
 
 def read(directory):
     config = resolved(**{"n_kv_heads": 0, "head_dim": 0} | hf.read_config(directory))
-    return hf.read_params(directory, config.model, build.build(config, platform="cpu").specs)
+    return hf.read_params(directory, config.model, build.build_model(config, platform="cpu").specs)
 
 
 def assert_same(a, b):
@@ -125,19 +125,19 @@ def test_what_transformers_does_not_have_is_refused_by_name():
         ({"bias": False}, "config.model.bias=False has no place"),
     ):
         with pytest.raises(InputError, match=message):
-            hf.family(resolved(**GPT2 | changes))
+            hf.hf_family(resolved(**GPT2 | changes))
     config = base.get_config()
     config.model.bias, config.model.vocab_size = True, 61
     config.parametrization.name, config.parametrization.base_width = "mup", 64
     with pytest.raises(InputError, match=r"parametrization\.name='mup' multiplies"):
-        hf.family(resolve(config))
+        hf.hf_family(resolve(config))
 
 
 def test_a_directory_in_use_is_left_alone(written):
     directory, params = written("gpt2")
     before = (directory / hf.WEIGHTS).read_bytes()
     with pytest.raises(InputError, match="is not empty; name a new directory"):
-        hf.write(directory, resolved(**GPT2), params)
+        hf.write_hf(directory, resolved(**GPT2), params)
     assert (directory / hf.WEIGHTS).read_bytes() == before
 
 
@@ -148,7 +148,7 @@ def test_without_safetensors_one_line_says_what_to_install(written, tmp_path, mo
     with pytest.raises(InputError, match=r"pip install 'lmscale_jax\[hf\]'"):
         read(directory)
     with pytest.raises(InputError, match=r"pip install 'lmscale_jax\[hf\]'"):
-        hf.write(tmp_path / "again", resolved(**GPT2), params)
+        hf.write_hf(tmp_path / "again", resolved(**GPT2), params)
     assert not (tmp_path / "again").exists()
 
 

@@ -11,9 +11,8 @@ from conftest import run
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import coord_check as family
 from lmscale_jax.errors import InputError
-from lmscale_jax.lab import coordinates
 from lmscale_jax.model import build
-from lmscale_jax.parametrization import coords
+from lmscale_jax.sweeps import coord_check
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 def make(name="llama", **changes):
     config = family.get_config(name)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    return build.build(resolve(config, 40), platform="cpu")
+    return build.build_model(resolve(config, 40), platform="cpu")
 
 
 TINY = {"model__d_model": 128, "model__n_heads": 4, "parametrization__base_width": 64}
@@ -61,14 +60,16 @@ def test_slopes_of_known_powers():
     widths = [64, 128, 256, 512]
     noise = np.exp(np.random.default_rng(0).normal(0, 0.05, (4, 2, 3)))
     power = np.array(widths, float)[:, None, None] ** np.array([0.0, 0.5])[:, None]
-    exact = coords.slopes(widths, 3 * power * np.ones((4, 2, 3)))
+    exact = coord_check.coordinate_slopes(widths, 3 * power * np.ones((4, 2, 3)))
     assert [e["slope"] for e in exact] == pytest.approx([0, 0.5], abs=1e-12)
     assert [e["se"] for e in exact] == pytest.approx([0, 0], abs=1e-12)
-    for entry, wanted in zip(coords.slopes(widths, power * noise), (0, 0.5), strict=True):
+    for entry, wanted in zip(
+        coord_check.coordinate_slopes(widths, power * noise), (0, 0.5), strict=True
+    ):
         assert entry["se"] > 0 and abs(entry["slope"] - wanted) < 4 * entry["se"]
     broken = np.ones((4, 2, 3))
     broken[2, 1, 0], broken[1, 0, 0] = np.nan, 0.0
-    assert coords.slopes(widths, broken) == [{"slope": None, "se": None}] * 2
+    assert coord_check.coordinate_slopes(widths, broken) == [{"slope": None, "se": None}] * 2
 
 
 def steps_of(*values):
@@ -82,30 +83,32 @@ def test_bounds_are_those_of_the_protocol():
         "blocks/1/scores": steps_of(0.0, 0.14, 0.14),
         "change/embed": steps_of(None, 0.9, 0.9, 0.9, 0.15),
     }
-    assert coords.failures(good) == []
+    assert coord_check.slope_failures(good) == []
     bad = {
         "blocks/0/mlp": steps_of(0.0, 0.11),
         "logits": steps_of(-0.3, 0.0, 0.0, 0.0, None),
         "change/logits": steps_of(None, 0.0, 0.0, 0.0, -0.5),
     }
-    failed = [(f["tensor"], f["step"]) for f in coords.failures(bad)]
+    failed = [(f["tensor"], f["step"]) for f in coord_check.slope_failures(bad)]
     assert failed == [
         ("logits", 5), ("change/logits", 5), ("logits", 1), ("blocks/0/mlp", 2),
     ]  # fmt: skip
     assert ("logits", 1) not in [
-        (f["tensor"], f["step"]) for f in coords.failures(bad, sweep="depth")
+        (f["tensor"], f["step"]) for f in coord_check.slope_failures(bad, sweep="depth")
     ]
 
 
 def test_scores_may_fall_until_heads_align():
     """Where heads grow: as head_dim^-1/2 at first; a rise, as of the wrong scale, is a failure."""
     falling = {"blocks/0/scores": steps_of(-0.5, -0.34, -0.2)}
-    assert coords.failures(falling, sweep="head_dim") == []
-    assert len(coords.failures(falling)) == 2
-    flat = coords.failures({"blocks/0/scores": steps_of(0.0, 0.0)}, sweep="head_dim")
+    assert coord_check.slope_failures(falling, sweep="head_dim") == []
+    assert len(coord_check.slope_failures(falling)) == 2
+    flat = coord_check.slope_failures({"blocks/0/scores": steps_of(0.0, 0.0)}, sweep="head_dim")
     assert [f["step"] for f in flat] == [1]
     for wrong in (0.2, -0.4):
-        failed = coords.failures({"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim")
+        failed = coord_check.slope_failures(
+            {"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim"
+        )
         assert [f["step"] for f in failed] == [2]
 
 
@@ -114,7 +117,7 @@ def test_depths_are_compared_at_the_ends():
         names = [f"blocks/{i}/mlp" for i in range(n_layers)] + ["change/blocks/1/mlp", "final"]
         return {name: name for name in names}
 
-    two, four = (coordinates._ends(tensors(n), n) for n in (2, 4))
+    two, four = (coord_check._ends(tensors(n), n) for n in (2, 4))
     assert two == {"blocks/last/mlp": "blocks/1/mlp", "final": "final",
                    "change/blocks/last/mlp": "change/blocks/1/mlp"}  # fmt: skip
     assert four == {"blocks/last/mlp": "blocks/3/mlp", "final": "final"}
@@ -125,7 +128,7 @@ def test_predictions_look_at_the_steepest_step():
         "blocks/0/attention": steps_of(0, 0.9, 0.1), "change/blocks/0/mlp": steps_of(0, 9),
         "blocks/0/mlp": steps_of(9, 0.3, 0.2), "logits": steps_of(0, None, 0.1),
     }  # fmt: skip
-    predicted = coords.as_predicted(slopes, "sp")
+    predicted = coord_check.compare_with_prediction(slopes, "sp")
     assert {kind: entry["shown"] for kind, entry in predicted.items()} == {
         "attention": True, "mlp": False, "logits": True,
     }  # fmt: skip
@@ -134,13 +137,13 @@ def test_predictions_look_at_the_steepest_step():
 def test_a_sweep_resizes_what_it_names():
     config = family.get_config()
     config.model.n_kv_heads = 4
-    plan = coordinates.plan(config, "width", [64, 512])
+    plan = coord_check.plan_sizes(config, "width", [64, 512])
     sizes = [(c.model.d_model, c.model.n_heads, c.model.n_kv_heads) for c in plan.configs]
     assert sizes == [(64, 2, 1), (512, 16, 8)]
-    plan = coordinates.plan(family.get_config(), "head_dim", [16, 64])
+    plan = coord_check.plan_sizes(family.get_config(), "head_dim", [16, 64])
     assert [(c.model.d_model, c.model.head_dim) for c in plan.configs] == [(128, 16), (512, 64)]
     assert {c.parametrization.base_head_dim for c in plan.configs} == {32}
-    plan = coordinates.plan(family.get_config(), "width", [64, 128], "sp")
+    plan = coord_check.plan_sizes(family.get_config(), "width", [64, 128], "sp")
     assert {c.parametrization.name for c in plan.configs} == {"sp"}
 
 
@@ -165,7 +168,7 @@ def test_bad_sweeps_are_named(asked, message):
     config = family.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(InputError) as caught:
-        coordinates.plan(config, sweep, sizes)
+        coord_check.plan_sizes(config, sweep, sizes)
     for part in message:
         assert part in str(caught.value), str(caught.value)
 
@@ -203,8 +206,8 @@ def test_a_small_check_writes_what_it_measured(tmp_path, settings):
 def test_mup_passes_and_every_mistake_shows(control, tmp_path):
     # It takes four octaves for slopes as exact as the bounds (docs/mup.md).
     widths = [64, 128, 256, 512, 1024] if control == "none" else [64, 128, 256, 512]
-    plan = coordinates.plan(family.get_config(), "width", widths, control)
-    result = coordinates.check(plan, 3, tmp_path, print)
+    plan = coord_check.plan_sizes(family.get_config(), "width", widths, control)
+    result = coord_check.check_coordinates(plan, 3, tmp_path, print)
     if control == "none":
         assert result["passed"], result["failures"]
     else:

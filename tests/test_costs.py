@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs.base import get_config
-from lmscale_jax.lab import layouts
-from lmscale_jax.model import build, chips, costs, memory
+from lmscale_jax.model import build, costs, flops, memory
 
 # Width 64, 4 heads of 16, MLP of 256, 2 blocks, 512 tokens of vocabulary, windows of 32.
 SMALL = {
@@ -17,7 +16,7 @@ SMALL = {
     "data.seq_len": 32, "train.batch_size": 16,
 }  # fmt: skip
 # A chip of round figures: 1 GB/s over links, 0.1 GB/s between nodes of four.
-ROUND = chips.CHIPS["H100"]._replace(link=1e9, network=1e8, domain=4)
+ROUND = flops.CHIPS["H100"]._replace(link=1e9, network=1e8, domain=4)
 
 
 def small(**changes) -> ConfigDict:
@@ -29,7 +28,7 @@ def small(**changes) -> ConfigDict:
 
 
 def specs_of(config) -> dict:
-    return build.build(config, platform="tpu").specs
+    return build.build_model(config, platform="tpu").specs
 
 
 def sent(config, chip=ROUND, **sizes) -> dict:
@@ -119,7 +118,7 @@ def test_keys_and_values_are_gathered_over_sequence_by_hand():
 
 def test_memory_by_hand():
     config, sizes = small(), {"data": 2, "fsdp": 2}
-    estimate = memory.on_chip(config, specs_of(config), sizes, platform="tpu", kernel="splash")
+    estimate = memory.chip_memory(config, specs_of(config), sizes, platform="tpu", kernel="splash")
     # Matrices and tables are halved, the 5 gains of 64 are not.
     local = 4 * ((2 * BLOCK + 2 * TABLE) / 2 + 5 * 64)
     assert estimate["parameters"] == local
@@ -137,8 +136,8 @@ def test_more_chips_hold_and_compute_no_more_each(name):
     config, seen = small(), []
     for n in (1, 2, 4):
         specs, sizes = specs_of(config), {name: n}
-        held = memory.on_chip(config, specs, sizes, platform="tpu", kernel="splash")["total"]
-        step = costs.step(config, specs, sizes, ROUND)
+        held = memory.chip_memory(config, specs, sizes, platform="tpu", kernel="splash")["total"]
+        step = costs.step_cost(config, specs, sizes, ROUND)
         seen.append((held, step.chip_flops, step.moved))
     for before, after in itertools.pairwise(seen):
         assert all(b <= a for a, b in zip(before, after, strict=True))
@@ -148,7 +147,7 @@ def test_more_chips_hold_and_compute_no_more_each(name):
 def test_a_larger_batch_has_a_higher_mfu_and_recomputing_a_lower_one():
     def mfu(**changes) -> float:
         config = small(**changes)
-        return costs.step(config, specs_of(config), {"fsdp": 8}, ROUND).mfu
+        return costs.step_cost(config, specs_of(config), {"fsdp": 8}, ROUND).mfu
 
     assert mfu(train__batch_size=16) < mfu(train__batch_size=64) < mfu(train__batch_size=4096)
     assert mfu(train__batch_size=4096, model__remat="block") < mfu(train__batch_size=4096)
@@ -157,7 +156,7 @@ def test_a_larger_batch_has_a_higher_mfu_and_recomputing_a_lower_one():
 
 def test_what_is_waited_for_is_added_and_what_is_not_is_hidden():
     config = small()
-    step = costs.step(config, specs_of(config), {"data": 2, "fsdp": 4, "tensor": 2}, ROUND)
+    step = costs.step_cost(config, specs_of(config), {"data": 2, "fsdp": 4, "tensor": 2}, ROUND)
     assert step.exposed > 0
     assert step.hidden > 0
     assert step.seconds == pytest.approx(max(step.compute, step.hidden) + step.exposed)
@@ -165,7 +164,7 @@ def test_what_is_waited_for_is_added_and_what_is_not_is_hidden():
 
 def test_a_checkpoint_is_parameters_and_moments():
     config = small()
-    size, seconds = costs.checkpoint(specs_of(config), 16, chips.CHIPS["v5p"])
+    size, seconds = costs.checkpoint(specs_of(config), 16, flops.CHIPS["v5p"])
     assert size == 3 * 4 * (2 * BLOCK + 2 * TABLE + 5 * 64)
     # Four hosts of four chips.
     assert seconds == pytest.approx(size / (4 * costs.WRITE_PER_HOST))
@@ -174,23 +173,23 @@ def test_a_checkpoint_is_parameters_and_moments():
 def test_the_search_fits_and_is_no_slower_than_any_other_mesh_that_does():
     config = small(train__batch_size=4096)
     specs = specs_of(config)
-    need = memory.on_chip(config, specs, {"data": 8}, platform="gpu", kernel="cudnn")["total"]
-    tight = ROUND._replace(memory=need / 4 / layouts.FILL)
-    layout = layouts.best(config, specs, tight, 8)
-    assert layout.bytes["total"] <= layouts.FILL * tight.memory
+    need = memory.chip_memory(config, specs, {"data": 8}, platform="gpu", kernel="cudnn")["total"]
+    tight = ROUND._replace(memory=need / 4 / costs.FILL)
+    layout = costs.best_layout(config, specs, tight, 8)
+    assert layout.bytes["total"] <= costs.FILL * tight.memory
     assert layout.accum > 1
-    roomy = layouts.best(config, specs, ROUND, 8)
+    roomy = costs.best_layout(config, specs, ROUND, 8)
     assert roomy.step.seconds <= layout.step.seconds
-    for sizes in layouts.meshes(config, ROUND, 8):
+    for sizes in costs.candidate_meshes(config, ROUND, 8):
         config.train.accum, config.model.remat = 1, "none"
-        assert roomy.step.seconds <= costs.step(config, specs, sizes, ROUND).seconds
+        assert roomy.step.seconds <= costs.step_cost(config, specs, sizes, ROUND).seconds
 
 
 def test_the_search_says_why_there_is_none():
     config = small()
     specs = specs_of(config)
-    assert layouts.best(config, specs, ROUND, 1024) == (
+    assert costs.best_layout(config, specs, ROUND, 1024) == (
         "16 rows cannot be split over 1024 chips, not with 4 sharing each"
     )
-    told = layouts.best(config, specs, ROUND._replace(memory=1e5), 8)
+    told = costs.best_layout(config, specs, ROUND._replace(memory=1e5), 8)
     assert told.startswith("does not fit: ")

@@ -7,9 +7,9 @@ import pytest
 from conftest import finish
 
 from lmscale_jax.configs import base
-from lmscale_jax.data import prepared
-from lmscale_jax.data.order import Mixture, Order
-from lmscale_jax.data.pipeline import TrainBatches
+from lmscale_jax.data import prepare
+from lmscale_jax.data.batches import TrainBatches
+from lmscale_jax.data.order import MixturePattern, WindowOrder
 from lmscale_jax.errors import InputError
 
 
@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
         data = base.get_config().data
         data.source, data.path, data.document = "text", str(root / f"{name}.txt"), "paragraph"
         data.tokenizer, data.val_fraction = tokenizer, 0.1
-        prepared.prepare_to(data, root / name, log=lambda line: None)
+        prepare.prepare_directory(data, root / name, log=lambda line: None)
     return root
 
 
@@ -37,7 +37,7 @@ def data_of(folders, path: str):
 
 @pytest.mark.parametrize("weights", [[1.0], [3, 1], [0.2, 0.5, 0.3], [1, 1, 1]])
 def test_shares_are_exact_and_rows_of_a_part_are_counted(weights):
-    mixture = Mixture(weights, seed=5)
+    mixture = MixturePattern(weights, seed=5)
     part, row = (
         np.concatenate(x) for x in zip(*(mixture.rows(t, 7) for t in range(500)), strict=True)
     )
@@ -53,9 +53,9 @@ def test_shares_are_exact_and_rows_of_a_part_are_counted(weights):
 
 
 def test_one_part_alone_is_the_order_of_the_seed(folders):
-    prepared_data = prepared.open_directory(folders / "low", folders)
+    prepared_data = prepare.open_directory(folders / "low", folders)
     batches = TrainBatches(prepared_data, 16, 4, seed=3)
-    order = Order(batches.n_windows, 3)
+    order = WindowOrder(batches.n_windows, 3)
     for step in (0, 5, 1000):
         starts = order.indices(step, 4) * 16
         assert np.array_equal(
@@ -64,16 +64,16 @@ def test_one_part_alone_is_the_order_of_the_seed(folders):
 
 
 def test_windows_come_from_both_by_weight(folders):
-    mixed = prepared.prepare(data_of(folders, f"{folders / 'low'}=3, {folders / 'high'}=1"))
+    mixed = prepare.prepare_data(data_of(folders, f"{folders / 'low'}=3, {folders / 'high'}=1"))
     batches = TrainBatches(mixed, 16, 10, seed=0)
     high = np.concatenate([(batches.at(t).tokens_BxT >= ord("x")) for t in range(100)])
     high = high & (np.concatenate([batches.at(t).tokens_BxT for t in range(100)]) < 256)
     assert high.any(axis=1).mean() == 0.25
-    low, other = (prepared.open_directory(folders / n, folders) for n in ("low", "high"))
+    low, other = (prepare.open_directory(folders / n, folders) for n in ("low", "high"))
     assert mixed.val.n_tokens == low.val.n_tokens + other.val.n_tokens
     windows = (low.train.n_tokens - 1) // 16
     assert batches.epochs(100) == pytest.approx(750 / windows)
-    reweighted = prepared.prepare(data_of(folders, f"{folders / 'low'}=1,{folders / 'high'}=1"))
+    reweighted = prepare.prepare_data(data_of(folders, f"{folders / 'low'}=1,{folders / 'high'}=1"))
     assert (
         reweighted.fingerprint != mixed.fingerprint
         and reweighted.val_fingerprint == mixed.val_fingerprint
@@ -91,7 +91,7 @@ def test_what_is_no_mixture_is_refused(folders):
         (f"{folders / 'low'},{folders / 'nowhere'}", "not a manifest"),
     ):
         with pytest.raises(InputError, match=message):
-            prepared.prepare(data_of(folders, path))
+            prepare.prepare_data(data_of(folders, path))
 
 
 @pytest.mark.slow

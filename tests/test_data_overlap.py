@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lmscale_jax.configs import base
-from lmscale_jax.data import overlap, prepared
+from lmscale_jax.data import encode, prepare
 from lmscale_jax.data.shards import Shards, ShardWriter
 
 
@@ -18,11 +18,11 @@ def written(folder, tokens, name):
 @pytest.mark.parametrize("length", [1, 3, 5])
 @pytest.mark.parametrize("chunk", [1 << 22, 50])
 def test_shared_runs_are_counted(tmp_path, length, chunk, monkeypatch):
-    monkeypatch.setattr(overlap, "_CHUNK", chunk)
+    monkeypatch.setattr(encode, "_CHUNK", chunk)
     chance = np.random.default_rng(length)
     train, val = (chance.integers(0, 7, n) for n in (400, 250))
     val[40:60] = train[100:120]
-    result = overlap.measure(
+    result = encode.measure_overlap(
         written(tmp_path, train, "train"), written(tmp_path, val, "val"), length, 0
     )
 
@@ -39,7 +39,7 @@ def test_shared_runs_are_counted(tmp_path, length, chunk, monkeypatch):
 
 
 def test_no_run_fits(tmp_path):
-    result = overlap.measure(
+    result = encode.measure_overlap(
         written(tmp_path, [1, 2], "train"), written(tmp_path, [3, 0, 4], "val"), 2, 0
     )
     assert result == {"length": 2, "runs": 0, "shared": 0.0, "tokens": 0.0}
@@ -52,6 +52,6 @@ def test_preparing_reports_it(tmp_path):
     data.source, data.path, data.document = "text", str(tmp_path / "a.txt"), "paragraph"
     data.tokenizer, data.cache, data.overlap = "bytes", str(tmp_path / "cache"), 20
     lines = []
-    data = prepared.prepare(data, log=lines.append)
+    data = prepare.prepare_data(data, log=lines.append)
     assert 0.5 < data.manifest["overlap"]["shared"] < 1
     assert any("validation runs of 20 tokens" in line for line in lines)

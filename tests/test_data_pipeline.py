@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lmscale_jax.data.pipeline import NO_LABEL, Batch, TrainBatches, prefetch, val_batches
+from lmscale_jax.data.batches import NO_LABEL, Batch, TrainBatches, prefetch, val_batches
 from lmscale_jax.data.shards import Shards, ShardWriter
 from lmscale_jax.errors import InputError
 

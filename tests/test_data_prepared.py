@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from lmscale_jax.configs.base import get_config
-from lmscale_jax.data import packing, tokenizers
-from lmscale_jax.data.prepared import prepare, prepare_to, vocab_size_of
+from lmscale_jax.data import encode, tokenizers
+from lmscale_jax.data.prepare import prepare_data, prepare_directory, vocab_size_of
 from lmscale_jax.data.shards import ShardWriter
 from lmscale_jax.data.tokenizers import BytePairs
 from lmscale_jax.errors import InputError
@@ -48,7 +48,7 @@ def documents_of(prepared, side):
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_hash_split_loses_and_shares_nothing(tmp_path, tokenizer):
     cfg = lines_config(tmp_path, tokenizer=tokenizer, vocab_size=270)
-    prepared = prepare(cfg, log=quiet)
+    prepared = prepare_data(cfg, log=quiet)
     train, val = documents_of(prepared, "train"), documents_of(prepared, "val")
     assert sorted(train + val) == sorted(DOCUMENTS)
     assert 1 <= len(val) <= 40  # 15 are expected
@@ -61,18 +61,18 @@ def test_hash_split_loses_and_shares_nothing(tmp_path, tokenizer):
 
 
 def test_split_depends_neither_on_order_nor_on_other_documents(tmp_path):
-    first = prepare(lines_config(tmp_path), log=quiet)
+    first = prepare_data(lines_config(tmp_path), log=quiet)
     shuffled = list(np.random.default_rng(0).permutation(DOCUMENTS))
-    second = prepare(lines_config(tmp_path, shuffled), log=quiet)
-    fewer = prepare(lines_config(tmp_path, DOCUMENTS[:200]), log=quiet)
+    second = prepare_data(lines_config(tmp_path, shuffled), log=quiet)
+    fewer = prepare_data(lines_config(tmp_path, DOCUMENTS[:200]), log=quiet)
     assert set(documents_of(first, "val")) == set(documents_of(second, "val"))
     assert set(documents_of(fewer, "val")) == set(documents_of(first, "val")) & set(DOCUMENTS[:200])
     assert first.fingerprint != second.fingerprint
 
 
 def test_exact_duplicates_are_dropped_and_counted(tmp_path):
-    once = prepare(lines_config(tmp_path), log=quiet)
-    twice = prepare(lines_config(tmp_path, DOCUMENTS + DOCUMENTS[50:]), log=quiet)
+    once = prepare_data(lines_config(tmp_path), log=quiet)
+    twice = prepare_data(lines_config(tmp_path, DOCUMENTS + DOCUMENTS[50:]), log=quiet)
     assert twice.manifest["source"]["duplicates_dropped"] == 250
     assert twice.fingerprint == once.fingerprint
     assert twice.val_fingerprint == once.val_fingerprint
@@ -85,7 +85,7 @@ def place(text):
 
 def test_bpe_is_trained_on_the_training_documents_only(tmp_path):
     strange = [text for i in range(1000) if place(text := f"{'zq' * 40}{i}\n") < 0.05]
-    prepared = prepare(lines_config(tmp_path, DOCUMENTS + strange, tokenizer="bpe"), log=quiet)
+    prepared = prepare_data(lines_config(tmp_path, DOCUMENTS + strange, tokenizer="bpe"), log=quiet)
     expected = [text for text in DOCUMENTS if place(text) < 0.05] + strange
     assert documents_of(prepared, "val") == expected
     assert "zq" not in prepared.tokenizer.vocab
@@ -98,7 +98,7 @@ def test_tail_split_of_one_text_is_nanogpts(tmp_path, n):
     (tmp_path / "input.txt").write_text(data)
     cfg = config(tmp_path, path=str(tmp_path / "input.txt"), tokenizer="char")
     cfg.update(split="tail", val_fraction=0.1)
-    prepared = prepare(cfg, log=quiet)
+    prepared = prepare_data(cfg, log=quiet)
     chars = sorted(set(data))
     train = [chars.index(c) for c in data[: int(n * 0.9)]]
     val = [chars.index(c) for c in data[int(n * 0.9) :]]
@@ -109,7 +109,7 @@ def test_tail_split_of_one_text_is_nanogpts(tmp_path, n):
 
 
 def test_tail_split_cuts_across_documents(tmp_path):
-    prepared = prepare(lines_config(tmp_path, split="tail", val_fraction=0.25), log=quiet)
+    prepared = prepare_data(lines_config(tmp_path, split="tail", val_fraction=0.25), log=quiet)
     text = "".join(DOCUMENTS)
     cut = int(len(text) * 0.75)
     assert "".join(documents_of(prepared, "train")) == text[:cut]
@@ -119,15 +119,15 @@ def test_tail_split_cuts_across_documents(tmp_path):
 def test_the_cache_is_reused_until_source_or_settings_change(tmp_path):
     cfg = lines_config(tmp_path)
     lines = []
-    first = prepare(cfg, log=lines.append)
+    first = prepare_data(cfg, log=lines.append)
     assert any("prepared in" in line for line in lines)
-    assert prepare(cfg, log=pytest.fail).manifest == first.manifest
+    assert prepare_data(cfg, log=pytest.fail).manifest == first.manifest
     cfg.val_fraction = 0.2
     lines.clear()
-    assert prepare(cfg, log=lines.append).val.n_tokens > first.val.n_tokens
+    assert prepare_data(cfg, log=lines.append).val.n_tokens > first.val.n_tokens
     assert lines
     lines.clear()
-    prepare(lines_config(tmp_path, [*DOCUMENTS, "new\n"]), log=lines.append)
+    prepare_data(lines_config(tmp_path, [*DOCUMENTS, "new\n"]), log=lines.append)
     assert lines
     assert len(shown(tmp_path / "cache")) == 3
 
@@ -138,25 +138,25 @@ def shown(directory):
 
 def test_the_same_documents_give_the_same_shards_bit_for_bit(tmp_path):
     cfg = lines_config(tmp_path, tokenizer="bpe", vocab_size=270)
-    first = prepare_to(cfg, tmp_path / "a", log=quiet)
-    second = prepare_to(cfg, tmp_path / "b", log=quiet)
+    first = prepare_directory(cfg, tmp_path / "a", log=quiet)
+    second = prepare_directory(cfg, tmp_path / "b", log=quiet)
     assert first.manifest == second.manifest
     assert first.fingerprint == second.fingerprint
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):
     cfg = lines_config(tmp_path)
-    first = prepare(cfg, log=quiet)
+    first = prepare_data(cfg, log=quiet)
     shard = first.train.paths[0]
     shard.write_bytes(shard.read_bytes()[:-10])
-    again = prepare(cfg, log=quiet)
+    again = prepare_data(cfg, log=quiet)
     assert again.train.scan() == again.manifest["splits"]["train"]["fingerprint"]
 
 
 PREPARE = """
 import sys
 from lmscale_jax.configs.base import get_config
-from lmscale_jax.data.prepared import prepare
+from lmscale_jax.data.prepare import prepare
 data = get_config().data
 data.update(source="text", path=sys.argv[1], cache=sys.argv[2], document="line", vocab_size=300)
 print("go", flush=True)
@@ -200,29 +200,31 @@ def test_killed_and_concurrent_prepares_leave_nothing_half_written(tmp_path):
 def test_prepare_to_fills_only_an_empty_directory(tmp_path):
     cfg, out = lines_config(tmp_path), tmp_path / "out"
     out.mkdir()
-    first = prepare_to(cfg, out, log=quiet)
-    assert prepare_to(cfg, out, log=pytest.fail).manifest == first.manifest
+    first = prepare_directory(cfg, out, log=quiet)
+    assert prepare_directory(cfg, out, log=pytest.fail).manifest == first.manifest
     assert sorted(p.name for p in shown(tmp_path)) == ["out", "text.txt"]
     cfg.val_fraction = 0.3
     before = (out / "manifest.json").read_text()
     with pytest.raises(InputError, match="holds something else"):
-        prepare_to(cfg, out, log=quiet)
+        prepare_directory(cfg, out, log=quiet)
     assert (out / "manifest.json").read_text() == before
 
 
 def test_a_prepared_directory_is_a_bin_source(tmp_path):
-    shards = prepare_to(lines_config(tmp_path), tmp_path / "out", log=quiet)
+    shards = prepare_directory(lines_config(tmp_path), tmp_path / "out", log=quiet)
     cfg = config(tmp_path, source="bin", path=str(tmp_path / "out"))
-    data = prepare(cfg, log=quiet)
+    data = prepare_data(cfg, log=quiet)
     assert data.fingerprint == shards.fingerprint
     assert data.tokenizer.name == "bytes" and data.vocab_size == vocab_size_of(cfg) == 257
-    bare = prepare(config(tmp_path, source="bin", path=f"{tmp_path}/out/*.bin"), 300, log=quiet)
+    bare = prepare_data(
+        config(tmp_path, source="bin", path=f"{tmp_path}/out/*.bin"), 300, log=quiet
+    )
     assert bare.val_fingerprint == shards.val_fingerprint
     assert (bare.tokenizer, bare.token_bytes, bare.boundary) == (None, None, None)
     assert bare.vocab_size == 300
     cfg.val_path = "x.bin"
     with pytest.raises(InputError, match=r"leave data\.val_path empty"):
-        prepare(cfg, log=quiet)
+        prepare_data(cfg, log=quiet)
 
 
 def write_shard(directory, prefix, tokens):
@@ -236,15 +238,15 @@ def test_bare_shards_are_checked_once(tmp_path):
     write_shard(tmp_path, "web_val", np.arange(50))
     cfg = config(tmp_path, source="bin", path=f"{tmp_path}/web_*.bin")
     lines = []
-    first = prepare(cfg, 1000, log=lines.append)
+    first = prepare_data(cfg, 1000, log=lines.append)
     assert (first.train.n_tokens, first.val.n_tokens) == (900, 50)
     assert len(lines) == 2
-    assert prepare(cfg, 1000, log=pytest.fail).fingerprint == first.fingerprint
+    assert prepare_data(cfg, 1000, log=pytest.fail).fingerprint == first.fingerprint
     with pytest.raises(InputError, match="token 500 has id 500, beyond the vocabulary of 500"):
-        prepare(cfg, 500, log=quiet)
+        prepare_data(cfg, 500, log=quiet)
     assert vocab_size_of(cfg) == 0
     cfg.update(path=f"{tmp_path}/web_val*.bin", val_path=f"{tmp_path}/web_train*.bin")
-    swapped = prepare(cfg, 1000, log=quiet)
+    swapped = prepare_data(cfg, 1000, log=quiet)
     assert (swapped.train.n_tokens, swapped.val.n_tokens) == (50, 900)
 
 
@@ -252,46 +254,46 @@ def test_bad_bin_sources(tmp_path):
     write_shard(tmp_path, "train", [1, 2, 3])
     cfg = config(tmp_path, source="bin", path=str(tmp_path))
     with pytest.raises(InputError, match=r"model\.vocab_size=0: .*for example 50257"):
-        prepare(cfg, log=quiet)
+        prepare_data(cfg, log=quiet)
     with pytest.raises(InputError, match=r"set data\.val_path"):
-        prepare(cfg, 1000, log=quiet)
+        prepare_data(cfg, 1000, log=quiet)
     cfg.val_path = str(tmp_path / "train_000000.bin")
     with pytest.raises(InputError, match="none is left for training"):
-        prepare(cfg, 1000, log=quiet)
+        prepare_data(cfg, 1000, log=quiet)
     cfg.val_path = f"{tmp_path}/../{tmp_path.name}/*.bin"
     with pytest.raises(InputError, match="none is left for training"):
-        prepare(cfg, 1000, log=quiet)
+        prepare_data(cfg, 1000, log=quiet)
     cfg.path = str(tmp_path / "none")
     with pytest.raises(InputError, match=r"no \.bin file there"):
-        prepare(cfg, 1000, log=quiet)
+        prepare_data(cfg, 1000, log=quiet)
     with pytest.raises(InputError, match="prepared already"):
-        prepare_to(cfg, tmp_path / "out", log=quiet)
+        prepare_directory(cfg, tmp_path / "out", log=quiet)
 
 
 def test_a_directory_that_was_tampered_with_is_refused(tmp_path):
     out = tmp_path / "out"
-    prepare_to(lines_config(tmp_path), out, log=quiet)
+    prepare_directory(lines_config(tmp_path), out, log=quiet)
     cfg = config(tmp_path, source="bin", path=str(out))
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(InputError, match="format 99, not 1"):
-        prepare(cfg, log=quiet)
+        prepare_data(cfg, log=quiet)
     manifest["splits"]["train"]["tokens"] += 1
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="train shards are not the manifest's"):
-        prepare(cfg, log=quiet)
+        prepare_data(cfg, log=quiet)
     manifest["splits"]["train"]["tokens"] -= 1
     (out / "manifest.json").write_text(json.dumps(manifest))
-    prepare(cfg, log=quiet)
+    prepare_data(cfg, log=quiet)
     shard = out / "val_000000.bin"
     body = bytearray(shard.read_bytes())
     body[-2] ^= 1
     shard.write_bytes(body)
     with pytest.raises(InputError, match=r"val_000000\.bin: changed since its manifest"):
-        prepare(cfg, log=quiet)
+        prepare_data(cfg, log=quiet)
     (out / "tokenizer.json").write_text('{"name": "char", "characters": "ab"}')
     with pytest.raises(InputError, match=r"tokenizer\.json is not the manifest's"):
-        prepare(cfg, log=quiet)
+        prepare_data(cfg, log=quiet)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +308,7 @@ def test_a_directory_that_was_tampered_with_is_refused(tmp_path):
 )
 def test_a_bad_source_is_one_line_and_leaves_nothing(tmp_path, documents, keys, expected):
     with pytest.raises(InputError) as caught:
-        prepare(lines_config(tmp_path, documents, **keys), log=quiet)
+        prepare_data(lines_config(tmp_path, documents, **keys), log=quiet)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -314,8 +316,8 @@ def test_a_bad_source_is_one_line_and_leaves_nothing(tmp_path, documents, keys, 
 def test_model_vocabulary_must_hold_the_tokenizers(tmp_path):
     cfg = lines_config(tmp_path)
     with pytest.raises(InputError, match=r"model\.vocab_size=256: .*set model\.vocab_size=257"):
-        prepare(cfg, 256, log=quiet)
-    assert prepare(cfg, 320, log=quiet).vocab_size == 257
+        prepare_data(cfg, 256, log=quiet)
+    assert prepare_data(cfg, 320, log=quiet).vocab_size == 257
 
 
 def test_a_cache_that_cannot_be_written_names_itself(tmp_path):
@@ -323,12 +325,12 @@ def test_a_cache_that_cannot_be_written_names_itself(tmp_path):
     (tmp_path / "file").write_text("in the way")
     cfg.cache = str(tmp_path / "file")
     with pytest.raises(InputError, match=r"cannot be written .*set data\.cache"):
-        prepare(cfg, log=quiet)
+        prepare_data(cfg, log=quiet)
 
 
 def test_cache_directory_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LMSCALE_CACHE", str(tmp_path / "elsewhere"))
-    prepare(lines_config(tmp_path, cache=""), log=quiet)
+    prepare_data(lines_config(tmp_path, cache=""), log=quiet)
     (directory,) = shown(tmp_path / "elsewhere")
     assert directory.name.startswith("text-bytes-")
 
@@ -341,10 +343,10 @@ def test_long_documents_are_cut_without_a_trace(tmp_path, tokenizer, monkeypatch
     for i, document in enumerate(documents):
         (tmp_path / f"{i:02d}.txt").write_bytes(document.encode())
     cfg = config(tmp_path, path=f"{tmp_path}/*.txt", tokenizer=tokenizer, vocab_size=300)
-    whole = prepare_to(cfg, tmp_path / "whole", log=quiet)
+    whole = prepare_directory(cfg, tmp_path / "whole", log=quiet)
     monkeypatch.setattr(tokenizers, "_PIECE_CHARACTERS", 10)
-    monkeypatch.setattr(packing, "_BLOCK_CHARACTERS", 100)
-    cut = prepare_to(cfg, tmp_path / "cut", log=quiet)
+    monkeypatch.setattr(encode, "_BLOCK_CHARACTERS", 100)
+    cut = prepare_directory(cfg, tmp_path / "cut", log=quiet)
     assert cut.manifest == whole.manifest
     assert documents_of(cut, "train") + documents_of(cut, "val") == sorted(
         dict.fromkeys(documents), key=lambda document: place(document) < 0.05

@@ -10,7 +10,7 @@ from test_data_tokenizers import CORPUS, random_texts
 
 from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.configs import base
-from lmscale_jax.data import prepared, pretrained, tokenizers
+from lmscale_jax.data import hf_tokenizers, prepare, tokenizers
 from lmscale_jax.errors import InputError
 
 GPT2 = Path(
@@ -43,7 +43,7 @@ def folder(library, tmp_path_factory):
 
 
 def test_ids_are_the_library_s_own_and_lose_nothing(library, folder):
-    ours = pretrained.load(folder)
+    ours = hf_tokenizers.load_pretrained(folder)
     assert ours.vocab_size == library.get_vocab_size()
     assert ours.boundary == library.token_to_id("<|endoftext|>")
     for text in [*CORPUS, *random_texts(), "if x:\n        return 1"]:
@@ -58,9 +58,9 @@ def test_ids_are_the_library_s_own_and_lose_nothing(library, folder):
 
 
 def test_saved_and_read_again_it_is_the_same(folder, tmp_path):
-    ours = pretrained.load(folder)
+    ours = hf_tokenizers.load_pretrained(folder)
     ours.save(tmp_path)
-    loaded = tokenizers.load(tmp_path)
+    loaded = tokenizers.load_tokenizer(tmp_path)
     assert loaded.fingerprint == ours.fingerprint and loaded.boundary == ours.boundary
     assert loaded.encode_batch(CORPUS)[0].tolist() == ours.encode_batch(CORPUS)[0].tolist()
 
@@ -70,7 +70,7 @@ def test_the_older_two_files_are_read_too(library, folder, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in model["merges"])
     (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    ours, theirs = pretrained.load(tmp_path), pretrained.load(folder)
+    ours, theirs = hf_tokenizers.load_pretrained(tmp_path), hf_tokenizers.load_pretrained(folder)
     assert ours.boundary == len(model["vocab"])
     for text in ("def add(a, b):\n", "naïve café"):
         assert ours.encode_batch([text])[0].tolist() == theirs.encode_batch([text])[0].tolist()
@@ -81,17 +81,17 @@ def test_data_is_prepared_with_it_and_again_when_it_changes(folder, corpus, tmp_
     config.data.source, config.data.path, config.data.tokenizer = "text", str(corpus), "hf"
     config.data.tokenizer_path, config.data.cache = str(folder), str(tmp_path)
     config.data.val_fraction = 0.2
-    data = prepared.prepare(config.data, log=lambda line: None)
-    ours = pretrained.load(folder)
-    assert data.vocab_size == ours.vocab_size == prepared.vocab_size_of(config.data)
+    data = prepare.prepare_data(config.data, log=lambda line: None)
+    ours = hf_tokenizers.load_pretrained(folder)
+    assert data.vocab_size == ours.vocab_size == prepare.vocab_size_of(config.data)
     resolved = resolve(config, data.vocab_size)
     assert resolved.model.vocab_size == ours.vocab_size
     tokens = np.array(data.val.read(0, 2000))
     text = data.tokenizer.decode(tokens)
     assert (tokens == ours.boundary).any() and len(text) > 2000
-    assert prepared.find_manifest(config.data) is not None
+    assert prepare.find_manifest(config.data) is not None
     (folder / "special_tokens_map.json").write_text("{}")
-    assert prepared.find_manifest(config.data) is None
+    assert prepare.find_manifest(config.data) is None
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def spaced(tmp_path_factory):
     tokenizer.train_from_iterator(texts, trainer)
     library = json.loads(tokenizer.to_str())
     library["added_tokens"] = [t for t in library["added_tokens"] if t["id"] < 3]
-    library["normalizer"] = {"type": "Sequence", "normalizers": pretrained._NORMALIZED}
+    library["normalizer"] = {"type": "Sequence", "normalizers": hf_tokenizers._NORMALIZED}
     path = tmp_path_factory.mktemp("spaced")
     (path / "tokenizer.json").write_text(json.dumps(library))
     (path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
@@ -116,7 +116,10 @@ def spaced(tmp_path_factory):
 def test_sentencepiece_loses_nothing_either(spaced):
     from tokenizers import Tokenizer
 
-    ours, library = pretrained.load(spaced), Tokenizer.from_file(str(spaced / "tokenizer.json"))
+    ours, library = (
+        hf_tokenizers.load_pretrained(spaced),
+        Tokenizer.from_file(str(spaced / "tokenizer.json")),
+    )
     texts = [*CORPUS, *random_texts(), " two  spaces first", "über 東京 \x00 \n\n end "]
     texts = [text for text in texts if text and "\u2581" not in text]
     stream, size = [], 0
@@ -137,7 +140,7 @@ def test_sentencepiece_loses_nothing_either(spaced):
 
 @pytest.mark.skipif(not GPT2.is_dir(), reason=f"GPT-2's vocabulary is not at {GPT2}")
 def test_gpt2_s_own_vocabulary():
-    ours = pretrained.load(GPT2)
+    ours = hf_tokenizers.load_pretrained(GPT2)
     assert ours.vocab_size == 50_257 and ours.boundary == 50_256
     assert ours.encode_batch(["Hello world"])[0].tolist() == [15496, 995]
     for text in [*CORPUS, *random_texts()]:
@@ -146,12 +149,12 @@ def test_gpt2_s_own_vocabulary():
 
 def test_other_kinds_are_refused_by_name(folder, tmp_path):
     with pytest.raises(InputError, match="is no directory"):
-        pretrained.load(tmp_path / "nothing")
+        hf_tokenizers.load_pretrained(tmp_path / "nothing")
     with pytest.raises(InputError, match=r"holds no tokenizer\.json, nor vocab\.json"):
-        pretrained.load(tmp_path)
+        hf_tokenizers.load_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="holds no readable tokenizer"):
-        pretrained.load(tmp_path)
+        hf_tokenizers.load_pretrained(tmp_path)
     definition = json.loads((folder / "tokenizer.json").read_text())
     for change, message in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, r"BPE tokenizer \(Whitespace\)"),
@@ -159,15 +162,15 @@ def test_other_kinds_are_refused_by_name(folder, tmp_path):
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(definition | change))
         with pytest.raises(InputError, match=message):
-            pretrained.load(tmp_path)
+            hf_tokenizers.load_pretrained(tmp_path)
     other = definition | {"model": definition["model"] | {"byte_fallback": True}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(InputError, match="in a way that loses something"):
-        pretrained.load(tmp_path)
+        hf_tokenizers.load_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>"}))
     with pytest.raises(InputError, match="no entry '<s>'"):
-        pretrained.load(tmp_path)
+        hf_tokenizers.load_pretrained(tmp_path)
     config = base.get_config()
     config.data.tokenizer = "hf"
     with pytest.raises(InputError, match=r"config\.data\.tokenizer_path=''"):

@@ -68,7 +68,7 @@ def test_jsonl_plain_and_gz(tmp_path):
 
 def test_stdlib_is_the_standard_library_and_nothing_installed():
     root = Path(sysconfig.get_path("stdlib"))
-    names = [path.relative_to(root).as_posix() for path in sources.files(config())]
+    names = [path.relative_to(root).as_posix() for path in sources.source_files(config())]
     assert {"json/decoder.py", "dataclasses.py"} <= set(names)
     assert names == sorted(names)
     assert not any("site-packages" in name or "__pycache__" in name for name in names)

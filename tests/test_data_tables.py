@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, finish
 
 from lmscale_jax.configs import base
-from lmscale_jax.data import prepared, presets, sources
+from lmscale_jax.data import corpora, prepare, sources
 from lmscale_jax.errors import InputError
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -114,7 +114,7 @@ def data_of(overrides: dict, cache="unused"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_are_those_that_were_written(kind, folder, tmp_path):
     data = data_of(written_dataset(folder, kind), tmp_path)
-    plain = presets.plain(data, tmp_path)
+    plain = corpora.plain_source(data, tmp_path)
     documents = list(sources.documents(plain))
     # TFDS shuffles what it writes.
     assert (sorted(documents) if kind == "tfds" else documents) == (
@@ -123,10 +123,12 @@ def test_documents_are_those_that_were_written(kind, folder, tmp_path):
     if kind != "a copy of a corpus":
         data.limit = 7
         assert list(sources.documents(data)) == documents[:7]
-    tokens = prepared.prepare(
+    tokens = prepare.prepare_data(
         data_of(written_dataset(folder, kind), tmp_path), log=lambda line: None
     )
-    reopened = prepared.prepare(data_of(written_dataset(folder, kind), tmp_path), log=pytest.fail)
+    reopened = prepare.prepare_data(
+        data_of(written_dataset(folder, kind), tmp_path), log=pytest.fail
+    )
     assert reopened.fingerprint == tokens.fingerprint
     assert tokens.train.n_tokens + tokens.val.n_tokens == 300 + sum(
         len(t.encode()) for t in texts()
@@ -145,7 +147,7 @@ def test_a_run_trains_from_it(kind, folder, train, tmp_path):
 
 def refused(data, message):
     with pytest.raises(InputError, match=message) as caught:
-        prepared.prepare(data, log=lambda line: None)
+        prepare.prepare_data(data, log=lambda line: None)
     assert "\n" not in str(caught.value)
 
 
@@ -208,11 +210,11 @@ def test_shards_in_tokens(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     data = data_of({"data.source": "fineweb10B_gpt2", "data.shards": 2}, tmp_path)
-    shards_data = prepared.prepare(data, log=lambda line: None)
+    shards_data = prepare.prepare_data(data, log=lambda line: None)
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert downloads == names and shards_data.vocab_size == 50_257
     assert (shards_data.train.n_tokens, shards_data.val.n_tokens) == (6000, 3000)
-    prepared.prepare(data, log=lambda line: None)
+    prepare.prepare_data(data, log=lambda line: None)
     assert downloads == names
     refused(data_of({"data.source": "fineweb10B_gpt2", "data.path": str(tmp_path)}, tmp_path),
             "has no fineweb_val_000000.bin")  # fmt: skip
@@ -248,12 +250,12 @@ def test_a_published_tokenizer_by_name(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", download)
     named = {"data.tokenizer": "hf", "data.tokenizer_path": "gpt2"}
     data = data_of(written_dataset(folder, "parquet") | named, tmp_path)
-    assert prepared.vocab_size_of(data) == 281
-    prepared_data = prepared.prepare(data, log=lambda line: None)
+    assert prepare.vocab_size_of(data) == 281
+    prepared_data = prepare.prepare_data(data, log=lambda line: None)
     assert prepared_data.vocab_size == 281 and prepared_data.tokenizer.boundary == 280
     repo_name = "openai-community/gpt2"
     assert downloads == [(repo_name, "tokenizer_config.json"), (repo_name, "tokenizer.json")]
-    assert prepared.find_manifest(data) is not None
+    assert prepare.find_manifest(data) is not None
 
     def gated(*arguments, **named):
         raise hub.errors.GatedRepoError(
@@ -320,11 +322,11 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(folder, tmp_path):
 
 
 def test_a_journal_removes_what_a_killed_process_was_writing(tmp_path):
-    from lmscale_jax.data import packing
+    from lmscale_jax.data import encode
 
     (tmp_path / "journal.json").write_text('{"tokenizer": "bytes"}')
     (tmp_path / ".journal.json.123").write_text('{"tokeni')
-    journal = packing.Journal(tmp_path)
+    journal = encode.PrepareJournal(tmp_path)
     assert journal.get("tokenizer") == "bytes" and journal.get("blocks") is None
     journal.remove()
     assert list(tmp_path.iterdir()) == []

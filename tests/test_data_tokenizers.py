@@ -101,7 +101,7 @@ def test_char_names_the_unknown_character():
 def test_saved_is_loaded(tmp_path, bpe):
     for tokenizer in (tokenizers.Bytes(), tokenizers.Chars("hello\n"), bpe):
         tokenizer.save(tmp_path)
-        loaded = tokenizers.load(tmp_path)
+        loaded = tokenizers.load_tokenizer(tmp_path)
         assert loaded.fingerprint == tokenizer.fingerprint
         assert (loaded.name, loaded.boundary) == (tokenizer.name, tokenizer.boundary)
         texts = ["hello", "oleh\n"]
@@ -116,5 +116,5 @@ def test_bad_definition_is_an_input_error(tmp_path, content):
     if content is not None:
         (tmp_path / tokenizers.FILE_NAME).write_text(content)
     with pytest.raises(InputError, match="prepare again") as caught:
-        tokenizers.load(tmp_path)
+        tokenizers.load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

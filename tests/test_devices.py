@@ -8,7 +8,7 @@ import pytest
 from conftest import finish, record
 from jax.sharding import PartitionSpec as P
 
-from lmscale_jax.model.placement import AXES, partition
+from lmscale_jax.model.sharding import AXES, partition
 
 GRIDS = {
     "data, in two micro-batches": {"mesh__data": 4, "mesh__cpu_devices": 4, "train__accum": 2},
@@ -80,7 +80,7 @@ def test_parameters_are_split_as_annotated():
 
     config = base.get_config()
     config.model.head, config.model.value_embeddings = "untied", 2
-    model = build.build(resolve(config, 50257), platform="cpu")
+    model = build.build_model(resolve(config, 50257), platform="cpu")
     sizes = {"data": 1, "fsdp": 2, "tensor": 2}
     partitions = {path: partition(spec, sizes) for path, spec in param.named(model.specs).items()}
     assert partitions["blocks/attention/query/weight"] == P(None, "fsdp", "tensor", None)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmscale_jax.evals import baselines, perplexity
+from lmscale_jax.evals import perplexity
 from lmscale_jax.model import sampling
 
 
@@ -22,7 +22,7 @@ class Stream:
 def test_baselines_equal_their_definitions():
     chance = np.random.default_rng(0)
     train, val = chance.choice(7, 500, p=np.arange(7) / 21), chance.integers(0, 7, 100)
-    losses = baselines.losses(Stream(train), Stream(val), 7, 99)
+    losses = perplexity.baseline_losses(Stream(train), Stream(val), 7, 99)
     unigram, bigram = [], []
     for a, b in itertools.pairwise(val):
         p_b = (np.sum(train == b) + 1) / (500 + 7)
@@ -37,7 +37,8 @@ def test_baselines_equal_their_definitions():
 def test_bigram_probabilities_sum_to_one():
     train = np.random.default_rng(1).integers(0, 5, 200)
     total = sum(
-        np.exp(-baselines.losses(Stream(train), Stream([3, b]), 5, 1)["bigram"]) for b in range(5)
+        np.exp(-perplexity.baseline_losses(Stream(train), Stream([3, b]), 5, 1)["bigram"])
+        for b in range(5)
     )
     assert total == pytest.approx(1)
 
@@ -46,7 +47,7 @@ def test_standard_error_against_the_bootstrap():
     chance = np.random.default_rng(2)
     count = chance.integers(20, 33, 300)
     nll = count * chance.normal(3, 0.4, 300)
-    summary = perplexity.summary(nll, count, 1000)
+    summary = perplexity.loss_summary(nll, count, 1000)
     draws = chance.integers(0, 300, (4000, 300))
     spread = (nll[draws].sum(1) / count[draws].sum(1)).std()
     assert summary["val_loss"] == pytest.approx(nll.sum() / count.sum())

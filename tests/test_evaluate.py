@@ -11,10 +11,10 @@ from conftest import record, run
 
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
-from lmscale_jax.evals import agreement, mur_stats, redundancy
+from lmscale_jax.evals import mur_stats, redundancy
 from lmscale_jax.evaluate import evaluate_run
-from lmscale_jax.reports import compared, pairs
-from lmscale_jax.run import train
+from lmscale_jax.reports import pairs, run_report
+from lmscale_jax.train import loop
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 SUITES = ["perplexity", "redundancy", "mur"]
@@ -40,7 +40,7 @@ def runs(settings, tmp_path_factory, quick_compiler):
     more |= {"eval.redundancy_every": "20", "eval.redundancy_tokens": 500}
     loss = {"mur.mode": "loss", "mur.tau": 0.2, "mur.warmup": "0"}
     for name, changes in (("base", {}), ("loss", loss)):
-        train.train(config_of(settings, more | changes), folder / name, say=silent)
+        loop.train(config_of(settings, more | changes), folder / name, say=silent)
         evaluate_run(folder / name, SUITES, 0, 0, silent)
     return folder
 
@@ -152,14 +152,14 @@ def test_an_unfinished_run_is_marked(runs, tmp_path):
     assert "is running: this is its checkpoint after step 20 of 40" in lines[0]
     result = scores(workdir)
     assert result["complete"] is False and result["step"] == 20
-    page = compared.of_run(pairs.read(workdir), tmp_path / "report")
+    page = run_report.report_run(pairs.read_run(workdir), tmp_path / "report")
     assert "is running; its evaluation is of step 20" in page.read_text()
 
 
 def test_report_of_a_pair(runs, tmp_path):
-    sides = [pairs.read_all("baseline", str(runs / name)) for name in ("base", "loss")]
-    matched = pairs.match(*sides, "mur", allow_differences=False)
-    page = compared.of_pairs(matched, "mur", tmp_path).read_text()
+    sides = [pairs.read_runs("baseline", str(runs / name)) for name in ("base", "loss")]
+    matched = pairs.match_runs(*sides, "mur", allow_differences=False)
+    page = run_report.report_pairs(matched, "mur", tmp_path).read_text()
     names = {path.name for path in tmp_path.iterdir()}
     assert {
         "index.html", "mur_mean.png", "mur_frac_below_tau.png", "mur_delta_norm.png",
@@ -179,19 +179,20 @@ def test_report_refuses_other_differences(runs, tmp_path):
     changed["config"]["schedule"]["warmup"] = "0"
     changed["config"]["optim"]["lr"] = 3e-3
     (other / "run.json").write_text(json.dumps(changed))
-    plain, varied = (pairs.read_all("x", str(path)) for path in (runs / "base", other))
+    plain, varied = (pairs.read_runs("x", str(path)) for path in (runs / "base", other))
     with pytest.raises(InputError) as caught:
-        pairs.match(plain, varied, "mur", allow_differences=False)
+        pairs.match_runs(plain, varied, "mur", allow_differences=False)
     message = str(caught.value)
     assert "optim.lr (0.01, 0.003)" in message and "schedule.warmup ('2%', '0')" in message
-    matched = pairs.match(plain, varied, "mur", allow_differences=True)
+    matched = pairs.match_runs(plain, varied, "mur", allow_differences=True)
     assert (
-        "More than mur differs: optim.lr" in compared.of_pairs(matched, "mur", tmp_path).read_text()
+        "More than mur differs: optim.lr"
+        in run_report.report_pairs(matched, "mur", tmp_path).read_text()
     )
     with pytest.raises(InputError, match="same config, mur included"):
-        pairs.match(plain, plain, "mur", allow_differences=False)
+        pairs.match_runs(plain, plain, "mur", allow_differences=False)
     with pytest.raises(InputError, match=r"no run\.json"):
-        pairs.read_all("variant", str(tmp_path / "nowhere"))
+        pairs.read_runs("variant", str(tmp_path / "nowhere"))
 
 
 def test_difference_over_pairs():
@@ -199,25 +200,25 @@ def test_difference_over_pairs():
     from scipy import stats
 
     def run_of(loss):
-        return pairs.Run(None, {}, {"val_loss": loss}, [])
+        return pairs.EvaluatedRun(None, {}, {"val_loss": loss}, [])
 
     base_S, change_S = np.array([3.0, 3.2, 3.1]), np.array([-0.01, 0.02, 0.01])
-    difference = pairs.difference(
-        [pairs.Pair(run_of(b), run_of(b + c)) for b, c in zip(base_S, change_S, strict=True)]
+    difference = pairs.paired_difference(
+        [pairs.RunPair(run_of(b), run_of(b + c)) for b, c in zip(base_S, change_S, strict=True)]
     )
     wanted = stats.ttest_1samp(change_S, 0)
     low, high = wanted.confidence_interval(0.95)
     assert difference["p"] == pytest.approx(wanted.pvalue)
     assert (difference["low"], difference["high"]) == pytest.approx((low, high))
-    assert "no detectable difference" in compared.sentence(difference)
+    assert "no detectable difference" in run_report.difference_sentence(difference)
     same = {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "n": 5}
-    assert compared.sentence(same).endswith("p = 1: no detectable difference")
+    assert run_report.difference_sentence(same).endswith("p = 1: no detectable difference")
 
 
 @pytest.fixture(scope="module")
 def model(settings):
 
-    setup = train.prepare(
+    setup = loop.build_run(
         config_of(settings, {"model.n_layers": 4, "model.stack": "scan"}), None, say=silent
     )
     return setup, jax.tree.map(lambda x: 3 * x, setup.model.init(jax.random.key(0)))
@@ -226,13 +227,13 @@ def model(settings):
 def test_a_mask_drops_what_deleting_drops(model):
     """Against models whose blocks were taken out, and influence against the taps."""
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.model.build import build
+    from lmscale_jax.model.build import build_model
 
     setup, params = model
-    drops = redundancy.alone(4) + redundancy.contiguous(4)
-    assert redundancy.contiguous(4) == [(0, 1), (1, 2), (2, 3)]
+    drops = redundancy.single_blocks(4) + redundancy.contiguous_blocks(4)
+    assert redundancy.contiguous_blocks(4) == [(0, 1), (1, 2), (2, 3)]
     batches = list(setup.held_out(500))
-    drops_of = redundancy.measure(setup.drop_sums, params, batches, setup.mesh, 4, drops)
+    drops_of = redundancy.measure_drops(setup.drop_sums, params, batches, setup.mesh, 4, drops)
     assert drops_of.drops == [(), *drops] and drops_of.damage()[0] == 0
     smaller = base.get_config()
     smaller.update(setup.recorded.copy_and_resolve_references())
@@ -240,7 +241,7 @@ def test_a_mask_drops_what_deleting_drops(model):
         kept = jnp.array([layer for layer in range(4) if layer not in drop])
         with smaller.unlocked():
             smaller.model.n_layers = len(kept)
-        other = build(resolve(smaller), platform="cpu", bos_id=setup.data.boundary)
+        other = build_model(resolve(smaller), platform="cpu", bos_id=setup.data.boundary)
         left = params | {"blocks": jax.tree.map(lambda x, k=kept: x[k], params["blocks"])}
         total = sum(float(other.losses(left, *batch).sum()) for batch in batches)
         row = drops_of.drops.index(drop)
@@ -261,10 +262,12 @@ def test_statistics_are_of_all_labelled_tokens(model):
     for size in (2, 5):
         with setup.config.unlocked():
             setup.config.eval.batch_size = size
-        tokens = mur_stats.make(setup.model, setup.config, "block", setup.mesh)
-        values = mur_stats.measure(tokens, params, setup.held_out(300), setup.mesh, "block")
+        tokens = mur_stats.make_token_utilities(setup.model, setup.config, "block", setup.mesh)
+        values = mur_stats.measure_utilities(
+            tokens, params, setup.held_out(300), setup.mesh, "block"
+        )
         assert len(values.window) == 300
-        results.append(mur_stats.summary(values, "block", 0.0))
+        results.append(mur_stats.utility_summary(values, "block", 0.0))
     for name, values in results[0].items():
         np.testing.assert_allclose(values, results[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
 
@@ -277,7 +280,7 @@ def test_rank_correlations():
         "b": lambda w: -(w @ value_WxL) / w.sum(),
         "c": lambda w: w @ (0 * value_WxL + [3, 1, 2, 5, 4]) / w.sum(),
     }
-    correlations = agreement.rank_correlations(measures, 40)
+    correlations = redundancy.rank_correlations(measures, 40)
     assert correlations["a, b"] == {"rho": -1.0, "low": -1.0, "high": -1.0}
     assert correlations["a, c"]["rho"] == pytest.approx(0.6)
 
@@ -289,8 +292,8 @@ def test_when_training_looks(small):
         train__steps=100, eval__redundancy_every="30", eval__redundancy_early="5",
         eval__redundancy_until="20",
     )  # fmt: skip
-    assert sorted(redundancy.steps(resolve(config, 256))) == [5, 10, 15, 20, 50, 80, 100]
-    assert redundancy.steps(resolve(small(), 256)) == frozenset()
+    assert sorted(redundancy.redundancy_steps(resolve(config, 256))) == [5, 10, 15, 20, 50, 80, 100]
+    assert redundancy.redundancy_steps(resolve(small(), 256)) == frozenset()
     every = small(train__steps=100, eval__redundancy_every="40")
-    assert sorted(redundancy.steps(resolve(every, 256))) == [40, 80, 100]
-    assert redundancy.contiguous(2) == []
+    assert sorted(redundancy.redundancy_steps(resolve(every, 256))) == [40, 80, 100]
+    assert redundancy.contiguous_blocks(2) == []

@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT, flags, run
 
 from lmscale_jax.config.resolve import resolve
-from lmscale_jax.data import prepared
+from lmscale_jax.data import prepare
 from lmscale_jax.model import build
+from lmscale_jax.model import mesh as meshes
 from lmscale_jax.optim import schedules
-from lmscale_jax.run import ahead, budget, explain
-from lmscale_jax.run import mesh as meshes
+from lmscale_jax.train import aot, explain
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_nothing_is_prepared_written_or_allocated(small, tmp_path):
 
 def test_epochs_are_counted_where_the_data_is_prepared(small):
     config = small()
-    data = prepared.prepare(config.data, log=lambda line: None)
+    data = prepare.prepare_data(config.data, log=lambda line: None)
     page = explained(config)
     windows = (data.train.n_tokens - 1) // 32
     assert float(line_of(page, "epochs").split()[1]) == pytest.approx(12 * 8 / windows, rel=1e-2)
@@ -66,7 +66,7 @@ def test_epochs_are_counted_where_the_data_is_prepared(small):
 
 def test_every_value_has_its_origin(small):
     config = small(optim__lr=0.002)
-    origins = explain.origins("configs/other.py", {"optim.lr": 0.002, "seed": 0}, config)
+    origins = explain.value_origins("configs/other.py", {"optim.lr": 0.002, "seed": 0}, config)
     assert origins["optim.lr"] == "--config.optim.lr"
     assert origins["seed"] == "--config.seed"  # given, though equal to the default
     assert origins["model.d_model"] == "configs/other.py"
@@ -103,7 +103,7 @@ def test_a_derived_value_keeps_what_was_asked_for(small):
 )
 def test_jumps_of_the_schedule(small, changes, expected):
     config = resolve(small(train__steps=1000, optim__lr=1.0, **changes), 256)
-    jumps = explain.jumps(config)
+    jumps = explain.rate_jumps(config)
     assert [jump[:2] for jump in jumps] == [jump[:2] for jump in expected]
     for ours, wanted in zip(jumps, expected, strict=True):
         assert ours[2:] == pytest.approx(wanted[2:], rel=1e-4, abs=1e-6)
@@ -111,13 +111,13 @@ def test_jumps_of_the_schedule(small, changes, expected):
 
 def test_jumps_are_found_across_blocks_of_a_long_run(small):
     config = resolve(small(train__steps=2_500_000, schedule__warmup="400000"), 256)
-    assert explain.jumps(config) == []
+    assert explain.rate_jumps(config) == []
 
 
 def test_the_schedule_is_that_of_the_run(small):
     config = resolve(small(optim__lr=0.01, schedule__warmup="3"), 256)
     page = explained(small(optim__lr=0.01, schedule__warmup="3"))
-    factor = schedules.make(config)
+    factor = schedules.make_schedule(config)
     for step, name in ((0, "first"), (2, "done"), (6, "middle"), (11, "last")):
         line = next(
             line for line in page.splitlines() if line.startswith("  step") and name in line
@@ -128,11 +128,11 @@ def test_the_schedule_is_that_of_the_run(small):
 
 def test_time_follows_the_peak_of_a_known_chip(small, monkeypatch):
     config = resolve(small(), 256)
-    model = build.build(config, platform="cpu")
-    mesh = meshes.make(config)
+    model = build.build_model(config, platform="cpu")
+    mesh = meshes.make_mesh(config)
     monkeypatch.setattr(explain.flops, "peak", lambda kind, dtype: 1e12)
     total = explain.flops.flops_per_token(config, model.specs)["model"] * 12 * 8 * 32
-    seconds, basis = explain.seconds(config, model, mesh)
+    seconds, basis = explain.estimate_seconds(config, model, mesh)
     assert seconds == pytest.approx(total / (1e12 * explain.EFFICIENCY))
     assert "40%" in basis
 
@@ -253,16 +253,16 @@ def test_estimate_of_memory_is_near_the_compilers(small, dtype):
     config = resolve(
         small(model__d_model=128, data__seq_len=128, train__batch_size=32, model__dtype=dtype), 1024
     )
-    mesh = meshes.make(config, jax.devices()[:1])
-    model = build.build(config, platform="cpu")
-    compiled_bytes = ahead.memory(ahead.lowered(config, model, mesh).compile())
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    model = build.build_model(config, platform="cpu")
+    compiled_bytes = aot.compiled_memory(aot.lower_step(config, model, mesh).compile())
     assert compiled_bytes["peak"] == sum(
         compiled_bytes[name] * sign
         for name, sign in (("arguments", 1), ("outputs", 1), ("aliased", -1), ("temporaries", 1))
     )
     # AdamW's state, which is given back in place, a counter or two and the batch.
     batch = 2 * 4 * 32 * 128
-    ours = budget.sizes(config, model, mesh.shape, "cpu")
+    ours = aot.memory_sizes(config, model, mesh.shape, "cpu")
     state = ours["parameters"] + ours["optimizer"]
     assert compiled_bytes["arguments"] == pytest.approx(state + batch, abs=200)
     assert ours["total"] == pytest.approx(compiled_bytes["peak"], rel=0.2)

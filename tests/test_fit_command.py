@@ -20,7 +20,7 @@ def call(monkeypatch, capsys):
     """Runs the command in this process, which saves its imports: (status, stdout, stderr)."""
     from absl import flags
 
-    from lmscale_jax import command
+    from lmscale_jax import cli
     from lmscale_jax import fit as fit_command
 
     def called(*arguments) -> tuple[int, str, str]:
@@ -28,7 +28,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["fit", *map(str, arguments)])
         status = 0
         try:
-            command._parse(sys.argv)
+            cli._parse(sys.argv)
             fit_command.main()
         except InputError as error:
             status = 2

@@ -28,7 +28,7 @@ def small(**changes) -> ConfigDict:
 
 
 def described(config) -> build.Model:
-    return build.build(config, platform="cpu")
+    return build.build_model(config, platform="cpu")
 
 
 def test_named_models_train_on_the_web_or_on_this_machine():
@@ -114,7 +114,7 @@ def test_forward_flops_agree_with_the_compiler(changes):
     # Unrolled, because the compiler counts the body of a loop once.
     wide = {"model.d_model": 256, "model.n_heads": 2, "data.seq_len": 64, "model.stack": "unroll"}
     config = small(**wide, **changes)
-    model = build.build(config, platform="definition")
+    model = build.build_model(config, platform="definition")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     compiled = jax.jit(model.logits).lower(shapes, tokens).compile()

@@ -42,5 +42,5 @@ def test_few_frames_from_the_command_to_the_first_product(settings, tmp_path):
     names = [name for _, name in frames]
     # It is the first product of attention, and nothing of the stack is left out.
     assert frames[0][0] == "main.py" and {"main", "train", "train_step", "attend"} <= set(names)
-    assert frames[-1][0] == "model/ops.py"
+    assert frames[-1][0] == "model/primitives.py"
     assert len(frames) <= MOST

@@ -12,8 +12,8 @@ from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import attention_stats
 from lmscale_jax.model import build, flops, param
-from lmscale_jax.model.gates import earlier
-from lmscale_jax.model.placement import ShardingContext
+from lmscale_jax.model.attention import earlier_input
+from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.optim.rules import update_rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -113,7 +113,7 @@ def test_no_gate_sees_the_future(case):
 def test_the_control_reads_earlier_positions():
     x = jnp.arange(2 * 64.0).reshape(128, 1)
     context = build.model_context(make()[0], "cpu", ShardingContext()).replace(batch=2, length=64)
-    read = np.asarray(earlier(x, context)).reshape(2, 64) - np.array([[0], [64]])
+    read = np.asarray(earlier_input(x, context)).reshape(2, 64) - np.array([[0], [64]])
     assert np.all(read <= np.arange(64)) and np.all(read >= 0)
     assert np.mean(read == np.arange(64)) < 0.2
 
@@ -135,7 +135,7 @@ def test_rows_of_the_table(kind, role, multiplier, lr, optimizer):
         config.model.vocab_size, config.optim.name = 40, name
         config.parametrization.name, config.parametrization.base_width = "mup", 32
         config = resolve(config)
-        model = build.build(config, platform="cpu")
+        model = build.build_model(config, platform="cpu")
         leaf = "free" if kind == "const" else "weight"
         row = model.rows[f"blocks/attention/gate/{leaf}"]
         assert row.spec.role == role and row.multiplier == multiplier
@@ -160,8 +160,8 @@ def test_counts_and_flops_hold_the_gate():
 @pytest.mark.parametrize("kind", ["headwise", "elementwise", "const"])
 def test_statistics_of_attention(kind):
     """Against the taps themselves; padding does not count."""
-    from lmscale_jax.data.pipeline import Batch
-    from lmscale_jax.run import mesh as meshes
+    from lmscale_jax.data.batches import Batch
+    from lmscale_jax.model import mesh as meshes
 
     config, model, params = make(attn_gate=kind)
     # As many windows as heads: a free gate has no axis of windows, whatever its shape.
@@ -169,9 +169,9 @@ def test_statistics_of_attention(kind):
     targets = np.where(np.arange(4)[:, None] < 2, ids, -1).astype(np.int32)
     with config.unlocked():
         config.train.batch_size, config.mesh.cpu_devices = 1, 1
-    mesh = meshes.make(config, jax.devices()[:1])
-    found = attention_stats.evaluate(
-        attention_stats.make(model, mesh), params, [Batch(ids, targets)], mesh
+    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    found = attention_stats.evaluate_attention(
+        attention_stats.make_attention_stats(model, mesh), params, [Batch(ids, targets)], mesh
     )
     taps = model.taps(params, ids[:2], lambda _, x: x)["blocks"]
     gate = np.asarray(taps["gate"]).reshape(3, -1)

@@ -60,7 +60,7 @@ def ours(directory):
         config.model.update(hf.read_config(directory))
     config.data.seq_len = T
     config = resolve(config)
-    model = build.build(config, platform="cpu")
+    model = build.build_model(config, platform="cpu")
     return config, model, hf.read_params(directory, config.model, model.specs)
 
 
@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers_both_ways(name, tmp_path):
         wanted = peer(torch.from_numpy(ids)).logits.numpy()
     logits = np.asarray(jax.jit(model.logits)(params, ids))
     np.testing.assert_allclose(logits, wanted, atol=2e-5, rtol=2e-5)
-    hf.write(tmp_path / "out", config, params)
+    hf.write_hf(tmp_path / "out", config, params)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(again) is type(peer)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lmscale_jax.config.resolve import validate
-from lmscale_jax.study import cells
+from lmscale_jax.ladders import grid
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {".git", ".ruff_cache", ".pytest_cache", "__pycache__", "build", "runs", "logs"}
@@ -110,7 +110,7 @@ def test_every_config_is_valid(path):
     module = "lmscale_jax." + name(path)[: -len(".py")].replace("/", ".")
     config = importlib.import_module(module).get_config()
     ladder = path.parent.name == "ladders"
-    cells.check(config) if ladder else validate(config)
+    grid.check_ladder(config) if ladder else validate(config)
 
 
 def test_heavy_packages_are_imported_only_where_used():
@@ -118,7 +118,7 @@ def test_heavy_packages_are_imported_only_where_used():
     check = "import sys; print([m for m in {} if m in sys.modules])"
     for modules, unwanted in (
         ("lmscale_jax.main, lmscale_jax.config.resolve", [*heavy, "jax", "flax"]),
-        ("lmscale_jax.model.build, lmscale_jax.run.explain", heavy),
+        ("lmscale_jax.model.build, lmscale_jax.train.explain", heavy),
     ):
         code = f"import {modules}; {check.format(unwanted)}"
         done = subprocess.run(

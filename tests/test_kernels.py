@@ -10,7 +10,7 @@ from test_model import make
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, fp8, kernels
-from lmscale_jax.model.placement import ShardingContext
+from lmscale_jax.model.sharding import ShardingContext
 
 
 def context_of(length: int, segments=None, window=None):
@@ -53,7 +53,7 @@ def test_auto_says_which_and_why():
         config = make(**changes)[0]
         with config.unlocked():
             config.data.seq_len = 256
-        return kernels.choose(config, platform, ShardingContext(sizes))
+        return kernels.choose_kernel(config, platform, ShardingContext(sizes))
 
     assert chosen("cpu")[0] == "saved" and chosen("cpu", dropout=0.1)[0] == "plain"
     assert chosen("gpu") == ("cudnn", "made for gpu")
@@ -93,7 +93,7 @@ def test_float8_products_are_their_definition():
     x, w, dy = (chance.normal(size=s) for s in ((12, 32), (32, 24), (12, 24)))
     w, dy = 3 * w, 1e-4 * dy
     y, pull = jax.vjp(
-        lambda a, b: fp8.dense(a, b, True), *(jnp.asarray(z, jnp.float32) for z in (x, w))
+        lambda a, b: fp8.fp8_dense(a, b, True), *(jnp.asarray(z, jnp.float32) for z in (x, w))
     )
     dx, dw = pull(jnp.asarray(dy, jnp.float32))
     x8, w8 = (rounded(z.astype(np.float32), float8_e4m3fn) for z in (x, w))
@@ -109,7 +109,7 @@ def test_float8_products_are_their_definition():
 
 
 def test_a_gradient_of_zero_stays_zero():
-    y, pull = jax.vjp(lambda a, b: fp8.dense(a, b, True), jnp.zeros((4, 8)), jnp.ones((8, 2)))
+    y, pull = jax.vjp(lambda a, b: fp8.fp8_dense(a, b, True), jnp.zeros((4, 8)), jnp.ones((8, 2)))
     assert np.all(np.asarray(y) == 0)
     assert all(np.all(np.asarray(g) == 0) for g in pull(jnp.zeros((4, 2))))
 

@@ -11,10 +11,10 @@ from test_modes import SMALL, program
 
 from lmscale_jax.config.keys import keys
 from lmscale_jax.configs import base
-from lmscale_jax.data import prepared
+from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
-from lmscale_jax.reports import closing
-from lmscale_jax.run import explain, train
+from lmscale_jax.reports import final_summary
+from lmscale_jax.train import explain, loop
 
 LIBRARY = config_dict.__file__
 # Functions that read all keys alike, to check, name, compare or copy a config; a key that nothing
@@ -89,7 +89,7 @@ SOURCES = [
 ELSEWHERE = {
     "mesh.start_timeout": "of several processes: tests/test_processes.py",
     "mesh.peer_timeout": "of several processes: tests/test_processes.py",
-    "log.wandb_project": "of a package that is not installed: run/writers.py:Wandb",
+    "log.wandb_project": "of a package that is not installed: train/metrics.py:Wandb",
 }
 
 
@@ -99,20 +99,22 @@ def test_every_key_is_read(reads, small, tmp_path, quick_compiler):
     shared = {"schedule__name": "constant", "schedule__warmup": "1", "checkpoint__every": 1}
     workdir = tmp_path / "run"
     config = small(train__steps=3, checkpoint__keep_every=2, eval__redundancy_every="2", **shared)
-    closing.show(train.train(config, workdir, say=lambda line: None), say=lambda line: None)
+    final_summary.show_final_summary(
+        loop.train(config, workdir, say=lambda line: None), say=lambda line: None
+    )
     child = small(
         train__steps=3, train__parent=str(workdir), train__parent_step=2,
         eval__redundancy_every="2", **shared,
     )  # fmt: skip
     explain.explain(child, {}, "configs/base.py", print=lambda text: None)
     divided = small(data__tokenizer="bpe", data__vocab_size=300, data__overlap=13)
-    prepared.prepare(divided.data, log=lambda line: None)
+    prepare.prepare_data(divided.data, log=lambda line: None)
     for changes in SOURCES:
         config = base.get_config()
         config.data.cache = str(tmp_path / "none")
         with config.ignore_type():
             config.update_from_flattened_dict(changes)
         with contextlib.suppress(InputError, ImportError):
-            prepared.prepare(config.data, 300, log=lambda line: None)
+            prepare.prepare_data(config.data, 300, log=lambda line: None)
     unread = [path for path, _ in keys() if path not in reads | ELSEWHERE.keys()]
     assert not unread, f"nothing reads {', '.join(unread)}"

@@ -12,9 +12,9 @@ import pytest
 from conftest import ROOT, run, start
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.fleet import conduct, executors
-from lmscale_jax.reports import ladder as page
-from lmscale_jax.study import plan
+from lmscale_jax.ladders import executors, plan
+from lmscale_jax.ladders import run as conduct
+from lmscale_jax.reports import ladder_report as page
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -142,7 +142,7 @@ def test_branches_off_a_shared_trunk(config, tmp_path):
     status, out, err = run("ladder", f"--config={config}", f"--workdir={workdir}", *changes)
     assert status == 0, err
     trained = losses(workdir)
-    branches = [cell for cell in plan.read(workdir).with_role("anchor") if cell.id in trained]
+    branches = [cell for cell in plan.read_plan(workdir).with_role("anchor") if cell.id in trained]
     assert len(branches) == 4 and len(trained) == 6 and "trained 6 cell(s)" in out
     for cell in branches:
         record = json.loads((workdir / "runs" / cell.id / "run.json").read_text())
@@ -158,9 +158,12 @@ def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
     ladder, workdir = load(config), tmp_path / "w"
     ladder.executor.name, ladder.executor.minutes = name, 5 if name == "slurm" else 240
     os.environ["PYTHONPATH"] = str(ROOT)
-    kinds = {"slurm": functools.partial(executors.Slurm, cluster="local"), "ray": executors.Ray}
-    report = functools.partial(page.write, argv=[])
-    last = conduct.run(ladder, workdir, [], "verdict", report, make_executor=kinds[name])
+    kinds = {
+        "slurm": functools.partial(executors.SlurmExecutor, cluster="local"),
+        "ray": executors.RayExecutor,
+    }
+    report = functools.partial(page.write_ladder_report, argv=[])
+    last = conduct.run_ladder(ladder, workdir, [], "verdict", report, make_executor=kinds[name])
     assert "report:" in last and len(losses(workdir)) == 6
 
 
@@ -170,7 +173,7 @@ def test_an_executor_that_is_not_there(config, tmp_path):
     if executors.importlib.util.find_spec("submitit"):
         pytest.skip("submitit is installed")
     with pytest.raises(InputError, match=r"pip install 'lmscale_jax\[slurm\]'"):
-        conduct.run(ladder, tmp_path / "w", [], "verdict", page.write)
+        conduct.run_ladder(ladder, tmp_path / "w", [], "verdict", page.write_ladder_report)
     assert not (tmp_path / "w").exists()
 
 
@@ -183,7 +186,7 @@ def test_a_full_disk_is_one_line(config, tmp_path):
         "from lmscale_jax import command, ladder; command.run(ladder.main)"
     )
     prepared = load(config)
-    plan.make(prepared, print)
+    plan.make_plan(prepared, print)
     workdir = tmp_path / "w"
     done = subprocess.run(
         [sys.executable, "-c", code, f"--config={config}", f"--workdir={workdir}"],

@@ -8,15 +8,15 @@ import pytest
 
 from lmscale_jax.configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.fleet import conduct, executors, packing, worker
-from lmscale_jax.fleet.executors import Ended
-from lmscale_jax.reports import ladder as page
-from lmscale_jax.study import forecasts, plan, results, verdict
+from lmscale_jax.ladders import executors, forecasts, plan, results, scheduler, verdict, worker
+from lmscale_jax.ladders import run as conduct
+from lmscale_jax.ladders.executors import EndedJob
+from lmscale_jax.reports import ladder_report as page
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
-REPORT = functools.partial(page.write, argv=["--config=x"])
+REPORT = functools.partial(page.write_ladder_report, argv=["--config=x"])
 
 
 def loss_of(cell, shift=0.0, offset=0.02, rng=None) -> float:
@@ -39,18 +39,18 @@ class Oracle:
         self.started = []
 
     def submit(self, jobs):
-        ladder_plan = plan.read(self._workdir)
+        ladder_plan = plan.read_plan(self._workdir)
         for job in jobs:
             self.started += job
             for name in job:
                 if name not in self._fails:
                     self._write(ladder_plan.cell(name))
             status = int(any(name in self._fails for name in job))
-            self._ended.append(Ended(job, status, "no memory" if status else ""))
+            self._ended.append(EndedJob(job, status, "no memory" if status else ""))
         return []
 
     def _write(self, cell):
-        directory = plan.run_dir(self._workdir, cell.id)
+        directory = plan.cell_dir(self._workdir, cell.id)
         directory.mkdir(parents=True)
         final = {"val_loss": self._law(cell), "val_loss_sem": 0.01, "val_tokens": 1000}
         record = {
@@ -59,7 +59,7 @@ class Oracle:
             "device": {"kind": "law"}, "code": None,
         }  # fmt: skip
         if cell.role == "held_out":
-            record["forecast"] = forecasts.fixed(self._workdir)
+            record["forecast"] = forecasts.fixed_hash(self._workdir)
         (directory / "run.json").write_text(json.dumps(record))
         line = json.dumps({"step": 1, "tokens": 100, "train_loss": 3.0}) + "\n"
         (directory / "metrics.jsonl").write_text(line)
@@ -112,7 +112,9 @@ def ladder(corpus, monkeypatch, tmp_path):
 def go(config, workdir, law=loss_of, until="verdict", only=(), fails=()):
     oracle = Oracle(workdir, law, fails)
     log = []
-    last = conduct.run(config, workdir, list(only), until, REPORT, log.append, lambda *_: oracle)
+    last = conduct.run_ladder(
+        config, workdir, list(only), until, REPORT, log.append, lambda *_: oracle
+    )
     return oracle, log, last
 
 
@@ -125,7 +127,7 @@ def test_from_a_law_to_a_verdict(ladder, tmp_path):
     workdir = tmp_path / "w"
     oracle, _, last = go(ladder(), workdir)
     assert "verdict: constant offset" in last
-    ladder_plan = plan.read(workdir)
+    ladder_plan = plan.read_plan(workdir)
     assert len(oracle.started) == len(set(oracle.started)) == len(ladder_plan.cells) == 36
     # The held-out rung came last, after the forecast.
     held_out = {cell.id for cell in ladder_plan.with_role("held_out")}
@@ -187,14 +189,14 @@ def test_a_forecast_cannot_be_written_afterwards(ladder, tmp_path):
 def test_the_held_out_rung_waits_for_the_forecast(ladder, tmp_path):
     workdir = tmp_path / "w"
     go(ladder(), workdir, only=["100k"])
-    ladder_plan = plan.read(workdir)
+    ladder_plan = plan.read_plan(workdir)
     with pytest.raises(InputError, match="is not written yet"):
-        worker.train(ladder_plan, ladder_plan.with_role("held_out")[:1], workdir)
+        worker.train_cells(ladder_plan, ladder_plan.with_role("held_out")[:1], workdir)
 
 
 def test_what_fails_is_left_out_and_tried_again(ladder, tmp_path):
     workdir, config = tmp_path / "w", ladder()
-    ladder_plan = plan.make(config, print)
+    ladder_plan = plan.make_plan(config, print)
     bad = ladder_plan.with_role("anchor")[0].id
     _, log, _ = go(config, workdir, fails={bad})
     assert any("no memory" in line for line in log)
@@ -217,11 +219,11 @@ def test_each_arm_is_compared_at_its_own_best_rate(ladder, tmp_path):
         return loss_of(cell) + 0.1 * (np.log2(cell.tune["optim.lr"] / best[cell.arm])) ** 2
 
     oracle, _, _ = go(config, tmp_path / "w", law)
-    held_out = [plan.read(tmp_path / "w").cell(name) for name in oracle.started[-4:]]
+    held_out = [plan.read_plan(tmp_path / "w").cell(name) for name in oracle.started[-4:]]
     assert {(c.arm, c.tune["optim.lr"]) for c in held_out} == set(best.items())
     assert all(c.role == "held_out" for c in held_out) and len(oracle.started) == 36 + 4
-    rows, warnings = results.chosen(
-        results.finished(results.rows(plan.read(tmp_path / "w"), tmp_path / "w"))
+    rows, warnings = results.choose_tuned(
+        results.finished_rows(results.result_rows(plan.read_plan(tmp_path / "w"), tmp_path / "w"))
     )
     assert {(r["variant"], r["tune"]["optim.lr"]) for r in rows} == set(best.items())
     assert [w["code"] for w in warnings] == ["edge_of_grid"] * 3
@@ -234,8 +236,8 @@ def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
     """100 draws of noise: a real shift of 8 % is found in 90; an offset is taken for one in 8."""
     workdir = tmp_path / "w"
     go(ladder(), workdir)
-    ladder_plan = plan.read(workdir)
-    rows = results.rows(ladder_plan, workdir)
+    ladder_plan = plan.read_plan(workdir)
+    rows = results.result_rows(ladder_plan, workdir)
     verdicts = []
     for draw in range(100):
         rng = np.random.default_rng([draw, int(shift * 100)])
@@ -243,7 +245,7 @@ def test_how_often_the_verdict_is_right(ladder, tmp_path, kind, shift):
             row | {"val_loss": loss_of(cell, shift, rng=rng)}
             for row, cell in zip(rows, ladder_plan.cells, strict=True)
         ]
-        verdicts.append(verdict.judge(ladder_plan, workdir, drawn, None)["verdict"])
+        verdicts.append(verdict.judge_ladder(ladder_plan, workdir, drawn, None)["verdict"])
     counts = {word: verdicts.count(word) for word in sorted(set(verdicts))}
     if shift:
         assert counts.get(kind, 0) >= 90, counts
@@ -312,14 +314,14 @@ def test_a_run_that_diverges_is_recorded_and_the_rest_go_on(ladder, tmp_path):
         def _write(self, cell):
             super()._write(cell)
             if cell.id == bad:
-                path = plan.run_dir(self._workdir, cell.id) / "run.json"
+                path = plan.cell_dir(self._workdir, cell.id) / "run.json"
                 fields = json.loads(path.read_text()) | {"status": "diverged", "final": {}}
                 path.write_text(json.dumps(fields))
 
     config, workdir = ladder(seeds=2), tmp_path / "w"
-    bad = plan.make(config, print).with_role("anchor")[0].id
+    bad = plan.make_plan(config, print).with_role("anchor")[0].id
     oracle = Diverging(workdir, loss_of)
-    conduct.run(config, workdir, [], "verdict", REPORT, lambda line: None, lambda *_: oracle)
+    conduct.run_ladder(config, workdir, [], "verdict", REPORT, lambda line: None, lambda *_: oracle)
     judgement = read(workdir / "verdict.json")
     assert judgement["runs"] == {"diverged": 1, "finished": 23}
     assert [run["run_id"] for run in judgement["left_out"]] == [bad]
@@ -336,7 +338,7 @@ def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
         run__schedule__name="wsd", rungs__sizes=(1e5, 3e5), rungs__held_out=1e6, seeds=1,
     )  # fmt: skip
     oracle, _, _ = go(config, tmp_path / "w")
-    ladder_plan = plan.read(tmp_path / "w")
+    ladder_plan = plan.read_plan(tmp_path / "w")
     trunks, branches = ladder_plan.with_role("trunk"), ladder_plan.with_role("anchor")
     assert len(trunks) == 4 and len(branches) == 12 and all(cell.needs for cell in branches)
     assert set(oracle.started[:4]) == {cell.id for cell in trunks}
@@ -358,13 +360,13 @@ def test_several_budgets_branch_off_one_trunk(ladder, tmp_path):
 def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkeypatch):
     import sys
 
-    from lmscale_jax.fleet.progress import Progress
+    from lmscale_jax.ladders.scheduler import CellTable
 
     go(ladder(), tmp_path / "w", until="forecast")
-    ladder_plan = plan.read(tmp_path / "w")
+    ladder_plan = plan.read_plan(tmp_path / "w")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "150")
-    table = Progress(ladder_plan, ladder_plan.with_role("anchor"), tmp_path / "w", print)
+    table = CellTable(ladder_plan, ladder_plan.with_role("anchor"), tmp_path / "w", print)
     table.show()
     table.close()
     # Once more, in its own place.
@@ -375,17 +377,17 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
 
 def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
     """On CPU up to four of the narrowest; never fewer jobs than processes; equal shapes only."""
-    monkeypatch.setattr(executors, "on_cpu", lambda: True)
+    monkeypatch.setattr(executors, "runs_on_cpu", lambda: True)
     config = ladder(
         rungs__by="width", rungs__sizes=(16.0, 32.0, 64.0), rungs__held_out=0.0,
         rungs__match="none", rungs__aspect=64.0, rungs__head_dim=64, seeds=8,
     )  # fmt: skip
     config.run.model.d_model, config.run.model.n_heads, config.run.model.n_layers = 16, 2, 1
-    ladder_plan = plan.make(config, print)
+    ladder_plan = plan.make_plan(config, print)
 
     def lengths(slots, mode="auto"):
         ladder_plan.ladder["pack"]["mode"] = mode
-        jobs = packing.jobs(ladder_plan, ladder_plan.cells, slots)
+        jobs = scheduler.pack_jobs(ladder_plan, ladder_plan.cells, slots)
         packs = [[ladder_plan.cell(name) for name in job] for job in jobs]
         ids = sorted(cell.id for cell in ladder_plan.cells)
         assert sorted(cell.id for cells in packs for cell in cells) == ids

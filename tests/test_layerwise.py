@@ -9,7 +9,7 @@ from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
-from lmscale_jax.optim import freezing
+from lmscale_jax.optim import layerwise
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -22,7 +22,7 @@ def made(n_layers=4, **changes):
     sizes |= {"optim.weight_decay": 0.1, "train.steps": 40, "schedule.warmup": "1"}
     config.update_from_flattened_dict(sizes | {k.replace("__", "."): v for k, v in changes.items()})
     config = resolve(config, 12)
-    return config, build.build(config, platform="cpu")
+    return config, build.build_model(config, platform="cpu")
 
 
 def random_like(params, seed):
@@ -32,7 +32,7 @@ def random_like(params, seed):
 
 def begun(config, model):
     """(params, state, update) of a config's optimizer, from drawn parameters."""
-    transform = optim.build(config, model.rows)
+    transform = optim.build_optimizer(config, model.rows)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)), 99)
     return params, jax.jit(transform.init)(params), jax.jit(transform.update)
 
@@ -64,7 +64,7 @@ def test_a_frozen_block_keeps_every_bit(name):
         for g in jax.tree.leaves(grads["blocks"]):
             g[1] = np.nan
         updates, state = update(grads, state, params, step=t)
-        params = jax.jit(optim.apply)(params, updates)
+        params = jax.jit(optim.apply_updates)(params, updates)
     for path, x in param.named(params).items():
         old = param.named(before)[path]
         if path.startswith("blocks/"):
@@ -86,7 +86,7 @@ def test_a_late_block_learns_like_an_early_one(name):
         optim__weight_decay=0.0, schedule__name="constant", schedule__warmup="0",
         **({"optim__momentum_warmup": "0"} if name == "muon" else {}),
     )  # fmt: skip
-    assert freezing.thaw_steps(late).tolist() == [0, 5]
+    assert layerwise.unfreeze_steps(late).tolist() == [0, 5]
     params, state, update = begun(late, model)
 
     def alike(tree):
@@ -97,7 +97,7 @@ def test_a_late_block_learns_like_an_early_one(name):
         updates, state = update(alike(random_like(params, t % 5)), state, params, step=t)
         first.append(param.named(updates["blocks"])["mlp/up/weight"][0])
         second.append(param.named(updates["blocks"])["mlp/up/weight"][1])
-        params = jax.jit(optim.apply)(params, updates)
+        params = jax.jit(optim.apply_updates)(params, updates)
     for t in range(5):
         assert not np.asarray(second[t]).any()
         np.testing.assert_allclose(second[t + 5], first[t], atol=1e-6)
@@ -106,10 +106,10 @@ def test_a_late_block_learns_like_an_early_one(name):
 def test_which_blocks_learn_when():
     def steps(**changes):
         named = {f"freeze__{k}": v for k, v in changes.items()}
-        found = freezing.thaw_steps(made(n_layers=8, **named)[0])
-        return ["never" if b == freezing.NEVER else int(b) for b in found]
+        found = layerwise.unfreeze_steps(made(n_layers=8, **named)[0])
+        return ["never" if b == layerwise.NEVER else int(b) for b in found]
 
-    assert freezing.thaw_steps(made()[0]) is None
+    assert layerwise.unfreeze_steps(made()[0]) is None
     assert steps(mode="fixed", blocks="0, 6") == ["never"] + [0] * 5 + ["never", 0]
     chosen = [steps(mode="random", count=3, seed=s) for s in range(20)]
     assert all(c.count("never") == 3 for c in chosen) and len(set(map(tuple, chosen))) > 10

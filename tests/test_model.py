@@ -23,7 +23,7 @@ def make(platform="cpu", bos_id=0, **changes):
         config.model[name] = value
     config.data.seq_len = T
     config = resolve(config)
-    model = build.build(config, platform=platform, bos_id=bos_id)
+    model = build.build_model(config, platform=platform, bos_id=bos_id)
     # Gains and biases away from 1 and 0, and larger matrices: so that no term is idle.
     chance = np.random.default_rng(1)
     params = param.map_named(

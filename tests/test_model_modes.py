@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_model import make, tokens
 
+from lmscale_jax.config.key import TABLES
 from lmscale_jax.config.model_keys import MODEL
-from lmscale_jax.data.pipeline import Batch
+from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import attention_stats, suites
-from lmscale_jax.model import build, costs, gates, hf, memory  # noqa: F401
-from lmscale_jax.modes import TABLES
-from lmscale_jax.run import mesh as meshes
+from lmscale_jax.model import attention, build, costs, hf, memory  # noqa: F401
+from lmscale_jax.model import mesh as meshes
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -37,25 +37,29 @@ def test_a_choice_without_an_implementation_is_refused(name):
         config.model[name] = "new"
     pattern = rf"config\.model\.{name}='new' is declared but not implemented: [A-Z_0-9]+ in lmscale"
     with pytest.raises(InputError, match=pattern):
-        build.build(config, platform="cpu")
+        build.build_model(config, platform="cpu")
 
 
 def gates_of(monkeypatch, activation):
     """(statistics of the suite, gates) of a model whose gates have this activation."""
-    monkeypatch.setitem(gates.ACTIVATIONS, "sigmoid", activation)
+    monkeypatch.setitem(attention.ACTIVATIONS, "sigmoid", activation)
     config, model, params = make(attn_gate="headwise", gate_bias_init=-0.5)
     with config.unlocked():
         config.train.batch_size, config.mesh.cpu_devices = 1, 1
-    mesh, ids = meshes.make(config, jax.devices()[:1]), np.asarray(tokens(2), np.int32)
+    mesh, ids = meshes.make_mesh(config, jax.devices()[:1]), np.asarray(tokens(2), np.int32)
     bounds = attention_stats.gate_range(config.model)
-    statistics = attention_stats.evaluate(
-        attention_stats.make(model, mesh, bounds), params, [Batch(ids, ids)], mesh, bounds
+    statistics = attention_stats.evaluate_attention(
+        attention_stats.make_attention_stats(model, mesh, bounds),
+        params,
+        [Batch(ids, ids)],
+        mesh,
+        bounds,
     )
     return statistics["gate"], model.taps(params, ids, lambda _, x: x)["blocks"]["gate"]
 
 
 def test_gates_below_0_are_measured(monkeypatch):
-    statistics, gate = gates_of(monkeypatch, gates.Activation(jnp.tanh, -1.0, 1.0))
+    statistics, gate = gates_of(monkeypatch, attention.Activation(jnp.tanh, -1.0, 1.0))
     gate = np.asarray(gate).reshape(len(gate), -1)
     assert gate.mean() < -0.2
     np.testing.assert_allclose(statistics["mean"], gate.mean(axis=1), atol=0.006)
@@ -64,7 +68,7 @@ def test_gates_below_0_are_measured(monkeypatch):
 
 
 def test_gates_without_bounds_are_refused(monkeypatch):
-    identity = gates.Activation(lambda x: x, -math.inf, math.inf)
-    monkeypatch.setitem(gates.ACTIVATIONS, "sigmoid", identity)
+    identity = attention.Activation(lambda x: x, -math.inf, math.inf)
+    monkeypatch.setitem(attention.ACTIVATIONS, "sigmoid", identity)
     with pytest.raises(InputError, match="gate_activation='sigmoid' have no bounds"):
-        suites.check(["attention"], make(attn_gate="headwise")[0].model)
+        suites.check_suite(["attention"], make(attn_gate="headwise")[0].model)

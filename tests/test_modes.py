@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 import lmscale_jax
-from lmscale_jax import modes
+from lmscale_jax.config import key as modes
 from lmscale_jax.config.keys import get, keys
 from lmscale_jax.config.ladder_keys import LADDER
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
-from lmscale_jax.data.pipeline import Batch
+from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
-from lmscale_jax.model.build import build
+from lmscale_jax.model import mesh as meshes
+from lmscale_jax.model.build import build_model
 from lmscale_jax.optim import build as optim
-from lmscale_jax.run import measures, step
-from lmscale_jax.run import mesh as meshes
+from lmscale_jax.train import diagnostics, step
 
 ROOT = Path(__file__).parents[1]
 KEYS = dict(keys())
@@ -120,14 +120,16 @@ def program(changes: tuple) -> str:
     with config.ignore_type():
         config.update_from_flattened_dict(dict(changes))
     config = resolve(config)
-    mesh = meshes.make(config)
-    model = build(config, platform="cpu", mesh=mesh, boundary=0)
-    transform = optim.build(config, model.rows, mesh, "cpu")
-    placed = step.shardings(config, model, transform, mesh)
-    state = jax.eval_shape(lambda: step.initial(config, model, transform, 0))
+    mesh = meshes.make_mesh(config)
+    model = build_model(config, platform="cpu", mesh=mesh, boundary=0)
+    transform = optim.build_optimizer(config, model.rows, mesh, "cpu")
+    placed = step.train_state_shardings(config, model, transform, mesh)
+    state = jax.eval_shape(lambda: step.initial_state(config, model, transform, 0))
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len), np.int32)
-    due = tuple(name for name in measures.due(config, config.log.every) if name != "norms")
-    lowered = step.Step(config, model, mesh, placed).lower(state, Batch(rows, rows), due)
+    due = tuple(
+        name for name in diagnostics.due_measurements(config, config.log.every) if name != "norms"
+    )
+    lowered = step.TrainStep(config, model, mesh, placed).lower(state, Batch(rows, rows), due)
     return f"{lowered.as_text()}\n{jax.make_jaxpr(model.init)(jax.random.key(0))}"
 
 

@@ -10,12 +10,11 @@ from optax import contrib
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
-from lmscale_jax.model import build, param
+from lmscale_jax.model import build, param, parametrization
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import muon, schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json, update_rules
-from lmscale_jax.parametrization import rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -28,7 +27,7 @@ def made(**changes):
     sizes = {"model.n_layers": 3, "model.d_model": 16, "model.n_heads": 2, "optim.name": "muon"}
     config.update_from_flattened_dict(sizes | {k.replace("__", "."): v for k, v in changes.items()})
     config = resolve(config, 20)
-    return config, build.build(config, platform="cpu")
+    return config, build.build_model(config, platform="cpu")
 
 
 def spectra(x) -> np.ndarray:
@@ -115,7 +114,7 @@ def test_transposed_matrices_get_the_transposed_update(name):
         "wide": param.Spec(("layers", "embed", "mlp"), (3, 8, 24), 1, "hidden"),
         "tall": param.Spec(("layers", "mlp", "embed"), (3, 24, 8), 1, "hidden"),
     }
-    rows = update_rules(rules.table(specs, specs, config), config)
+    rows = update_rules(parametrization.param_rules(specs, specs, config), config)
     transform = OPTIMIZERS[name].direction(config, rows, None, "cpu")
     wide = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8, 24)), jnp.float32)
     grads = {"wide": wide, "tall": wide.swapaxes(1, 2)}
@@ -136,7 +135,7 @@ def test_no_gradient_no_update(name, unit):
         optim__muon_dtype="bfloat16",
     )
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
-    transform = optim.build(config, model.rows)
+    transform = optim.build_optimizer(config, model.rows)
     grads = jax.tree.map(np.zeros_like, params)
     state = jax.jit(transform.init)(params)
     updates, _ = jax.jit(transform.update)(grads, state, params, step=50)
@@ -170,7 +169,7 @@ def test_the_first_step_is_that_of_optax(kind):
 
 def test_momentum_is_nesterovs_and_warms_up():
     config, model = made(optim__momentum_warmup="4", train__steps=100)
-    assert [float(schedules.momentum(config)(t)) for t in (0, 2, 4, 50)] == pytest.approx(
+    assert [float(schedules.momentum_schedule(config)(t)) for t in (0, 2, 4, 50)] == pytest.approx(
         [0.85, 0.90, 0.95, 0.95]
     )
     path = "blocks/mlp/up/weight"
@@ -201,7 +200,7 @@ def test_normuon_evens_out_the_neurons():
     np.testing.assert_allclose(*norms, rtol=1e-5)
     # A square matrix has its neurons along fan-out, the last axis.
     spec = param.Spec(("layers", "embed", "heads", "head_dim"), (3, 16, 2, 8), 1, "hidden")
-    layout = muon.matrices(spec, "matrix")
+    layout = muon.as_matrices(spec, "matrix")
     assert layout.cut(jnp.zeros(spec.shape)).shape == (3, 16, 16)
     assert layout.order == (0, 1, 2, 3)
 
@@ -240,7 +239,7 @@ def test_every_parameter_is_in_one_group(name, head):
     assert shares["embed/tokens"] == shares["embed/positions"] == ALL[name]
     # Each parameter's moments are kept once: as many arrays of its shape as its optimizer needs.
     params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(optim.build(config, model.rows).init, params)
+    state = jax.eval_shape(optim.build_optimizer(config, model.rows).init, params)
     kept = {}
     for where, leaf in jax.tree_util.tree_leaves_with_path(state):
         names = "/".join(p.key for p in where if isinstance(p, jax.tree_util.DictKey))
@@ -290,14 +289,14 @@ def test_cautious_decay_only_helps_the_update():
     for where in ("everywhere", "cautious"):
         config, model = made(optim__decay_where=where, optim__weight_decay=0.1, optim__clip=0.0)
         params = random_like(jax.eval_shape(model.init, jax.random.key(0)), seed=1)
-        transform = optim.build(config, model.rows)
+        transform = optim.build_optimizer(config, model.rows)
         grads, state = random_like(params), jax.jit(transform.init)(params)
         with_decay, _ = jax.jit(transform.update)(grads, state, params, step=500)
         config.unlock()
         config.optim.weight_decay = 0.0
-        transform = optim.build(config, model.rows)
+        transform = optim.build_optimizer(config, model.rows)
         without, _ = jax.jit(transform.update)(grads, state, params, step=500)
-        s = float(schedules.make(config)(500))
+        s = float(schedules.make_schedule(config)(500))
         for path, p in param.named(params).items():
             u, w = param.named(with_decay)[path], param.named(without)[path]
             helps = (np.asarray(w) * np.asarray(p) <= 0) | (where == "everywhere")

@@ -15,10 +15,11 @@ from benchmarks import mur_forms
 from lmscale_jax.config.blocks import mur_layers
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
-from lmscale_jax.data.pipeline import Batch
-from lmscale_jax.model.build import build
+from lmscale_jax.data.batches import Batch
+from lmscale_jax.model import mesh
+from lmscale_jax.model.build import build_model
 from lmscale_jax.mur import objective, utility
-from lmscale_jax.run import mesh, step
+from lmscale_jax.train import step
 
 # So large that the hinges' part of the gradient is as large as the loss's.
 BASE = {
@@ -64,7 +65,7 @@ def setup(changes):
     with config.ignore_type():
         config.update_from_flattened_dict(BASE | changes)
     config = resolve(config, 32)
-    model = build(config, platform="cpu", bos_id=0)
+    model = build_model(config, platform="cpu", bos_id=0)
     # Larger than the usual beginning, so that attention and norms matter.
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
     return config, model, params, tokens(config)
@@ -80,8 +81,8 @@ def tokens(config, seed=0):
 
 def ours(config, model, params, batch, key=None, measure=()):
     """(gradient of loss mode, what was taken)."""
-    mur = objective.make(config)
-    grid, n_targets = mesh.make(config, jax.devices()[:1]), step.count_targets(batch)
+    mur = objective.make_objective(config)
+    grid, n_targets = mesh.make_mesh(config, jax.devices()[:1]), step.count_targets(batch)
     # The keys of draws are functions of step and micro-batch.
     asked = mur.ask(mur.begin(), jnp.int32(3), measure)
     gradient = step.make_gradient(config, model, grid, n_targets, asked)
@@ -93,13 +94,13 @@ def oracle(config, model, params, batch, key=None):
     """Two passes for each micro-batch, weighted by its share of the targets."""
     mur, accum = config.mur, config.train.accum
     how = utility.Measure(mur.metric, mur.eps)
-    asked = objective.make(config).ask({}, jnp.int32(3), ())
+    asked = objective.make_objective(config).ask({}, jnp.int32(3), ())
     n, total = (batch.targets_BxT >= 0).sum(), None
     for index in range(accum):
         rows = slice(index * 4 // accum, (index + 1) * 4 // accum)
         part = Batch(*(x[rows] for x in batch))
         weigh = functools.partial(
-            utility.weights, mur.reduce, key=jax.random.fold_in(asked._key, index),
+            utility.token_weights, mur.reduce, key=jax.random.fold_in(asked._key, index),
             k=mur.sample_k, share=mur.top_share,
         )  # fmt: skip
         share = (part.targets_BxT >= 0).sum() / n
@@ -142,7 +143,7 @@ def test_it_is_not_the_gradient_of_the_loss_alone():
 @pytest.mark.slow
 def test_one_combined_pull_back_is_the_same():
     config, model, params, batch = setup({})
-    weigh = functools.partial(utility.weights, "mean", key=None, k=1, share=1.0)
+    weigh = functools.partial(utility.token_weights, "mean", key=None, k=1, share=1.0)
     how, layers = utility.Measure("cos", 1e-6), mur_layers(config)
     both = (
         f(config, model, how, 30.0, layers, weigh) for f in (mur_forms.combined, mur_forms.two_pass)
@@ -170,7 +171,9 @@ def test_finite_differences_of_the_objective_with_g_held(metric):
     mur, n = config.mur, (batch.targets_BxT >= 0).sum()
     how, layers = utility.Measure(metric, mur.eps), mur_layers(config)
     probes = mur_forms._zeros(config, batch)
-    weight_N = utility.weights("mean", batch.tokens_BxT * 0.0, batch.targets_BxT >= 0, None, 1, 1.0)
+    weight_N = utility.token_weights(
+        "mean", batch.tokens_BxT * 0.0, batch.targets_BxT >= 0, None, 1, 1.0
+    )
 
     def forward(params, probes):
         return model.losses(params, *batch, None, mur_forms.Collect(probes, ("block",)))
@@ -222,7 +225,7 @@ def test_watching_changes_nothing(stack):
     (plain, g), deltas = jax.jit(both)(params, probes)
     assert relative(found, plain) < 1e-5
     for layer in range(4):
-        wanted = utility.statistics(
+        wanted = utility.utility_statistics(
             objective.REPORTED, utility.Measure("cos", 1e-6), n * g[layer, 0], deltas[layer, 0],
             batch.targets_BxT >= 0, None, 0.1,
         )  # fmt: skip

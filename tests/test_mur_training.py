@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import finish, record
 
-from lmscale_jax.run import mesh, step, train
+from lmscale_jax.model import mesh
+from lmscale_jax.train import loop, step
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -17,13 +18,15 @@ UPDATE = {"mur__mode": "update", "mur__tau": 0.5, "mur__alpha": 0.4}
 
 
 def prepared(small, **changes):
-    return train.prepare(small(**({"mesh__cpu_devices": 1} | changes)), None, say=lambda line: None)
+    return loop.build_run(
+        small(**({"mesh__cpu_devices": 1} | changes)), None, say=lambda line: None
+    )
 
 
 def steps_of(setup, count: int, measure=()):
     """(state, metrics) after `count` steps."""
-    state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
+    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
     for t in range(count):
         batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
         state, metrics = take(state, batch, measure=measure)
@@ -44,7 +47,7 @@ def plain_update(settings):
     config = base.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict(settings | NO_RAMP | {"mesh.cpu_devices": 1})
-    return update_of(train.prepare(config, None, say=lambda line: None))[0]
+    return update_of(loop.build_run(config, None, say=lambda line: None))[0]
 
 
 # A rate at once, and parameters so far from 0 that rounding does not hide their change.
@@ -93,8 +96,8 @@ def test_running_means_and_thresholds(small):
     setup = prepared(
         small, **UPDATE, mur__decay=0.5, mur__tau_kind="quantile", mur__start=0.0, mur__end=1.0
     )
-    state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
+    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
     sums, weight, last_tau = 0.0, 0.0, np.zeros(2)
     for t in range(3):
         batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
@@ -114,8 +117,8 @@ def test_running_means_and_thresholds(small):
 @pytest.mark.slow
 def test_a_bad_batch_leaves_the_running_means(small):
     setup = prepared(small, **UPDATE)
-    state = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))()
-    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
+    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
     batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
     state, _ = take(state, batch)
     embed = jax.tree.map(lambda x: x * np.nan, state.params["embed"])
@@ -134,7 +137,9 @@ def test_off_costs_nothing(small):
         setup = prepared(small, **changes)
         optimizer = lambda _: setup.transform  # noqa: E731
         train_step = step.make_train_step(setup.config, setup.model, optimizer, setup.mesh)
-        state = jax.eval_shape(lambda: step.initial(setup.config, setup.model, setup.transform, 0))
+        state = jax.eval_shape(
+            lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
+        )
         return jax.jit(train_step).lower(state, setup.batches.at(0)).as_text()
 
     assert program() == program(mur__mode="diagnose")
@@ -200,9 +205,9 @@ def test_strength():
 
     config = base.get_config()
     config.mur.update({"mode": "loss", "warmup": "10", "ramp": "20"})
-    mur = objective.make(resolve(config, 64))
+    mur = objective.make_objective(resolve(config, 64))
     found = [float(mur.strength(jnp.int32(t))) for t in (0, 9, 10, 20, 30, 500)]
     assert found == [0, 0, 0, 0.5, 1, 1]
     config.mur.ramp = "0"
-    mur = objective.make(resolve(config, 64))
+    mur = objective.make_objective(resolve(config, 64))
     assert [float(mur.strength(jnp.int32(t))) for t in (9, 10)] == [0, 1]

@@ -27,21 +27,23 @@ def test_definitions():
     lengths = np.linalg.norm(g, axis=1), np.linalg.norm(delta, axis=1)
     wanted = {"raw": dot, "cos": dot / (lengths[0] * lengths[1]), "proj": dot / lengths[0] ** 2}
     for metric, values in wanted.items():
-        found = utility.utilities(Measure(metric, 1e-6), g, delta, LABELLED)
+        found = utility.token_utilities(Measure(metric, 1e-6), g, delta, LABELLED)
         np.testing.assert_allclose(found, values, rtol=1e-5)
 
 
 def test_eps_is_relative_and_zeros_are_harmless():
     g, delta = draws()
     how = Measure("cos", 1e-6)
-    small = utility.utilities(how, g * 1e-9, delta * 1e-6, LABELLED)
-    np.testing.assert_allclose(small, utility.utilities(how, g, delta, LABELLED), rtol=1e-5)
+    small = utility.token_utilities(how, g * 1e-9, delta * 1e-6, LABELLED)
+    np.testing.assert_allclose(small, utility.token_utilities(how, g, delta, LABELLED), rtol=1e-5)
     # One token a thousand times smaller than the floor: its cosine shrinks, the others stay.
     tiny = g.copy()
     tiny[0] *= 1e-9
-    found = utility.utilities(how, tiny, delta, LABELLED)
+    found = utility.token_utilities(how, tiny, delta, LABELLED)
     assert abs(found[0]) < 2e-3
-    np.testing.assert_allclose(found[1:], utility.utilities(how, g, delta, LABELLED)[1:], rtol=1e-6)
+    np.testing.assert_allclose(
+        found[1:], utility.token_utilities(how, g, delta, LABELLED)[1:], rtol=1e-6
+    )
     for metric in ("cos", "proj", "raw"):
         for a, b in ((g * 0, delta), (g, delta * 0), (g * 0, delta * 0)):
             how, weight = Measure(metric, 1e-6), jnp.full(N, 1 / N)
@@ -57,7 +59,7 @@ def test_weights():
     key = jax.random.key(0)
 
     def weigh(reduce, k=4, share=0.25, labelled_BxT=labelled_BxT):
-        return np.asarray(utility.weights(reduce, nll_BxT, labelled_BxT, key, k, share))
+        return np.asarray(utility.token_weights(reduce, nll_BxT, labelled_BxT, key, k, share))
 
     for reduce in ("mean", "sample_k", "top_loss"):
         found = weigh(reduce)
@@ -76,9 +78,11 @@ def test_statistics():
     labelled_BxT = LABELLED.reshape(3, 4)
     how = Measure("cos", 1e-6, level=0.7)
     weight_N = jnp.where(LABELLED, 1 / 9, 0.0)
-    found = utility.statistics(utility.STATISTICS, how, g, delta, labelled_BxT, weight_N, 0.1)
+    found = utility.utility_statistics(
+        utility.STATISTICS, how, g, delta, labelled_BxT, weight_N, 0.1
+    )
     found = dict(zip(utility.STATISTICS, np.asarray(found), strict=True))
-    u = np.asarray(utility.utilities(how, g, delta, LABELLED))
+    u = np.asarray(utility.token_utilities(how, g, delta, LABELLED))
     u_S, keep = u[LABELLED], np.asarray(LABELLED)
     assert found["mean"] == pytest.approx(u_S.mean(), rel=1e-5)
     assert found["utility"] == pytest.approx(u_S.mean(), rel=1e-5)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmscale_jax.model import ops
+from lmscale_jax.model import primitives
 
-SETS = pytest.mark.parametrize("kernels", [ops.plain, ops.cpu], ids=["plain", "cpu"])
+SETS = pytest.mark.parametrize("kernels", [primitives.plain, primitives.cpu], ids=["plain", "cpu"])
 TYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 U, EPS = 2.0**-8, 1e-5
 B, H, T, D = 2, 3, 10, 8
@@ -69,7 +69,7 @@ def test_dense(kernels, dtype, shape):
     close(y, xe @ we, u * np.abs(xe @ we))
     close(dx, ge @ we.T, u * np.abs(ge @ we.T))
     # The CPU rule never rounds the gradient of the weights, the plain one rounds it once.
-    close(dw, xe.T @ ge, u * np.abs(xe.T @ ge) * (kernels is ops.plain))
+    close(dw, xe.T @ ge, u * np.abs(xe.T @ ge) * (kernels is primitives.plain))
 
 
 def norm_oracle(x, scale, bias, g, centre):
@@ -155,7 +155,7 @@ def test_attention(kernels, dtype, segmented, length):
     )
     for got, value, bound in zip((y, *grads), want, bounds, strict=True):
         assert got.dtype == dtype
-        if kernels is ops.plain:  # float32 throughout, rounded once
+        if kernels is primitives.plain:  # float32 throughout, rounded once
             bound = U * np.abs(value)
         close(got, value, bound * (dtype == jnp.bfloat16))
 
@@ -230,11 +230,11 @@ def test_attention_dropout_keeps_the_mean_and_the_key():
     q, k, v = (normal(i, B * H, T, D) for i in range(3))
     f, g = (
         jax.jit(functools.partial(kernels.attention, q, k, v, scale=0.3, dropout=0.5))
-        for kernels in (ops.plain, ops.cpu)
+        for kernels in (primitives.plain, primitives.cpu)
     )
     np.testing.assert_array_equal(f(key=jax.random.key(1)), g(key=jax.random.key(1)))
     draws = np.stack([f(key=key) for key in jax.random.split(jax.random.key(0), 400)])
-    error = draws.mean(0) - ops.plain.attention(q, k, v, scale=0.3)
+    error = draws.mean(0) - primitives.plain.attention(q, k, v, scale=0.3)
     assert np.all(np.abs(error) < 6 * draws.std(0) / np.sqrt(len(draws)) + 1e-6)
     assert draws.std(0).max() > 0.1
 
@@ -245,8 +245,8 @@ def test_weights_and_activations_may_be_transposes(dtype):
     for N, I, O in [(8, 4, 6), (7, 16, 1), (2, 2, 2), (64, 65, 32), (1, 1, 1)]:  # noqa: E741
         xT, wT = normal(0, I, N, dtype=dtype), normal(1, O, I)
         g = normal(2, N, O, dtype=dtype)
-        y, (dxT, dwT) = pull(lambda xT, wT: ops.cpu.dense(xT.T, wT.T), (xT, wT), g)
-        want, (dx, dw) = pull(ops.cpu.dense, (xT.T, wT.T), g)
+        y, (dxT, dwT) = pull(lambda xT, wT: primitives.cpu.dense(xT.T, wT.T), (xT, wT), g)
+        want, (dx, dw) = pull(primitives.cpu.dense, (xT.T, wT.T), g)
         bound = unit(dtype)
         for got, value in ((y, want), (dxT.T, dx), (dwT.T, dw)):
             value = exact(value)[0]
@@ -309,19 +309,19 @@ def assert_trees(got, want, rtol):
 
 def test_scan_and_checkpoint_change_nothing():
     f32 = jnp.float32
-    want = gradients(ops.plain, f32, scan=False)
-    assert_trees(gradients(ops.cpu, f32, scan=False, wrap=jax.checkpoint), want, 5e-6)
-    assert_trees(gradients(ops.cpu, f32), want, 5e-6)
+    want = gradients(primitives.plain, f32, scan=False)
+    assert_trees(gradients(primitives.cpu, f32, scan=False, wrap=jax.checkpoint), want, 5e-6)
+    assert_trees(gradients(primitives.cpu, f32), want, 5e-6)
     # One program may fuse what another rounds, so in bfloat16 a few roundings may differ.
-    want = gradients(ops.cpu, jnp.bfloat16, scan=False)
-    assert_trees(gradients(ops.cpu, jnp.bfloat16, wrap=jax.checkpoint), want, 16 * U)
+    want = gradients(primitives.cpu, jnp.bfloat16, scan=False)
+    assert_trees(gradients(primitives.cpu, jnp.bfloat16, wrap=jax.checkpoint), want, 16 * U)
 
 
 @TYPES
 def test_vmap_is_a_loop(dtype):
     K = 3
     w, h = weights(dtype, K, 1), normal(20, K, 16, 6)
-    g = jax.jit(jax.grad(functools.partial(network, ops.cpu)))
+    g = jax.jit(jax.grad(functools.partial(network, primitives.cpu)))
     want = [g(jax.tree.map(lambda x, i=i: x[i], w), h[i], SEGMENTS, TARGETS) for i in range(K)]
     got = jax.jit(jax.vmap(g, (0, 0, None, None)))(w, h, SEGMENTS, TARGETS)
     rtol = 5e-6 if dtype == jnp.float32 else 16 * U
@@ -336,7 +336,10 @@ def test_second_derivatives():
         return jnp.sum(g**2)
 
     w = weights(jnp.float32, 1)
-    want, got = (jax.jit(jax.grad(penalty), static_argnums=1)(w, k) for k in (ops.plain, ops.cpu))
+    want, got = (
+        jax.jit(jax.grad(penalty), static_argnums=1)(w, k)
+        for k in (primitives.plain, primitives.cpu)
+    )
     assert_trees(got, want, 2e-5)
 
 
@@ -349,7 +352,7 @@ def sharded():
     for dtype, rtol in ((jnp.float32, 1e-5), (jnp.bfloat16, 16 * U)):
         w, h = weights(dtype, 1), normal(20, 64, 6)
         segments, targets = jnp.tile(SEGMENTS, (4, 1)), jnp.tile(TARGETS, 4)
-        g = jax.jit(jax.grad(functools.partial(network, ops.cpu), argnums=(0, 1)))
+        g = jax.jit(jax.grad(functools.partial(network, primitives.cpu), argnums=(0, 1)))
         want = g(w, h, segments, targets)
         matrix = NamedSharding(mesh, P(None, None, "tensor"))
         put = {k: jax.device_put(x, matrix) if x.ndim == 3 else x for k, x in w.items()}
@@ -357,7 +360,7 @@ def sharded():
         assert_trees(jax.device_get(g(put, *batch)), want, rtol)
 
         def part(w, *batch):
-            dw, dh = jax.grad(functools.partial(network, ops.cpu), argnums=(0, 1))(w, *batch)
+            dw, dh = jax.grad(functools.partial(network, primitives.cpu), argnums=(0, 1))(w, *batch)
             return jax.lax.psum(dw, ("data",)), dh
 
         specs = {"in_specs": (P(), P("data"), P("data"), P("data")), "check_vma": False}

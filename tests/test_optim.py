@@ -27,7 +27,7 @@ def test_schedule_values(name):
     if name == "wsd":
         changes["schedule__cooldown"] = "25%"
     config = resolved(**changes)
-    ours = np.array([float(schedules.make(config)(s)) for s in range(100)])
+    ours = np.array([float(schedules.make_schedule(config)(s)) for s in range(100)])
     for s in range(100):
         if s < 10:
             wanted = (s + 1) / 10
@@ -40,7 +40,9 @@ def test_schedule_values(name):
         else:
             wanted = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (s - 10) / 90))
         assert ours[s] == pytest.approx(wanted, abs=1e-6), s
-    assert ours == pytest.approx(np.array(schedules.make(config, np)(np.arange(100))), abs=1e-6)
+    assert ours == pytest.approx(
+        np.array(schedules.make_schedule(config, np)(np.arange(100))), abs=1e-6
+    )
 
 
 def test_durations():
@@ -61,20 +63,20 @@ def test_adamw_equals_its_definition(mode, clip, decay_on):
         optim__decay_mode=mode, optim__clip=clip, optim__weight_decay=0.1, optim__lr=0.01,
         optim__decay_on=decay_on, train__steps=20, model__bias=True,
     )  # fmt: skip
-    model = build.build(config, platform="cpu")
-    transform = optim.build(config, model.rows)
+    model = build.build_model(config, platform="cpu")
+    transform = optim.build_optimizer(config, model.rows)
     params = model.init(jax.random.key(0))
     state = transform.init(params)
     theirs = {k: np.asarray(v, np.float64) for k, v in param.named(params).items()}
     moments = {k: (0.0, 0.0) for k in theirs}
-    factor = schedules.make(config, np)
+    factor = schedules.make_schedule(config, np)
     chance = np.random.default_rng(0)
     for step in range(10):
         grads = param.map_named(
             lambda _, x: jnp.asarray(chance.normal(size=x.shape), jnp.float32), params
         )
         updates, state = transform.update(grads, state, params, step=jnp.int32(step))
-        params = optim.apply(params, updates)
+        params = optim.apply_updates(params, updates)
         flat = {k: np.asarray(v, np.float64) for k, v in param.named(grads).items()}
         norm = np.sqrt(sum((g**2).sum() for g in flat.values()))
         for path, g in flat.items():

@@ -8,10 +8,10 @@ import pytest
 from conftest import record
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.lab import pack
-from lmscale_jax.run import train
-from lmscale_jax.run.checkpoint import Checkpoints
-from lmscale_jax.run.writers import read_metrics
+from lmscale_jax.ladders import pack
+from lmscale_jax.train import loop
+from lmscale_jax.train.checkpoint import Checkpoints
+from lmscale_jax.train.metrics import read_metrics
 
 NUMBERS = (
     {"seed": 0, "optim__lr": 1e-3},
@@ -63,9 +63,9 @@ def assert_same_run(packed, alone) -> None:
 def test_packed_runs_are_the_runs_alone(small, tmp_path):
     """Seeds, rates, decay and data order differ; so do the losses, and each is its own run's."""
     together = members(small, tmp_path)
-    pack.run(together, quiet)
+    pack.run_pack(together, quiet)
     for k, (config, workdir) in list(enumerate(together))[1:]:
-        train.train(config, tmp_path / f"alone{k}", quiet)
+        loop.train(config, tmp_path / f"alone{k}", quiet)
         assert_same_run(workdir, tmp_path / f"alone{k}")
         assert Checkpoints(workdir).steps() == Checkpoints(tmp_path / f"alone{k}").steps()
     losses = [record(workdir)["final"]["val_loss"] for _, workdir in together]
@@ -75,7 +75,7 @@ def test_packed_runs_are_the_runs_alone(small, tmp_path):
 def test_a_pack_that_was_stopped_goes_on(small, tmp_path):
     """One member was saved further than the rest, as after a kill between two saves."""
     whole = members(small, tmp_path / "whole")
-    pack.run(whole, quiet)
+    pack.run_pack(whole, quiet)
     cut = members(small, tmp_path / "cut")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for k, (_, workdir) in enumerate(cut):
@@ -85,7 +85,7 @@ def test_a_pack_that_was_stopped_goes_on(small, tmp_path):
         fields = record(workdir) | {"status": "running"}
         (workdir / "run.json").write_text(json.dumps(fields))
     lines = []
-    pack.run(cut, lines.append)
+    pack.run_pack(cut, lines.append)
     for (_, ours), (_, theirs) in zip(cut, whole, strict=True):
         assert record(ours)["restarts"] == 1
         assert lines_of(ours) == lines_of(theirs)
@@ -97,19 +97,21 @@ def test_a_member_that_diverges_leaves_the_others_alone(small, tmp_path):
     changes = {"optim__max_bad_steps": 2, "optim__clip": 0.0}
     configs = members(small, tmp_path, **changes)
     configs[1][0].optim.lr = 1e30
-    pack.run(configs, quiet)
+    pack.run_pack(configs, quiet)
     statuses = [record(workdir)["status"] for _, workdir in configs]
     assert statuses == ["finished", "diverged", "finished"]
     assert "no finite loss" in record(configs[1][1])["error"]
     # The last one is as it is without the one that diverged.
-    pack.run(members(small, tmp_path / "two", **changes)[::2], quiet)
+    pack.run_pack(members(small, tmp_path / "two", **changes)[::2], quiet)
     assert_same_run(configs[2][1], tmp_path / "two" / "member2")
 
 
 def test_what_differs_in_more_than_numbers_is_no_pack(small, tmp_path):
     first = small(**COMMON, model__d_model=16)
     two = small(**COMMON, model__d_model=32)
-    assert pack.signature(first) != pack.signature(two)
-    assert pack.signature(first) == pack.signature(small(**COMMON, model__d_model=16, seed=5))
+    assert pack.pack_signature(first) != pack.pack_signature(two)
+    assert pack.pack_signature(first) == pack.pack_signature(
+        small(**COMMON, model__d_model=16, seed=5)
+    )
     with pytest.raises(InputError, match=r"config\.model\.d_model is 16 and 32 in members"):
-        pack.run([(first, tmp_path / "a"), (two, tmp_path / "b")], quiet)
+        pack.run_pack([(first, tmp_path / "a"), (two, tmp_path / "b")], quiet)

@@ -14,11 +14,11 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
+from lmscale_jax.model import parametrization as rules
+from lmscale_jax.model.parametrization import Ratios
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json, update_rules
-from lmscale_jax.parametrization import rules
-from lmscale_jax.parametrization.rules import Ratios
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -35,7 +35,7 @@ def make(name="mup", vocab=40, **changes):
     config.parametrization.name = name
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     config = resolve(config, vocab)
-    return config, build.build(config, platform="cpu")
+    return config, build.build_model(config, platform="cpu")
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
@@ -65,7 +65,7 @@ def test_every_class_gets_its_row(m, m_L):
         assert row.multiplier == pytest.approx(multiplier), path
         update = updates[path]
         assert (update.lr_factor, update.eps_factor) == pytest.approx((lr, eps)), path
-    scales = rules.scales(config)
+    scales = rules.forward_scales(config)
     assert scales == pytest.approx((1, 1 / m, 1 / m_L, 32**-0.5, 1 / m))
     for entry in rules_as_json(model.rows, config):
         decays = entry["role"] != "vector"
@@ -101,7 +101,7 @@ def test_real_shapes_decide():
     # Heads of another size instead of more heads: the scores fall as 1/d.
     config, _ = make(parametrization__base_head_dim=16, model__n_heads=4)
     assert config.model.head_dim == 32
-    assert rules.scales(config).attention == pytest.approx(16**0.5 / 32)
+    assert rules.forward_scales(config).attention == pytest.approx(16**0.5 / 32)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
     results = []
     for parametrization, more in (("sp", {}), (name, same)):
         config, model = make(parametrization, **kind, **more)
-        transform = optim.build(config, model.rows)
+        transform = optim.build_optimizer(config, model.rows)
         params = jax.jit(model.init)(jax.random.key(0))
         state = jax.jit(transform.init)(params)
         ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 16)))
@@ -126,7 +126,7 @@ def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
         def step(params, state, t, model=model, transform=transform, ids=ids):
             loss, grads = jax.value_and_grad(lambda p: model.losses(p, ids, ids).mean())(params)
             updates, state = transform.update(grads, state, params, step=t)
-            return optim.apply(params, updates), state, loss
+            return optim.apply_updates(params, updates), state, loss
 
         for t in range(3):
             params, state, loss = step(params, state, t)
@@ -148,7 +148,7 @@ def test_an_optimizer_is_one_entry(monkeypatch):
     config, model = make(optim__name="plain", optim__clip=0.0, optim__weight_decay=0.0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    transform = optim.build(config, model.rows)
+    transform = optim.build_optimizer(config, model.rows)
     updates, _ = jax.jit(transform.update)(ones, transform.init(ones), ones, step=500)
     lr = float(np.abs(updates["embed"]["tokens"]).max())
     row = update_rules(model.rows, config)["blocks/mlp/up/weight"]
@@ -165,7 +165,7 @@ def test_epsilon_has_its_factor():
         jax.tree.map(lambda x, value=value: np.full(x.shape, value, x.dtype), shapes)
         for value in (0.0, 1e-3)
     )
-    transform = optim.build(config, model.rows)
+    transform = optim.build_optimizer(config, model.rows)
     state = jax.jit(transform.init)(params)
     updates, _ = jax.jit(transform.update)(grads, state, params, step=500)
     by_path = {}

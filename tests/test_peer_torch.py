@@ -71,11 +71,11 @@ def test_the_peer_has_the_same_loss_and_gradient(name, tmp_path, quick_compiler)
     import optax
 
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.model.build import build
+    from lmscale_jax.model.build import build_model
 
     shape = MODELS[name]
     config = resolve(config_of(shape, "float32", 1), shape["V"])
-    model = build(config, platform="cpu")
+    model = build_model(config, platform="cpu")
     rng = np.random.default_rng(0)
     # Far from the initial values, so that every part counts.
     params = jax.tree.map(

@@ -10,7 +10,7 @@ from conftest import ROOT
 from test_processes import free_port
 
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.run import cluster, peers
+from lmscale_jax.train import distributed, peers
 
 
 def facts(host: str, **same) -> dict:
@@ -30,7 +30,7 @@ def meet_in_threads(
     def join(name, index, process_facts):
         try:
             n = (counts or {}).get(name, count)
-            results[name] = peers.meet(address, n, index, process_facts, timeout, grace=5.0)
+            results[name] = peers.meet_peers(address, n, index, process_facts, timeout, grace=5.0)
         except (InputError, RunFailed) as error:
             results[name] = error
 
@@ -90,7 +90,7 @@ def test_processes_that_differ_are_refused(count, facts_by_name, counts, message
 def test_strangers_do_not_disturb():
     address, results = peers.Address(f"127.0.0.1:{free_port()}"), []
     thread = threading.Thread(
-        target=lambda: results.append(peers.meet(address, 2, 0, facts("a"), 10.0, 5.0))
+        target=lambda: results.append(peers.meet_peers(address, 2, 0, facts("a"), 10.0, 5.0))
     )
     thread.start()
     while True:
@@ -100,7 +100,7 @@ def test_strangers_do_not_disturb():
         except OSError:
             continue
     stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    _, watch = peers.meet(address, 2, 1, facts("b"), 10.0, 5.0)
+    _, watch = peers.meet_peers(address, 2, 1, facts("b"), 10.0, 5.0)
     thread.join()
     watch.leave()
     results[0][1].leave()
@@ -111,7 +111,7 @@ def test_a_port_in_use_is_refused():
     with socket.create_server(("", 0)) as other:
         address = peers.Address(f"127.0.0.1:{other.getsockname()[1]}")
         with pytest.raises(InputError, match=r"cannot be used here .*, perhaps by another run"):
-            peers.meet(address, 2, 0, facts("a"), 1.0, 5.0)
+            peers.meet_peers(address, 2, 0, facts("a"), 1.0, 5.0)
 
 
 @pytest.mark.parametrize("text", ["node1", ":8476", "node1:", "node1:0", "node1:99999", "node1:x"])
@@ -185,12 +185,12 @@ def test_what_slurm_says(monkeypatch):
     for name in ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"SLURM_JOB_ID is not set.*srun python"):
-        cluster.from_slurm()
+        distributed.from_slurm()
     monkeypatch.setenv("SLURM_JOB_ID", "123457")
     monkeypatch.setenv("SLURM_NTASKS", "16")
     monkeypatch.setenv("SLURM_PROCID", "3")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "gpu-[003-004,9]")
-    launch = cluster.from_slurm()
+    launch = distributed.from_slurm()
     assert launch == ("slurm", "gpu-003:26914", 16, 3)
     assert 20000 <= 26914 < 30000
     for nodes, first in (
@@ -199,7 +199,7 @@ def test_what_slurm_says(monkeypatch):
         ("x-[01-02]-y,z", "x-01-y"),
         ("one", "one"),
     ):
-        assert cluster.first_node(nodes) == first
+        assert distributed.first_node(nodes) == first
 
 
 @pytest.mark.parametrize(
@@ -214,17 +214,17 @@ def test_a_task_takes_its_own_gpus(monkeypatch, tasks, visible, local, expected)
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("SLURM_LOCALID", local)
-    assert cluster.local_devices() == expected
+    assert distributed.local_devices() == expected
 
 
 def test_a_node_that_shows_one_gpu_of_eight_is_explained():
     row = {"host": "n1", "address": "10.0.0.1", "devices": 1, "platform": "gpu", "gpus": 8,
            "kind": "NVIDIA H100", "allocated": 8, "visible": "0"}  # fmt: skip
-    (message,) = cluster.missing([row])
+    (message,) = distributed.device_faults([row])
     assert "n1 has 8 GPUs of this job and its 1 process(es) see 1" in message
     assert "use --ntasks-per-node=8, or" in message
-    assert cluster.missing([row | {"visible": str(i)} for i in range(8)]) == []
-    lines = cluster.census([row, row | {"host": "n2", "address": "10.0.0.2"}])
+    assert distributed.device_faults([row | {"visible": str(i)} for i in range(8)]) == []
+    lines = distributed.census_lines([row, row | {"host": "n2", "address": "10.0.0.2"}])
     assert lines[0] == "2 processes on 2 host(s), 2 devices"
     assert (
         "n2 (10.0.0.2): process 1, 1 x NVIDIA H100 of 8 GPUs (CUDA_VISIBLE_DEVICES=0)" in lines[2]

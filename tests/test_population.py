@@ -9,7 +9,8 @@ import pytest
 from conftest import run
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.lab import population, transfer
+from lmscale_jax.sweeps import lr_transfer as transfer
+from lmscale_jax.sweeps import population
 
 
 @pytest.mark.parametrize(
@@ -18,8 +19,9 @@ from lmscale_jax.lab import population, transfer
 )
 @pytest.mark.slow
 def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
-    """Losses of a population against run/step.py on each member's own config."""
-    from lmscale_jax.run import mesh, step, train
+    """Losses of a population against train/step.py on each member's own config."""
+    from lmscale_jax.model import mesh
+    from lmscale_jax.train import loop, step
 
     changes = {"train__steps": 30, "mesh__cpu_devices": 1, "optim__name": optimizer}
     changes["model__n_layers"] = 1
@@ -31,13 +33,13 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     ]
     if optimizer == "muon":
         numbers[0]["optim__muon_lr"], numbers[1]["optim__muon_lr"] = 0.01, 0.03
-    each = [train.prepare(small(**changes, **n), None, say=lambda line: None) for n in numbers]
-    result = population.train([setup.config for setup in each], each[0].data)
+    each = [loop.build_run(small(**changes, **n), None, say=lambda line: None) for n in numbers]
+    result = population.train_population([setup.config for setup in each], each[0].data)
     assert result.train_loss_KxS.shape == (2, 30)
     for k, setup in enumerate(each):
-        begin = functools.partial(step.initial, setup.config, setup.model, setup.transform)
+        begin = functools.partial(step.initial_state, setup.config, setup.model, setup.transform)
         state = jax.jit(lambda b=begin, s=setup.config.seed: b(s))()
-        take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+        take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
         losses = []
         for t in range(30):
             state, metrics = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
@@ -51,12 +53,12 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
 def test_a_population_has_no_parent(small):
     config = small(train__parent="runs/stable", train__parent_step=4)
     with pytest.raises(InputError, match=r"train\.parent='runs/stable'.*would work"):
-        population.check([config])
+        population.check_members([config])
 
 
 def test_members_share_all_but_numbers(small):
     with pytest.raises(InputError, match=r"config\.model\.d_model is 16 and 32 in members"):
-        population.check([small(model__d_model=16), small(model__d_model=32)])
+        population.check_members([small(model__d_model=16), small(model__d_model=32)])
 
 
 def test_the_optimum_of_a_known_valley():
@@ -76,10 +78,10 @@ def test_drift_is_in_octaves():
     def at(place, grid):
         return {"log2_lr": place, "se": 0.3, "grid": grid, "at_edge": False}
 
-    drift = transfer.drift([at(-4.0, -4), at(-4.5, -5), at(-6.4, -6)])
+    drift = transfer.optimum_drift([at(-4.0, -4), at(-4.5, -5), at(-6.4, -6)])
     assert drift["octaves"] == pytest.approx(-2.4) and drift["grid_range"] == 2
     assert drift["se"] == pytest.approx(0.3 * 2**0.5) and drift["range"] == pytest.approx(2.4)
-    assert "-2.40" in transfer.headline(drift, [32, 256])
+    assert "-2.40" in transfer.transfer_headline(drift, [32, 256])
 
 
 @pytest.mark.slow
@@ -112,17 +114,17 @@ def test_wider_is_better_under_mup(tmp_path):
 
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.configs import lr_transfer
-    from lmscale_jax.data import prepared
-    from lmscale_jax.lab.family import resized
+    from lmscale_jax.data import prepare
+    from lmscale_jax.model.sizes import at_size
 
     config = lr_transfer.get_config()
     config.train.steps, config.optim.lr = 200, 2.0**-8
-    data = prepared.prepare(config.data, log=print)
+    data = prepare.prepare_data(config.data, log=print)
     losses = []
     for width in (32, 64, 128, 256):
-        resolved = resolve(resized(config, "width", width), data.vocab_size)
+        resolved = resolve(at_size(config, "width", width), data.vocab_size)
         members = [ConfigDict(resolved.to_dict() | {"seed": seed}) for seed in range(3)]
-        result = population.train(members, data)
+        result = population.train_population(members, data)
         mean_S = result.train_loss_KxS.mean(axis=0)
         losses.append((mean_S[90:110].mean(), mean_S[-20:].mean()))
     assert np.all(np.diff(np.array(losses), axis=0) < 0), losses

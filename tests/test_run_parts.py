@@ -6,8 +6,8 @@ import math
 import pytest
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.run import clock as clocks
-from lmscale_jax.run import journal, writers
+from lmscale_jax.train import metrics
+from lmscale_jax.train import metrics as clocks
 
 
 @pytest.fixture
@@ -71,15 +71,15 @@ def test_clock_counts_waiting(time):
 
 def test_metrics_file_drops_what_comes_after_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    before = writers.MetricsFile(path, 0)
+    before = metrics.MetricsFile(path, 0)
     for step in (1, 2, 3):
         before.write({"step": step, "loss": math.nan if step == 2 else 1.0})
     before.close()
     path.write_text(path.read_text() + '{"step": 4, "los')
-    continued = writers.MetricsFile(path, 2)
+    continued = metrics.MetricsFile(path, 2)
     continued.write({"step": 3, "loss": 0.5})
     continued.close()
-    lines = writers.read_metrics(path)
+    lines = metrics.read_metrics(path)
     assert lines == [
         {"step": 1, "loss": 1.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 0.5},
     ]  # fmt: skip
@@ -88,7 +88,9 @@ def test_metrics_file_drops_what_comes_after_the_checkpoint(tmp_path):
 def test_what_a_checkpoint_remembers_does_not_change_after(small, tmp_path):
     """A thread writes it, while the run adds further losses."""
     config = small(log__tensorboard=False, log__every=4)
-    logger = journal.Journal(config, tmp_path, 0, {}, clocks.Clock(), "run", writers.Silence())
+    logger = metrics.MetricLogger(
+        config, tmp_path, 0, {}, clocks.Clock(), "run", metrics.SilentProgress()
+    )
     logger.log(1, {"train_loss": 2.0, "bad": 0})
     remembered = logger.sync()
     logger.log(2, {"train_loss": 3.0, "bad": 0})
@@ -98,12 +100,12 @@ def test_what_a_checkpoint_remembers_does_not_change_after(small, tmp_path):
 
 def test_scalars_name_layers_and_leave_out_what_is_not_finite():
     line = {"step": 3, "loss": 2.0, "bad": math.nan, "norms": [1.0, math.inf], "text": "x"}
-    assert writers.scalars(line) == {"loss": 2.0, "norms/0": 1.0}
+    assert metrics.finite_scalars(line) == {"loss": 2.0, "norms/0": 1.0}
 
 
 def test_a_writer_that_is_not_installed_is_refused(monkeypatch, small):
     config = small(log__wandb="offline")
-    monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"log\.wandb='offline' needs .*or 'off'"):
-        writers.check(config)
-    writers.check(small())
+        metrics.check_writers(config)
+    metrics.check_writers(small())

@@ -5,7 +5,7 @@ import pytest
 from synthetic import two_arms
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.science import as_table, compare, shift
+from lmscale_jax.scaling import as_table, compare, shift
 
 
 def verdicts(draws: int, s: float, **settings) -> dict:
@@ -56,8 +56,8 @@ def test_size_and_power_of_the_test_itself(seeds, least):
     for seed in range(300):
         for s, p_values in p.items():
             table = as_table(two_arms(s, tau=0.4, seeds=seeds, seed=seed))
-            data = shift.arms(table, "A", "B")
-            fits = [shift.estimate(k, data) for k in ("quadratic", "cubic")]
+            data = shift.two_arms(table, "A", "B")
+            fits = [shift.estimate_shift(k, data) for k in ("quadratic", "cubic")]
             p_values.append(min(fits, key=lambda e: e.aicc).p)
     size, power = (float(np.mean(np.array(p[s]) < 0.05)) for s in (0.0, 0.08))
     assert 0.03 <= size <= 0.08, size

@@ -5,7 +5,7 @@ import pytest
 from synthetic import grid
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.science import as_table, fit
+from lmscale_jax.scaling import as_table, fit
 
 SIZES, TOKENS = np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)
 

@@ -8,8 +8,8 @@ import pytest
 from synthetic import CHINCHILLA, grid
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.science import fit, laws, read, solve
-from lmscale_jax.science.table import as_table
+from lmscale_jax.scaling import fit, laws, read, solve
+from lmscale_jax.scaling.table import as_table
 
 SIZES, TOKENS = np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)
 
@@ -35,16 +35,16 @@ def test_power_laws_come_back_with_and_without_a_floor():
 
 def test_gradient_and_hessian_are_those_of_the_objective():
     table = as_table(grid(SIZES, TOKENS, noise=0.02))
-    problem = laws.problem(table, laws.LAWS["chinchilla"])
+    problem = laws.fit_problem(table, laws.LAWS["chinchilla"])
     delta = 0.02
-    theta = solve.starts(problem)[:3] + 0.05
+    theta = solve.projection_starts(problem)[:3] + 0.05
     weight = np.random.default_rng(1).uniform(0.5, 2, len(table))
     weighted = dataclasses.replace(problem, weight=weight)
     _, g, H, _ = solve._Objective(weighted, delta).evaluate(theta, weight, problem.y, None)
     h = 1e-6
     for j in range(5):
         step = h * np.eye(5)[j]
-        up, down = (solve.objective(weighted, theta + k * step, delta) for k in (1, -1))
+        up, down = (solve.objective_values(weighted, theta + k * step, delta) for k in (1, -1))
         np.testing.assert_allclose((up - down) / (2 * h), g[:, j], rtol=1e-5, atol=1e-7)
         ups, downs = (
             solve._Objective(weighted, delta).evaluate(theta + k * step, weight, problem.y, None)[1]
@@ -58,12 +58,12 @@ def test_no_start_of_a_general_optimizer_does_better():
     from scipy.optimize import minimize
 
     table = as_table(grid(SIZES, TOKENS, noise=0.01))
-    problem = laws.problem(table, laws.LAWS["chinchilla"])
-    ours = solve.solve(problem, 0.005)
+    problem = laws.fit_problem(table, laws.LAWS["chinchilla"])
+    ours = solve.solve_many_starts(problem, 0.005)
     rng = np.random.default_rng(0)
 
     def F(theta):
-        return float(solve.objective(problem, theta[None], 0.005)[0])
+        return float(solve.objective_values(problem, theta[None], 0.005)[0])
 
     low, high = np.array([-2, -5, 0, -5, 0]), np.array([1, 1, 1, 1, 1])
     ends = [minimize(F, rng.uniform(low, high), method="BFGS").fun for _ in range(12)]

@@ -5,10 +5,15 @@ import pytest
 from synthetic import CHINCHILLA, grid, surface
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.science import advise, fit, forecast, isoflop, laws, plan, read, solve
-from lmscale_jax.science.forecast import budgets, discrepancy, of, suited
-from lmscale_jax.science.isoflop import by_budget, minimum
-from lmscale_jax.science.table import as_table
+from lmscale_jax.scaling import advise, fit, forecast, isoflop, laws, plan, read, solve
+from lmscale_jax.scaling.forecast import (
+    distinct_budgets,
+    forecast_from_fit,
+    law_discrepancy,
+    richest_law,
+)
+from lmscale_jax.scaling.isoflop import polynomial_minimum, rows_by_budget
+from lmscale_jax.scaling.table import as_table
 
 SIZES, TOKENS = np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 5)
 
@@ -30,7 +35,7 @@ def test_the_interval_grows_with_distance_and_level():
 
     def width(factor, level=0.9):
         n = float(table.n.max()) * factor
-        prediction = of(result, n=n, d=20 * n, level=level)
+        prediction = forecast_from_fit(result, n=n, d=20 * n, level=level)
         return np.log(prediction["high"] / prediction["low"])
 
     assert width(1) < width(3) < width(10)
@@ -46,10 +51,10 @@ def _coverage(table, shares=(0.5, 0.625, 0.75)) -> list[float]:
         train, test = table.take(table.c <= limit), np.flatnonzero(table.c > limit)
         result = fit(train, bootstrap=400)
         test = test[:: max(1, len(test) // 25)]
-        hits, tau_and_cuts = 0, discrepancy(result)
+        hits, tau_and_cuts = 0, law_discrepancy(result)
         for i in test:
             target = {"n": table.n[i], "d": table.d[i], "c": table.c[i]}
-            prediction = of(result, **target, tau_and_cuts=tau_and_cuts)
+            prediction = forecast_from_fit(result, **target, tau_and_cuts=tau_and_cuts)
             hits += prediction["low"] <= table.loss[i] <= prediction["high"]
         covered.append(hits / len(test))
     return covered
@@ -64,13 +69,13 @@ def test_intervals_cover_held_out_runs_of_the_bundled_tables():
 
 def test_a_small_table_gets_a_small_law():
     c = np.geomspace(1e14, 1e16, 3)
-    assert suited(as_table({"c": c, "loss": 40 * c**-0.07})) == "power"
+    assert richest_law(as_table({"c": c, "loss": 40 * c**-0.07})) == "power"
     c = np.geomspace(1e14, 1e18, 6)
-    assert suited(as_table({"c": c, "loss": 40 * c**-0.07})) == "power_floor"
-    assert suited(as_table(grid(SIZES, TOKENS))) == "chinchilla"
+    assert richest_law(as_table({"c": c, "loss": 40 * c**-0.07})) == "power_floor"
+    assert richest_law(as_table(grid(SIZES, TOKENS))) == "chinchilla"
     n = np.geomspace(1e6, 1e9, 8)
     table = as_table({"n": n, "d": 20 * n, "loss": 40 * n**-0.1})
-    assert suited(table) == "power_floor" and len(budgets(table)) == 8
+    assert richest_law(table) == "power_floor" and len(distinct_budgets(table)) == 8
 
 
 def test_three_anchors_with_two_seeds_forecast_a_fourth():
@@ -104,7 +109,7 @@ def test_the_flops_of_a_target_follow_the_convention_of_the_table():
     n, d = 3e9, 4e11
     assert result.table.flops(n, d) == pytest.approx(9 * n * d)
     assert result.predict(n=n, d=d) == pytest.approx(result.predict(c=9 * n * d))
-    assert of(result, n=n, d=d)["c"] == pytest.approx(9 * n * d)
+    assert forecast_from_fit(result, n=n, d=d)["c"] == pytest.approx(9 * n * d)
 
 
 def test_the_plan_is_the_minimum_at_its_budget():
@@ -149,10 +154,10 @@ def test_advised_runs_do_what_is_promised():
 def _at(table: dict, target: dict) -> float:
     """Predicts ln L at the target by least squares."""
     table = as_table(table)
-    problem = laws.problem(table, laws.LAWS["chinchilla"])
-    theta = solve.solve(problem, np.inf).theta
-    params = laws.natural(problem.law, problem.centre, theta)
-    return float(np.log(laws.evaluate(problem.law, params, **target)))
+    problem = laws.fit_problem(table, laws.LAWS["chinchilla"])
+    theta = solve.solve_many_starts(problem, np.inf).theta
+    params = laws.natural_parameters(problem.law, problem.centre, theta)
+    return float(np.log(laws.evaluate_law(problem.law, params, **target)))
 
 
 def test_advice_needs_a_target_and_a_budget():
@@ -202,12 +207,12 @@ def test_minima_at_the_edge_are_dropped_and_named():
 
 def test_a_minimum_is_found_where_it_is():
     x = np.linspace(-1, 2, 9)
-    assert minimum(x, 3 + (x - 0.4) ** 2, 2) == (pytest.approx(0.4), True)
-    assert minimum(x, 3 - x, 2)[1] is False
-    assert minimum(x, 3 + (x - 5.0) ** 2, 2) == (pytest.approx(5.0), False)
+    assert polynomial_minimum(x, 3 + (x - 0.4) ** 2, 2) == (pytest.approx(0.4), True)
+    assert polynomial_minimum(x, 3 - x, 2)[1] is False
+    assert polynomial_minimum(x, 3 + (x - 5.0) ** 2, 2) == (pytest.approx(5.0), False)
 
 
 def test_tables_without_budgets_are_refused():
     with pytest.raises(InputError, match="compute budgets of 5 and more sizes"):
         isoflop(grid(SIZES[:3], TOKENS[:2]))
-    assert len(by_budget(as_table(made_budgets(4)))) == 5
+    assert len(rows_by_budget(as_table(made_budgets(4)))) == 5

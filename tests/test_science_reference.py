@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from synthetic import reference
 
-from lmscale_jax.science import compare, diagnose, fit, intervals, isoflop, laws, read, solve
-from lmscale_jax.science.sources import curves
-from lmscale_jax.science.table import as_table
+from lmscale_jax.scaling import compare, diagnostics, fit, intervals, isoflop, laws, read, solve
+from lmscale_jax.scaling.read import read_curves
+from lmscale_jax.scaling.table import as_table
 
 
 def chinchilla(rows=240):
@@ -41,7 +41,7 @@ def test_exact_minima_of_the_chinchilla_runs(rows, delta):
 
 
 def test_published_parameters_have_the_objective_they_are_known_for():
-    problem = laws.problem(chinchilla(), laws.LAWS["chinchilla"])
+    problem = laws.fit_problem(chinchilla(), laws.LAWS["chinchilla"])
     # (A, B, E, alpha, beta): F, and how well the digits given fix it.
     cases = {
         (482.01, 2085.43, 1.8172, 0.3478, 0.3658): (1.018644705e-3, 5e-3),
@@ -54,7 +54,7 @@ def test_published_parameters_have_the_objective_they_are_known_for():
     for (A, B, E, alpha, beta), (F, close) in cases.items():
         theta = [np.log(E), np.log(A) - alpha * problem.centre["n"], alpha,
                  np.log(B) - beta * problem.centre["d"], beta]  # fmt: skip
-        objective = solve.objective(problem, np.array([theta]), 1e-3)[0]
+        objective = solve.objective_values(problem, np.array([theta]), 1e-3)[0]
         assert objective == pytest.approx(F, rel=close)
 
 
@@ -71,13 +71,13 @@ def test_compound_exponents_and_the_optimum_at_gopher_compute():
 def test_published_intervals_from_the_published_resamples():
     """Besiroglu et al. 2024, 4000 resamples of pairs with numpy's old generator and seed 42."""
     table = chinchilla()
-    problem = laws.problem(table, laws.LAWS["chinchilla"])
-    theta = solve.solve(problem, 1e-3).theta
+    problem = laws.fit_problem(table, laws.LAWS["chinchilla"])
+    theta = solve.solve_many_starts(problem, 1e-3).theta
     old = np.random.RandomState(42)
     weight = np.array([np.bincount(old.choice(240, 240), minlength=240) for _ in range(4000)])
-    drawn = intervals.refit(problem, theta, 1e-3, weight=weight.astype(float))
-    params = laws.natural(problem.law, problem.centre, drawn)
-    params |= laws.compound(params)
+    drawn = intervals.refit_draws(problem, theta, 1e-3, weight=weight.astype(float))
+    params = laws.natural_parameters(problem.law, problem.centre, drawn)
+    params |= laws.compound_exponents(params)
     ours = {"A": (286.1, 743.6), "B": (1042.4, 5810.4), "E": (1.7694, 1.8712),
             "alpha": (0.3168, 0.3733), "beta": (0.3313, 0.4154), "a": (0.4805, 0.5562)}  # fmt: skip
     published = {"A": (285.2, 743.6), "B": (1042.4, 5810.3), "E": (1.769, 1.871),
@@ -137,10 +137,10 @@ CURVES = {
 
 
 def curve(name: str, skip: float = 0.0, points: str = "curve"):
-    from lmscale_jax.science.sources import DATASETS, dataset
+    from lmscale_jax.scaling.read import DATASETS, read_named
 
     if name in DATASETS:
-        return dataset(name, str(reference("seed_runs")), points, skip)
+        return read_named(name, str(reference("seed_runs")), points, skip)
     return bs64(name, points, skip)
 
 
@@ -149,7 +149,7 @@ def bs64(name: str, points: str = "final", skip: float = 0.0, prefix: str = ""):
               "sin_scaling": "sin_bs64"}[name]  # fmt: skip
     folder = reference("seed_runs", name)
     files = sorted(folder.glob(f"{prefix}[0-9]*d_{ending}.csv"))
-    return curves(files, {}, {}, points, skip, name)
+    return read_curves(files, {}, {}, points, skip, name)
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -174,11 +174,11 @@ def test_the_documented_failure_is_diagnosed():
 def test_the_documented_optimum_has_a_dead_term():
     """Checks the README's parameters (signs converted) on the original sizes."""
     table = curve("optimal_lr_sgd_scaling")
-    problem = laws.problem(table, laws.LAWS["chinchilla"])
+    problem = laws.fit_problem(table, laws.LAWS["chinchilla"])
     E, A, B, alpha, beta = 1.886821, -0.293439, 6.761058, 0.832533, 0.417971
     theta = np.array([E, A - alpha * problem.centre["n"], alpha,
                       B - beta * problem.centre["d"], beta])  # fmt: skip
-    numbers, warnings = diagnose.terms(problem, theta, table)
+    numbers, warnings = diagnostics.check_terms(problem, theta, table)
     assert numbers["n"]["share"][1] * table.loss.max() < 1e-5
     assert [w["code"] for w in warnings] == ["dead_term"]
 

@@ -10,8 +10,7 @@ import pytest
 from conftest import finish, flags, start
 
 from lmscale_jax.model.param import Spec
-from lmscale_jax.parametrization import spectral
-from lmscale_jax.run import measures
+from lmscale_jax.train import diagnostics
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -34,24 +33,28 @@ def matrices(kind: str, layers: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["wide", "square", "spiked", "power law", "low rank"])
 def test_norm_is_a_close_lower_bound(kind):
     w = matrices(kind)
-    start = spectral.begin({"w": Spec(("layers", "embed", "mlp"), w.shape, 1, "hidden")})
+    start = diagnostics.begin_spectral(
+        {"w": Spec(("layers", "embed", "mlp"), w.shape, 1, "hidden")}
+    )
     exact_L = np.linalg.norm(w, ord=2, axis=(1, 2))
-    cold_L, v = spectral.top_singular(jnp.asarray(w), start["weight"]["w"])
+    cold_L, v = diagnostics.top_singular(jnp.asarray(w), start["weight"]["w"])
     assert np.all(cold_L <= exact_L * (1 + 1e-3))
     np.testing.assert_allclose(cold_L, exact_L, rtol=0.02)
     # Warm, a few iterations more each time: the bound only rises.
     for _ in range(8):
-        warm_L, v = spectral.top_singular(jnp.asarray(w), v, iterations=5)
+        warm_L, v = diagnostics.top_singular(jnp.asarray(w), v, iterations=5)
     assert np.all(warm_L >= cold_L * (1 - 1e-6)) and np.all(warm_L <= exact_L * (1 + 1e-3))
     np.testing.assert_allclose(warm_L, exact_L, rtol=0.006)
 
 
 def test_zeros_and_what_follows_them():
     w = jnp.zeros((2, 8, 8))
-    v = spectral.begin({"w": Spec(("layers", "a", "b"), (2, 8, 8), 1, "hidden")})["weight"]["w"]
-    sigma_L, after = spectral.top_singular(w, v)
+    v = diagnostics.begin_spectral({"w": Spec(("layers", "a", "b"), (2, 8, 8), 1, "hidden")})[
+        "weight"
+    ]["w"]
+    sigma_L, after = diagnostics.top_singular(w, v)
     assert sigma_L.tolist() == [0, 0] and np.array_equal(after, v)
-    sigma_L, _ = spectral.top_singular(w.at[1].set(jnp.eye(8)), after)
+    sigma_L, _ = diagnostics.top_singular(w.at[1].set(jnp.eye(8)), after)
     assert sigma_L.tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
@@ -68,9 +71,9 @@ def test_quantities_are_normalised_by_shape():
         is_leaf=lambda x: isinstance(x, Spec),
     )
     updates = jax.tree.map(lambda x: -0.01 * x, tree)
-    vectors = spectral.begin(specs)
+    vectors = diagnostics.begin_spectral(specs)
     for _ in range(5):
-        values, vectors = spectral.measure(specs, tree, updates, vectors)
+        values, vectors = diagnostics.measure_spectral(specs, tree, updates, vectors)
     assert set(values) == {
         f"spectral/{q}/{p}"
         for q in ("weight", "update", "relative", "stable_rank")
@@ -86,7 +89,7 @@ def test_quantities_are_normalised_by_shape():
 
 def test_each_measurement_has_a_period_of_its_own(small):
     config = small(log__every=2, log__spectral_every=4, log__activations_every=6)
-    due = {done: measures.due(config, done) for done in range(1, 13)}
+    due = {done: diagnostics.due_measurements(config, done) for done in range(1, 13)}
     assert [n for n in due if "norms" in due[n]] == [2, 4, 6, 8, 10, 12]
     assert [n for n in due if "spectral" in due[n]] == [4, 8, 12]
     assert [n for n in due if "activations" in due[n]] == [6, 12]

@@ -119,13 +119,14 @@ def test_bad_steps_change_nothing(small):
     """A batch whose loss is not finite leaves parameters and moments alone, and is counted."""
     import jax
 
-    from lmscale_jax.data.pipeline import Batch
-    from lmscale_jax.run import mesh, step, train
+    from lmscale_jax.data.batches import Batch
+    from lmscale_jax.model import mesh
+    from lmscale_jax.train import loop, step
 
-    setup = train.prepare(small(), None, say=lambda line: None)
-    begin = jax.jit(lambda: step.initial(setup.config, setup.model, setup.transform, 0))
+    setup = loop.build_run(small(), None, say=lambda line: None)
+    begin = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))
     state = begin()
-    take = step.Step(setup.config, setup.model, setup.mesh, setup.placed)
+    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
     batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
     state, _ = take(state, batch)
     broken = state._replace(
@@ -150,11 +151,11 @@ def test_bad_steps_change_nothing(small):
 def test_evaluation_does_not_depend_on_the_batch(small):
     import jax
 
-    from lmscale_jax.run import train
+    from lmscale_jax.train import loop
 
     results = []
     for size in (1, 3, 64):
-        setup = train.prepare(small(eval__batch_size=size), None, say=lambda line: None)
+        setup = loop.build_run(small(eval__batch_size=size), None, say=lambda line: None)
         params = setup.model.init(jax.random.key(0))
         results.append(setup.validate(params))
     for other in results[1:]:

@@ -11,8 +11,8 @@ from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.configs import base, speedrun_gate, speedrun_record26, speedrun_simple
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import suites
-from lmscale_jax.model import attention, build, flops, param, wiring
-from lmscale_jax.model.placement import ShardingContext
+from lmscale_jax.model import attention, build, flops, param, skip_connections
+from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.optim.rules import update_rules
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -216,13 +216,16 @@ def test_windows_grow_and_are_whole_at_the_end():
     config = speedrun_record26.get_config()
     config.data.path = ""
     config = resolve(config)
-    assert wiring.whole_windows(config.model) == [0, 4, 11]
-    assert wiring.value_tables(config.model) == [0, 1, 2, *[-1] * 6, 0, 1, 2]
+    assert skip_connections.full_window_blocks(config.model) == [0, 4, 11]
+    assert skip_connections.value_tables(config.model) == [0, 1, 2, *[-1] * 6, 0, 1, 2]
     at = [
-        tuple(int(w) for w in wiring.windows(config, jnp.asarray(s))) for s in (0, 130, 875, 1750)
+        tuple(int(w) for w in skip_connections.attention_windows(config, jnp.asarray(s)))
+        for s in (0, 130, 875, 1750)
     ]
     # Blocks of 128: ceil(1728 share / 128), its half rounded down, at least one.
-    assert at == [(1, 1), (2, 1), (7, 3), (14, 7)] and wiring.windows(config) == (14, 7)
+    assert at == [(1, 1), (2, 1), (7, 3), (14, 7)] and skip_connections.attention_windows(
+        config
+    ) == (14, 7)
 
 
 def test_growing_windows_are_those_of_the_step():
@@ -239,9 +242,11 @@ def test_one_window_for_all_blocks_stays_a_number():
     """Under a scan too, where blocks are counted by a traced number: cudnn and splash want it."""
     config = make(window_layers="all", window=5)[0]
     context = build.model_context(config, "cpu", ShardingContext())
-    context = context.replace(windows=wiring.windows(config))
+    context = context.replace(windows=skip_connections.attention_windows(config))
     seen = []
-    jax.jit(lambda i: seen.append(wiring.of_layer(config.model, context, i).window))(0)
+    jax.jit(lambda i: seen.append(skip_connections.layer_inputs(config.model, context, i).window))(
+        0
+    )
     assert seen == [5]
 
 
@@ -254,9 +259,9 @@ def test_windows_count_in_flops():
         seen += sum(min(t + 1, w) for t in range(T)) / T
     # T / 2 keys, not (T + 1) / 2, is the convention without windows; w / 2T is that half with them.
     halves = sum((5 if layer in (0, 2, 5) else 2) / (2 * T) for layer in range(6))
-    assert wiring.mean_visible(config, T) == pytest.approx((seen - halves) / 6)
+    assert skip_connections.mean_visible(config, T) == pytest.approx((seen - halves) / 6)
     found = flops.forward_flops(config, model.specs)["attention"]
-    assert found == pytest.approx(6 * 4 * wiring.mean_visible(config, T) * 32)
+    assert found == pytest.approx(6 * 4 * skip_connections.mean_visible(config, T) * 32)
 
 
 def test_rows_of_the_table():
@@ -269,7 +274,7 @@ def test_rows_of_the_table():
     config.parametrization.embed_std, config.optim.vector_lr_factor = 1.0, 0.25
     config.model.n_kv_heads = 4
     config = resolve(config)
-    rows = build.build(config, platform="cpu").rows
+    rows = build.build_model(config, platform="cpu").rows
     updates = update_rules(rows, config)
     values, update = rows["embed/values"], updates["embed/values"]
     assert (values.spec.role, update.optimizer, values.init_std) == ("input", "adamw", 1.0)
@@ -285,7 +290,7 @@ def test_rows_of_the_table():
 def test_counts_are_those_of_the_originals():
     def counted(module, *arguments):
         config = resolve(module.get_config(*arguments))
-        return flops.counts(build.build(config, platform="cpu").specs)
+        return flops.counts(build.build_model(config, platform="cpu").specs)
 
     found = counted(speedrun_record26)
     # Beyond the published 275,742,784: attention in block 7; and 60 scalars, as 12 skips, 12 x 2
@@ -309,7 +314,7 @@ def test_first_losses_of_the_originals(module, loss, within):
     with config.unlocked():
         config.model.dtype = "float32"
     config = resolve(config)
-    model = build.build(config, platform="cpu")
+    model = build.build_model(config, platform="cpu")
     params = model.init(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50_257, (1, 257)))
     found = float(jax.jit(model.losses)(params, ids[:, :-1], ids[:, 1:]).mean())
@@ -338,7 +343,7 @@ def test_what_makes_no_sense_is_refused():
 
 
 def test_suites_that_cannot_measure_a_wiring_are_refused():
-    suites.check(["redundancy", "mur", "attention"], make(x0_mix="learned")[0].model)
+    suites.check_suite(["redundancy", "mur", "attention"], make(x0_mix="learned")[0].model)
     for changes, name, said in (
         ({"skips": "unet"}, "redundancy", "skips='unet' does not go with --suites=redundancy"),
         ({"skips": "unet"}, "mur", "skips='unet' does not go with --suites=mur"),
@@ -346,8 +351,8 @@ def test_suites_that_cannot_measure_a_wiring_are_refused():
         ({"mask": "document"}, "attention", "mask='document'"),
     ):
         with pytest.raises(InputError, match=said):
-            suites.check(["perplexity", name], make(**changes)[0].model)
-        suites.check(["perplexity"], make(**changes)[0].model)
+            suites.check_suite(["perplexity", name], make(**changes)[0].model)
+        suites.check_suite(["perplexity"], make(**changes)[0].model)
 
 
 @pytest.mark.slow

@@ -7,13 +7,13 @@ The arms differ in the block; shape, tokens, batch and rate at one size are the 
 totals of the GPT-2 family with GPT-2's tokenizer; each arm's exact counts are in the plan.
 """
 
-from lmscale_jax.config import families
-from lmscale_jax.config.corpora import shards
+from lmscale_jax.config import recipes
+from lmscale_jax.config.recipes import on_shards
 from lmscale_jax.configs import laddering
 
 
 def get_config(path: str = "fineweb_edu/*.bin"):
-    run = shards(families.gpt2("50m", families.EMBEDDED), path)
+    run = on_shards(recipes.gpt2("50m", recipes.EMBEDDED), path)
     run.parametrization.residual_init = "plain"
     run.model.max_seq_len = 0
     run.data.seq_len = 512

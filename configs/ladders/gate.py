@@ -6,12 +6,12 @@ What the gates cost is taken from d_ff (`rungs.match`), or with "flops" from the
 has the elementwise gate's weights and reads another position.
 """
 
-from lmscale_jax.config.corpora import embedded
+from lmscale_jax.config.recipes import small_decoder
 from lmscale_jax.configs import laddering
 
 
 def get_config(match: str = "parameters"):
-    run = embedded()
+    run = small_decoder()
 
     c = laddering.get_config(run)
     c.question = "Does a gate on attention's output help at equal cost, and does it at scale?"

@@ -7,12 +7,12 @@ Sizes are non-embedding parameters and exact to 2 %; the arms match within 0.5 %
 over the learning rate at every anchor, and three seeds vary initialisation and data order alike.
 """
 
-from lmscale_jax.config.corpora import shards
+from lmscale_jax.config.recipes import on_shards
 from lmscale_jax.configs import base, laddering
 
 
 def get_config(path: str = "tinystories/*.bin"):
-    run = shards(base.get_config(), path)
+    run = on_shards(base.get_config(), path)
     run.model.norm, run.model.positions, run.model.dtype = "rmsnorm", "rope", "bfloat16"
     run.data.seq_len, run.train.batch_size = 512, 64
     run.schedule.warmup = "5%"

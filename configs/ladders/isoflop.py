@@ -4,12 +4,12 @@ python -m lmscale_jax.ladder --config=configs/ladders/isoflop.py --workdir=runs/
 python -m lmscale_jax.fit --input=runs/isoflop --law=isoflop --out=runs/isoflop/isoflop.json
 """
 
-from lmscale_jax.config.corpora import embedded
+from lmscale_jax.config.recipes import small_decoder
 from lmscale_jax.configs import laddering
 
 
 def get_config():
-    run = embedded()
+    run = small_decoder()
 
     c = laddering.get_config(run)
     c.question = "How should a budget be split between parameters and tokens?"

@@ -5,12 +5,12 @@
 Every anchor tries three rates in each arm: AdamW's own, and the one that Muon gives the matrices.
 """
 
-from lmscale_jax.config.corpora import embedded
+from lmscale_jax.config.recipes import small_decoder
 from lmscale_jax.configs import laddering
 
 
 def get_config():
-    run = embedded()
+    run = small_decoder()
 
     c = laddering.get_config(run)
     c.question = "Does Muon need less compute than AdamW, and does the gain last?"

@@ -6,12 +6,12 @@ Every anchor tries every rate. The held-out width takes the rate that the larges
 so the arm whose rate moves with width pays for it there.
 """
 
-from lmscale_jax.config.corpora import embedded
+from lmscale_jax.config.recipes import small_decoder
 from lmscale_jax.configs import laddering
 
 
 def get_config():
-    run = embedded()
+    run = small_decoder()
     run.model.head, run.model.n_layers = "untied", 2
     run.model.d_model, run.model.n_heads = 64, 4
     run.parametrization.residual_init = "plain"

@@ -5,14 +5,14 @@
 The arms differ in `mur.*` alone; warm-up, sequence length and everything else are the same.
 """
 
-from lmscale_jax.config.corpora import embedded
+from lmscale_jax.config.recipes import small_decoder
 from lmscale_jax.configs import laddering
 
 _ACTING = {"tau": 0.1, "warmup": "5%", "ramp": "10%"}
 
 
 def get_config():
-    run = embedded()
+    run = small_decoder()
     run.model.d_model, run.model.n_heads = 64, 4
 
     c = laddering.get_config(run)

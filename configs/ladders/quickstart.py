@@ -5,12 +5,12 @@
 Three sizes of anchors and a held-out one on the Python standard library's source, two seeds.
 """
 
-from lmscale_jax.config.corpora import embedded
+from lmscale_jax.config.recipes import small_decoder
 from lmscale_jax.configs import laddering
 
 
 def get_config():
-    run = embedded()
+    run = small_decoder()
     run.model.mlp, run.eval.tokens = "gelu", 100_000
     run.checkpoint.every, run.log.per_layer = 200, False
 

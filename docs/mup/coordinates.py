@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lmscale_jax.configs import coord_check as family
 from lmscale_jax.files import write_json
-from lmscale_jax.lab import coordinates
-from lmscale_jax.reports.coordinates import draw
-from lmscale_jax.run import mesh
+from lmscale_jax.model import mesh
+from lmscale_jax.reports.sweep_plots import draw_coord_check
+from lmscale_jax.sweeps import coord_check
 
 # The narrowest GPT-2 is too narrow for its attention averages (docs/mup.md).
 WIDTHS = {"llama": [64, 128, 256, 512, 1024], "gpt2": [128, 256, 512, 1024]}
@@ -54,12 +54,12 @@ def main(out: Path, names: list[str]) -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     for name in names or CHECKS:
         make, sweep, sizes, control = CHECKS[name]
-        plan = coordinates.plan(make(), sweep, sizes, control)
-        mesh.start(plan.configs[0])
+        plan = coord_check.plan_sizes(make(), sweep, sizes, control)
+        mesh.start_jax(plan.configs[0])
         print(f"== {name}", flush=True)
         workdir = out / name.replace(" ", "_")
-        result = coordinates.check(plan, 3, workdir, print)
-        draw(result, workdir / "coord_check.png")
+        result = coord_check.check_coordinates(plan, 3, workdir, print)
+        draw_coord_check(result, workdir / "coord_check.png")
         last = str(result["config"]["train"]["steps"])
         results[name] = {
             "passed": result["passed"],

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs.base import get_config
 from lmscale_jax.files import atomic_write
-from lmscale_jax.lab import layouts
-from lmscale_jax.model import build, chips, costs, flops
+from lmscale_jax.model import build, costs, flops
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 32_000
@@ -44,7 +43,7 @@ KINDS = ("H100", "v5p")
 
 
 def config_of(size: Size):
-    """The resolved config of a size, with the recipe of lmscale_jax/config/families.py."""
+    """The resolved config of a size, with the recipe of lmscale_jax/config/recipes.py."""
     config = get_config()
     model = config.model
     model.n_layers, model.d_model, model.d_ff = size.n_layers, size.d_model, size.d_ff
@@ -60,7 +59,7 @@ def config_of(size: Size):
 def shapes() -> list[str]:
     rows = [["size", "parameters", "blocks", "width", "heads (kv)", "MLP", "length", "batch"]]
     for name, size in SIZES.items():
-        n = flops.counts(build.build(config_of(size), platform="tpu").specs)["total"]
+        n = flops.counts(build.build_model(config_of(size), platform="tpu").specs)["total"]
         heads = f"{size.n_heads} ({size.n_kv_heads})"
         row = [name, f"{n / 1e9:.3g}e9", size.n_layers, size.d_model, heads, size.d_ff]
         rows.append([str(cell) for cell in (*row, size.seq_len, f"{size.batch / 2**20:g} x 2^20")])
@@ -69,7 +68,7 @@ def shapes() -> list[str]:
 
 def sheets() -> list[str]:
     rows = [["chip", "bfloat16 TFLOP/s", "HBM", "HBM TB/s", "links GB/s", "domain", "network GB/s"]]
-    for chip in chips.CHIPS.values():
+    for chip in flops.CHIPS.values():
         figures = (chip.peak / 1e12, chip.memory / 1e9, chip.bandwidth / 1e12, chip.link / 1e9)
         peak, memory, bandwidth, link = (f"{figure:.4g}" for figure in figures)
         network = f"{chip.network / 1e9:.4g}"
@@ -79,7 +78,7 @@ def sheets() -> list[str]:
 
 def plans(kind: str) -> tuple[list[str], list[str]]:
     """Two tables of a kind of chip: what is chosen and held, and what a step costs."""
-    chip = chips.CHIPS[kind]
+    chip = flops.CHIPS[kind]
     held = [["model", "chips", "mesh", "accum", "remat", "GB a chip", "of it", "checkpoint"]]
     spent = [
         [
@@ -96,9 +95,9 @@ def plans(kind: str) -> tuple[list[str], list[str]]:
     ]
     for name, size in SIZES.items():
         config = config_of(size)
-        specs = build.build(config, platform=chip.platform).specs
+        specs = build.build_model(config, platform=chip.platform).specs
         for count in COUNTS:
-            layout = layouts.best(config, specs, chip, count)
+            layout = costs.best_layout(config, specs, chip, count)
             if isinstance(layout, str):
                 held.append([name, str(count), layout, *[""] * (len(held[0]) - 3)])
                 continue
@@ -107,7 +106,7 @@ def plans(kind: str) -> tuple[list[str], list[str]]:
     return table(held), table(spent)
 
 
-def _held(layout: layouts.Layout, specs: dict, chip, count: int) -> list[str]:
+def _held(layout: costs.Layout, specs: dict, chip, count: int) -> list[str]:
     mesh = " ".join(f"{axis}={n}" for axis, n in layout.sizes.items() if n > 1)
     total, (written, seconds) = layout.bytes["total"], costs.checkpoint(specs, count, chip)
     fills, saved = f"{total / chip.memory:.0%}", f"{written / 1e9:,.3g} GB, {seconds:.3g} s"
@@ -123,7 +122,7 @@ SHORT = {
 }
 
 
-def _spent(step: costs.Step, size: Size) -> list[str]:
+def _spent(step: costs.StepCost, size: Size) -> list[str]:
     cells = []
     for kind in SHORT:
         messages = [message for message in step.messages if message.kind == kind]

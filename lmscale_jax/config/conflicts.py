@@ -6,7 +6,7 @@ from lmscale_jax.config.keys import PATH_OPTIONAL, is_used
 from lmscale_jax.errors import InputError
 
 
-def check(config) -> None:
+def check_conflicts(config) -> None:
     """Raises InputError at the first pair of values that clash, in a config with texts."""
     _check_model(config)
     model, train, data = config.model, config.train, config.data

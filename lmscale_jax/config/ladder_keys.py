@@ -102,7 +102,7 @@ LADDER = {
 }  # fmt: skip
 
 
-def get_config(run: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def get_ladder_config(run: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The defaults of a ladder of such runs, for a ladder's config file to edit."""
 
     def defaults(spec):

@@ -11,14 +11,14 @@ from lmscale_jax.config import conflicts
 from lmscale_jax.config.durations import DURATION, in_steps, total_steps
 from lmscale_jax.config.key import Key
 from lmscale_jax.config.keys import SPEC, get, is_used, keys
+from lmscale_jax.config.mlp_forms import MLP_FORMS
 from lmscale_jax.errors import InputError
-from lmscale_jax.model.mlp_forms import MLP_FORMS
 
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError at the first unknown, mistyped, out-of-range, unused or clashing key."""
     check_keys(config, SPEC)
-    conflicts.check(config)
+    conflicts.check_conflicts(config)
 
 
 def check_keys(config, spec: dict) -> None:

@@ -5,12 +5,11 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from lmscale_jax.data.manifest import SIDES
-from lmscale_jax.data.shards import Shards
+from lmscale_jax.data.shards import SIDES, Shards
 from lmscale_jax.errors import InputError
 
 
-def parts(text: str) -> list[tuple[Path, float]]:
+def parse_parts(text: str) -> list[tuple[Path, float]]:
     """Parses "web=3,code=1" to [(directory, weight)]; a weight left out is 1.
 
     Raises:
@@ -50,7 +49,7 @@ def open_mixture(text: str, open_part: Callable):
     Raises:
         InputError: a part cannot be opened, or has another tokenizer than the first.
     """
-    weighted = parts(text)
+    weighted = parse_parts(text)
     opened = [open_part(directory) for directory, _ in weighted]
     first = opened[0]
     for (directory, _), part in zip(weighted, opened, strict=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data import manifest as manifests
+from lmscale_jax.data import shards as manifests
 from lmscale_jax.data import sources, tokenizers
 from lmscale_jax.data.shards import Shards
 from lmscale_jax.errors import InputError
@@ -65,8 +65,8 @@ def open_directory(directory: Path, notes: Path) -> Prepared:
     Raises:
         InputError: the manifest is unreadable, or tokenizer or shards are not those it lists.
     """
-    manifest = manifests.read(directory)
-    tokenizer = tokenizers.load(directory)
+    manifest = manifests.read_manifest(directory)
+    tokenizer = tokenizers.load_tokenizer(directory)
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise InputError(f"{directory}: tokenizer.json is not the manifest's; prepare again")
     sides = {}
@@ -75,7 +75,7 @@ def open_directory(directory: Path, notes: Path) -> Prepared:
         sides[side] = Shards([directory / shard["name"] for shard in listed], tokenizer.vocab_size)
         if sides[side].n_tokens != manifest["splits"][side]["tokens"]:
             raise InputError(f"{directory}: {side} shards are not the manifest's; prepare again")
-    manifests.verify(directory, manifest, notes)
+    manifests.verify_shards(directory, manifest, notes)
     return Prepared(sides["train"], sides["val"], manifest, tokenizer, tokenizer.vocab_size)
 
 
@@ -109,9 +109,9 @@ def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
 
 
 def _bin_paths(data_cfg) -> dict[str, list[Path]]:
-    train = sources.find(data_cfg.path, "data.path", (".bin",))
+    train = sources.find_files(data_cfg.path, "data.path", (".bin",))
     if data_cfg.val_path:
-        val = sources.find(data_cfg.val_path, "data.val_path", (".bin",))
+        val = sources.find_files(data_cfg.val_path, "data.val_path", (".bin",))
     else:
         val = [path for path in train if "val" in path.name]
     held_out = {path.resolve() for path in val}
@@ -131,8 +131,8 @@ def _bin_paths(data_cfg) -> dict[str, list[Path]]:
 
 def _scanned(shards: Shards, cache: Path, log: Log) -> str:
     """`shards.scan()`, remembered in the cache for as long as the files stay as they are."""
-    files = [manifests.state(path, str(path.absolute())) for path in shards.paths]
-    note = cache / f"bin-{manifests.key([manifests.FORMAT, shards.vocab_size, files])}.json"
+    files = [manifests.file_state(path, str(path.absolute())) for path in shards.paths]
+    note = cache / f"bin-{manifests.short_hash([manifests.FORMAT, shards.vocab_size, files])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
     log(f"data: checking {shards.n_tokens:,} tokens in {len(shards.paths)} shards, once")
@@ -144,7 +144,7 @@ def _scanned(shards: Shards, cache: Path, log: Log) -> str:
 
 
 def manifest_in(directory: Path) -> dict | None:
-    return manifests.read(directory) if (directory / "manifest.json").is_file() else None
+    return manifests.read_manifest(directory) if (directory / "manifest.json").is_file() else None
 
 
 def bin_manifest(data_cfg, cache: Path) -> dict | None:

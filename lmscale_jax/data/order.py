@@ -19,7 +19,7 @@ _ROUNDS = 8
 _MASK_64 = (1 << 64) - 1
 
 
-class Order:
+class WindowOrder:
     """The pseudorandom order of the windows, epoch after epoch.
 
     Args:
@@ -66,7 +66,7 @@ class Order:
         return row_B * n_columns + column_B
 
 
-class Mixture:
+class MixturePattern:
     """Which part of a mixture each row of the run's endless stream of windows comes from.
 
     Rows repeat one pattern of 1,000, shuffled by the seed, in which each part has its share. So

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lmscale_jax.data import presets, tables
+from lmscale_jax.config.key import Modes
+from lmscale_jax.data import corpora, tables
 from lmscale_jax.errors import InputError
-from lmscale_jax.modes import Modes
 
 DOCUMENT_PATTERNS = Modes(
     "data.document",
@@ -53,17 +53,17 @@ def _documents(data_cfg, on_skip) -> Iterator[str]:
 
 
 def _of_library(data_cfg, on_skip) -> Iterator[str]:
-    for path in files(data_cfg):
+    for path in source_files(data_cfg):
         yield from _library_documents(path, on_skip)
 
 
 def _of_texts(data_cfg, on_skip) -> Iterator[str]:
-    for path in files(data_cfg):
+    for path in source_files(data_cfg):
         yield from DOCUMENT_PATTERNS[data_cfg.document].findall(_read_text(path))
 
 
 def _of_json(data_cfg, on_skip) -> Iterator[str]:
-    for path in files(data_cfg):
+    for path in source_files(data_cfg):
         yield from _json_documents(path, data_cfg.field)
 
 
@@ -81,11 +81,11 @@ def _of_rows(values: Callable) -> Callable:
 
 
 def _parquet_values(data_cfg) -> Iterator:
-    for path in files(data_cfg):
+    for path in source_files(data_cfg):
         yield from tables.parquet_values(path, data_cfg.field)
 
 
-def files(data_cfg) -> list[Path]:
+def source_files(data_cfg) -> list[Path]:
     """Lists the files of a source in the order in which they are read; [] for the hub's.
 
     Raises:
@@ -101,20 +101,20 @@ def _library(data_cfg) -> list[Path]:
 
 def _local_dataset(data_cfg) -> list[Path]:
     local = tables.local_dataset(data_cfg)
-    return find(str(local), "data.path", ()) if local else []
+    return find_files(str(local), "data.path", ()) if local else []
 
 
 def _tfds(data_cfg) -> list[Path]:
     folder = Path(data_cfg.directory or "~/tensorflow_datasets").expanduser()
     dataset = folder / data_cfg.path.split(":")[0]
-    return find(str(dataset), "data.path", ()) if dataset.is_dir() else []
+    return find_files(str(dataset), "data.path", ()) if dataset.is_dir() else []
 
 
 def _ending(*endings: str) -> Callable:
-    return lambda data_cfg: find(data_cfg.path, "data.path", endings)
+    return lambda data_cfg: find_files(data_cfg.path, "data.path", endings)
 
 
-def find(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
+def find_files(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
     """Finds the files of a path, directory or glob, or of several of them joined by commas.
 
     The files of each item are sorted, items keep their order, and no file is listed twice.
@@ -253,10 +253,10 @@ SOURCES = Modes(
         "parquet": Source(_of_rows(_parquet_values), _ending(".parquet"), ("field", "limit")),
         "hf": _HUB,
         "tfds": Source(_of_rows(tables.tfds_values), _tfds, ("path", "rows", "field", "limit")),
-        # Datasets on the hub by name: `presets.plain` fills in which.
-        **dict.fromkeys(presets.CORPORA, _HUB._replace(needs_path=False)),
+        # Datasets on the hub by name: `corpora.plain_source` fills in which.
+        **dict.fromkeys(corpora.CORPORA, _HUB._replace(needs_path=False)),
         "bin": Source(None),
         "mixture": Source(None),
-        presets.SHARDS: Source(None, needs_path=False),
+        corpora.SHARDS: Source(None, needs_path=False),
     },
 )

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.data import sources
-from lmscale_jax.modes import Modes
 
 
 def split_documents(data_cfg, n_characters: int) -> Iterator[tuple[str, str]]:

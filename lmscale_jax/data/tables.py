@@ -12,7 +12,7 @@ from lmscale_jax.errors import InputError
 _ROWS = 1024
 
 
-def missing(package: str, extra: str, source: str) -> InputError:
+def need_package(package: str, extra: str, source: str) -> InputError:
     """Returns the error for a source whose package is not installed."""
     return InputError(
         f"data.source={source!r} needs the package {package}; pip install 'lmscale_jax[{extra}]', "
@@ -30,7 +30,7 @@ def parquet_values(path: Path, field: str) -> Iterator:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise missing("pyarrow", "hf", "parquet") from None
+        raise need_package("pyarrow", "hf", "parquet") from None
     try:
         table = parquet.ParquetFile(path)
         _check_field(field, table.schema_arrow.names, f"data.path={path}")
@@ -61,7 +61,7 @@ def dataset_values(data_cfg) -> Iterator:
     try:
         import datasets
     except ImportError:
-        raise missing("datasets", "hf", "hf") from None
+        raise need_package("datasets", "hf", "hf") from None
     datasets.disable_progress_bars()
     # It warns at each of five attempts; our error message is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -125,7 +125,7 @@ def tfds_values(data_cfg) -> Iterator:
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise missing("tensorflow-datasets", "tfds", "tfds") from None
+        raise need_package("tensorflow-datasets", "tfds", "tfds") from None
     where = f"data.path={data_cfg.path}"
     folder = data_cfg.directory or None
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data.pretrained import Pretrained
+from lmscale_jax.data.hf_tokenizers import HFTokenizer
 from lmscale_jax.data.tokenizer_base import FILE_NAME, ByteLevel, Tokenizer, byte_of_letter
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import read_json
@@ -140,10 +140,10 @@ class BytePairs(ByteLevel):
         return library
 
 
-_CLASSES = {"bytes": Bytes, "char": Chars, "bpe": BytePairs, "hf": Pretrained}
+_CLASSES = {"bytes": Bytes, "char": Chars, "bpe": BytePairs, "hf": HFTokenizer}
 
 
-def load(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """Loads the tokenizer that `save` wrote into `directory`.
 
     Raises:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.model import mesh as meshes
+from lmscale_jax.model.attention import ACTIVATIONS
 from lmscale_jax.model.build import Model
-from lmscale_jax.model.gates import ACTIVATIONS
-from lmscale_jax.run import mesh as meshes
 
 BINS = 200
 SHUT = 0.1
@@ -31,7 +31,7 @@ def gate_range(model) -> tuple[float, float]:
     return low, high
 
 
-def make(model: Model, mesh, bounds: tuple[float, float] = (0.0, 1.0)) -> Callable:
+def make_attention_stats(model: Model, mesh, bounds: tuple[float, float] = (0.0, 1.0)) -> Callable:
     """The jitted (params, batch) -> {name: [L, B, ...]}, each window by itself.
 
     "gate": counts of gates in BINS equal bins between `bounds` (`gate_range`). "sink": probability
@@ -49,7 +49,7 @@ def make(model: Model, mesh, bounds: tuple[float, float] = (0.0, 1.0)) -> Callab
                 x_BxG = (
                     jnp.broadcast_to(x.reshape(1, -1), (B, x.size)) if free else x.reshape(B, -1)
                 )
-                return _counts(x_BxG, *bounds)
+                return _histogram(x_BxG, *bounds)
             if name == "scores":
                 return _sink(x, T)
             if name in LARGEST:
@@ -63,7 +63,7 @@ def make(model: Model, mesh, bounds: tuple[float, float] = (0.0, 1.0)) -> Callab
     return jax.jit(measure, out_shardings=replicated)
 
 
-def _counts(gate_BxG, low: float, high: float) -> jax.Array:
+def _histogram(gate_BxG, low: float, high: float) -> jax.Array:
     """[B, BINS]."""
     share_BxG = (gate_BxG - low) / (high - low)
     bins_BxG = jnp.clip((share_BxG * BINS).astype(jnp.int32), 0, BINS - 1)
@@ -78,7 +78,7 @@ def _sink(scores_BxHxP: jax.Array, T: int) -> jax.Array:
     return p_BxHxTxT[:, :, 1:, 0].mean(axis=(1, 2))
 
 
-def evaluate(
+def evaluate_attention(
     measure: Callable,
     params,
     batches: Iterable,
@@ -101,11 +101,11 @@ def evaluate(
         "windows": int(whole["scores"].shape[1]),
     }
     return result | (
-        {"gate": summary(whole["gate"].sum(axis=1), *bounds)} if "gate" in whole else {}
+        {"gate": gate_summary(whole["gate"].sum(axis=1), *bounds)} if "gate" in whole else {}
     )
 
 
-def summary(counts_LxQ: np.ndarray, low: float = 0.0, high: float = 1.0) -> dict:
+def gate_summary(counts_LxQ: np.ndarray, low: float = 0.0, high: float = 1.0) -> dict:
     """Statistics of gates from their histograms between two bounds, good to half a bin."""
     centres_Q = low + (high - low) * ((np.arange(BINS) + 0.5) / BINS)
     share_LxQ = counts_LxQ / counts_LxQ.sum(axis=1, keepdims=True)

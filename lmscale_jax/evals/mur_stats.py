@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.build import Model
 from lmscale_jax.mur import streams
 from lmscale_jax.mur.settings import GRANULARITIES
 from lmscale_jax.mur.utility import Measure
-from lmscale_jax.run import mesh as meshes
 
 
-class Found(NamedTuple):
+class TokenUtilities(NamedTuple):
     """Attributes:
     values: {part: [L, 3, n] float64}, utility, |δ| and |g| of the n labelled tokens.
     window: [n], which window each token is of.
@@ -30,20 +30,20 @@ class Found(NamedTuple):
         return u_Lxn @ weight_n / weight_n.sum()
 
 
-def make(model: Model, config, granularity: str, mesh) -> Callable:
+def make_token_utilities(model: Model, config, granularity: str, mesh) -> Callable:
     """The jitted (params, batch) -> utility, |δ| and |g| of every token as [L, P, 3, B, T], and
     which of them have a label, [B, T]."""
-    taking = streams.Taking(Measure(config.mur.metric, config.mur.eps), ())
+    taking = streams.UtilitySpec(Measure(config.mur.metric, config.mur.eps), ())
     n_layers, names = config.model.n_layers, GRANULARITIES[granularity].names
     parts = len(names)
 
     def tokens(params, batch):
         labelled_BxT = batch.targets_BxT >= 0
         # The sum itself is differentiated, so the factor back to it is 1.
-        known = streams.Known(labelled_BxT, 1.0, jnp.zeros((n_layers, parts)), 0.0, None)
+        known = streams.BackwardInputs(labelled_BxT, 1.0, jnp.zeros((n_layers, parts)), 0.0, None)
 
         def total(slots):
-            around = streams.Watch(taking, slots, known, range(n_layers), names)
+            around = streams.UtilityProbe(taking, slots, known, range(n_layers), names)
             return model.losses(params, *batch, None, around).sum()
 
         values = jax.grad(total)(taking.slots(n_layers, parts, labelled_BxT.size))
@@ -53,7 +53,9 @@ def make(model: Model, config, granularity: str, mesh) -> Callable:
     return jax.jit(tokens, out_shardings=replicated)
 
 
-def measure(tokens: Callable, params, batches: Iterable, mesh, granularity: str) -> Found:
+def measure_utilities(
+    tokens: Callable, params, batches: Iterable, mesh, granularity: str
+) -> TokenUtilities:
     """Runs over host batches; "block" has one part, "branch" attention and MLP."""
     names = GRANULARITIES[granularity].names
     parts, windows, begin = [], [], 0
@@ -65,12 +67,12 @@ def measure(tokens: Callable, params, batches: Iterable, mesh, granularity: str)
         windows.append(np.broadcast_to(number_B[:, None], labelled_BxT.shape)[labelled_BxT])
         begin += some_B.sum()
     values = np.concatenate(parts, axis=-1)
-    return Found(
+    return TokenUtilities(
         {name: values[:, p] for p, name in enumerate(names)}, np.concatenate(windows).astype(int)
     )
 
 
-def summary(found: Found, part: str, tau: float) -> dict[str, list]:
+def utility_summary(found: TokenUtilities, part: str, tau: float) -> dict[str, list]:
     """The lists by layer of eval.json; quantiles are those of all tokens together.
 
     "stderr": of the mean utility, windows being the independent draws.

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from lmscale_jax.config import conflicts
-from lmscale_jax.data.pipeline import Batch
+from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
-from lmscale_jax.evals import agreement, attention_stats, mur_stats, redundancy
+from lmscale_jax.evals import attention_stats, mur_stats, redundancy
 from lmscale_jax.model.build import Model
 from lmscale_jax.mur.settings import GRANULARITIES, THRESHOLDS
 from lmscale_jax.mur.utility import METRICS
@@ -34,7 +34,7 @@ class TrainedModel(NamedTuple):
     validate: Callable[[dict], dict]
 
 
-def check(names: list[str], model) -> None:
+def check_suite(names: list[str], model) -> None:
     """Raises InputError where a suite cannot measure a model with this config group."""
     for name in {"redundancy", "mur"}.intersection(names):
         conflicts.check_chain(model, f"--suites={name}", conflicts.READ_ONLY)
@@ -48,7 +48,9 @@ def check(names: list[str], model) -> None:
         )
 
 
-def run(names: list[str], trained: TrainedModel, n_tokens: int, say: Callable[[str], None]) -> dict:
+def run_suites(
+    names: list[str], trained: TrainedModel, n_tokens: int, say: Callable[[str], None]
+) -> dict:
     """Returns the fields of the suites named, over the first `n_tokens` held-out tokens (0: all).
 
     Perplexity takes as many tokens as eval.tokens. With "redundancy" and "mur" both, the fields
@@ -59,7 +61,7 @@ def run(names: list[str], trained: TrainedModel, n_tokens: int, say: Callable[[s
         fields |= trained.validate(trained.params)
         say(f"perplexity           {fields['perplexity']:.4f}, loss {fields['val_loss']:.4f}")
     if "redundancy" in names:
-        suite_fields, drops = missed(trained, n_tokens)
+        suite_fields, drops = redundancy_suite(trained, n_tokens)
         fields |= suite_fields
         n_windows = len(drops.count_W)
         single = slice(1, 1 + len(fields["block_influence"]))
@@ -68,15 +70,15 @@ def run(names: list[str], trained: TrainedModel, n_tokens: int, say: Callable[[s
         say(f"block influence      {_line(fields['block_influence'])}")
         say(f"layer drop, nats     {_line(fields['layer_drop'])}")
     if "mur" in names:
-        suite_fields, block_utilities = utilities(trained, n_tokens)
+        suite_fields, block_utilities = mur_suite(trained, n_tokens)
         fields |= suite_fields
         n_windows = int(block_utilities.window.max()) + 1
         rankings["utility"] = lambda weight_W: block_utilities.utility("block", weight_W)
         say(f"{fields['mur']['metric']} utility          {_line(fields['mur']['mean'])}")
     if "attention" in names:
         bounds = attention_stats.gate_range(trained.config.model)
-        fields["attention"] = attention_stats.evaluate(
-            attention_stats.make(trained.model, trained.mesh, bounds),
+        fields["attention"] = attention_stats.evaluate_attention(
+            attention_stats.make_attention_stats(trained.model, trained.mesh, bounds),
             trained.params,
             trained.held_out(n_tokens),
             trained.mesh,
@@ -84,34 +86,34 @@ def run(names: list[str], trained: TrainedModel, n_tokens: int, say: Callable[[s
         )
         say(f"attention sink       {_line(fields['attention']['sink'])}")
     if len(rankings) > 1:
-        fields["rank_correlation"] = agreement.rank_correlations(rankings, n_windows)
+        fields["rank_correlation"] = redundancy.rank_correlations(rankings, n_windows)
         for pair, rho in fields["rank_correlation"].items():
             interval = f"[{rho['low']:+.2f}, {rho['high']:+.2f}]"
             say(f"rank correlation     {rho['rho']:+.2f} {interval} of {pair}")
     return fields
 
 
-def missed(trained: TrainedModel, n_tokens: int) -> tuple[dict, redundancy.Found]:
+def redundancy_suite(trained: TrainedModel, n_tokens: int) -> tuple[dict, redundancy.LayerDrop]:
     """Measures Block Influence and layer drop: single blocks, runs of neighbours, and cumulatively.
 
     The cumulative drops take the blocks in order of their influence, the least first.
     """
     n_layers = trained.config.model.n_layers
-    drop_sums = redundancy.make(trained.model, trained.mesh)
+    drop_sums = redundancy.make_drop_sums(trained.model, trained.mesh)
 
     def measure(blocks):
         batches = trained.held_out(n_tokens)
-        return redundancy.measure(
+        return redundancy.measure_drops(
             drop_sums, trained.params, batches, trained.mesh, n_layers, blocks
         )
 
-    drops = measure(redundancy.alone(n_layers) + redundancy.contiguous(n_layers))
+    drops = measure(redundancy.single_blocks(n_layers) + redundancy.contiguous_blocks(n_layers))
     damage_M, sem_M = drops.damage()[1:], drops.damage_sem()[1:]
     contiguous = [
         {"first": d[0], "length": len(d), "damage": damage, "sem": sem}
         for d, damage, sem in zip(drops.drops[1:], damage_M.tolist(), sem_M.tolist(), strict=True)
     ][n_layers:]
-    cumulative = measure(redundancy.cumulative(drops.influence()))
+    cumulative = measure(redundancy.cumulative_blocks(drops.influence()))
     fields = {
         "block_influence": drops.influence().tolist(),
         "layer_drop": damage_M[:n_layers].tolist(),
@@ -127,12 +129,14 @@ def missed(trained: TrainedModel, n_tokens: int) -> tuple[dict, redundancy.Found
     return fields, drops
 
 
-def utilities(trained: TrainedModel, n_tokens: int) -> tuple[dict, mur_stats.Found]:
+def mur_suite(trained: TrainedModel, n_tokens: int) -> tuple[dict, mur_stats.TokenUtilities]:
     """Measures the marginal utility of the blocks, and of their branches separately."""
     config, mur, by_granularity = trained.config, trained.config.mur, {}
     for granularity in GRANULARITIES:
-        token_utilities = mur_stats.make(trained.model, config, granularity, trained.mesh)
-        by_granularity[granularity] = mur_stats.measure(
+        token_utilities = mur_stats.make_token_utilities(
+            trained.model, config, granularity, trained.mesh
+        )
+        by_granularity[granularity] = mur_stats.measure_utilities(
             token_utilities,
             trained.params,
             trained.held_out(n_tokens),
@@ -144,9 +148,10 @@ def utilities(trained: TrainedModel, n_tokens: int) -> tuple[dict, mur_stats.Fou
     fields = {"metric": mur.metric, "tau": tau, "tokens": len(blocks.window)}
     # Cosines with a random direction have this standard deviation.
     fields["noise_floor"] = METRICS[mur.metric].noise_floor(config.model.d_model)
-    fields |= mur_stats.summary(blocks, "block", tau)
+    fields |= mur_stats.utility_summary(blocks, "block", tau)
     fields |= {
-        part: mur_stats.summary(branches, part, tau) for part in GRANULARITIES["branch"].names
+        part: mur_stats.utility_summary(branches, part, tau)
+        for part in GRANULARITIES["branch"].names
     }
     return {"mur": fields}, blocks
 

@@ -14,14 +14,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from lmscale_jax.model import fp8, gates, kernels, ops, param, wiring
+from lmscale_jax.config.key import TABLES, Modes
+from lmscale_jax.model import (
+    attention,
+    fp8,
+    kernels,
+    param,
+    parametrization,
+    primitives,
+    skip_connections,
+)
 from lmscale_jax.model.context import DTYPES, ForwardContext
 from lmscale_jax.model.loss import token_losses
-from lmscale_jax.model.placement import ShardingContext
+from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.model.stack import STACKS, run_blocks
 from lmscale_jax.model.transformer import HEADS, Block, Embed, Readout
-from lmscale_jax.modes import TABLES, Modes
-from lmscale_jax.parametrization import rules
 
 
 class Model(NamedTuple):
@@ -39,7 +46,7 @@ class Model(NamedTuple):
     """
 
     specs: dict
-    rows: dict[str, rules.Row]
+    rows: dict[str, parametrization.ParamRule]
     init: Callable
     logits: Callable
     losses: Callable
@@ -47,7 +54,9 @@ class Model(NamedTuple):
     choices: dict[str, str]
 
 
-def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None = None) -> Model:
+def build_model(
+    config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None = None
+) -> Model:
     """Builds the model of a resolved config.
 
     Args:
@@ -63,10 +72,12 @@ def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None
     model = config.model
     _check_choices(model)
     sharding = ShardingContext(mesh if mesh is not None and mesh.size > 1 else None)
-    kernel, why = kernels.choose(config, platform, sharding)
+    kernel, why = kernels.choose_kernel(config, platform, sharding)
     stack = STACKS[model.stack](model, platform)
     modules, specs = _declare(model, kernel)
-    rows = rules.table(specs, _declare(rules.base_model(config), kernel)[1], config)
+    rows = parametrization.param_rules(
+        specs, _declare(parametrization.base_model(config), kernel)[1], config
+    )
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
     fixed, head = model_context(config, platform, sharding), HEADS[model.head]
     unsharded = fixed.replace(sharding=ShardingContext())
@@ -76,14 +87,14 @@ def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None
     read, read_tokens = _readout(config, fixed, head)
 
     def logits(params, tokens_BxT, key=None):
-        params = rules.multiplied(rows, params)
+        params = parametrization.multiplied_params(rows, params)
         h_NxD, context = begin(params, tokens_BxT, unsharded.replace(key=key))
         h_NxD, *_ = run(params["blocks"], h_NxD, context)
         x_NxD = final_norm(params, h_NxD, context)
         return read_tokens(head.of(params), x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None):
-        params = rules.multiplied(rows, params)
+        params = parametrization.multiplied_params(rows, params)
         h_NxD, context = begin(params, tokens_BxT, fixed.replace(key=key), step=step)
         h_NxD, _, rest = run(params["blocks"], h_NxD, context, wrapper=wrapper)
         spec, entropy = head.of(specs), fixed.ops.cross_entropy
@@ -94,7 +105,7 @@ def build(config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None
         return nll_BxT if wrapper is None else wrapper.close(nll_BxT, rest)
 
     def taps(params, tokens_BxT, keep):
-        params = rules.multiplied(rows, params)
+        params = parametrization.multiplied_params(rows, params)
         h_NxD, context = begin(params, tokens_BxT, fixed.replace(keep=keep))
         stored = {"embed": keep("embed", h_NxD)}
         h_NxD, stored["blocks"], _ = run(params["blocks"], h_NxD, context)
@@ -122,17 +133,21 @@ def _check_choices(model) -> None:
 
 def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id, step=None):
     """Returns (h_NxD, context): the embedding, and the context of a pass over these tokens."""
-    (B, T), mask = tokens_BxT.shape, wiring.MASKS[config.model.mask]
+    (B, T), mask = tokens_BxT.shape, skip_connections.MASKS[config.model.mask]
     context = context.replace(batch=B, length=T, segments_BxT=mask(tokens_BxT, bos_id))
     embed = nnx.merge(defs["embed"], params["embed"])
     h_NxD = context.dropout(embed(tokens_BxT, context), 0)
-    return h_NxD, wiring.begin(config, embed, h_NxD, tokens_BxT, context, step)
+    return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)
 
 
 def _described(config, specs: dict, platform: str) -> dict[str, str]:
-    matmul = fp8.choose(config.model, platform).described
+    matmul = fp8.choose_fp8(config.model, platform).described
     lines = {"matmul": matmul} if matmul else {}
-    return lines | gates.described(config.model, specs) | wiring.described(config)
+    return (
+        lines
+        | attention.describe_gate(config.model, specs)
+        | skip_connections.describe_skips(config)
+    )
 
 
 # (logits, bound) -> logits within +-bound.
@@ -174,7 +189,7 @@ def _declare(model, kernel: str) -> tuple[dict, dict]:
     return parts, specs
 
 
-def _init(specs: dict, rows: dict[str, rules.Row], key: jax.Array) -> dict:
+def _init(specs: dict, rows: dict[str, parametrization.ParamRule], key: jax.Array) -> dict:
     """Draws every parameter from its own stream, named by its path and its layer.
 
     So neither the order of declaration nor the number of layers changes what a parameter gets.
@@ -199,13 +214,13 @@ def _init(specs: dict, rows: dict[str, rules.Row], key: jax.Array) -> dict:
 
 def model_context(config, platform: str, sharding: ShardingContext) -> ForwardContext:
     """Returns what all forward passes of a model have in common."""
-    own_ops = ops.SETS["cpu" if platform == "cpu" else "plain"]
+    own_ops = primitives.SETS["cpu" if platform == "cpu" else "plain"]
     return ForwardContext(
         ops=own_ops,
-        product=fp8.choose(config.model, platform).product or own_ops.dense,
+        product=fp8.choose_fp8(config.model, platform).product or own_ops.dense,
         sharding=sharding,
         dtype=DTYPES[config.model.dtype],
-        scales=rules.scales(config),
+        scales=parametrization.forward_scales(config),
         window_block=config.model.window_block,
         dropout_rate=config.model.dropout,
     )

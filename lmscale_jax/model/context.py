@@ -7,10 +7,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.model.ops import Ops
-from lmscale_jax.model.placement import ShardingContext
-from lmscale_jax.modes import Modes
-from lmscale_jax.parametrization.rules import Scales
+from lmscale_jax.config.key import Modes
+from lmscale_jax.model.parametrization import Scales
+from lmscale_jax.model.primitives import Primitives
+from lmscale_jax.model.sharding import ShardingContext
 
 # The type that products are computed in.
 DTYPES = Modes("model.dtype", {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")})
@@ -61,7 +61,7 @@ class ForwardContext:
       taps: where this layer's taps are stored by name; the layer's caller returns it.
     """
 
-    ops: Ops
+    ops: Primitives
     product: Callable
     sharding: ShardingContext
     dtype: jnp.dtype

@@ -1,7 +1,7 @@
 """What a training step costs a chip: operations, bytes, messages, and the time they should take.
 
 Arithmetic of the resolved config, the annotations, the sizes of the mesh axes and a chip's data
-sheet; nothing is compiled. What is sent follows `model.placement` message by message:
+sheet; nothing is compiled. What is sent follows `model.sharding` message by message:
 
 - a product gathers its weight over `fsdp` in the type it is computed in, once forward, once
   backward and once more where remat="block" runs the block again, and scatters the float32 sum of
@@ -15,16 +15,18 @@ sheet; nothing is compiled. What is sent follows `model.placement` message by me
 
 Every micro-batch sends all of it. A ring over n chips sends (n-1)/n of the array from each chip for
 a gather or a scatter, and twice that for a sum.
+
+The mesh, accumulation and recomputation that a model should take on so many chips: a search.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from lmscale_jax.model import flops, memory
-from lmscale_jax.model.chips import Chip
+from lmscale_jax.model import flops, kernels, memory
+from lmscale_jax.model.flops import Chip
 from lmscale_jax.model.param import Spec, named
-from lmscale_jax.model.placement import AXES, TOKENS, partition
+from lmscale_jax.model.sharding import AXES, TOKENS, partition
 from lmscale_jax.model.stack import REMAT
 from lmscale_jax.model.transformer import HEADS
 
@@ -62,7 +64,7 @@ class Message(NamedTuple):
     hidden: bool
 
 
-class Step(NamedTuple):
+class StepCost(NamedTuple):
     """One step on one chip.
 
     Attributes:
@@ -87,8 +89,8 @@ class Step(NamedTuple):
     mfu: float
 
 
-def step(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments=None) -> Step:
-    """The forecast of one step; `moments` as in `memory.on_chip`. Products in bfloat16."""
+def step_cost(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments=None) -> StepCost:
+    """The forecast of one step; `moments` as in `memory.chip_memory`. Products in bfloat16."""
     chips = math.prod(sizes.values())
     tokens = config.train.batch_size * config.data.seq_len
     model_flops = flops.flops_per_token(config, specs)["model"] * tokens / chips
@@ -102,7 +104,9 @@ def step(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments=None
     )
     seconds = max(compute, hidden) + exposed
     mfu = model_flops / (seconds * chip.peak)
-    return Step(model_flops, chip_flops, moved, messages, compute, hidden, exposed, seconds, mfu)
+    return StepCost(
+        model_flops, chip_flops, moved, messages, compute, hidden, exposed, seconds, mfu
+    )
 
 
 def recomputed(config, specs: dict, sizes: Mapping[str, int]) -> float:
@@ -118,7 +122,9 @@ def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict
     accum, tokens = config.train.accum, memory.tokens_on_chip(config, sizes)
     compute = memory.type_bytes(config.model)
     whole = sum(
-        spec.size / _split(spec, sizes, "tensor") for spec in named(specs).values() if spec.n_in
+        spec.size / _split_sizes(spec, sizes, "tensor")
+        for spec in named(specs).values()
+        if spec.n_in
     )
     kept = memory.block_bytes(config.model, config.data.seq_len, sizes, "flash").whole
     again = 1 + REMAT[config.model.remat].sweeps_again / SWEEPS
@@ -127,7 +133,7 @@ def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict
     return {
         # Read and written: the parameter, its moments; read: the gradient.
         "optimizer": sum(
-            size * (3 + 2 * memory.kept(moments, path)) for path, size in held.items()
+            size * (3 + 2 * memory.kept_bytes(moments, path)) for path, size in held.items()
         ),
         # Written once a micro-batch; with several also read and written by the sum.
         "gradients": accum * sum(held.values()) * (1 if accum == 1 else 3),
@@ -190,7 +196,7 @@ class Rings(NamedTuple):
 def _of_weights(config, specs, sizes, ring: Rings):
     compute, accum = memory.type_bytes(config.model), config.train.accum
     for path, spec in named(specs).items():
-        own = accum * 4 * spec.size / _split(spec, sizes, "tensor")
+        own = accum * 4 * spec.size / _split_sizes(spec, sizes, "tensor")
         each = accum * (spec.shape[0] if spec.axes[0] == "layers" else 1)
         parts = partition(spec, sizes)
         rest = [axis for axis in TOKENS if axis not in parts]
@@ -227,7 +233,7 @@ def _of_activations(config, specs, sizes, ring: Rings):
             into = parts.index("tensor") - 1 < spec.n_in
             times = model.n_layers * (forward if into else 1)
             summed, count = summed + times * compute * stream, count + times * turns
-    if _split(named(specs)["embed/tokens"], sizes, "tensor") > 1:
+    if _split_sizes(named(specs)["embed/tokens"], sizes, "tensor") > 1:
         # The looked-up rows and their gradient, float32; then the gradient that leaves the readout.
         summed, count = summed + (2 * 4 + compute) * stream, count + 3 * turns
     yield ring.send("sum activations", ["tensor"], summed, count, 2, False)
@@ -239,7 +245,7 @@ def _of_activations(config, specs, sizes, ring: Rings):
     yield ring.send("gather keys and values", ["sequence"], whole, count, 1, False)
 
 
-def _split(spec: Spec, sizes: Mapping[str, int], axis: str) -> int:
+def _split_sizes(spec: Spec, sizes: Mapping[str, int], axis: str) -> int:
     return sizes.get(axis, 1) if axis in partition(spec, sizes) else 1
 
 
@@ -247,6 +253,90 @@ def checkpoint(specs: dict, chips: int, chip: Chip, moments=None) -> tuple[float
     """(bytes, seconds) of one checkpoint: parameters and optimizer, float32, written by all hosts
     at WRITE_PER_HOST."""
     size = sum(
-        4 * spec.size * (1 + memory.kept(moments, path)) for path, spec in named(specs).items()
+        4 * spec.size * (1 + memory.kept_bytes(moments, path))
+        for path, spec in named(specs).items()
     )
     return size, size / (max(1, -(-chips // chip.host)) * WRITE_PER_HOST)
+
+
+# Share of a chip's memory that the estimate may fill: the runtime takes some, and the estimate is
+# not exact.
+FILL = 0.85
+# From the fastest to the smallest.
+REMAT_BY_COST = ("none", "dots", "block")
+
+
+class Layout(NamedTuple):
+    """Attributes:
+    sizes: chips along each mesh axis.
+    accum, remat: of the config.
+    bytes: `memory.chip_memory`.
+    step: `costs.StepCost`.
+    """
+
+    sizes: dict[str, int]
+    accum: int
+    remat: str
+    bytes: dict[str, int]
+    step: StepCost
+
+
+def best_layout(config, specs: dict, chip: Chip, count: int) -> Layout | str:
+    """The layout with the shortest forecast step that fits, or why there is none.
+
+    All meshes of `count` chips are tried whose tensor axis divides the key and value heads and
+    stays within a host, whose fsdp axis divides the width, and whose batch axes divide the rows of
+    the batch; of each and each way to recompute, the fewest micro-batches that fit. Fewer send less
+    and move less, so more need not be tried. The optimizer is AdamW.
+    """
+    rows, least = config.train.batch_size, None
+    found = []
+    for sizes in candidate_meshes(config, chip, count):
+        for remat in REMAT_BY_COST:
+            fitting, smallest = _fit(config, specs, chip, sizes, remat)
+            least = min(least or smallest, smallest)
+            if fitting:
+                found.append(fitting)
+    if found:
+        return min(found, key=lambda layout: layout.step.seconds)
+    if least is None:
+        tensor = max(_tensors(config, chip, count))
+        return f"{rows} rows cannot be split over {count} chips, not with {tensor} sharing each"
+    return f"does not fit: {least / 1e9:,.0f} GB of {chip.memory / 1e9:.4g} GB a chip at the least"
+
+
+def candidate_meshes(config, chip: Chip, count: int) -> Iterator[dict[str, int]]:
+    """The sizes of the mesh axes that `best` tries. `sequence` stays 1; `replica` counts the
+    domains of a cluster of several TPU pods, across which nothing but gradients should go."""
+    rows = config.train.batch_size
+    pods = -(-count // chip.domain) if chip.platform == "tpu" else 1
+    for tensor in _tensors(config, chip, count):
+        shards = count // tensor
+        if rows % shards or shards % pods:
+            continue
+        for fsdp in _divisors(shards // pods):
+            if config.model.d_model % fsdp == 0:
+                data = shards // pods // fsdp
+                yield dict(replica=pods, data=data, fsdp=fsdp, sequence=1, tensor=tensor)
+
+
+def _tensors(config, chip: Chip, count: int) -> list[int]:
+    return [n for n in _divisors(min(chip.host, count)) if config.model.n_kv_heads % n == 0]
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _fit(config, specs, chip: Chip, sizes, remat: str) -> tuple[Layout | None, int]:
+    """The layout with the fewest micro-batches that fits, if any; and the fewest bytes seen."""
+    shards = sizes["replica"] * sizes["data"] * sizes["fsdp"]
+    config.model.remat, kernel = remat, kernels.choose_kernel(config, chip.platform)[0]
+    bytes_ = {}
+    for accum in _divisors(config.train.batch_size // shards):
+        config.train.accum = accum
+        bytes_ = memory.chip_memory(config, specs, sizes, platform=chip.platform, kernel=kernel)
+        if bytes_["total"] <= FILL * chip.memory:
+            step = step_cost(config, specs, sizes, chip)
+            return Layout(sizes, accum, remat, bytes_, step), bytes_["total"]
+    return None, bytes_["total"]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.linen import fp8_ops
 from jax import lax
 
-from lmscale_jax.modes import Modes
+from lmscale_jax.config.key import Modes
 
 FLOAT = jnp.float32
 VALUE, GRADIENT = jnp.float8_e4m3fn, jnp.float8_e5m2
@@ -30,7 +30,7 @@ def _quantized(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
     return fp8_ops.quantize(x, dtype, scale, FLOAT), scale
 
 
-def _product(a, b, contract: tuple, wide: bool):
+def _scaled_product(a, b, contract: tuple, wide: bool):
     """A product with float32 sums; `wide` widens the operands first, where no kernel takes them."""
     (a, scale_a), (b, scale_b) = a, b
     if wide:
@@ -40,14 +40,14 @@ def _product(a, b, contract: tuple, wide: bool):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dense(x_NxI: jax.Array, w_IxO: jax.Array, wide: bool = False) -> jax.Array:
+def fp8_dense(x_NxI: jax.Array, w_IxO: jax.Array, wide: bool = False) -> jax.Array:
     """x w, [N, O] of x's type, from float8 operands. `wide` is for processors without float8."""
     return _forward(x_NxI, w_IxO, wide)[0]
 
 
 def _forward(x_NxI, w_IxO, wide):
     x, w = _quantized(x_NxI, VALUE), _quantized(w_IxO, VALUE)
-    y_NxO = _product(x, w, ((1,), (0,)), wide).astype(x_NxI.dtype)
+    y_NxO = _scaled_product(x, w, ((1,), (0,)), wide).astype(x_NxI.dtype)
     # Types travel as empty arrays: only arrays may be saved.
     return y_NxO, (x, w, jnp.zeros((0,), x_NxI.dtype), jnp.zeros((0,), w_IxO.dtype))
 
@@ -55,11 +55,11 @@ def _forward(x_NxI, w_IxO, wide):
 def _backward(wide, saved, dy_NxO):
     x, w, like_x, like_w = saved
     dy = _quantized(dy_NxO, GRADIENT)
-    dx_NxI = _product(dy, w, ((1,), (1,)), wide).astype(like_x.dtype)
-    return dx_NxI, _product(x, dy, ((0,), (0,)), wide).astype(like_w.dtype)
+    dx_NxI = _scaled_product(dy, w, ((1,), (1,)), wide).astype(like_x.dtype)
+    return dx_NxI, _scaled_product(x, dy, ((0,), (0,)), wide).astype(like_w.dtype)
 
 
-dense.defvjp(_forward, _backward)
+fp8_dense.defvjp(_forward, _backward)
 
 
 class Matmul(NamedTuple):
@@ -81,7 +81,7 @@ def _where_there_is_fp8(model, platform: str) -> Matmul:
     if float(capability) < LEAST_CAPABILITY:
         reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
         return Matmul(None, f"{model.dtype}, not fp8: {reason}")
-    return Matmul(dense, "fp8, current scaling")
+    return Matmul(fp8_dense, "fp8, current scaling")
 
 
 # (model, platform) -> Matmul.
@@ -91,6 +91,6 @@ MATMULS = Modes(
 )
 
 
-def choose(model, platform: str) -> Matmul:
+def choose_fp8(model, platform: str) -> Matmul:
     """Returns what model.matmul comes to on a platform."""
     return MATMULS[model.matmul](model, platform)

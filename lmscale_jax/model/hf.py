@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.errors import InputError
+from lmscale_jax.model import parametrization
 from lmscale_jax.model.param import named
 from lmscale_jax.model.transformer import HEADS
-from lmscale_jax.modes import Modes
-from lmscale_jax.parametrization import rules
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 # Buffers that older versions saved beside the weights.
@@ -228,7 +228,7 @@ def _put(tree: dict, path: str, value) -> None:
     tree[name] = value
 
 
-def write(directory: Path, config, params: dict) -> None:
+def write_hf(directory: Path, config, params: dict) -> None:
     """A directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
@@ -241,7 +241,7 @@ def write(directory: Path, config, params: dict) -> None:
         safetensors is not installed.
     """
     safetensors = _safetensors()
-    kind = family(config)
+    kind = hf_family(config)
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"--to_hf={directory} is not empty; name a new directory")
     flat, tensors, parts = named(params), {}, {}
@@ -249,7 +249,7 @@ def write(directory: Path, config, params: dict) -> None:
         value = np.asarray(flat[path], np.float32)
         layers = list(value) if path.startswith("blocks/") else [value]
         for i, one in enumerate(layers):
-            flat_one = _matrix(path, one)
+            flat_one = _hf_matrix(path, one)
             matrix = flat_one.T if place.transposed else flat_one
             parts.setdefault(place.name.format(i), {})[place.part] = matrix
     for name, several in parts.items():
@@ -261,14 +261,14 @@ def write(directory: Path, config, params: dict) -> None:
     (directory / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _matrix(path: str, value: np.ndarray) -> np.ndarray:
+def _hf_matrix(path: str, value: np.ndarray) -> np.ndarray:
     """Named axes joined to [in, out]; vectors, and biases of heads, to one axis."""
     if path.endswith(("bias", "scale")):
         return value.reshape(-1)
     return value.reshape(-1, value.shape[-1]) if "/out/" in path else value.reshape(len(value), -1)
 
 
-def family(config) -> str:
+def hf_family(config) -> str:
     """ "gpt2" or "llama". Raises InputError that names what neither has."""
     model = config.model
     gpt2 = {
@@ -298,10 +298,10 @@ def family(config) -> str:
             f"config.model.n_kv_heads={model.n_kv_heads} and head_dim={model.head_dim}: GPT-2 has "
             f"as many key heads as query heads, and d_model / n_heads channels in each"
         )
-    plain = rules.Scales(
+    plain = parametrization.Scales(
         embed=1.0, logits=1.0, branch=1.0, attention=model.head_dim**-0.5, gate=1.0
     )
-    scales = rules.scales(config)
+    scales = parametrization.forward_scales(config)
     if scales._replace(gate=1.0) != plain:
         raise InputError(
             f"config.parametrization.name={config.parametrization.name!r} multiplies activations "

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.errors import InputError
-from lmscale_jax.model import ops
+from lmscale_jax.model import primitives
 from lmscale_jax.model.context import ARRAYS, ForwardContext
-from lmscale_jax.model.placement import BATCH, ROWS, ShardingContext
-from lmscale_jax.modes import Modes
+from lmscale_jax.model.sharding import BATCH, ROWS, ShardingContext
 
 
 def _head_major(kernel):
@@ -32,10 +32,10 @@ def _head_major(kernel):
     return run
 
 
-def _plain(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
+def _plain_attention(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
     rate = context.dropout_rate if context.key is not None else 0.0
     key = jax.random.fold_in(context.key, 3) if rate else None
-    return ops.plain.attention(
+    return primitives.plain.attention(
         q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=context.scales.attention,
         segments_BxT=context.segments_BxT, window=context.window,
         window_block=context.window_block, first=context.first, dropout=rate, key=key,
@@ -43,7 +43,7 @@ def _plain(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
 
 
 def _keeping_probabilities(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
-    return ops.cpu.attention(
+    return primitives.cpu.attention(
         q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=context.scales.attention,
         segments_BxT=context.segments_BxT,
         window=context.window, window_block=context.window_block, first=context.first,
@@ -55,7 +55,7 @@ def _xla(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
     whole = context.first is None
     mask = None
     if not whole or context.segments_BxT is not None or context.window is not None:
-        mask = ops.visible(q_BxTxHxd.shape[1], k_BxTxKxd.shape[1], *hidden)
+        mask = primitives.visible(q_BxTxHxd.shape[1], k_BxTxKxd.shape[1], *hidden)
         mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
     return jax.nn.dot_product_attention(
         q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask=mask, scale=context.scales.attention, is_causal=whole
@@ -178,7 +178,7 @@ def _unable_splash(config, platform: str) -> str | None:
 
 
 KERNELS = {
-    "plain": Kernel(_head_major(_plain)),
+    "plain": Kernel(_head_major(_plain_attention)),
     "saved": Kernel(_head_major(_keeping_probabilities)),
     "xla": Kernel(_xla),
     "cudnn": Kernel(_cudnn, _unable_cudnn, keeps_probabilities=False),
@@ -186,7 +186,9 @@ KERNELS = {
 }
 
 
-def unable(name: str, config, platform: str, sharding: ShardingContext | None = None) -> str | None:
+def why_unable(
+    name: str, config, platform: str, sharding: ShardingContext | None = None
+) -> str | None:
     """Returns why a kernel cannot serve this model on this platform; None where it can."""
     model, limits = config.model, KERNELS[name].unable
     if limits is None:
@@ -200,7 +202,7 @@ def unable(name: str, config, platform: str, sharding: ShardingContext | None = 
 
 
 def _asked_for(name: str, config, platform: str, sharding) -> tuple[str, str]:
-    reason = unable(name, config, platform, sharding)
+    reason = why_unable(name, config, platform, sharding)
     if reason:
         raise InputError(
             f"config.model.attention={name!r} cannot serve: {reason}; 'auto' would work"
@@ -216,7 +218,7 @@ def _fastest(config, platform: str, sharding) -> tuple[str, str]:
     fast = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform)
     if fast is None:
         return "xla", f"nothing else on {platform}"
-    reason = unable(fast, config, platform, sharding)
+    reason = why_unable(fast, config, platform, sharding)
     if reason is None:
         return fast, f"made for {platform}"
     return "xla", f"{fast} cannot serve: {reason}"
@@ -229,7 +231,9 @@ CHOICES = Modes(
 )
 
 
-def choose(config, platform: str, sharding: ShardingContext | None = None) -> tuple[str, str]:
+def choose_kernel(
+    config, platform: str, sharding: ShardingContext | None = None
+) -> tuple[str, str]:
     """Returns the kernel of model.attention, which is the best that can serve for "auto", and why.
 
     Raises:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmscale_jax.config.key import Modes
+from lmscale_jax.config.mlp_forms import MLP_FORMS
 from lmscale_jax.model import param
 from lmscale_jax.model.context import ForwardContext
-from lmscale_jax.model.mlp_forms import MLP_FORMS
-from lmscale_jax.modes import Modes
 
 # The factors of a norm's channels: width -> parameter.
 NORM_GAINS = Modes(

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.param import Spec
-from lmscale_jax.model.placement import BATCH, TOKENS, ShardingContext, gathered
+from lmscale_jax.model.sharding import BATCH, TOKENS, ShardingContext, gathered
 
 LOGIT_BYTES = 256 * 2**20
 

@@ -4,12 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lmscale_jax.config.mlp_forms import MLP_FORMS
 from lmscale_jax.model.context import DTYPES
 from lmscale_jax.model.kernels import KERNELS
 from lmscale_jax.model.loss import chunk_length
-from lmscale_jax.model.mlp_forms import MLP_FORMS
 from lmscale_jax.model.param import named
-from lmscale_jax.model.placement import ROWS, partition
+from lmscale_jax.model.sharding import ROWS, partition
 from lmscale_jax.model.stack import REMAT
 from lmscale_jax.model.transformer import HEADS
 
@@ -20,7 +20,7 @@ LOGITS, CPU_LOGITS = 10.5, 4.75
 FLASH = ("flash", *(name for name, k in KERNELS.items() if not k.keeps_probabilities))
 
 
-def on_chip(
+def chip_memory(
     config,
     specs: dict,
     sizes: Mapping[str, int],
@@ -37,7 +37,7 @@ def on_chip(
         specs: the model's annotations.
         sizes: of the mesh axes by name; what is not named is 1.
         platform: of the chip, as JAX names it.
-        kernel: of attention, as `model.kernels.choose` names it.
+        kernel: of attention, as `model.kernels.choose_kernel` names it.
         stack: how the blocks run, "scan" or "unroll".
         moments: {path: arrays of its size that the optimizer keeps}; None: AdamW's two.
 
@@ -75,13 +75,13 @@ def on_chip(
     )
     found = {
         "parameters": local,
-        "optimizer": sum(size * kept(moments, path) for path, size in held.items()),
+        "optimizer": sum(size * kept_bytes(moments, path) for path, size in held.items()),
     }
     found = {name: int(size) for name, size in (found | worst).items()}
     return found | {"total": sum(found.values())}
 
 
-def kept(moments: Mapping[str, int] | None, path: str) -> int:
+def kept_bytes(moments: Mapping[str, int] | None, path: str) -> int:
     return 2 if moments is None else moments.get(path, 2)
 
 
@@ -113,7 +113,7 @@ def type_bytes(model) -> int:
     return DTYPES[model.dtype].itemsize
 
 
-class Block(NamedTuple):
+class BlockBytes(NamedTuple):
     """What the backward pass may keep of one token in one block, bytes.
 
     Attributes:
@@ -131,7 +131,7 @@ class Block(NamedTuple):
 
 def block_bytes(
     model, seq_len: int, sizes: Mapping[str, int], kernel: str, platform: str = ""
-) -> Block:
+) -> BlockBytes:
     """The stream before both branches (float32); two normed inputs; queries, keys, values and what
     attention makes of them; hidden values of the MLP before the activation and, some, after it; and
     the probabilities, float32, of kernels that keep them.
@@ -152,7 +152,7 @@ def block_bytes(
     # Elsewhere than on CPU the probabilities in the type of products are kept too, and the mask.
     each = 4 if on_cpu else 4 + 1 + (2 if size == 2 else 0)
     scores = 0 if kernel in FLASH else each * model.n_heads * seq_len / tensor
-    return Block(stream, products, 2 * stream + products + pointwise + scores, scores > 0)
+    return BlockBytes(stream, products, 2 * stream + products + pointwise + scores, scores > 0)
 
 
 def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple[float, float]:

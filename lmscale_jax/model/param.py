@@ -2,7 +2,7 @@
 
 A module declares a parameter with `weight` or `vector`: its named axes, which of them are fan-in
 and fan-out, and its role. Initial scale, learning rate, decay, the matrix that Muon sees and the
-sharding follow from that in `parametrization.rules`, `optim` and `run.mesh`; no other file does
+sharding follow from that in `model.parametrization`, `optim` and `model.mesh`; no other file does
 width arithmetic or guesses by `ndim`.
 """
 

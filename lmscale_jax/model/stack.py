@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lmscale_jax.model import wiring
+from lmscale_jax.config.key import Modes
+from lmscale_jax.model import skip_connections
 from lmscale_jax.model.context import ForwardContext
 from lmscale_jax.model.transformer import Block
-from lmscale_jax.modes import Modes
 
 
 def _whole(block: Block, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ class Remat(NamedTuple):
 
     Attributes:
       wrap: function -> the same function, whose backward pass recomputes what is not kept.
-      kept: `memory.Block` -> bytes kept of a token in one block.
+      kept: `memory.BlockBytes` -> bytes kept of a token in one block.
       recomputed: FLOPs of a token by part (`flops.forward_flops`) -> those done a second time.
       weight_uses: how often a step uses a block's weight: forward, for the input's gradient, and
         again where the whole block is recomputed.
@@ -115,7 +115,7 @@ def segments(model, wrapper: BlockWrapper | None) -> list[Segment]:
 
     Raises ValueError for a wrapper around blocks with skip connections.
     """
-    n, half = model.n_layers, wiring.SKIPS[model.skips].half(model.n_layers)
+    n, half = model.n_layers, skip_connections.SKIPS[model.skips].half(model.n_layers)
     if wrapper is None:
         parts = [
             Segment(half, hands_out=True), Segment(n - 2 * half), Segment(half, takes_in=True)
@@ -152,7 +152,7 @@ def run_blocks(
 
     def at_layer(context, layer):
         params, index = layer
-        return nnx.merge(definition, params), wiring.of_layer(model, context, index)
+        return nnx.merge(definition, params), skip_connections.layer_inputs(model, context, index)
 
     def part(branch, context, h_NxD, layer):
         return branch(*at_layer(context, layer), h_NxD)

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.model import param
 from lmscale_jax.model.attention import Attention
 from lmscale_jax.model.context import ForwardContext
 from lmscale_jax.model.layers import MLP, NORMS, as_it_is, unit_rms
-from lmscale_jax.model.wiring import POSITIONS, SKIPS, X0_MIXES
-from lmscale_jax.modes import Modes
+from lmscale_jax.model.skip_connections import POSITIONS, SKIPS, X0_MIXES
 
 # (embedding, epsilon) -> the same, normed.
 EMBED_NORMS = Modes("model.embed_norm", {"none": as_it_is, "rmsnorm": unit_rms})

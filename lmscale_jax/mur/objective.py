@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lmscale_jax.config.blocks import mur_layers
-from lmscale_jax.modes import Modes
+from lmscale_jax.config.key import Modes
 from lmscale_jax.mur import streams
 from lmscale_jax.mur.settings import GRANULARITIES, MODES, THRESHOLDS
 from lmscale_jax.mur.utility import REDUCTIONS, Measure
@@ -45,11 +45,11 @@ class Objective:
         zero = jnp.zeros((self._n, len(self._parts)))
         return {"weight": jnp.zeros(()), "sums": {name: zero for name in self._kept}}
 
-    def ask(self, memory: dict, step: jax.Array, measure: tuple[str, ...]) -> "Asked | None":
+    def ask(self, memory: dict, step: jax.Array, measure: tuple[str, ...]) -> "StatRequest | None":
         """What to take out of the backward pass of this step; None: nothing."""
         if not self.mode.acts and "mur" not in measure:
             return None
-        return Asked(self, memory, step, REPORTED if "mur" in measure else ())
+        return StatRequest(self, memory, step, REPORTED if "mur" in measure else ())
 
     def learn(self, memory: dict, taken: dict) -> dict:
         """The running means with this step's statistics."""
@@ -105,7 +105,7 @@ class Objective:
         shape = (self._n, len(self._parts))
         return jnp.broadcast_to(inside / (len(self.layers) * len(self._parts)), shape)
 
-    def metrics(self, asked: "Asked", taken: dict, memory: dict, step: jax.Array) -> dict:
+    def metrics(self, asked: "StatRequest", taken: dict, memory: dict, step: jax.Array) -> dict:
         """{"mur/STATISTIC" or "mur/BRANCH/STATISTIC": [L]}; not a number where not measured."""
         values = {name: taken[name] for name in asked.names} | {"tau": asked.tau_LxP}
         if self.mode.adds_hinge:
@@ -127,7 +127,7 @@ class Objective:
         return (index_L >= self.layers.start) & (index_L < self.layers.stop)
 
 
-class Asked:
+class StatRequest:
     """What one step takes out of its backward pass.
 
     Attributes:
@@ -145,7 +145,7 @@ class Asked:
         self._gain = objective.weight(step) / each
         level = objective._threshold.level(mur.tau)
         wanted = (*names, *objective._kept, *(("hinge",) if mode.adds_hinge else ()))
-        self._taking = streams.Taking(
+        self._taking = streams.UtilitySpec(
             Measure(mur.metric, mur.eps, level),
             tuple(dict.fromkeys(wanted)),
             mur.reduce,
@@ -154,10 +154,10 @@ class Asked:
         )
         self.slots = self._taking.slots(objective._n, len(objective._parts), 0)
 
-    def around(self, slots, targets_BxT, n_targets, index) -> streams.Watch:
+    def around(self, slots, targets_BxT, n_targets, index) -> streams.UtilityProbe:
         """What micro-batch `index` puts around its blocks."""
         draws = REDUCTIONS[self._taking.reduce].draws
-        known = streams.Known(
+        known = streams.BackwardInputs(
             targets_BxT >= 0,
             n_targets,
             self.tau_LxP,
@@ -166,7 +166,7 @@ class Asked:
         )
         o = self._objective
         layers = o.layers if o.mode.adds_hinge else range(o._n)
-        kind = streams.Paired if o.mode.adds_hinge else streams.Watch
+        kind = streams.HingeGradient if o.mode.adds_hinge else streams.UtilityProbe
         return kind(self._taking, slots, known, layers, GRANULARITIES[o._mur.granularity].names)
 
     def taken(self, slot_bars) -> dict:
@@ -207,12 +207,12 @@ TARGETS = Modes(
 )
 
 
-def make(config) -> Objective | None:
+def make_objective(config) -> Objective | None:
     """None where nothing is measured."""
     return Objective(config) if MODES[config.mur.mode].measures else None
 
 
-def choices(config) -> dict[str, str]:
+def mur_choices(config) -> dict[str, str]:
     """What is done, in a line, by name; {} where nothing is."""
     mode = MODES[config.mur.mode]
     if not mode.measures:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lmscale_jax.modes import Modes
+from lmscale_jax.config.key import Modes
 
 
 class Mode(NamedTuple):

@@ -15,10 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from lmscale_jax.model.stack import REMAT
-from lmscale_jax.mur.utility import FLOAT, Measure, hinge, statistics, utilities, weights
+from lmscale_jax.mur.utility import (
+    FLOAT,
+    Measure,
+    hinge,
+    token_utilities,
+    token_weights,
+    utility_statistics,
+)
 
 
-class Known(NamedTuple):
+class BackwardInputs(NamedTuple):
     """What a backward rule must know beside what reaches it.
 
     Attributes:
@@ -36,14 +43,14 @@ class Known(NamedTuple):
     key: jax.Array | None
 
 
-class Taking(NamedTuple):
+class UtilitySpec(NamedTuple):
     """What to take out of the backward pass, and over which tokens a layer's utility is a mean.
 
     Attributes:
       measure: how utilities are measured.
       names: of `utility.STATISTICS`, the slot's last axis; () takes, instead of statistics, three
         values of each token: utility, |δ| and |g|.
-      reduce, k, share: see `utility.weights`.
+      reduce, k, share: see `utility.token_weights`.
     """
 
     measure: Measure
@@ -57,16 +64,20 @@ class Taking(NamedTuple):
         last = (len(self.names),) if self.names else (3, n_tokens)
         return jnp.zeros((n_layers, parts, *last))
 
-    def take(self, g_NxD, delta_NxD, weight_N, known: Known, tau) -> jax.Array:
+    def take(self, g_NxD, delta_NxD, weight_N, known: BackwardInputs, tau) -> jax.Array:
         """The gradient of one slot."""
         how, labelled_BxT = self.measure, known.labelled_BxT
         if self.names:
-            return statistics(self.names, how, g_NxD, delta_NxD, labelled_BxT, weight_N, tau)
+            return utility_statistics(
+                self.names, how, g_NxD, delta_NxD, labelled_BxT, weight_N, tau
+            )
         lengths = (jnp.linalg.norm(x, axis=-1) for x in (delta_NxD, g_NxD))
-        return jnp.stack([utilities(how, g_NxD, delta_NxD, labelled_BxT.reshape(-1)), *lengths])
+        return jnp.stack(
+            [token_utilities(how, g_NxD, delta_NxD, labelled_BxT.reshape(-1)), *lengths]
+        )
 
 
-class Watch:
+class UtilityProbe:
     """Measures the blocks first..stop-1 and changes no gradient; a `model.stack.BlockWrapper`.
 
     The gradient by `slots`, [layers, parts, ...] as `Taking.slots` makes them, is what was taken.
@@ -75,7 +86,12 @@ class Watch:
     """
 
     def __init__(
-        self, taking: Taking, slots: jax.Array, known: Known, layers: range, part_names: tuple
+        self,
+        taking: UtilitySpec,
+        slots: jax.Array,
+        known: BackwardInputs,
+        layers: range,
+        part_names: tuple,
     ):
         self.taking, self.slots, self.known = taking, slots, known
         self.first, self.stop, self.part_names = layers.start, layers.stop, part_names
@@ -101,7 +117,7 @@ class Watch:
         return _send_weights(self.taking, nll_BxT, side_N, self.known)
 
 
-class Paired(Watch):
+class HingeGradient(UtilityProbe):
     """As `Watch`, and adds the gradient of gain * sum of hinges, g held constant.
 
     The shadow is a stream of zeros beside the true one. It is joined to it above the chosen blocks
@@ -125,7 +141,7 @@ class Paired(Watch):
 
     def end(self, carry):
         x_NxD, shadow_NxD, side_N = carry
-        return _join(x_NxD, shadow_NxD), side_N
+        return _join_streams(x_NxD, shadow_NxD), side_N
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -157,7 +173,7 @@ def _send_weights_forward(taking, nll_BxT, side_N, known):
 
 def _send_weights_backward(taking, saved, bar_BxT):
     nll_BxT, known = saved
-    weight_BxT = weights(
+    weight_BxT = token_weights(
         taking.reduce, nll_BxT, known.labelled_BxT, known.key, taking.k, taking.share
     )
     return bar_BxT, weight_BxT.reshape(-1), None
@@ -167,14 +183,14 @@ _send_weights.defvjp(_send_weights_forward, _send_weights_backward)
 
 
 @jax.custom_vjp
-def _join(x_NxD, shadow_NxD):
+def _join_streams(x_NxD, shadow_NxD):
     return x_NxD
 
 
-_join.defvjp(lambda x_NxD, shadow_NxD: (x_NxD, None), lambda _, bar_NxD: (bar_NxD, bar_NxD))
+_join_streams.defvjp(lambda x_NxD, shadow_NxD: (x_NxD, None), lambda _, bar_NxD: (bar_NxD, bar_NxD))
 
 
-def _paired(part, taking: Taking, remat: str):
+def _paired(part, taking: UtilitySpec, remat: str):
     """`part` on the carry of `Paired`.
 
     With c and g the gradients of everything and of the loss by the output, e that of the hinge by

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.modes import Modes
+from lmscale_jax.config.key import Modes
 
 FLOAT = jnp.float32
 
@@ -37,7 +37,7 @@ class Measure(NamedTuple):
     level: float = 0.5
 
 
-def utilities(how: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labelled_N: jax.Array):
+def token_utilities(how: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labelled_N: jax.Array):
     """[N]: -<g, δ> ("raw"), over |g| |δ| ("cos") or over |g|^2 ("proj").
 
     A denominator is at least `eps` times its mean over the labelled tokens, so a common factor of g
@@ -49,12 +49,12 @@ def utilities(how: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labelled_N: 
     size_N = METRICS[how.metric].denominator(g_NxD, delta_NxD)
     if size_N is None:
         return raw_N
-    floor = how.eps * mean(size_N, labelled_N)
+    floor = how.eps * masked_mean(size_N, labelled_N)
     sound_N = size_N > 0
     return jnp.where(sound_N, raw_N / jnp.maximum(jnp.where(sound_N, size_N, 1.0), floor), 0.0)
 
 
-def norms(x_NxD: jax.Array) -> jax.Array:
+def safe_norms(x_NxD: jax.Array) -> jax.Array:
     """[N] Euclidean norms, with a gradient of 0 where they are 0."""
     square_N = jnp.square(x_NxD.astype(FLOAT)).sum(axis=-1)
     sound_N = square_N > 0
@@ -78,20 +78,21 @@ METRICS = Modes(
     "mur.metric",
     {
         "cos": Metric(
-            lambda g_NxD, delta_NxD: norms(g_NxD) * norms(delta_NxD), lambda width: width**-0.5
+            lambda g_NxD, delta_NxD: safe_norms(g_NxD) * safe_norms(delta_NxD),
+            lambda width: width**-0.5,
         ),
-        "proj": Metric(lambda g_NxD, delta_NxD: norms(g_NxD) * norms(g_NxD)),
+        "proj": Metric(lambda g_NxD, delta_NxD: safe_norms(g_NxD) * safe_norms(g_NxD)),
         "raw": Metric(lambda g_NxD, delta_NxD: None),
     },
 )
 
 
-def mean(values_N: jax.Array, labelled_N: jax.Array) -> jax.Array:
+def masked_mean(values_N: jax.Array, labelled_N: jax.Array) -> jax.Array:
     """Over labelled tokens; 0 where there are none."""
     return jnp.where(labelled_N, values_N, 0.0).sum() / jnp.maximum(1, labelled_N.sum())
 
 
-def weights(
+def token_weights(
     reduce: str, nll_BxT: jax.Array, labelled_BxT: jax.Array, key, k: int, share: float
 ) -> jax.Array:
     """[B, T] float32, with sum 1: which tokens a layer's utility is the mean of.
@@ -144,11 +145,11 @@ REDUCTIONS = Modes(
 
 def hinge(how: Measure, g_NxD, delta_NxD, labelled_N, weight_N, tau) -> jax.Array:
     """max(0, tau - utility of the layer), the layer's utility being the weighted mean."""
-    u_N = utilities(how, g_NxD, delta_NxD, labelled_N)
+    u_N = token_utilities(how, g_NxD, delta_NxD, labelled_N)
     return jnp.maximum(0.0, tau - (weight_N * u_N).sum())
 
 
-def statistics(
+def utility_statistics(
     names: tuple[str, ...], how: Measure, g_NxD, delta_NxD, labelled_BxT, weight_N, tau
 ) -> jax.Array:
     """[len(names)] float32, of STATISTICS.
@@ -159,16 +160,16 @@ def statistics(
     independent draws. "utility": the weighted mean; "hinge": max(0, tau - utility).
     """
     labelled_N = labelled_BxT.reshape(-1)
-    u_N = utilities(how, g_NxD, delta_NxD, labelled_N)
+    u_N = token_utilities(how, g_NxD, delta_NxD, labelled_N)
     levels = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "quantile": how.level}
     if levels.keys() & set(names):
         ordered_N, count = jnp.sort(jnp.where(labelled_N, u_N, jnp.inf)), labelled_N.sum()
     made = {
-        **{name: lambda q=q: _quantile(ordered_N, count, q) for name, q in levels.items()},
-        "mean": lambda: mean(u_N, labelled_N),
-        "frac_below_tau": lambda: mean((u_N < tau).astype(FLOAT), labelled_N),
-        "delta_norm": lambda: mean(norms(delta_NxD), labelled_N),
-        "grad_norm": lambda: mean(norms(g_NxD), labelled_N),
+        **{name: lambda q=q: _weighted_quantile(ordered_N, count, q) for name, q in levels.items()},
+        "mean": lambda: masked_mean(u_N, labelled_N),
+        "frac_below_tau": lambda: masked_mean((u_N < tau).astype(FLOAT), labelled_N),
+        "delta_norm": lambda: masked_mean(safe_norms(delta_NxD), labelled_N),
+        "grad_norm": lambda: masked_mean(safe_norms(g_NxD), labelled_N),
         "stderr": lambda: _standard_error(u_N.reshape(labelled_BxT.shape), labelled_BxT),
         "utility": lambda: (weight_N * u_N).sum(),
         "hinge": lambda: jnp.maximum(0.0, tau - (weight_N * u_N).sum()),
@@ -176,7 +177,7 @@ def statistics(
     return jnp.stack([made[name]() for name in names])
 
 
-def _quantile(ordered_N: jax.Array, count, level: float) -> jax.Array:
+def _weighted_quantile(ordered_N: jax.Array, count, level: float) -> jax.Array:
     """Of the first `count` values in order, with linear interpolation between two of them."""
     at = level * jnp.maximum(count - 1, 0)
     low = jnp.floor(at).astype(jnp.int32)

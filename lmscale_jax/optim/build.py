@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.model.param import map_named
-from lmscale_jax.modes import Modes
-from lmscale_jax.optim import freezing, layerwise, schedules
-from lmscale_jax.optim.average import average_weights, averaged
+from lmscale_jax.optim import layerwise, schedules
+from lmscale_jax.optim.layerwise import average_weights, averaged_params
 from lmscale_jax.optim.optimizers import DECAY_MODES, OPTIMIZERS
 from lmscale_jax.optim.rules import UpdateRule, update_rules
 
@@ -22,7 +22,7 @@ SHRINKING = Modes(
 )
 
 
-def build(
+def build_optimizer(
     config, rows: dict, mesh=None, platform: str = "cpu"
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a resolved config: clip, direction, learning rate and decay, block factors.
@@ -46,10 +46,10 @@ def build(
         )
     clip = [clip_by_global_norm(optim.clip)] if optim.clip else []
     parts = [*clip, inner, scale_and_decay(config, rules)]
-    thaw_L = freezing.thaw_steps(config)
+    thaw_L = layerwise.unfreeze_steps(config)
     if thaw_L is not None:
-        parts = [layerwise.hold(optax.chain(*parts), thaw_L)]
-    parts.append(layerwise.scale_blocks(layerwise.factors(config)))
+        parts = [layerwise.hold_frozen(optax.chain(*parts), thaw_L)]
+    parts.append(layerwise.scale_blocks(layerwise.block_factors(config)))
     if optim.ema_decay:
         parts.append(average_weights(optim.ema_decay))
     return optax.chain(*parts)
@@ -60,7 +60,7 @@ def _direction(name: str, config, rules: dict[str, UpdateRule], mesh, platform: 
     optimizer = OPTIMIZERS[name]
     its_rules = {path: rule for path, rule in rules.items() if rule.optimizer == name}
     direction = optimizer.direction(config, its_rules, mesh, platform)
-    if optimizer.counts_steps and freezing.thaw_steps(config) is not None:
+    if optimizer.counts_steps and layerwise.unfreeze_steps(config) is not None:
         # The correction of a block's young moments counts from its own first step.
         direction = layerwise.per_block(direction)
     if any(rule.eps_factor != 1.0 for rule in its_rules.values()):
@@ -101,7 +101,7 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
     the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch. The directions of
     an optimizer that applies its rate itself are passed on.
     """
-    factor = schedules.make(config)
+    factor = schedules.make_schedule(config)
     optim = config.optim
 
     # A traced number is never known to be 0.
@@ -111,7 +111,7 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
         s = factor(step)
 
         def change_of(path, u):
-            rule, p = rules[path], _at(params, path)
+            rule, p = rules[path], _factor_at(params, path)
             optimizer = OPTIMIZERS[rule.optimizer]
             if optimizer.applies_rate:
                 return u
@@ -128,27 +128,27 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def choices(config, platform: str) -> dict[str, str]:
+def optimizer_choices(config, platform: str) -> dict[str, str]:
     """What the optimizer of a resolved config chose or drew, by name, for people to read."""
     lines = OPTIMIZERS[config.optim.name].described(config, platform)
-    thaw_L = freezing.thaw_steps(config)
+    thaw_L = layerwise.unfreeze_steps(config)
     if thaw_L is not None:
-        begins = ["never" if b == freezing.NEVER else f"step {b:,}" for b in thaw_L]
+        begins = ["never" if b == layerwise.NEVER else f"step {b:,}" for b in thaw_L]
         lines = lines | {"freeze": "blocks learn from: " + ", ".join(begins)}
     return lines
 
 
-def evaluated(config, params: dict, opt_state) -> tuple[dict, dict | None]:
+def params_to_evaluate(config, params: dict, opt_state) -> tuple[dict, dict | None]:
     """The parameters to evaluate, and their running mean; None where none is kept."""
-    return OPTIMIZERS[config.optim.name].evaluated(params, opt_state), averaged(opt_state)
+    return OPTIMIZERS[config.optim.name].evaluated(params, opt_state), averaged_params(opt_state)
 
 
-def _at(tree: dict, path: str) -> jax.Array:
+def _factor_at(tree: dict, path: str) -> jax.Array:
     for name in path.split("/"):
         tree = tree[name]
     return tree
 
 
-def apply(params, updates):
+def apply_updates(params, updates):
     """params + updates, in the parameters' own type."""
     return jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)

@@ -2,7 +2,7 @@
 
 Jordan et al. 2024 (Muon), Amsel et al. 2025 (Polar Express, arXiv 2505.16932), Li et al. 2025
 (NorMuon, arXiv 2510.05491). Which axes make a matrix stands in its annotation; scale and learning
-rate come from `parametrization.rules`.
+rate come from `model.parametrization`.
 """
 
 import math
@@ -15,8 +15,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.model.param import HEADS, Spec, map_named, named
-from lmscale_jax.modes import Modes
 from lmscale_jax.optim import schedules
 
 
@@ -125,7 +125,7 @@ class Matrices(NamedTuple):
         return x.reshape([shape[axis] for axis in self.order]).transpose(back)
 
 
-def matrices(spec: Spec, unit: str) -> Matrices:
+def as_matrices(spec: Spec, unit: str) -> Matrices:
     """The matrices of an annotation; with unit "head" each head of attention is one of its own."""
     batch = [0] if spec.axes[:1] == ("layers",) else []
     first_out = len(batch) + spec.n_in
@@ -189,8 +189,8 @@ def scale_by_muon(
     `update` takes the keyword `step`, for the momentum's warm-up. With a mesh every device makes
     whole matrices orthogonal: they are dealt out before the iteration and come back after it.
     """
-    optim, decay_at = config.optim, schedules.momentum(config)
-    layouts = {p: matrices(r.spec, optim.muon_unit) for p, r in rows.items()}
+    optim, decay_at = config.optim, schedules.momentum_schedule(config)
+    layouts = {p: as_matrices(r.spec, optim.muon_unit) for p, r in rows.items()}
     dtype = products_dtype(config, platform)
 
     def iterate(x_Bxmxn):
@@ -202,7 +202,7 @@ def scale_by_muon(
             return MuonState(zeros, {})
 
         def squares(path, p):
-            return p if _absent(p) else jnp.zeros((*layouts[path].batch, layouts[path].shape[1]))
+            return p if _nothing(p) else jnp.zeros((*layouts[path].batch, layouts[path].shape[1]))
 
         return MuonState(zeros, map_named(squares, params))
 
@@ -214,7 +214,7 @@ def scale_by_muon(
 
         moments = jax.tree.map(blend, state.momentum, grads)
         ahead = named(jax.tree.map(blend, moments, grads))
-        ahead = {path: x for path, x in ahead.items() if not _absent(x)}
+        ahead = {path: x for path, x in ahead.items() if not _nothing(x)}
         found = orthogonal({p: layouts[p].cut(x) for p, x in ahead.items()}, iterate, mesh)
         squares = named(state.squares)
         for path in found if squares else ():
@@ -271,6 +271,6 @@ def even_out(x_Bxmxn: jax.Array, squares: jax.Array, beta2: float) -> tuple[jax.
     return y_Bxmxn * (norm(x_Bxmxn) / (norm(y_Bxmxn) + TINY)), now_Bxn.reshape(squares.shape)
 
 
-def _absent(x) -> bool:
+def _nothing(x) -> bool:
     """It belongs to another group of `optax.partition`."""
     return isinstance(x, optax.MaskedNode)

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import optax
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.model.param import Spec
-from lmscale_jax.modes import Modes
+from lmscale_jax.model.parametrization import Ratios
 from lmscale_jax.optim import muon
-from lmscale_jax.parametrization.rules import Ratios
 
 
 def _lr_per_entry(r: Ratios) -> float:

@@ -24,9 +24,8 @@ branches add up.
 from typing import NamedTuple
 
 from lmscale_jax.model.param import Spec
+from lmscale_jax.model.parametrization import CONTROLS, ParamRule, scheme_of
 from lmscale_jax.optim.optimizers import DECAY_MODES, DECAYING, OPTIMIZERS, optimizer_of
-from lmscale_jax.parametrization.rules import Row
-from lmscale_jax.parametrization.schemes import CONTROLS, scheme
 
 
 class UpdateRule(NamedTuple):
@@ -49,18 +48,18 @@ class UpdateRule(NamedTuple):
     update_scale: float
 
 
-def update_rules(rows: dict[str, Row], config) -> dict[str, UpdateRule]:
+def update_rules(rows: dict[str, ParamRule], config) -> dict[str, UpdateRule]:
     """Derives {path: UpdateRule} from the parametrization of a resolved config's parameters."""
     return {path: _update_rule(row, config) for path, row in rows.items()}
 
 
-def _update_rule(row: Row, config) -> UpdateRule:
+def _update_rule(row: ParamRule, config) -> UpdateRule:
     optim, base, spec = config.optim, config.parametrization, row.spec
     name = optimizer_of(optim.name, spec)
     optimizer = OPTIMIZERS[name]
     lr = optimizer.lr_factor(row.ratios)
     lr *= optimizer.norm(optim, row.base) / optimizer.norm(optim, spec)
-    if spec.role == "input" and scheme(config).has_base:
+    if spec.role == "input" and scheme_of(config).has_base:
         lr *= row.ratios.m_out**base.embed_lr_exponent
     lr = CONTROLS[base.control].lr_factor(lr) * _lr_factor_of_role(optim, spec)
     return UpdateRule(
@@ -84,7 +83,7 @@ def _lr_factor_of_role(optim, spec: Spec) -> float:
 
 
 def rules_as_json(
-    rows: dict[str, Row], config, sharding: dict[str, list] | None = None
+    rows: dict[str, ParamRule], config, sharding: dict[str, list] | None = None
 ) -> list[dict]:
     """Lists initial values, multipliers and updates of all parameters, for parametrization.json.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmscale_jax.modes import Modes
+from lmscale_jax.config.key import Modes
 
 
 class Schedule(NamedTuple):
@@ -41,7 +41,7 @@ def cooldown_steps(config) -> int | None:
     return SCHEDULES[config.schedule.name].descent(config)
 
 
-def make(config, xp=None) -> Callable:
+def make_schedule(config, xp=None) -> Callable:
     """Step (from 0) -> factor of the peak. `xp` is numpy to explain it; None: jax.numpy.
 
     Warm-up rises linearly and reaches 1 at its last step, so the first update is not empty; the
@@ -65,7 +65,7 @@ def make(config, xp=None) -> Callable:
     return factor
 
 
-def momentum(config) -> Callable:
+def momentum_schedule(config) -> Callable:
     """Step -> decay of Muon's momentum, rising linearly to optim.momentum."""
     xp = _jax_numpy()
     optim, length = config.optim, config.optim.momentum_warmup

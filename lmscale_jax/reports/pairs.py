@@ -10,13 +10,13 @@ import numpy as np
 from lmscale_jax.config.keys import get
 from lmscale_jax.config.resolve import differences
 from lmscale_jax.errors import InputError
-from lmscale_jax.run.record import read_record
-from lmscale_jax.run.writers import read_metrics
+from lmscale_jax.train.metrics import read_metrics
+from lmscale_jax.train.run_dir import read_record
 
 SEEDS = ("seed", "data.seed")
 
 
-class Run(NamedTuple):
+class EvaluatedRun(NamedTuple):
     """A run as its files describe it.
 
     Attributes:
@@ -37,27 +37,29 @@ class Run(NamedTuple):
         return tuple(get(self.record["config"], name) for name in SEEDS)
 
 
-class Pair(NamedTuple):
+class RunPair(NamedTuple):
     """Two runs of the same seeds and size, without and with the switch."""
 
-    baseline: Run
-    variant: Run
+    baseline: EvaluatedRun
+    variant: EvaluatedRun
 
 
-def read(workdir: Path) -> Run:
+def read_run(workdir: Path) -> EvaluatedRun:
     """Reads a run directory. Raises InputError if it holds no run.json."""
     path = workdir / "eval.json"
     scores = json.loads(path.read_text()) if path.exists() else {}
-    return Run(workdir, read_record(workdir), scores, read_metrics(workdir / "metrics.jsonl"))
+    return EvaluatedRun(
+        workdir, read_record(workdir), scores, read_metrics(workdir / "metrics.jsonl")
+    )
 
 
-def read_all(flag: str, value: str) -> list[Run]:
+def read_runs(flag: str, value: str) -> list[EvaluatedRun]:
     """Reads runs named by directories or globs, joined by commas.
 
     Raises InputError, with the name of the flag, for a run that was not evaluated.
     """
     paths = [Path(p) for part in value.split(",") for p in sorted(glob.glob(part)) or [part]]
-    runs = [read(path) for path in dict.fromkeys(paths)]
+    runs = [read_run(path) for path in dict.fromkeys(paths)]
     for run in runs:
         if "val_loss" not in run.scores:
             raise InputError(
@@ -67,9 +69,12 @@ def read_all(flag: str, value: str) -> list[Run]:
     return runs
 
 
-def match(
-    baselines: list[Run], variants: list[Run], switch: str, allow_differences: bool
-) -> list[Pair]:
+def match_runs(
+    baselines: list[EvaluatedRun],
+    variants: list[EvaluatedRun],
+    switch: str,
+    allow_differences: bool,
+) -> list[RunPair]:
     """Pairs runs of the same seeds and size; there may be several sizes.
 
     Args:
@@ -89,7 +94,7 @@ def match(
                 f"--variant={variant.path}: {len(partners)} runs of --baseline have its "
                 f"{_seeds_text(variant)}; name exactly one"
             )
-        pair = Pair(partners[0], variant)
+        pair = RunPair(partners[0], variant)
         if not allow_differences:
             _check_comparable(pair, switch)
         matched.append(pair)
@@ -107,16 +112,16 @@ def keys_outside(keys: list[str], switch: str) -> list[str]:
     return [key for key in keys if key != switch and not key.startswith(f"{switch}.")]
 
 
-def _seeds_and_size(run: Run) -> tuple:
+def _seeds_and_size(run: EvaluatedRun) -> tuple:
     sizes = ("model.n_layers", "model.d_model")
     return (*run.seeds, *(get(run.record["config"], name) for name in sizes))
 
 
-def _seeds_text(run: Run) -> str:
+def _seeds_text(run: EvaluatedRun) -> str:
     return " and ".join(f"{n}={v}" for n, v in zip(SEEDS, run.seeds, strict=True)) + " and size"
 
 
-def _check_comparable(pair: Pair, switch: str) -> None:
+def _check_comparable(pair: RunPair, switch: str) -> None:
     baseline, variant = (run.record["config"] for run in pair)
     changed = differences(baseline, variant, identity_only=True)
     others = [
@@ -138,7 +143,7 @@ def _check_comparable(pair: Pair, switch: str) -> None:
         )
 
 
-def difference(pairs: list[Pair]) -> dict:
+def paired_difference(pairs: list[RunPair]) -> dict:
     """Computes variant minus baseline in held-out loss, nats per token, paired by seed.
 
     Returns:

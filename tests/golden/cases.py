@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from lmscale_jax.config import families
+from lmscale_jax.config import recipes
 from lmscale_jax.configs import base, speedrun_gate, speedrun_record26
 
 # What every run shares. Values that the families and the speedruns chose for their own data are
@@ -211,9 +211,9 @@ CHANGES = {
     },
 }
 _BEGUN_FROM = {
-    "gpt2": lambda: families.gpt2("50m", families.EMBEDDED),
-    "llama": lambda: families.llama("50m", families.EMBEDDED),
-    "transformer_pp": lambda: families.transformer_pp("50m", families.EMBEDDED),
+    "gpt2": lambda: recipes.gpt2("50m", recipes.EMBEDDED),
+    "llama": lambda: recipes.llama("50m", recipes.EMBEDDED),
+    "transformer_pp": lambda: recipes.transformer_pp("50m", recipes.EMBEDDED),
     "record26": speedrun_record26.get_config,
     "speedrun_gate": lambda: speedrun_gate.get_config("headwise"),
 }

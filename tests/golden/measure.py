@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from lmscale_jax import science
+from lmscale_jax import scaling
 from lmscale_jax.configs import base
 from lmscale_jax.configs.ladders import gate, isoflop, muon_vs_adamw, mup_transfer, mur, quickstart
-from lmscale_jax.run import mesh, step, train
-from lmscale_jax.study import plan
+from lmscale_jax.ladders import plan
+from lmscale_jax.model import mesh
+from lmscale_jax.train import loop, step
 from tests.golden import cases
 
 HERE = Path(__file__).parent
@@ -51,7 +52,7 @@ def place() -> Iterator[None]:
     """
     names = (*COMPILER, "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: jax.config.values[name] for name in names}
-    mesh.start(base.get_config())
+    mesh.start_jax(base.get_config())
     # Most of these programs are small, and each run's first state is asked for twice.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     for name, value in COMPILER.items():
@@ -68,12 +69,12 @@ def place() -> Iterator[None]:
 def run(name: str) -> dict:
     """Trains one of the twelve runs under the working directory; returns what it left behind."""
     workdir = Path("runs", name)
-    finished = train.train(cases.config(name, Path("cache")), workdir, lambda line: None)
+    finished = loop.train(cases.config(name, Path("cache")), workdir, lambda line: None)
     record = json.loads((workdir / "run.json").read_text())
     text = (workdir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     setup = finished.setup
-    state = step.begin(setup.config, setup.model, setup.transform, setup.placed)
+    state = step.begin_state(setup.config, setup.model, setup.transform, setup.placed)
     same = ("config_hash", "counts", "flops_per_token", "flops_per_token_by_convention")
     return {
         **{field: record[field] for field in same},
@@ -113,7 +114,7 @@ def digest(array) -> str:
 
 def ladder(name: str) -> dict:
     """Returns the ids of a ladder's plan and cells, in the order in which they are trained."""
-    ladder_plan = plan.make(LADDERS[name](), lambda line: None)
+    ladder_plan = plan.make_plan(LADDERS[name](), lambda line: None)
     cells = [
         [c.id, c.label, c.role, c.needs, c.tokens, c.flops_per_token] for c in ladder_plan.cells
     ]
@@ -129,40 +130,40 @@ def _arms() -> dict:
 
 
 def _law(table, **settings) -> dict:
-    shown = science.fit(table, **settings).to_json()
+    shown = scaling.fit(table, **settings).to_json()
     fields = ("law", "n_points", "params", "compound", "objective", "delta", "intervals", "floor")
     return {field: shown[field] for field in fields}
 
 
 def _isoflop() -> dict:
-    summary, curves = science.isoflop(science.read("kyo_takano"), bootstrap=50, seed=3)
+    summary, curves = scaling.isoflop(scaling.read("kyo_takano"), bootstrap=50, seed=3)
     methods = summary["methods"]
     kept = {name: {k: methods[name][k] for k in ("a", "k", "intervals")} for name in methods}
     return {"methods": kept, "objective": curves["surface"].objective}
 
 
 def _compared() -> dict:
-    verdict = science.compare(_arms(), "A", "B", bootstrap=99, seed=4)
+    verdict = scaling.compare(_arms(), "A", "B", bootstrap=99, seed=4)
     return {field: verdict[field] for field in ("verdict", "shift", "gain", "floors")}
 
 
 def _arm(name: str):
-    return science.as_table(_arms()).arm(name)
+    return scaling.as_table(_arms()).arm(name)
 
 
 def _forecast() -> dict:
-    table = science.read("kyo_takano")
-    prediction = science.forecast(table, n=1e9, d=2e10, bootstrap=100, seed=5, cluster="size")
+    table = scaling.read("kyo_takano")
+    prediction = scaling.forecast(table, n=1e9, d=2e10, bootstrap=100, seed=5, cluster="size")
     return {name: value for name, value in prediction.items() if name != "warnings"}
 
 
 FITS = {
-    "chinchilla": lambda: _law(science.read("kyo_takano"), bootstrap=100, seed=1),
+    "chinchilla": lambda: _law(scaling.read("kyo_takano"), bootstrap=100, seed=1),
     "chinchilla, delta 1e-3, floor pinned": lambda: _law(
-        science.read("kyo_takano"), delta=1e-3, floor=1.8, bootstrap=0
+        scaling.read("kyo_takano"), delta=1e-3, floor=1.8, bootstrap=0
     ),
     "chinchilla, least squares": lambda: _law(
-        science.read("kyo_takano"), delta=float("inf"), bootstrap=0
+        scaling.read("kyo_takano"), delta=float("inf"), bootstrap=0
     ),
     "power": lambda: _law(_arm("A"), law="power", bootstrap=100, seed=2),
     "power_floor": lambda: _law(_arm("B"), law="power_floor", bootstrap=0, delta=0.01),

@@ -1,0 +1,230 @@
+"""Starts and ends every command: parses flags, reports errors in one line, sets the exit status."""
+
+import os
+import platform
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from lmscale_jax.config.resolve import hint
+from lmscale_jax.errors import InputError, RunFailed
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Parses flags and calls `main()`. Exit status 0: done; 1: RunFailed; 2: bad input."""
+    _take_huge_pages()
+
+    def body(_argv) -> None:
+        logging.set_verbosity(logging.WARNING)
+        # So that a line reaches a file or a pipe when it is printed, not an hour later.
+        sys.stdout.reconfigure(line_buffering=True)
+        try:
+            main()
+        except InputError as error:
+            exit_with_error(str(error), status=2)
+        except RunFailed as error:
+            exit_with_error(str(error), status=1)
+
+    app.run(body, flags_parser=_parse)
+
+
+def _take_huge_pages() -> None:
+    """Restarts this process with a glibc that asks for huge pages, unless the setting is made.
+
+    XLA's CPU programs allocate their temporaries at each call, and glibc maps large ones again each
+    time. With small pages the kernel's work on them is a quarter of a step's time, with huge ones a
+    twentieth (docs/performance.md). glibc reads the setting when a process starts.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    # A program read from stdin cannot be read a second time.
+    if _HUGE_PAGES in tunables or platform.libc_ver()[0] != "glibc" or sys.argv[0] in ("", "-"):
+        return
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return
+    if "[never]" in modes:
+        return
+    tunables = f"{tunables}:{_HUGE_PAGES}=1".removeprefix(":")
+    sys.stdout.flush()
+    os.execve(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:]],
+        os.environ | {"GLIBC_TUNABLES": tunables},
+    )
+
+
+_HUGE_PAGES = "glibc.malloc.hugetlb"
+
+
+def exit_with_error(message: str, status: int) -> None:
+    """Prints one line on stderr and exits with `status`."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def config_flag(required: bool = True, default: str | None = None):
+    """Defines --config=FILE.py with --config.a.b=value overrides.
+
+    `default` is the name of a shipped config, for which a user's own file may stand as well.
+    """
+    default = default and find_config(default)
+    flag = config_flags.DEFINE_config_file("config", default, "config file", lock_config=False)
+    if required and default is None:
+        flags.mark_flag_as_required("config")
+    return flag
+
+
+def overrides() -> dict:
+    """Returns the --config.a.b=value overrides of the command line, {dotted path: value}."""
+    return config_flags.get_override_values(flags.FLAGS["config"])
+
+
+def find_config(argument: str) -> str:
+    """Returns a --config value FILE.py[:ARG] with the path of the file that it means.
+
+    That is the file of this name if there is one, seen from the working directory; else, for
+    configs/NAME.py, the one that comes with the package.
+    """
+    path, colon, rest = argument.partition(":")
+    shipped = PACKAGE / path
+    if path.startswith("configs/") and not os.path.isfile(path) and shipped.is_file():
+        return f"{shipped}{colon}{rest}"
+    return argument
+
+
+PACKAGE = Path(__file__).parent
+
+
+def config_file() -> str:
+    """Returns the config file for people to read: lmscale_jax/configs/NAME.py if it is shipped."""
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    return path.replace(f"{PACKAGE}/configs/", f"{PACKAGE.name}/configs/", 1)
+
+
+def _with_config_found(argv: list[str]) -> list[str]:
+    """Returns the arguments with `find_config` of what --config names, in either spelling."""
+    changed = list(argv)
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config") and equals:
+            changed[i] = f"{name}={find_config(value)}"
+        elif name in ("--config", "-config") and i + 1 < len(argv):
+            changed[i + 1] = find_config(argv[i + 1])
+    return changed
+
+
+def _parse(argv: list[str]) -> list[str]:
+    argv = _with_config_found(argv)
+    # The config library warns of errors that are reported here in one line.
+    logging.set_verbosity(logging.ERROR)
+    try:
+        positional = flags.FLAGS(argv)
+        if len(positional) > 1:
+            raise flags.Error(f"{positional[1]!r} is not a flag; use --name=value")
+        if swallowed := _swallowed():
+            raise flags.Error(swallowed)
+        # A config file that cannot be read shows only when its config is used.
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            flags.FLAGS.config.to_dict()
+        return positional
+    except Exception as error:
+        exit_with_error(_explain(error, argv), status=2)
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    """Returns one line on why the flags could not be parsed.
+
+    The config library may hide the cause in a traceback or an error about another error; then the
+    config file is loaded once more.
+    """
+    if "before a value for --config" in str(error):
+        return "--config.KEY=value is before --config=FILE; put it after"
+    if swallowed := _swallowed():
+        return swallowed
+    argument = _config_argument(argv)
+    if argument is None:
+        missing = "--config must" in str(error) or "flag 'config." in str(error)
+        message = "--config is missing; use --config=configs/quickstart.py"
+        return message if missing else str(error)
+    config, fault = _load(argument)
+    return fault or _override_fault(config, argv, str(error)) or str(error)
+
+
+def _swallowed() -> str | None:
+    """Returns a message where a flag without a value has taken the next flag as its value."""
+    for name in flags.FLAGS:
+        if str(value := flags.FLAGS[name].value).startswith("--"):
+            return f"--{name} has no value but the next flag, {value}; use --{name}=value"
+    return None
+
+
+def _config_argument(argv: list[str]) -> str | None:
+    """Returns the value of --config, in either spelling."""
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-config"):
+            return value if equals else "".join(argv[i + 1 : i + 2])
+    return None
+
+
+def _load(argument: str) -> tuple[ConfigDict | None, str | None]:
+    """Loads the file of a --config value. Returns (config, None), or (None, message with line)."""
+    path, colon, name = argument.partition(":")
+    if not os.path.isfile(path):
+        return None, f"--config={argument}: no such file; use --config=configs/quickstart.py"
+    try:
+        config = runpy.run_path(path)["get_config"](*([name] if colon else []))
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config() returns {type(config).__name__}, not a ConfigDict")
+        return config, None
+    except SyntaxError as error:
+        line, message = error.lineno, error.msg
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        # The text of a ConfigDict's own errors is quoted once or twice.
+        message = str(error).replace("\\n", " ").strip("\"'")
+        line, message = lines[-1] if lines else 1, f"{message or type(error).__name__}"
+        if isinstance(error, KeyError):
+            message = f"no {message} there"
+    return None, f"--config={path}:{line}: {message}"
+
+
+def _override_fault(config: ConfigDict, argv: list[str], message: str) -> str | None:
+    """Returns what is wrong with an override --config.a.b=value: its key or its value's type.
+
+    `message` is the config library's.
+    """
+    for match in (re.match(r"--?(?:no)?config\.([^=]+)=?(.*)", a) for a in argv):
+        if match is None:
+            continue
+        path, value = match.groups()
+        default = _default_of(config, path)
+        if default is None:
+            return f"config.{path} is not a key; {hint(path, list(_paths(config)))}"
+        if isinstance(default, ConfigDict):
+            return f"config.{path}={value} is a group of keys; set one, config.{path}.KEY=value"
+        if f"config.{path}={value}" in message:
+            kind = type(default).__name__
+            return f"config.{path}={value} must be of type {kind}; use {default!r}"
+    return None
+
+
+def _default_of(config: ConfigDict, path: str):
+    for name in path.split("."):
+        config = config.get(name) if isinstance(config, ConfigDict) else None
+    return config
+
+
+def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _paths(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name

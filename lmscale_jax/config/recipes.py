@@ -1,0 +1,179 @@
+"""GPT-2, Llama and Transformer++ at about 50M, 100M and 300M parameters.
+
+At one size the three differ in the block alone: depth, width, heads, batch, learning rate and data
+are the same, so that a difference in loss can be laid to the block. Their parameter counts are not
+equal (Transformer++ gates an MLP of the full 4 d_model, Llama reads out with a matrix of its own);
+compare them by counts or FLOPs, not by name.
+
+What the models of the nanoGPT speedruns have in common.
+
+Runs that ladders have in common: small ones on the embedded corpus, larger ones on shards.
+"""
+
+import dataclasses
+import math
+
+from ml_collections import ConfigDict
+
+from lmscale_jax.config import keys
+from lmscale_jax.config.keys import get_config as base
+from lmscale_jax.errors import InputError
+
+# Where the tokens come from: FineWeb-Edu off the hub, or the standard library's source, 30 MB of
+# text on every machine, of which these budgets are many epochs, as `--explain` counts.
+WEB, EMBEDDED = "fineweb_edu", "embedded"
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilySize:
+    """Shape and recipe of one size.
+
+    The budget is about 20 tokens per parameter, where more parameters and more tokens buy about
+    the same (Hoffmann et al. 2022, arXiv 2203.15556).
+
+    Batch and peak learning rate follow GPT-3's smallest models (Brown et al. 2020, arXiv
+    2005.14165, table 2.1: 0.5M tokens, with 6e-4 at 125M and 3e-4 at 350M parameters); below 300M
+    the batch is smaller, so that a budget this short still has several thousand steps. `accum`
+    keeps a micro-batch at 16,384 tokens, which one accelerator with 16 GiB holds and 8 or 16
+    devices divide.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_ff_llama: int
+    seq_len: int
+    batch_size: int
+    accum: int
+    tokens: float
+    lr: float
+
+
+SIZES = {
+    # 131,072 tokens a step, 7,630 steps
+    "50m": FamilySize(8, 512, 8, 1408, seq_len=512, batch_size=256, accum=8, tokens=1e9, lr=1e-3),
+    # 262,144 tokens a step, 7,630 steps
+    "100m": FamilySize(
+        10, 768, 12, 2048, seq_len=512, batch_size=512, accum=16, tokens=2e9, lr=6e-4
+    ),
+    # 524,288 tokens a step, 11,445 steps
+    "300m": FamilySize(
+        20, 1024, 16, 2816, seq_len=1024, batch_size=512, accum=32, tokens=6e9, lr=3e-4
+    ),
+}
+
+
+def gpt2(size: str, corpus: str = WEB) -> ConfigDict:
+    """GPT-2 (Radford et al. 2019): LayerNorm, GELU, biases, learned positions, tied readout.
+
+    Its dropout of 0.1 is left at 0: it served many passes over little data, costs loss in a single
+    pass over much, and would rule out the fused attention kernels.
+    """
+    config = _recipe(SIZES[size], corpus)
+    config.model.bias = True
+    config.model.max_seq_len = 1024
+    return config
+
+
+def llama(size: str, corpus: str = WEB) -> ConfigDict:
+    """Llama (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, SwiGLU, RoPE, no biases, untied."""
+    config = _recipe(SIZES[size], corpus)
+    model = config.model
+    model.norm, model.mlp, model.positions, model.head = "rmsnorm", "swiglu", "rope", "untied"
+    model.d_ff = SIZES[size].d_ff_llama
+    config.parametrization.residual_init = "plain"
+    return config
+
+
+def transformer_pp(size: str, corpus: str = WEB) -> ConfigDict:
+    """Transformer++ of the Marginal Utility Regularization study.
+
+    RMSNorm and a SwiGLU of the full 4 d_model, but with biases, learned positions and a tied
+    readout. Its dropout of 0.1 is left at 0, as in `gpt2`.
+    """
+    config = _recipe(SIZES[size], corpus)
+    model = config.model
+    model.norm, model.mlp, model.bias = "rmsnorm", "swiglu", True
+    model.d_ff = 4 * model.d_model
+    model.max_seq_len = 1024
+    config.parametrization.residual_init = "plain"
+    return config
+
+
+def _recipe(size: FamilySize, corpus: str) -> ConfigDict:
+    """What the three families share at one size."""
+    config = base()
+    model = config.model
+    model.n_layers, model.d_model, model.n_heads = size.n_layers, size.d_model, size.n_heads
+    model.dtype = "bfloat16"
+    config.optim.lr = size.lr
+    # 380 to 570 steps: several times the memory of the second moment (1 / (1 - beta2) = 20 steps),
+    # and near GPT-3's 715.
+    config.schedule.warmup = "5%"
+    # Steps, not train.tokens: so that --config.train.steps=20 alone is a valid override.
+    config.train.steps = math.ceil(size.tokens / (size.batch_size * size.seq_len))
+    config.train.batch_size, config.train.accum = size.batch_size, size.accum
+    config.data.vocab_size = 32_000
+    config.data.seq_len = size.seq_len
+    if corpus == WEB:
+        # A page has about 1,000 tokens; a sixth more than one pass needs.
+        config.data.source, config.data.limit = WEB, round(7 / 6 * size.tokens / 1000)
+    elif corpus != EMBEDDED:
+        raise InputError(f"--config=...:{corpus}: {WEB!r} or {EMBEDDED!r} would work")
+    return config
+
+
+def speedrun_base() -> ConfigDict:
+    """12 blocks of width 768, ReLU², unit queries and keys, matrices by Muon.
+
+    On the embedded corpus, with as many rows as GPT-2's padded vocabulary.
+    """
+    c = keys.get_config()
+    m = c.model
+    m.n_layers, m.d_model, m.n_heads, m.vocab_size = 12, 768, 6, 50_304
+    m.mlp, m.norm, m.norm_eps, m.dtype = "relu2", "rmsnorm", 1.2e-7, "bfloat16"
+    m.positions, m.qk_norm = "rope", "rmsnorm"
+    c.parametrization.residual_init = "zeros"
+    c.optim.name, c.optim.weight_decay, c.optim.clip = "muon", 0.0, 0.0
+    c.schedule.name, c.schedule.warmup, c.schedule.final = "wsd", "0", 0.0
+    c.data.vocab_size, c.data.seq_len, c.train.batch_size = 32_000, 1024, 512
+    return c
+
+
+def untie_readout(c: ConfigDict) -> None:
+    """The readout, rotation, scale of attention and AdamW of the two records."""
+    m, p, o = c.model, c.parametrization, c.optim
+    m.rope_channels, m.rope_theta, m.head, m.logit_softcap = "half", 1024.0, "untied", 15.0
+    p.embed_std, p.head_init, p.attention_scale = 1.0, "zeros", 0.12 * 128**0.5
+    o.muon_scale, o.beta1, o.beta2, o.eps = "kj", 0.8, 0.95, 1e-10
+
+
+def on_path(c: ConfigDict, path: str) -> ConfigDict:
+    """On shards of GPT-2's tokens, if a path is given."""
+    return on_shards(c, path, vocab_size=50_304) if path else c
+
+
+def small_decoder() -> ConfigDict:
+    """A small decoder of the Llama family on the Python standard library's source."""
+    run = keys.get_config()
+    run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
+    run.data.vocab_size, run.data.seq_len = 1024, 128
+    run.optim.lr, run.train.batch_size = 6e-3, 16
+    # About 1 / sqrt(width): with GPT-2's 0.02, meant for 768 channels, arms lose 0.2 to 0.7 nats
+    # at 100k parameters, not the same amount, and not the same at every rate.
+    run.parametrization.init_std = 0.08
+    run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
+    run.log.tensorboard = False
+    return run
+
+
+def on_shards(run: ConfigDict, path: str, vocab_size: int = 50_257) -> ConfigDict:
+    """The run's data from .bin shards, those with "val" in their name held out.
+
+    `vocab_size` is that of the tokenizer that made them, by default GPT-2's.
+    """
+    run.data.source, run.data.path = "bin", path
+    run.data.tokenizer, run.data.vocab_size = "bpe", 4096
+    run.model.vocab_size = vocab_size
+    run.eval.every, run.eval.tokens, run.eval.sample = 0, 2_000_000, 0
+    return run

@@ -1,0 +1,203 @@
+"""Makes, checks, reads and writes plan.json, which is written before a ladder's first run starts.
+
+A ladder may grow by seeds, anchors, budgets or arms. The config that its runs share, and the
+settings of an arm, may not change.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lmscale_jax.config.keys import keys
+from lmscale_jax.config.resolve import apply_overrides
+from lmscale_jax.data import prepare
+from lmscale_jax.errors import InputError
+from lmscale_jax.files import write_json
+from lmscale_jax.ladders import grid
+from lmscale_jax.ladders.grid import Cell
+
+# Keys that may differ from those of the plan in the same directory.
+GROWING_KEYS = (
+    "seeds", "rungs.sizes", "tokens.amounts", "tokens.held_out", "question", "max_hours", "switch",
+)  # fmt: skip
+GROWING_GROUPS = ("tune", "arms", "per_rung", "executor", "pack", "fit")
+
+
+class LadderPlan(NamedTuple):
+    """A ladder's config and its cells.
+
+    Attributes:
+      ladder: the config as a plain dict.
+      cells: in training order.
+      vocab_size: the tokenizer's.
+    """
+
+    ladder: dict
+    cells: list[Cell]
+    vocab_size: int
+
+    @property
+    def id(self) -> str:
+        """Returns 12 hex digits that identify the cells and the settings of their comparison."""
+        machine = ("executor", "pack", "max_hours")
+        identity = {k: v for k, v in self.ladder.items() if k not in machine}
+        text = json.dumps([identity, [cell.id for cell in self.cells]], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def with_role(self, *roles: str) -> list[Cell]:
+        """Returns the cells of these roles."""
+        return [cell for cell in self.cells if cell.role in roles]
+
+    def cell(self, name: str) -> Cell:
+        """Returns the cell with that id. Raises InputError where there is none."""
+        for cell in self.cells:
+            if cell.id == name:
+                return cell
+        raise InputError(f"--ids={name} is not a cell of the plan; use an id from plan.json")
+
+    def config(self, cell: Cell, workdir: Path) -> ConfigDict:
+        """Returns the unresolved config of a cell's run in a ladder's directory."""
+        overrides = dict(cell.overrides)
+        if cell.needs:
+            overrides["train.parent"] = str(cell_dir(workdir, cell.needs))
+        return apply_overrides(ConfigDict(self.ladder["run"]), overrides)
+
+
+def cell_dir(workdir: Path, name: str) -> Path:
+    """Returns the run directory of the cell with that id."""
+    return workdir / "runs" / name
+
+
+def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
+    """Makes the plan of a ladder's config.
+
+    Prepares the data where its vocabulary size is unknown: parameter counts depend on it.
+    """
+    grid.check_ladder(ladder)
+    vocab_size = prepare.vocab_size_of(ladder.run.data)
+    if not vocab_size:
+        vocab_size = prepare.prepare_data(ladder.run.data, log=say).vocab_size
+    return LadderPlan(
+        _plain_config(ladder.to_dict()), grid.make_cells(ladder, vocab_size), vocab_size
+    )
+
+
+def _plain_config(value):
+    """Turns tuples into lists, so that a plan read from JSON equals the one that was written."""
+    if isinstance(value, dict):
+        return {k: _plain_config(v) for k, v in value.items()}
+    return [_plain_config(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_plan(workdir: Path) -> LadderPlan | None:
+    """Reads a directory's plan; None where there is none. Raises InputError where it is invalid."""
+    path = workdir / "plan.json"
+    if not path.exists():
+        return None
+    try:
+        fields = json.loads(path.read_text())
+        plan_cells = [Cell(**cell) for cell in fields["cells"]]
+        return LadderPlan(fields["ladder"], plan_cells, fields["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--workdir={workdir}: plan.json is not a plan ({error}); use a new --workdir"
+        ) from None
+
+
+def check_plan(plan: LadderPlan, workdir: Path) -> LadderPlan | None:
+    """Returns the plan that the directory holds, or None. Writes nothing.
+
+    Raises InputError where it holds other files, or a plan that this one does not extend.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir} is a file; use a directory")
+    previous = read_plan(workdir)
+    if previous is None:
+        if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
+            raise InputError(
+                f"--workdir={workdir} holds files but no plan.json; use an empty or new directory"
+            )
+        return None
+    ours, theirs = _fixed(plan.ladder), _fixed(previous.ladder)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise InputError(
+                f"--workdir={workdir} holds a ladder that disagrees: {key} is {theirs.get(key)!r} "
+                f"there and {ours.get(key)!r} here; use a new --workdir"
+            )
+    for arm in plan.ladder["arms"].keys() & previous.ladder["arms"].keys():
+        if plan.ladder["arms"][arm] != previous.ladder["arms"][arm]:
+            raise InputError(
+                f"--workdir={workdir} holds a ladder that disagrees: arm {arm!r} is "
+                f"{previous.ladder['arms'][arm]} there and {plan.ladder['arms'][arm]} here; use "
+                f"another name for the new arm, or a new --workdir"
+            )
+    return previous
+
+
+def _fixed(ladder: dict) -> dict:
+    """Returns {dotted key: value} of the keys that must not change while a ladder grows."""
+    machine = {path for path, key in keys() if not key.identity}
+    return {
+        key: value
+        for key, value in grid.flat_overrides(ladder).items()
+        if key not in GROWING_KEYS
+        and key.split(".")[0] not in GROWING_GROUPS
+        and key.removeprefix("run.") not in machine
+    }
+
+
+def write_plan(plan: LadderPlan, previous: LadderPlan | None, workdir: Path) -> None:
+    """Writes plan.json; keeps a different previous plan as plans/ID.json."""
+    if previous is not None and previous.id == plan.id and previous.ladder == plan.ladder:
+        return
+    path = workdir / "plan.json"
+    if previous is not None and previous.id != plan.id:
+        (workdir / "plans").mkdir(exist_ok=True)
+        (workdir / "plans" / f"{previous.id}.json").write_bytes(path.read_bytes())
+    write_json(
+        path,
+        {
+            "id": plan.id,
+            "made": timestamp(),
+            "vocab_size": plan.vocab_size,
+            "ladder": plan.ladder,
+            "cells": [dataclasses.asdict(cell) for cell in plan.cells],
+        },
+    )
+
+
+def timestamp() -> str:
+    """Returns the present time in UTC, in ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def select_cells(plan: LadderPlan, terms: list[str]) -> list[Cell]:
+    """Selects cells by the terms of --only: arms, ids, roles, sizes ("100k") or "seed=1".
+
+    A cell must match one term of every kind that is present. The trunks of selected branches are
+    included. Raises InputError for a term that matches nothing.
+    """
+    kinds = {
+        "arm": lambda cell: cell.arm,
+        "id": lambda cell: cell.id,
+        "role": lambda cell: cell.role,
+        "size": lambda cell: grid.short_count(cell.size),
+        "seed": lambda cell: f"seed={cell.seed}",
+    }
+    terms_by_kind: dict[str, set] = {}
+    for term in terms:
+        kind = next((k for k, f in kinds.items() if any(f(c) == term for c in plan.cells)), None)
+        if kind is None:
+            names = sorted({f(c) for k, f in kinds.items() if k != "id" for c in plan.cells})
+            raise InputError(f"--only={term} matches no cell; use one of {', '.join(names)}")
+        terms_by_kind.setdefault(kind, set()).add(term)
+    matches = [c for c in plan.cells if all(kinds[k](c) in v for k, v in terms_by_kind.items())]
+    ids = {cell.needs for cell in matches} | {cell.id for cell in matches}
+    return [cell for cell in plan.cells if cell.id in ids]

@@ -1,0 +1,208 @@
+"""Per-layer inputs other than the residual stream, and which block gets what.
+
+Windows, skips from half to half (a U-net), the embedding mixed in again, and tables added to the
+values are those of modded-nanogpt (Jordan et al. 2024), as functions of the number of blocks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmscale_jax.config.key import Modes
+from lmscale_jax.model import param
+from lmscale_jax.model.attention import rope_tables
+from lmscale_jax.model.context import ForwardContext
+
+
+class Positions(NamedTuple):
+    """One choice of model.positions; None where it has none of these.
+
+    Attributes:
+      table: model -> the parameter whose row t is added to the embedding at position t.
+      rope: (model, length) -> cosines and sines.
+    """
+
+    table: Callable | None = None
+    rope: Callable | None = None
+
+
+def _position_table(model):
+    return param.weight({"position": model.max_seq_len}, {"embed": model.d_model}, "input")
+
+
+def _rope(model, length: int):
+    return rope_tables(length, model.head_dim, model.rope_theta, model.rope_channels)
+
+
+POSITIONS = Modes(
+    "model.positions",
+    {
+        "learned": Positions(table=_position_table),
+        "rope": Positions(rope=_rope),
+        "none": Positions(),
+    },
+)
+
+
+class Skips(NamedTuple):
+    """One choice of model.skips.
+
+    Attributes:
+      half: number of blocks -> n, if the streams after the first n blocks enter the last n ones,
+        the last stream first.
+      factors: the initial value of each block's factor of what enters; () without skips.
+    """
+
+    half: Callable[[int], int]
+    factors: tuple[float, ...] = ()
+
+
+SKIPS = Modes(
+    "model.skips", {"none": Skips(lambda n: 0), "unet": Skips(lambda n: n // 2, factors=(1.0,))}
+)
+
+
+class OriginMix(NamedTuple):
+    """Initial shares, in what a block reads, of the stream and of the embedding."""
+
+    stream: float
+    origin: float
+
+
+# None: blocks read the stream alone.
+X0_MIXES = Modes("model.x0_mix", {"none": None, "learned": OriginMix(stream=1.0, origin=0.0)})
+
+
+def _document_numbers(tokens_BxT: jax.Array, bos_id: int | None):
+    return None if bos_id is None else jnp.cumsum(tokens_BxT == bos_id, axis=1)
+
+
+# (tokens_BxT, bos_id) -> the number of each token's document; None: the window is one.
+MASKS = Modes(
+    "model.mask", {"causal": lambda tokens_BxT, bos_id: None, "document": _document_numbers}
+)
+
+
+def begin_pass(config, embed, h_NxD, tokens_BxT, context: ForwardContext, step) -> ForwardContext:
+    """Returns the context of a pass over these tokens; h is their embedding."""
+    model, length = config.model, tokens_BxT.shape[1]
+    rope, mixes = POSITIONS[model.positions].rope, X0_MIXES[model.x0_mix]
+    return context.replace(
+        rope=rope and rope(model, length),
+        value_rows_SxBxTxKxd=embed.value_rows(tokens_BxT, context)
+        if model.value_embeddings
+        else None,
+        origin_NxD=h_NxD if mixes else None,
+        windows=attention_windows(config, step),
+    )
+
+
+def layer_inputs(model, context: ForwardContext, index) -> ForwardContext:
+    """Returns the context of one block; its number may be traced."""
+    L, key, window, skip_NxD, values_BxTxKxd = model.n_layers, None, None, None, None
+    if context.key is not None:
+        key = jax.random.fold_in(context.key, index + 1)
+    if context.windows is not None:
+        window = _window(model, context.windows, index)
+    if context.skips_SxNxD is not None:
+        skip_NxD = context.skips_SxNxD[L - 1 - index]
+    if context.value_rows_SxBxTxKxd is not None:
+        values_BxTxKxd = _value_rows(model, context.value_rows_SxBxTxKxd, index)
+    return context.replace(key=key, window=window, skip_NxD=skip_NxD, values_BxTxKxd=values_BxTxKxd)
+
+
+def _window(model, whole_and_half: tuple, index):
+    whole, half = whole_and_half
+    is_whole_L = np.isin(np.arange(model.n_layers), full_window_blocks(model))
+    if is_whole_L.all():
+        return whole  # a number, which some kernels want
+    if isinstance(index, int):
+        return whole if is_whole_L[index] else half
+    return jnp.where(jnp.asarray(is_whole_L)[index], whole, half)
+
+
+def _value_rows(model, values_SxBxTxKxd, index):
+    table_L = value_tables(model)
+    if isinstance(index, int):
+        return values_SxBxTxKxd[table_L[index]] if table_L[index] >= 0 else None
+    table = jnp.asarray(table_L)[index]
+    return jnp.where(table >= 0, values_SxBxTxKxd[jnp.maximum(table, 0)], 0)
+
+
+def value_tables(model) -> list[int]:
+    """[L]: which table a block reads, -1 for none. The first and the last n blocks read the same n,
+    in the same order."""
+    n, L = model.value_embeddings, model.n_layers
+    return [i if i < n else i - (L - n) if i >= L - n else -1 for i in range(L)]
+
+
+# Number of blocks -> those that see the whole of model.window; None: there are no windows.
+WHOLE_WINDOWS = Modes(
+    "model.window_layers",
+    {
+        "none": lambda n: None,
+        "all": lambda n: list(range(n)),
+        "ends": lambda n: sorted({0, round(n / 3), n - 1}),
+        "fourth": lambda n: sorted({*range(3, n, 4), n - 1}),
+    },
+)
+
+
+def full_window_blocks(model) -> list[int] | None:
+    """Returns the blocks that see the whole of model.window; None: there are no windows."""
+    return WHOLE_WINDOWS[model.window_layers](model.n_layers)
+
+
+def attention_windows(config, step=None) -> tuple | None:
+    """(whole, half) windows in blocks of tokens at an optimizer step; without one, at the end.
+
+    While they grow, the whole one is the share of steps done times model.window, rounded up to
+    blocks and at least one block; the half one is half of it in blocks, rounded down, at least one.
+    """
+    model = config.model
+    if full_window_blocks(model) is None:
+        return None
+    block = model.window_block
+    full = -(-model.window // block)
+    growth = model.window_growth
+    if step is None or not growth:
+        return full, max(1, full // 2)
+    tokens = jnp.minimum(1.0, step / growth) * model.window
+    whole = jnp.clip(jnp.ceil(tokens / block), 1, full).astype(jnp.int32)
+    return whole, jnp.maximum(1, whole // 2)
+
+
+def mean_visible(config, length: int) -> float:
+    """Keys that a query of a full window of tokens attends to, on average over tokens and blocks;
+    half of the window's length where nothing is hidden but the future."""
+    model = config.model
+    if full_window_blocks(model) is None:
+        return length / 2
+    whole, half = (min(length, w * model.window_block) for w in attention_windows(config))
+    long = len(full_window_blocks(model))
+    seen = {w: w - w * w / (2 * length) for w in (whole, half)}
+    return (long * seen[whole] + (model.n_layers - long) * seen[half]) / model.n_layers
+
+
+def describe_skips(config) -> dict[str, str]:
+    """For people to read, by name; {} for a plain stack."""
+    model, lines = config.model, {}
+    if full_window_blocks(model) is not None:
+        whole, half = attention_windows(config)
+        blocks = "" if model.window_block == 1 else f" blocks of {model.window_block}"
+        grow, full_blocks = model.window_growth, full_window_blocks(model)
+        lines["windows"] = (
+            f"{whole}{blocks or ' tokens'} in block {', '.join(map(str, full_blocks))}, else {half}"
+            + (f"; growing over {grow} steps" if grow else "")
+        )
+    if SKIPS[model.skips].factors:
+        L = model.n_layers
+        pairs = ((i, L - 1 - i) for i in range(SKIPS[model.skips].half(L)))
+        lines["skips"] = ", ".join(f"{i} to {j}" for i, j in pairs)
+    if model.value_embeddings:
+        tables = {i: t for i, t in enumerate(value_tables(model)) if t >= 0}
+        lines["value tables"] = ", ".join(f"{t} in block {i}" for i, t in tables.items())
+    return lines

@@ -1,0 +1,83 @@
+"""Prints the summary of a finished run: losses, baselines, plots and sampled text."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lmscale_jax.evals import perplexity
+from lmscale_jax.model import sampling
+from lmscale_jax.reports import plots
+from lmscale_jax.train import distributed
+
+
+def show_final_summary(finished, say: Callable[[str], None] = print) -> None:
+    """Adds baseline losses to the record, plots the run and prints its summary.
+
+    All processes sample, since the model may be split over them; the first one prints.
+
+    Args:
+      finished: the result of training: the record, the run, its parameters.
+      say: prints a line.
+    """
+    run, setup, params = finished
+    config, data = setup.config, setup.data
+    sample = sample_text(setup, params) if config.eval.sample else ""
+    if not distributed.is_first():
+        return
+    if config.eval.baselines:
+        scores = perplexity.baseline_losses(
+            data.train, data.val, config.model.vocab_size, run["final"]["val_tokens"]
+        )
+        run.update(baselines=scores)
+    for path in plots.draw_run(setup.workdir):
+        say(f"plot                 {path}")
+    if config.eval.sample:
+        say("sample\n" + indent(sample))
+    say("")
+    for name, value in (run["baselines"] if config.eval.baselines else {}).items():
+        say(f"{name + ' model':<20} {value:.4f} nats/token, held out")
+    final = run["final"]
+    say(
+        f"{'this run':<20} {final['val_loss']:.4f} ± {final['val_loss_sem'] or 0:.4f} nats/token, "
+        f"held out ({final['val_tokens']:,} tokens)"
+    )
+    if "val_loss_ema" in final:
+        say(f"{'running mean':<20} {final['val_loss_ema']:.4f} nats/token, averaged weights")
+    if final["bits_per_byte"] is not None:
+        say(f"{'bits per byte':<20} {final['bits_per_byte']:.4f}")
+    say(f"{'record and plots':<20} {setup.workdir}/run.json, {setup.workdir}/plots/")
+
+
+def sample_text(setup, params, n_tokens: int = 0, prompt: str = "", **options) -> str:
+    """Samples text from the model; returns the prompt and its continuation.
+
+    Args:
+      n_tokens: tokens to add; 0: eval.sample of the config.
+      prompt: text to continue; empty: a new document.
+      options: further arguments of `sampling.sample`.
+    """
+    config, data = setup.config, setup.data
+    ids = np.zeros(0, int)
+    if prompt and data.tokenizer:
+        ids = data.tokenizer.encode_batch([prompt])[0]
+    if data.boundary is not None:
+        ids = np.concatenate([[data.boundary], ids])
+    if not len(ids):
+        ids = data.val.read(0, 1)
+    sampled = sampling.sample(
+        setup.model.logits,
+        params,
+        ids,
+        n_tokens or config.eval.sample,
+        length=config.data.seq_len,
+        vocab_size=data.vocab_size,
+        **options,
+    )
+    if data.tokenizer is None:
+        return " ".join(map(str, sampled))
+    return prompt + data.tokenizer.decode(sampled)
+
+
+def indent(text: str) -> str:
+    """Marks every line of a text as quoted."""
+    return "\n".join("  | " + line for line in text.splitlines())

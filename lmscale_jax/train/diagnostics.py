@@ -1,0 +1,157 @@
+"""What a step can say of its inside, beyond its loss: norms, activations, spectra by layer.
+
+Spectral norms of stacked matrices by warm-started power iteration.
+
+Under the spectral condition (Yang et al. 2023, arXiv 2310.17813) the norm of a matrix and of its
+update, times sqrt(fan_in / fan_out), keep their size as the model grows.
+"""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lmscale_jax.model.build import Model
+from lmscale_jax.model.param import Spec, map_named, named
+from lmscale_jax.mur.settings import MODES
+
+
+def due_measurements(config, done: int) -> tuple[str, ...]:
+    """What is measured in the step after which `done` steps are done. Lines carry it, so it falls
+    on steps that write one."""
+    log = config.log
+    every = {
+        "norms": log.every if log.per_layer else 0,
+        "activations": log.activations_every,
+        "spectral": log.spectral_every,
+        "mur": log.every if MODES[config.mur.mode].measures else 0,
+    }
+    return tuple(name for name, n in every.items() if n and done % n == 0)
+
+
+def begin_diagnostics(config, model: Model) -> dict:
+    """What must be remembered from one measurement to the next."""
+    return begin_spectral(model.specs) if config.log.spectral_every else {}
+
+
+def take_diagnostics(
+    what: tuple[str, ...], model: Model, batch, grads, params, updates, memory: dict
+):
+    """(metrics, memory): {name: scalar or [L]} of everything in `what`."""
+    metrics = {}
+    if "norms" in what:
+        metrics |= layer_norms(model, grads, params, updates)
+    if "activations" in what:
+        metrics |= activation_stats(model, batch, params)
+    if "spectral" in what:
+        found, memory = measure_spectral(model.specs, params, updates, memory)
+        metrics |= found
+    return metrics, memory
+
+
+def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
+    """Euclidean norms for each block, [L], and of embedding and readout, by what and where."""
+    n_layers = next(iter(named(model.specs["blocks"]).values())).shape[0]
+
+    def blocks(tree):
+        squares = [
+            jnp.square(x.reshape(n_layers, -1)).sum(axis=1) for x in jax.tree.leaves(tree["blocks"])
+        ]
+        return jnp.sqrt(sum(squares))
+
+    metrics = {}
+    for what, tree in (("grad", grads), ("param", params), ("update", updates)):
+        metrics[f"{what}_norm_layers"] = blocks(tree)
+        for where in ("embed", "readout"):
+            metrics[f"{what}_norm_{where}"] = optax.tree.norm(tree[where])
+    return metrics
+
+
+def activation_stats(model: Model, batch, params: dict) -> dict:
+    """{"activation/NAME/STATISTIC": scalar or [L]}: mean, rms and largest absolute value."""
+
+    def keep(_, x):
+        x = x.astype(jnp.float32)
+        return jnp.stack([x.mean(), jnp.sqrt(jnp.square(x).mean()), jnp.abs(x).max()])
+
+    metrics = {}
+    for path, values in named(model.taps(params, batch.tokens_BxT, keep)).items():
+        for index, statistic in enumerate(("mean", "rms", "max")):
+            metrics[f"activation/{path.removeprefix('blocks/')}/{statistic}"] = values[..., index]
+    return metrics
+
+
+# From a cold start the estimate of a Gaussian matrix is within 2% after these; on the way it is
+# always a lower bound.
+ITERATIONS = 40
+
+
+def begin_spectral(specs: dict) -> dict[str, dict[str, jax.Array]]:
+    """Unit start vectors {"weight" and "update": {path: [layers, fan_in]}} of all matrices."""
+
+    def vector(path: str, spec: Spec):
+        layers = spec.shape[0] if spec.axes[0] == "layers" else 1
+        key = jax.random.key(zlib.crc32(path.encode()) & 0x7FFFFFFF)
+        return _unit(jax.random.normal(key, (layers, spec.fan_in)))
+
+    matrices = {path: spec for path, spec in named(specs).items() if _is_matrix(spec)}
+    return {
+        what: {path: vector(f"{what}/{path}", spec) for path, spec in matrices.items()}
+        for what in ("weight", "update")
+    }
+
+
+def _is_matrix(spec: Spec) -> bool:
+    return spec.role in ("input", "hidden", "output")
+
+
+def _unit(v_LxI: jax.Array) -> jax.Array:
+    return v_LxI / jnp.maximum(jnp.linalg.norm(v_LxI, axis=1, keepdims=True), 1e-30)
+
+
+def top_singular(w_LxIxO: jax.Array, v_LxI: jax.Array, iterations: int = ITERATIONS):
+    """(sigma [L], v [L, I]): the largest singular value from below, and the vector to go on from.
+
+    Power iteration on W W^T. A matrix of zeros gives 0 and keeps its vector.
+    """
+    w_LxIxO = w_LxIxO.astype(jnp.float32)
+
+    def one(_, v_LxI):
+        u_LxO = jnp.einsum("lio,li->lo", w_LxIxO, v_LxI)
+        new_LxI = jnp.einsum("lio,lo->li", w_LxIxO, u_LxO)
+        return jnp.where(jnp.any(new_LxI != 0, axis=1, keepdims=True), _unit(new_LxI), v_LxI)
+
+    v_LxI = jax.lax.fori_loop(0, iterations, one, v_LxI)
+    return jnp.linalg.norm(jnp.einsum("lio,li->lo", w_LxIxO, v_LxI), axis=1), v_LxI
+
+
+def measure_spectral(specs: dict, params: dict, updates: dict, vectors: dict) -> tuple[dict, dict]:
+    """What the monitor says of a step, {"spectral/QUANTITY/PATH": [layers]}, and new vectors.
+
+    Quantities: "weight" and "update", sigma times sqrt(fan_in / fan_out); "relative", the ratio of
+    the two; "stable_rank" of the weight, its squared Frobenius norm over sigma squared.
+
+    Args:
+      specs, params, updates: trees with the same paths; params from before the update.
+      vectors: of `begin`, or of the last call.
+    """
+    found, moved = {}, {"weight": {}, "update": {}}
+
+    def one(path: str, spec: Spec):
+        if not _is_matrix(spec):
+            return
+        size = (-1, spec.fan_in, spec.fan_out)
+        w, u = (named(tree)[path].reshape(size) for tree in (params, updates))
+        sigma_L, moved["weight"][path] = top_singular(w, vectors["weight"][path])
+        of_update_L, moved["update"][path] = top_singular(u, vectors["update"][path])
+        shape = (spec.fan_in / spec.fan_out) ** 0.5
+        square_L = jnp.square(w.astype(jnp.float32)).sum(axis=(1, 2))
+        floor_L = jnp.maximum(sigma_L, 1e-30)
+        found[f"spectral/weight/{path}"] = sigma_L * shape
+        found[f"spectral/update/{path}"] = of_update_L * shape
+        found[f"spectral/relative/{path}"] = of_update_L / floor_L
+        found[f"spectral/stable_rank/{path}"] = square_L / jnp.square(floor_L)
+
+    map_named(one, specs)
+    return found, moved

@@ -1,0 +1,101 @@
+"""Reads a trained run: its record, its model and data, and the parameters of a checkpoint.
+
+Makes a run directory of weights that were trained elsewhere, for `evaluate` to read.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from lmscale_jax.errors import InputError
+from lmscale_jax.model import hf, mesh
+from lmscale_jax.model.sharding import AXES
+from lmscale_jax.train import checkpoint, loop, run_dir, step
+from lmscale_jax.train.checkpoint import Checkpoints
+from lmscale_jax.train.run_dir import read_record
+
+
+class LoadedRun(NamedTuple):
+    """A run as it was read back.
+
+    Attributes:
+      record: run.json as it is.
+      setup: the run's model, data and mesh, over the devices of this machine.
+      step: of the checkpoint.
+      params: verified against their checksums.
+    """
+
+    record: dict
+    setup: loop.Run
+    step: int
+    params: dict
+
+
+def load_run(workdir: Path, step: int = 0) -> LoadedRun:
+    """Reads a run, which may be unfinished. `step` 0 is the newest checkpoint.
+
+    Raises InputError where there is no run or no such checkpoint, where it cannot be read
+    completely, and where the data differ from those that the run was trained with.
+    """
+    record = read_record(workdir)
+    config = ConfigDict(record["config"])
+    config.mesh.update(dict.fromkeys(AXES, 1) | {"data": -1, "cpu_devices": 0})
+    # Before anything large, so that a directory without checkpoints is an error at once.
+    checkpoints = checkpoint.Checkpoints(workdir)
+    if not checkpoints.steps():
+        raise InputError(
+            f"--workdir={workdir} holds no checkpoint (status {record['status']!r}); train it first"
+        )
+    mesh.start_jax(config)
+    setup = loop.build_run(config, workdir, say=lambda line: None)
+    if setup.data.val_fingerprint != record["data"]["val_fingerprint"]:
+        raise InputError(
+            f"config.data.source={config.data.source!r} holds other held-out tokens than "
+            f"{workdir} was evaluated on; use the data that it was trained on"
+        )
+    shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(setup.model.init, jax.random.key(0)),
+        shardings,
+    )
+    step, params = checkpoints.restore_params(abstract, step)
+    checkpoints.close()
+    return LoadedRun(record, setup, step, params)
+
+
+def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[str], None]):
+    """Reads a Hugging Face directory into `workdir` and returns the run's record.
+
+    The config's data must be in ids of the model's own tokenizer. The record counts one step,
+    though none was taken here. Raises InputError where the source cannot be read or `workdir` is
+    not empty.
+    """
+    config = ConfigDict(config.to_dict())
+    settings = hf.read_config(source)
+    with config.ignore_type():
+        config.model.update({"n_kv_heads": 0, "head_dim": 0, "max_seq_len": 0} | settings)
+    config.train.steps, config.train.tokens = 1, 0.0
+    config.schedule.warmup, config.eval.baselines = "0", False
+    if workdir.exists() and any(workdir.iterdir()):
+        raise InputError(f"--workdir={workdir} is not empty; use a new directory")
+    mesh.start_jax(config)
+    setup = loop.build_run(config, workdir, say)
+    params = hf.read_params(source, setup.config.model, setup.model.specs)
+    shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
+    params = jax.tree.map(jax.device_put, params, shardings)
+    lock = run_dir.RunLock(workdir)
+    try:
+        run = run_dir.RunRecord(workdir, loop.record_facts(setup) | {"imported_from": source.name})
+        state = step.initial_state(setup.config, setup.model, setup.transform, setup.config.seed)
+        checkpoints = Checkpoints(workdir)
+        checkpoints.save(1, state._replace(params=params, step=state.step + 1), {})
+        checkpoints.wait()
+        checkpoints.close()
+        run.update(status="finished", final=setup.validate(params), wall_seconds=0.0)
+    finally:
+        lock.release()
+    return run
