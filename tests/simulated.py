@@ -18,26 +18,27 @@ from lmscale_jax.configs import base
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data.batches import Batch
 from lmscale_jax.evals import perplexity
-from lmscale_jax.model.build import build
+from lmscale_jax.model import mesh as meshes
+from lmscale_jax.model.build import build_model
 from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.optim import build as optim
-from lmscale_jax.run import checkpoint, mesh as meshes, step
+from lmscale_jax.train import checkpoint, step
 
 
 def setup(changes):
     config = base.get_config()
     config.update_from_flattened_dict(changes)
     config = resolve(config, 64)
-    meshes.start(config)
-    grid = meshes.make(config)
-    model = build(config, platform="cpu", mesh=grid)
-    transform = optim.build(config, model.rows, grid, "cpu")
-    placed = step.shardings(config, model, transform, grid)
+    meshes.start_jax(config)
+    grid = meshes.make_mesh(config)
+    model = build_model(config, platform="cpu", mesh=grid)
+    transform = optim.build_optimizer(config, model.rows, grid, "cpu")
+    placed = step.train_state_shardings(config, model, transform, grid)
     return config, grid, model, transform, placed
 
 
 def abstract(config, grid, model, transform, placed):
-    shapes = jax.eval_shape(lambda: step.initial(config, model, transform, 0))
+    shapes = jax.eval_shape(lambda: step.initial_state(config, model, transform, 0))
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
     )
@@ -47,17 +48,17 @@ def abstract(config, grid, model, transform, placed):
 
 
 def compiled_step(config, grid, model, transform, placed):
-    given = abstract(config, grid, model, transform, placed)
-    return step.Step(config, model, grid, placed).lower(*given).compile()
+    state_and_batch = abstract(config, grid, model, transform, placed)
+    return step.TrainStep(config, model, grid, placed).lower(*state_and_batch).compile()
 
 
-given = json.loads(sys.argv[1])
+argument = json.loads(sys.argv[1])
 """
 
 
 def run(program: str, argument) -> str:
     """What it prints. Raises AssertionError with its last lines where it fails."""
     command = [sys.executable, "-c", PROLOGUE + program, json.dumps(argument)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout

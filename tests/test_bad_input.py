@@ -126,8 +126,8 @@ def test_batch_that_the_devices_cannot_split(tmp_path, settings):
 
 def test_commands_ask_for_huge_pages_once_and_leave_other_settings(tmp_path):
     """The process restarts with its arguments; what a user has set stays."""
-    code = "import os, sys; from lmscale_jax import command; print('started'); "
-    code += "command.run(lambda: print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES', 'unset')))"
+    code = "import os, sys; from lmscale_jax import cli; print('started'); "
+    code += "cli.run_command(lambda: print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES', 'unset')))"
     modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     takes = platform.libc_ver()[0] == "glibc" and modes.exists()
     takes = takes and "[never]" not in modes.read_text()
@@ -151,8 +151,8 @@ def test_commands_ask_for_huge_pages_once_and_leave_other_settings(tmp_path):
 
 def test_lines_are_there_when_they_are_printed():
     """Not when a buffer is full: who follows a log would see nothing for a quarter of an hour."""
-    code = "import time; from lmscale_jax import command; "
-    code += "command.run(lambda: (print('started'), time.sleep(60)))"
+    code = "import time; from lmscale_jax import cli; "
+    code += "cli.run_command(lambda: (print('started'), time.sleep(60)))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

@@ -156,11 +156,11 @@ def test_a_damaged_cache_is_made_again(tmp_path):
 PREPARE = """
 import sys
 from lmscale_jax.configs.base import get_config
-from lmscale_jax.data.prepare import prepare
+from lmscale_jax.data.prepare import prepare_data
 data = get_config().data
 data.update(source="text", path=sys.argv[1], cache=sys.argv[2], document="line", vocab_size=300)
 print("go", flush=True)
-print(prepare(data, log=lambda line: print(line, flush=True)).fingerprint)
+print(prepare_data(data, log=lambda line: print(line, flush=True)).fingerprint)
 """
 
 

@@ -272,18 +272,18 @@ def test_a_published_tokenizer_by_name(folder, tmp_path, monkeypatch):
 PREPARE = """
 import sys, time
 from lmscale_jax.configs import base
-from lmscale_jax.data import packing, prepared
-packing._BLOCK_CHARACTERS = 3000
+from lmscale_jax.data import encode, prepare
+encode._BLOCK_CHARACTERS = 3000
 data = base.get_config().data
 data.source, data.path, data.tokenizer, data.vocab_size = "parquet", sys.argv[1], "bpe", 300
 data.shard_tokens = 700
-slow = packing._write_block
+slow = encode._write_block
 def write(*arguments):
     time.sleep(float(sys.argv[3]))
     slow(*arguments)
-packing._write_block = write
+encode._write_block = write
 from pathlib import Path
-prepared.prepare_to(data, Path(sys.argv[2]), log=lambda line: print(line, flush=True))
+prepare.prepare_directory(data, Path(sys.argv[2]), log=lambda line: print(line, flush=True))
 """
 
 

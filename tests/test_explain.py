@@ -169,8 +169,8 @@ import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "libtpu" else find(name, *rest)
 sys.argv = ["main", *sys.argv[1:]]
-from lmscale_jax import command, main
-command.run(main.main)
+from lmscale_jax import cli, main
+cli.run_command(main.main)
 """
 
 

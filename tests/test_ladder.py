@@ -183,7 +183,7 @@ def test_a_full_disk_is_one_line(config, tmp_path):
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "sys.argv[0] = 'ladder';"
-        "from lmscale_jax import command, ladder; command.run(ladder.main)"
+        "from lmscale_jax import cli, ladder; cli.run_command(ladder.main)"
     )
     prepared = load(config)
     plan.make_plan(prepared, print)

@@ -21,8 +21,8 @@ GRIDS = {
 
 
 def trained(settings, workdir, **changes):
-    given = settings | SIZES | changes
-    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(given))
+    overrides = settings | SIZES | changes
+    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(overrides))
     status, _, err = finish(process)
     assert status == 0, err
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -52,7 +52,7 @@ def test_eight_devices_train_alike(settings, tmp_path, name, grid):
             np.testing.assert_allclose(value, b[key], rtol=bound, err_msg=key)
 
 
-PRINT = "print(compiled_step(*setup(given)).as_text())"
+PRINT = "print(compiled_step(*setup(argument)).as_text())"
 COLLECTIVE = re.compile(
     r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|"
     r"collective-broadcast|ragged-all-to-all)(-start)?\("

@@ -260,17 +260,18 @@ EIGHT = """
 import jax, sys
 sys.path.insert(0, "tests")
 import test_mur_exact as t
-from lmscale_jax.run import mesh, step
+from lmscale_jax.model import mesh
 from lmscale_jax.mur import objective
+from lmscale_jax.train import step
 import jax.numpy as jnp
 changes = {"train.batch_size": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 for more in ({}, {"model.stack": "scan", "mur.granularity": "branch"}):
     config, model, params, batch = t.setup(changes | {"mesh.cpu_devices": 8} | more)
     wanted = t.oracle(config, model, params, batch)
-    grid = mesh.make(config)
+    grid = mesh.make_mesh(config)
     params = jax.device_put(params, mesh.param_shardings(model.specs, grid))
     batch = jax.device_put(batch, jax.sharding.NamedSharding(grid, mesh.BATCH))
-    mur = objective.make(config)
+    mur = objective.make_objective(config)
     asked = mur.ask(mur.begin(), jnp.int32(3), ("mur",))
     gradient = step.make_gradient(config, model, grid, step.count_targets(batch), asked)
     _, (grads, _) = jax.jit(gradient)(params, asked.slots, *batch, None)

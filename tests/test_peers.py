@@ -137,9 +137,9 @@ def test_names_that_mean_loopback_are_explained(monkeypatch):
 
 GONE = """
 import sys, time
-from lmscale_jax.run import peers
+from lmscale_jax.train import peers
 address, index, last = peers.Address(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-_, watch = peers.meet(address, 3, index, {"host": f"node{index}", "same": {}}, 20.0, 2.0)
+_, watch = peers.meet_peers(address, 3, index, {"host": f"node{index}", "same": {}}, 20.0, 2.0)
 print("met", flush=True)
 if index == 2:
     if last == "dies":

@@ -225,23 +225,23 @@ def test_processes_must_be_alike(settings, tmp_path):
 HOLD = """
 import resource
 from pathlib import Path
-from lmscale_jax.run import cluster
+from lmscale_jax.train import distributed
 
-changes, folder, port, index = given
+changes, folder, port, index = argument
 config = base.get_config()
 config.update_from_flattened_dict(changes)
 config = resolve(config, 64)
-meshes.start(config)
+meshes.start_jax(config)
 
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-with cluster.joined(cluster.Launch("hosts", f"127.0.0.1:{port}", 4, index), config, {}):
+with distributed.join_processes(distributed.Launch("hosts", f"127.0.0.1:{port}", 4, index), config, {}):
     config, grid, model, transform, placed = parts = setup(changes)
     state, _ = abstract(*parts)
-    first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
+    first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)
     first = first.lower().compile()
     checkpoint.Checkpoints(Path(folder)).manager  # what importing Orbax takes
     peaks = {"before": peak(), "total": 4 * sum(x.size for x in jax.tree.leaves(state))}

@@ -12,7 +12,7 @@ SIZES = {
     "model.n_heads": 4, "model.d_ff": 128, "model.stack": "scan", "model.head": "untied",
     "model.positions": "learned", "data.seq_len": 32, "train.batch_size": 16,
 }  # fmt: skip
-PRINT = "print(compiled_step(*setup(given)).as_text())"
+PRINT = "print(compiled_step(*setup(argument)).as_text())"
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -64,13 +64,13 @@ def test_sequence_gathers_keys_and_values(tmp_path):
 
 
 MEASURE = """
-config, grid, model, transform, placed = made = setup(given)
-state, batch = abstract(*made)
-first = jax.jit(lambda: step.initial(config, model, transform, 0), out_shardings=placed)
+config, grid, model, transform, placed = parts = setup(argument)
+state, batch = abstract(*parts)
+first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)
 programs = {
     "init": first.lower(),
-    "step": step.Step(config, model, grid, placed).lower(state, batch),
-    "loss": perplexity.make(model, grid).lower(state.params, batch),
+    "step": step.TrainStep(config, model, grid, placed).lower(state, batch),
+    "loss": perplexity.make_loss_sums(model, grid).lower(state.params, batch),
     "checksums": jax.jit(checkpoint.checksums).lower(state),
 }
 sizes = {"parameters": 4 * sum(x.size for x in jax.tree.leaves(state.params))}
@@ -108,13 +108,13 @@ MOVE = """
 import tempfile
 from pathlib import Path
 
-grids, optimizers = given
+grids, optimizers = argument
 for name in optimizers:
     states = []
     folder = Path(tempfile.mkdtemp())
-    made = setup(grids[0] | {"optim.name": name})
-    config, grid, model, transform, placed = made
-    state, _ = abstract(*made)
+    parts = setup(grids[0] | {"optim.name": name})
+    config, grid, model, transform, placed = parts
+    state, _ = abstract(*parts)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(0), len(leaves))
 
@@ -130,8 +130,8 @@ for name in optimizers:
     saved.wait()
     saved.close()
     for changes in grids[1:]:
-        made = setup(changes | {"optim.name": name})
-        wanted, _ = abstract(*made)
+        parts = setup(changes | {"optim.name": name})
+        wanted, _ = abstract(*parts)
         here, host = checkpoint.Checkpoints(folder).restore(wanted, print)
         for (path, a), b, w in zip(
             jax.tree_util.tree_leaves_with_path(here), jax.tree.leaves(there),
