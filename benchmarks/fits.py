@@ -86,7 +86,7 @@ def peer(table, weights) -> dict:
 
 def ours(table, weights) -> dict:
     """Times our point fit, the fit with all checks, and the bootstrap draws."""
-    from lmscale_jax.scaling import fit, intervals, laws, solve
+    from lmscale_jax.scaling import fit_law, intervals, laws, solve
 
     problem = laws.fit_problem(table, laws.LAWS["chinchilla"])
     times, full = [], []
@@ -95,7 +95,7 @@ def ours(table, weights) -> dict:
         solution = solve.solve_many_starts(problem, DELTA)
         times.append(time.perf_counter() - start_time)
         start_time = time.perf_counter()
-        result = fit(table, bootstrap=0)
+        result = fit_law(table, bootstrap=0)
         full.append(time.perf_counter() - start_time)
     start_time = time.perf_counter()
     theta = intervals.refit_draws(problem, solution.theta, DELTA, weight=weights[: DRAWS.value])
@@ -116,9 +116,9 @@ def ours(table, weights) -> dict:
 
 
 def main() -> None:
-    from lmscale_jax.scaling import read
+    from lmscale_jax.scaling import read_table
 
-    table = read(INPUT.value)
+    table = read_table(INPUT.value)
     count = max(DRAWS.value, PEER_DRAWS.value)
     rows = len(table)
     rng = np.random.Generator(np.random.PCG64(0))

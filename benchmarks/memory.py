@@ -4,8 +4,8 @@
 
 Each row is the step of train/step.py for one config. `compiled`: the compiler's bytes on one
 device; rows that are there already keep theirs unless --fresh. `measured`, on CPU: the highest
-resident size of a process that takes three steps, less its size before it has a state, from a warm cache of
-compiled programs, over its devices. Rows of a TPU topology need libtpu, and no TPU.
+resident size of a process that takes three steps, less its size before it has a state, from a warm
+cache of compiled programs, over its devices. Rows of a TPU topology need libtpu, and no TPU.
 """
 
 import importlib

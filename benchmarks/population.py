@@ -20,7 +20,8 @@ from lmscale_jax import cli
 from lmscale_jax.configs import base
 from lmscale_jax.model import mesh
 from lmscale_jax.sweeps import population
-from lmscale_jax.train import loop, step
+from lmscale_jax.train import run as runs
+from lmscale_jax.train import step
 
 WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128", "256"], "model.d_model")
 COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8", "16"], "members")
@@ -80,7 +81,7 @@ def rate(turn, runs: int, tokens: int) -> float:
 
 
 def measure(width: int) -> dict:
-    setup = loop.build_run(config_of(width), None, print)
+    setup = runs.build_run(config_of(width), None, print)
     tokens = BATCH.value * 128
     kinds = {"alone": (Alone(setup), 1)}
     for count in map(int, COUNTS.value):

@@ -9,6 +9,7 @@ import os
 import time
 
 from lmscale_jax import cli, main
+from lmscale_jax.train import run as runs
 
 MARKS = {}
 
@@ -23,7 +24,7 @@ def watch() -> None:
 
     from lmscale_jax.train import loop
 
-    prepare, restore, make = loop.build_run, loop.restore_or_begin, loop.step.Step
+    prepare, restore, make = runs.build_run, loop.restore_or_begin, loop.step.TrainStep
 
     def marked_prepare(*arguments):
         mark("imports, devices")
@@ -55,7 +56,7 @@ def watch() -> None:
 
         return first
 
-    loop.build_run, loop.restore_or_begin, loop.step.Step = (
+    runs.build_run, loop.restore_or_begin, loop.step.TrainStep = (
         marked_prepare,
         marked_restore,
         marked_step,

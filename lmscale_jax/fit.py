@@ -143,8 +143,7 @@ def _settings() -> dict:
 def _fit_law(table):
     """Fits one law: (JSON to write, function that draws the plot)."""
     from lmscale_jax.reports import fit_plots
-    from lmscale_jax.scaling import fit as fit_law
-    from lmscale_jax.scaling import next_runs
+    from lmscale_jax.scaling import fit_law, next_runs
     from lmscale_jax.scaling import summary as describe
     from lmscale_jax.scaling.forecast import forecast_from_fit as forecast
 
@@ -173,13 +172,12 @@ def _fit_law(table):
 def _compare_arms(table):
     """Compares two arms: (JSON to write, function that draws the plot)."""
     from lmscale_jax.reports import fit_plots
-    from lmscale_jax.scaling import compare
-    from lmscale_jax.scaling import fit as fit_law
+    from lmscale_jax.scaling import compare_arms, fit_law
     from lmscale_jax.scaling import summary as describe
     from lmscale_jax.scaling.forecast import richest_law
 
     settings = _settings()
-    verdict = compare(
+    verdict = compare_arms(
         table,
         *COMPARE.value,
         level=LEVEL.value,
@@ -209,11 +207,11 @@ def _compare_arms(table):
 def _fit_isoflop(table):
     """Fits isoFLOP minima: (JSON to write, function that draws the plot)."""
     from lmscale_jax.reports import fit_plots
-    from lmscale_jax.scaling import isoflop as isoflops
+    from lmscale_jax.scaling import fit_isoflop
     from lmscale_jax.scaling import summary as describe
 
     settings = _settings()
-    summary, curves = isoflops(table, **settings)
+    summary, curves = fit_isoflop(table, **settings)
     print("\n".join(describe.isoflop_lines(summary, table)))
     best = summary["methods"].get("cubic") or summary["methods"]["parabola"]
     surface = curves["surface"]
@@ -246,8 +244,7 @@ def _write(paths, written: dict, draw) -> None:
 def _fit_named() -> None:
     """Lists the named data sets, or fits those of --dataset side by side."""
     from lmscale_jax.reports import fit_plots
-    from lmscale_jax.scaling import fit as fit_law
-    from lmscale_jax.scaling import read
+    from lmscale_jax.scaling import fit_law, read
     from lmscale_jax.scaling import summary as describe
 
     if not DATASETS.value:

@@ -59,6 +59,8 @@ argument = json.loads(sys.argv[1])
 def run(program: str, argument) -> str:
     """What it prints. Raises AssertionError with its last lines where it fails."""
     command = [sys.executable, "-c", PROLOGUE + program, json.dumps(argument)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    finished = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
+    )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout

@@ -127,7 +127,8 @@ def test_batch_that_the_devices_cannot_split(tmp_path, settings):
 def test_commands_ask_for_huge_pages_once_and_leave_other_settings(tmp_path):
     """The process restarts with its arguments; what a user has set stays."""
     code = "import os, sys; from lmscale_jax import cli; print('started'); "
-    code += "cli.run_command(lambda: print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES', 'unset')))"
+    code += "cli.run_command(lambda: "
+    code += "print(sys.argv[1:], os.environ.get('GLIBC_TUNABLES', 'unset')))"
     modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     takes = platform.libc_ver()[0] == "glibc" and modes.exists()
     takes = takes and "[never]" not in modes.read_text()

@@ -13,6 +13,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model import mesh
 from lmscale_jax.optim.layerwise import averaged_params
 from lmscale_jax.train import checkpoint, loop, metrics, step
+from lmscale_jax.train import run as runs
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -68,7 +69,7 @@ def same(a: dict, b: dict) -> None:
 
 def from_checkpoint(config, parent, at: int) -> dict:
     """The parameters after the steps of a config from a checkpoint on, without any branch."""
-    setup = loop.build_run(config, parent, **silent)
+    setup = runs.build_run(config, parent, **silent)
     begin = jax.eval_shape(
         lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
     )
@@ -178,7 +179,7 @@ def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch
 
 
 def test_the_mean_of_weights_is_what_it_says(make):
-    setup = loop.build_run(make(optim__ema_decay=0.5), None, **silent)
+    setup = runs.build_run(make(optim__ema_decay=0.5), None, **silent)
     state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
     take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
     mean = np.asarray(state.params["embed"]["tokens"], np.float64)

@@ -12,9 +12,10 @@ from conftest import record, run
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import mur_stats, redundancy
-from lmscale_jax.evaluate import evaluate_run
 from lmscale_jax.reports import pairs, run_report
 from lmscale_jax.train import loop
+from lmscale_jax.train.evaluation import evaluate_run
+from lmscale_jax.train.run import build_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 SUITES = ["perplexity", "redundancy", "mur"]
@@ -218,7 +219,7 @@ def test_difference_over_pairs():
 @pytest.fixture(scope="module")
 def model(settings):
 
-    setup = loop.build_run(
+    setup = build_run(
         config_of(settings, {"model.n_layers": 4, "model.stack": "scan"}), None, say=silent
     )
     return setup, jax.tree.map(lambda x: 3 * x, setup.model.init(jax.random.key(0)))

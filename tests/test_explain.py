@@ -20,7 +20,7 @@ from lmscale_jax.train import aot, explain
 def compiled(request, monkeypatch):
     """Most pages here are about something else than what is compiled last."""
     if "allocated" not in request.node.name:
-        monkeypatch.setattr(explain.ahead, "rows", lambda *_: [("peak", "1.0 MiB")])
+        monkeypatch.setattr(explain.aot, "memory_rows", lambda *_: [("peak", "1.0 MiB")])
 
 
 def explained(config, overrides=(), config_file="configs/base.py") -> str:
@@ -241,7 +241,9 @@ def test_float32_products_have_no_forecast(small):
 
 def test_the_page_comes_before_anything_is_compiled(small, monkeypatch):
     seen = []
-    monkeypatch.setattr(explain.ahead, "rows", lambda *_: seen.append(len(lines)) or [("x", "y")])
+    monkeypatch.setattr(
+        explain.aot, "memory_rows", lambda *_: seen.append(len(lines)) or [("x", "y")]
+    )
     lines = []
     explain.explain(small(), {}, "configs/base.py", print=lines.append)
     assert seen == [1]

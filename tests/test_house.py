@@ -17,37 +17,16 @@ SKIPPED = {".git", ".ruff_cache", ".pytest_cache", "__pycache__", "build", "runs
 PYTHON_FOLDERS = ("lmscale_jax", "configs", "tests", "benchmarks", "launch", "colab")
 MAX_FILE, MAX_FUNCTION = 400, 60
 
-# The rooms that each room leaves alone.
-ABOVE = {"lab", "study", "reports", "fleet"}
-FORBIDDEN = {
-    "config": {"data", "model", "parametrization", "optim", "mur", "run", "evals", "science"}
-    | ABOVE,
-    "data": {"config", "model", "parametrization", "optim", "mur", "run", "evals", "science"}
-    | ABOVE,
-    "model": {"data", "optim", "mur", "run", "evals", "science"} | ABOVE,
-    "parametrization": {"data", "mur", "run", "science"} | ABOVE,
-    "optim": {"data", "parametrization", "mur", "run", "evals", "science"} | ABOVE,
-    "mur": {"run", "science"} | ABOVE,
-    "science": {"config", "data", "model", "parametrization", "optim", "mur", "run", "evals"}
-    | ABOVE,
-    "run": {"science"} | ABOVE,
-    "evals": {"science"} | ABOVE,
-    "study": {"reports", "fleet"},
-    "lab": {"study", "fleet"},
-    "reports": {"fleet"},
-    "fleet": {"reports"},
-}
-
 
 def project_files() -> list[Path]:
     """Every file of the project, without what is built, cached or installed."""
-    found = []
+    files = []
     for path in sorted(ROOT.rglob("*")):
         parts = path.relative_to(ROOT).parts
         hidden = SKIPPED.intersection(parts) or parts[0].startswith(".venv")
         if path.is_file() and not hidden and not any(p.endswith(".egg-info") for p in parts):
-            found.append(path)
-    return found
+            files.append(path)
+    return files
 
 
 def name(path: Path) -> str:
@@ -60,21 +39,18 @@ CONFIGS = [
     for p in PYTHON
     if name(p).startswith("configs/") and p.name not in ("__init__.py", "laddering.py")
 ]
-# Files of lmscale_jax/config/ that give keys their values and read none.
-KEYS = ("key", "keys", "model_keys", "optim_keys", "ladder_keys")
-RECIPES = ("families", "speedruns", "corpora")
 
 
 def imports(path: Path) -> set[str]:
     """Dotted names of all modules of the package that a file imports, wherever it does so."""
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name(path)}: relative import"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return {module for module in found if module.startswith("lmscale_jax.")}
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {module for module in modules if module.startswith("lmscale_jax.")}
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=name)
@@ -88,13 +64,6 @@ def test_files_and_functions_are_short(path):
 
 def test_no_file_is_named_for_nothing():
     assert not [p for p in PYTHON if p.stem in ("utils", "util", "helpers", "misc", "common")]
-
-
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_rooms_import_in_one_direction(room):
-    for path in (ROOT / "lmscale_jax" / room).rglob("*.py"):
-        wrong = {m for m in imports(path) if m.split(".")[1] in FORBIDDEN[room]}
-        assert not wrong, f"{name(path)} imports {wrong}"
 
 
 def test_nothing_imports_a_command():

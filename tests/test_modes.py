@@ -80,7 +80,7 @@ REFUSED = {
 SEVERAL_TABLES = {
     "data.source": "reading documents (sources.py) and opening shards (prepared.py) are two layers",
     **dict.fromkeys(
-        ("model.gelu", "model.mlp", "model.norm", "model.positions"),
+        ("model.gelu", "model.mlp", "model.positions"),
         "hf.py has the names that Hugging Face uses",
     ),
 }
@@ -121,7 +121,7 @@ def program(changes: tuple) -> str:
         config.update_from_flattened_dict(dict(changes))
     config = resolve(config)
     mesh = meshes.make_mesh(config)
-    model = build_model(config, platform="cpu", mesh=mesh, boundary=0)
+    model = build_model(config, platform="cpu", mesh=mesh, bos_id=0)
     transform = optim.build_optimizer(config, model.rows, mesh, "cpu")
     placed = step.train_state_shardings(config, model, transform, mesh)
     state = jax.eval_shape(lambda: step.initial_state(config, model, transform, 0))

@@ -240,12 +240,14 @@ def test_utilities_do_not_depend_on_the_batch(metric):
     found = []
     for size in (1, 2, 4):
         part = Batch(*(x[-size:] for x in batch))
-        taking = objective.streams.Taking(utility.Measure(metric, 1e-6), ())
+        taking = objective.streams.UtilitySpec(utility.Measure(metric, 1e-6), ())
         n = (part.targets_BxT >= 0).sum()
-        known = objective.streams.Known(part.targets_BxT >= 0, n, jnp.zeros((4, 1)), 0.0, None)
+        known = objective.streams.BackwardInputs(
+            part.targets_BxT >= 0, n, jnp.zeros((4, 1)), 0.0, None
+        )
 
         def loss(slots):
-            around = objective.streams.Watch(taking, slots, known, range(4), ("block",))  # noqa: B023
+            around = objective.streams.UtilityProbe(taking, slots, known, range(4), ("block",))  # noqa: B023
             return model.losses(params, *part, None, around).sum() / n  # noqa: B023
 
         values = jax.jit(jax.grad(loss))(taking.slots(4, 1, part.tokens_BxT.size))

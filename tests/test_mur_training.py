@@ -9,7 +9,8 @@ import pytest
 from conftest import finish, record
 
 from lmscale_jax.model import mesh
-from lmscale_jax.train import loop, step
+from lmscale_jax.train import run as runs
+from lmscale_jax.train import step
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -18,7 +19,7 @@ UPDATE = {"mur__mode": "update", "mur__tau": 0.5, "mur__alpha": 0.4}
 
 
 def prepared(small, **changes):
-    return loop.build_run(
+    return runs.build_run(
         small(**({"mesh__cpu_devices": 1} | changes)), None, say=lambda line: None
     )
 
@@ -47,7 +48,7 @@ def plain_update(settings):
     config = base.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict(settings | NO_RAMP | {"mesh.cpu_devices": 1})
-    return update_of(loop.build_run(config, None, say=lambda line: None))[0]
+    return update_of(runs.build_run(config, None, say=lambda line: None))[0]
 
 
 # A rate at once, and parameters so far from 0 that rounding does not hide their change.

@@ -11,6 +11,7 @@ from conftest import run
 from lmscale_jax.errors import InputError
 from lmscale_jax.sweeps import lr_transfer as transfer
 from lmscale_jax.sweeps import population
+from lmscale_jax.train import run as runs
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from lmscale_jax.sweeps import population
 def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     """Losses of a population against train/step.py on each member's own config."""
     from lmscale_jax.model import mesh
-    from lmscale_jax.train import loop, step
+    from lmscale_jax.train import step
 
     changes = {"train__steps": 30, "mesh__cpu_devices": 1, "optim__name": optimizer}
     changes["model__n_layers"] = 1
@@ -33,7 +34,7 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     ]
     if optimizer == "muon":
         numbers[0]["optim__muon_lr"], numbers[1]["optim__muon_lr"] = 0.01, 0.03
-    each = [loop.build_run(small(**changes, **n), None, say=lambda line: None) for n in numbers]
+    each = [runs.build_run(small(**changes, **n), None, say=lambda line: None) for n in numbers]
     result = population.train_population([setup.config for setup in each], each[0].data)
     assert result.train_loss_KxS.shape == (2, 30)
     for k, setup in enumerate(each):

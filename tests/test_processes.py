@@ -238,7 +238,8 @@ def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-with distributed.join_processes(distributed.Launch("hosts", f"127.0.0.1:{port}", 4, index), config, {}):
+launch = distributed.Launch("hosts", f"127.0.0.1:{port}", 4, index)
+with distributed.join_processes(launch, config, {}):
     config, grid, model, transform, placed = parts = setup(changes)
     state, _ = abstract(*parts)
     first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)

@@ -5,19 +5,21 @@ import pytest
 from synthetic import two_arms
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.scaling import as_table, compare, shift
+from lmscale_jax.scaling import as_table, compare_arms, shift
 
 
 def verdicts(draws: int, s: float, **settings) -> dict:
     counts: dict = {}
     for seed in range(draws):
-        verdict = compare(two_arms(s, seed=seed, **settings), "A", "B", bootstrap=199)["verdict"]
+        verdict = compare_arms(two_arms(s, seed=seed, **settings), "A", "B", bootstrap=199)[
+            "verdict"
+        ]
         counts[verdict] = counts.get(verdict, 0) + 1
     return counts
 
 
 def test_without_noise_the_shift_is_what_was_put_in():
-    comparison = compare(two_arms(0.08, tau=0.5, noise=1e-9, seeds=2), "A", "B", bootstrap=0)
+    comparison = compare_arms(two_arms(0.08, tau=0.5, noise=1e-9, seeds=2), "A", "B", bootstrap=0)
     assert comparison["shift"]["s"] == pytest.approx(0.08, abs=0.005)
     for row in comparison["gain"]:
         true = np.exp(0.5 + 0.08 * np.log(row["c"] / comparison["shift"]["at_c"]))
@@ -65,7 +67,7 @@ def test_size_and_power_of_the_test_itself(seeds, least):
 
 
 def test_too_little_data_is_undetermined_and_says_what_would_settle_it():
-    comparison = compare(
+    comparison = compare_arms(
         two_arms(0.0, tau=0.3, sizes=5, span=30.0, noise=0.01), "A", "B", bootstrap=199
     )
     assert comparison["verdict"] == "undetermined"
@@ -82,18 +84,20 @@ def test_the_runs_advised_do_settle_it():
     settings = {"s": 0.0, "tau": 0.3, "span": 60.0, "noise": 0.014}
     ratios = []
     for i in range(6):
-        before = compare(two_arms(**settings, seeds=3, seed=i), "A", "B", bootstrap=0)
+        before = compare_arms(two_arms(**settings, seeds=3, seed=i), "A", "B", bootstrap=0)
         options = [o for o in before["next_runs"] if o["add"].endswith("cell in both arms")]
         if options:
             seeds = 3 + int(options[0]["add"].split()[0])
-            after = compare(two_arms(**settings, seeds=seeds, seed=100 + i), "A", "B", bootstrap=0)
+            after = compare_arms(
+                two_arms(**settings, seeds=seeds, seed=100 + i), "A", "B", bootstrap=0
+            )
             ratios.append(after["detectable"] / options[0]["detectable"])
     assert len(ratios) >= 3
     assert 0.7 < np.median(ratios) < 1.4, ratios
 
 
 def test_the_gain_at_a_target_and_the_floors():
-    comparison = compare(two_arms(0.0, tau=0.5, seeds=3), "A", "B", target_c=1e21, bootstrap=0)
+    comparison = compare_arms(two_arms(0.0, tau=0.5, seeds=3), "A", "B", target_c=1e21, bootstrap=0)
     last = comparison["gain"][-1]
     assert last["c"] == pytest.approx(1e21) and last["low"] < np.exp(0.5) < last["high"]
     assert len(comparison["gain"]) == 6
@@ -115,7 +119,7 @@ def test_sizes_and_tokens_off_one_curve_use_the_surface():
                 loss = 1.8 + 480 * x**-0.35 + 2100 * z**-0.37
                 loss *= np.exp(0.002 * rng.standard_normal())
                 rows.append({"n": n, "d": d, "loss": loss, "variant": arm})
-    comparison = compare(rows, "A", "B", bootstrap=99)
+    comparison = compare_arms(rows, "A", "B", bootstrap=99)
     assert comparison["shift"]["baseline"] == "surface"
     middle = comparison["gain"][2]
     assert middle["low"] < 1.6 < middle["high"] and middle["high"] < 1.8
@@ -126,19 +130,19 @@ def test_sizes_and_tokens_off_one_curve_use_the_surface():
 def test_arms_that_are_not_there():
     table = two_arms(0.0)
     with pytest.raises(InputError, match="variant 'C' is not in table, which has A, B"):
-        compare(table, "A", "C")
+        compare_arms(table, "A", "C")
     with pytest.raises(InputError, match="one arm twice"):
-        compare(table, "A", "A")
+        compare_arms(table, "A", "A")
     single_budget = {k: v[:1] + v[6:] for k, v in table.items()}
     with pytest.raises(InputError, match="'A' has 1 compute budget"):
-        compare(single_budget, "A", "B")
+        compare_arms(single_budget, "A", "B")
 
 
 def test_copied_runs_and_losses_that_do_not_overlap_are_named():
     table = two_arms(0.0, tau=0.0)
     table["loss"][6:8] = table["loss"][:2]
-    codes = {w["code"] for w in compare(table, "A", "B", bootstrap=0)["warnings"]}
+    codes = {w["code"] for w in compare_arms(table, "A", "B", bootstrap=0)["warnings"]}
     assert {"copied_runs", "tune_both"} <= codes
     far = two_arms(0.0, tau=6.0, span=30.0)
-    codes = {w["code"] for w in compare(far, "A", "B", bootstrap=0)["warnings"]}
+    codes = {w["code"] for w in compare_arms(far, "A", "B", bootstrap=0)["warnings"]}
     assert "little_overlap" in codes

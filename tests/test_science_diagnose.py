@@ -5,7 +5,7 @@ import pytest
 from synthetic import grid
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.scaling import as_table, fit
+from lmscale_jax.scaling import as_table, fit_law
 
 SIZES, TOKENS = np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)
 
@@ -15,7 +15,7 @@ def codes(result) -> dict:
 
 
 def test_good_data_raise_no_warning():
-    result = fit(grid(SIZES, TOKENS, noise=0.002), bootstrap=300)
+    result = fit_law(grid(SIZES, TOKENS, noise=0.002), bootstrap=300)
     assert codes(result) == {}
     numbers = result.diagnostics
     assert numbers["condition_number"] < 100 and numbers["starts"]["agree"] >= 9
@@ -27,7 +27,7 @@ def test_good_data_raise_no_warning():
 
 def test_a_narrow_range_of_sizes_and_a_dead_term():
     table = grid(np.geomspace(1.7e6, 3.5e6, 5), TOKENS, noise=0.004, A=1e-3)
-    messages = codes(fit(table, bootstrap=200))
+    messages = codes(fit_law(table, bootstrap=200))
     assert (
         "n spans 2.06x; alpha is not identified; add a run of at least 1.4e+07"
         in messages["narrow_n"]
@@ -38,7 +38,7 @@ def test_a_narrow_range_of_sizes_and_a_dead_term():
 def test_a_loss_that_grows_with_size():
     table = grid(SIZES, TOKENS, noise=0.001)
     table["loss"] = 2 + 0.05 * (table["n"] / 1e7) ** 0.3 + 500 * table["d"] ** -0.3
-    messages = codes(fit(table, bootstrap=0))
+    messages = codes(fit_law(table, bootstrap=0))
     assert "grows with n" in messages["wrong_sign"] and "learning rate" in messages["wrong_sign"]
 
 
@@ -47,23 +47,25 @@ def test_sizes_and_tokens_that_grow_together():
     table = {"n": n, "d": 20 * n, "loss": grid([1], [1])["loss"][0] * 0 + 1.8 + 400 * n**-0.34}
     rng = np.random.default_rng(0)
     table["loss"] = table["loss"] * np.exp(0.002 * rng.standard_normal(12))
-    messages = codes(fit(table, bootstrap=200))
+    messages = codes(fit_law(table, bootstrap=200))
     assert "--law=power_floor" in messages["collinear"]
-    assert "power_floor" not in codes(fit(table, law="power_floor", bootstrap=200)).values()
+    assert "power_floor" not in codes(fit_law(table, law="power_floor", bootstrap=200)).values()
 
 
 def test_a_floor_that_the_data_do_not_show():
     c = np.geomspace(1e17, 1e18, 8)
     noise = np.exp(0.003 * np.random.default_rng(0).standard_normal(8))
-    result = fit({"c": c, "loss": (1 + 60 * c**-0.09) * noise}, law="power_floor", bootstrap=200)
+    result = fit_law(
+        {"c": c, "loss": (1 + 60 * c**-0.09) * noise}, law="power_floor", bootstrap=200
+    )
     assert "--floor" in codes(result)["floor_unidentified"]
 
 
 def test_outliers_show_in_the_path_of_delta():
     table = grid(SIZES, TOKENS, noise=0.002)
-    assert "delta_matters" not in codes(fit(table, bootstrap=300))
+    assert "delta_matters" not in codes(fit_law(table, bootstrap=300))
     table["loss"][[0, 1, 6]] *= 1.2
-    assert "outliers" in codes(fit(table, bootstrap=300))["delta_matters"]
+    assert "outliers" in codes(fit_law(table, bootstrap=300))["delta_matters"]
 
 
 def test_lack_of_fit_is_measured_against_seeds():
@@ -71,8 +73,8 @@ def test_lack_of_fit_is_measured_against_seeds():
     rng = np.random.default_rng(0)
     noise = np.exp(0.001 * rng.standard_normal(24))
     wiggle = np.exp(0.02 * np.cos(3 * np.log10(c)))
-    good = fit({"c": c, "loss": (1.7 + 90 * c**-0.1) * noise}, law="power_floor", bootstrap=0)
-    bad = fit({"c": c, "loss": (1.7 + 90 * c**-0.1) * noise * wiggle}, law="power_floor",
+    good = fit_law({"c": c, "loss": (1.7 + 90 * c**-0.1) * noise}, law="power_floor", bootstrap=0)
+    bad = fit_law({"c": c, "loss": (1.7 + 90 * c**-0.1) * noise * wiggle}, law="power_floor",
               bootstrap=0)  # fmt: skip
     assert "lack_of_fit" not in codes(good) and "lack_of_fit" in codes(bad)
     assert good.diagnostics["lack_of_fit"]["rms_seed"] == pytest.approx(0.001, rel=0.5)
@@ -83,7 +85,7 @@ def test_curves_are_seen_to_be_autocorrelated():
     table = grid(SIZES, np.geomspace(1e9, 1e12, 40))
     table["run_id"] = np.repeat(np.arange(6), 40)
     table["loss"] = table["loss"] * (1 + 0.03 * np.sin(np.log(table["d"])))
-    result = fit(table, points="curve", bootstrap=200)
+    result = fit_law(table, points="curve", bootstrap=200)
     assert result.diagnostics["lag_1_autocorrelation"] > 0.9
     assert "--skip" in codes(result)["autocorrelated"]
 
@@ -91,10 +93,10 @@ def test_curves_are_seen_to_be_autocorrelated():
 def test_a_law_that_misses_the_largest_size_says_so():
     c = np.geomspace(1e15, 1e21, 10)
     loss = (1.7 + 900 * c**-0.16) * np.exp(0.001 * np.random.default_rng(0).standard_normal(10))
-    good = codes(fit({"c": c, "loss": loss}, law="power_floor", bootstrap=0))
+    good = codes(fit_law({"c": c, "loss": loss}, law="power_floor", bootstrap=0))
     assert "largest_left_out" not in good
     loss[-1] *= 1.05
-    messages = codes(fit({"c": c, "loss": loss}, law="power_floor", bootstrap=0))
+    messages = codes(fit_law({"c": c, "loss": loss}, law="power_floor", bootstrap=0))
     assert "largest_left_out" in messages and "%" in messages["largest_left_out"]
 
 
@@ -120,7 +122,7 @@ def test_bad_tables_are_refused_in_one_line(name):
     table = {k: np.array(v) for k, v in grid(SIZES, TOKENS, noise=0.002).items()}
     change(table)
     with pytest.raises(InputError) as error:
-        fit(table, bootstrap=0)
+        fit_law(table, bootstrap=0)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -151,9 +153,9 @@ def test_a_run_that_ends_in_nan_is_left_out_whole():
 def test_flops_of_another_convention_are_named():
     table = grid(SIZES, TOKENS, noise=0.002)
     table["c"] = 6 * table["n"] * table["d"] * 1.5
-    assert "1.5 to 1.5 times 6 n d" in codes(fit(table, bootstrap=0))["flops_convention"]
+    assert "1.5 to 1.5 times 6 n d" in codes(fit_law(table, bootstrap=0))["flops_convention"]
 
 
 def test_two_variants_under_one_law_are_named():
     table = grid(SIZES, TOKENS, noise=0.002) | {"variant": ["gelu", "swiglu"] * 18}
-    assert "--compare=gelu,swiglu" in codes(fit(table, bootstrap=0))["mixed_variants"]
+    assert "--compare=gelu,swiglu" in codes(fit_law(table, bootstrap=0))["mixed_variants"]

@@ -8,7 +8,7 @@ import pytest
 from synthetic import CHINCHILLA, grid
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.scaling import fit, laws, read, solve
+from lmscale_jax.scaling import fit_law, laws, read_table, solve
 from lmscale_jax.scaling.table import as_table
 
 SIZES, TOKENS = np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)
@@ -16,7 +16,7 @@ SIZES, TOKENS = np.geomspace(1e7, 1e10, 6), np.geomspace(1e9, 1e12, 6)
 
 @pytest.mark.parametrize("delta", [None, 1e-3, np.inf])
 def test_a_law_without_noise_comes_back_to_eight_digits(delta):
-    result = fit(grid(SIZES, TOKENS), delta=delta, bootstrap=0)
+    result = fit_law(grid(SIZES, TOKENS), delta=delta, bootstrap=0)
     for name, true in CHINCHILLA.items():
         assert result.params[name] == pytest.approx(true, rel=1e-8), name
     assert result.compound["a"] == pytest.approx(0.3658 / (0.3478 + 0.3658), rel=1e-8)
@@ -24,12 +24,12 @@ def test_a_law_without_noise_comes_back_to_eight_digits(delta):
 
 def test_power_laws_come_back_with_and_without_a_floor():
     c = np.geomspace(1e15, 1e21, 12)
-    power = fit({"c": c, "loss": 80 * c**-0.07}, law="power", bootstrap=0)
+    power = fit_law({"c": c, "loss": 80 * c**-0.07}, law="power", bootstrap=0)
     assert power.params == pytest.approx({"a": 80, "b": 0.07}, rel=1e-9)
     table = {"c": c, "loss": 1.7 + 900 * c**-0.16}
-    free = fit(table, law="power_floor", bootstrap=0)
+    free = fit_law(table, law="power_floor", bootstrap=0)
     assert free.params == pytest.approx({"E": 1.7, "a": 900, "b": 0.16}, rel=1e-8)
-    pinned = fit(table, law="power_floor", floor=1.7, bootstrap=0)
+    pinned = fit_law(table, law="power_floor", floor=1.7, bootstrap=0)
     assert pinned.params == pytest.approx({"E": 1.7, "a": 900, "b": 0.16}, rel=1e-9)
 
 
@@ -78,8 +78,8 @@ def test_a_weight_of_two_is_a_row_twice():
     twice = {k: np.append(v, v[3]) for k, v in table.items()}
     # Exactly equal runs would be omitted as copies.
     twice["loss"][-1] *= 1 + 1e-13
-    a = fit(table | {"weight": weight}, delta=0.01, bootstrap=0)
-    b = fit(twice, delta=0.01, bootstrap=0)
+    a = fit_law(table | {"weight": weight}, delta=0.01, bootstrap=0)
+    b = fit_law(twice, delta=0.01, bootstrap=0)
     assert a.params == pytest.approx(b.params, rel=1e-6)
 
 
@@ -93,7 +93,7 @@ BUNDLED = {
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_tables_have_their_known_fits(name):
-    result = fit(read(name), delta=1e-3, bootstrap=0)
+    result = fit_law(read_table(name), delta=1e-3, bootstrap=0)
     *params, F = BUNDLED[name]
     for (key, value), true in zip(result.params.items(), _order(params), strict=True):
         assert value == pytest.approx(true, rel=1e-4), key
@@ -107,7 +107,7 @@ def _order(values):
 
 
 def test_both_sign_conventions_and_json():
-    result = fit(grid(SIZES, TOKENS, noise=0.01), bootstrap=200)
+    result = fit_law(grid(SIZES, TOKENS, noise=0.01), bootstrap=200)
     written = json.loads(json.dumps(result.to_json(), allow_nan=False))
     p, q = written["params"], written["negative_exponents"]
     n, d = 3e8, 2e10
@@ -125,7 +125,7 @@ def test_both_sign_conventions_and_json():
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     inside = 0
     for seed in range(20):
-        result = fit(grid(SIZES, TOKENS, noise=0.01, seed=seed), bootstrap=100, level=0.9)
+        result = fit_law(grid(SIZES, TOKENS, noise=0.01, seed=seed), bootstrap=100, level=0.9)
         low, high = result.intervals["alpha"]
         inside += low < CHINCHILLA["alpha"] < high
     assert inside >= 14
@@ -139,16 +139,16 @@ def test_curves_are_resampled_by_run():
     table["loss"] = table["loss"] * np.exp(0.02 * rng.standard_normal(6))[run]
     table["run_id"] = run
     with pytest.raises(InputError, match="cluster"):
-        fit(table, points="curve", cluster="column")
-    runs = fit(table, points="curve", bootstrap=300)
-    rows = fit(table, points="curve", bootstrap=300, cluster="row")
+        fit_law(table, points="curve", cluster="column")
+    runs = fit_law(table, points="curve", bootstrap=300)
+    rows = fit_law(table, points="curve", bootstrap=300, cluster="row")
     assert runs.draws.clusters == 6 and runs.draws.kind == "wild"
     width = {k: np.diff(r.intervals["alpha"])[0] for k, r in (("run", runs), ("row", rows))}
     assert width["run"] > 3 * width["row"]
     codes = {w["code"] for w in rows.warnings}
     assert {"curve_points", "rows_resampled"} <= codes
     assert "few_clusters" in {w["code"] for w in runs.warnings}
-    final = fit(table, bootstrap=0, law="power")
+    final = fit_law(table, bootstrap=0, law="power")
     assert len(final.table) == 6
 
 
@@ -160,10 +160,10 @@ def test_repeated_data_counts_for_less():
     assert (worth <= d * (1 + 1e-12)).all() and (worth[d <= unique] == d[d <= unique]).all()
     table["loss"] = grid(SIZES, TOKENS)["loss"].repeat(2) * 0 + CHINCHILLA["E"]
     table["loss"] += CHINCHILLA["A"] * n**-0.3478 + CHINCHILLA["B"] * worth**-0.3658
-    fitted = fit(table, repetition="fit", bootstrap=0)
+    fitted = fit_law(table, repetition="fit", bootstrap=0)
     assert fitted.r_star == pytest.approx(r_star, rel=1e-4)
     assert fitted.params["beta"] == pytest.approx(0.3658, rel=1e-4)
-    ignored = fit(table, bootstrap=0)
+    ignored = fit_law(table, bootstrap=0)
     assert "repeated_data" in {w["code"] for w in ignored.warnings}
     assert abs(ignored.params["beta"] - 0.3658) > 0.05
 
@@ -171,12 +171,12 @@ def test_repeated_data_counts_for_less():
 def test_the_floor_is_pinned_below_the_losses():
     table = grid(SIZES, TOKENS)
     with pytest.raises(InputError, match=r"--floor=3.0 is not below the smallest loss"):
-        fit(table, floor=3.0)
-    result = fit(table, floor=1.5, bootstrap=0)
+        fit_law(table, floor=3.0)
+    result = fit_law(table, floor=1.5, bootstrap=0)
     assert result.params["E"] == 1.5 and result.profile is None
 
 
 def test_same_seed_same_intervals():
     table = grid(SIZES, TOKENS, noise=0.01)
-    a, b, c = (fit(table, bootstrap=150, seed=s).intervals for s in (1, 1, 2))
+    a, b, c = (fit_law(table, bootstrap=150, seed=s).intervals for s in (1, 1, 2))
     assert a == b != c

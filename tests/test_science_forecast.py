@@ -5,7 +5,16 @@ import pytest
 from synthetic import CHINCHILLA, grid, surface
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.scaling import advise, fit, forecast, isoflop, laws, plan, read, solve
+from lmscale_jax.scaling import (
+    fit_isoflop,
+    fit_law,
+    forecast_loss,
+    laws,
+    plan_optimum,
+    rank_next_runs,
+    read_table,
+    solve,
+)
 from lmscale_jax.scaling.forecast import (
     distinct_budgets,
     forecast_from_fit,
@@ -23,15 +32,17 @@ def test_a_forecast_of_a_true_law_covers_the_loss():
     true = float(surface(n, d, **CHINCHILLA))
     inside = 0
     for seed in range(8):
-        prediction = forecast(grid(SIZES, TOKENS, noise=0.004, seed=seed), n=n, d=d, bootstrap=100)
+        prediction = forecast_loss(
+            grid(SIZES, TOKENS, noise=0.004, seed=seed), n=n, d=d, bootstrap=100
+        )
         assert prediction["law"] == "chinchilla" and prediction["level"] == 0.9
         inside += prediction["low"] < true < prediction["high"]
     assert inside >= 7
 
 
 def test_the_interval_grows_with_distance_and_level():
-    table = read("kyo_takano")
-    result = fit(table, bootstrap=300)
+    table = read_table("kyo_takano")
+    result = fit_law(table, bootstrap=300)
 
     def width(factor, level=0.9):
         n = float(table.n.max()) * factor
@@ -49,7 +60,7 @@ def _coverage(table, shares=(0.5, 0.625, 0.75)) -> list[float]:
     for share in shares:
         limit = order[int(share * len(order))]
         train, test = table.take(table.c <= limit), np.flatnonzero(table.c > limit)
-        result = fit(train, bootstrap=400)
+        result = fit_law(train, bootstrap=400)
         test = test[:: max(1, len(test) // 25)]
         hits, tau_and_cuts = 0, law_discrepancy(result)
         for i in test:
@@ -63,7 +74,7 @@ def _coverage(table, shares=(0.5, 0.625, 0.75)) -> list[float]:
 @pytest.mark.slow
 def test_intervals_cover_held_out_runs_of_the_bundled_tables():
     folds = [c for name in ("kyo_takano", "olmo_ladder_c4", "olmo_ladder_pile")
-             for c in _coverage(read(name), shares=(0.5, 0.75))]  # fmt: skip
+             for c in _coverage(read_table(name), shares=(0.5, 0.75))]  # fmt: skip
     assert np.mean(folds) >= 0.85, folds
 
 
@@ -82,7 +93,9 @@ def test_three_anchors_with_two_seeds_forecast_a_fourth():
     """On a small ladder, the interval includes the error of a law without a floor."""
     c = np.tile(np.geomspace(1e14, 1e16, 3), 2)
     noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(6))
-    prediction = forecast({"c": c, "loss": (1.5 + 300 * c**-0.13) * noise}, c=1e17, bootstrap=300)
+    prediction = forecast_loss(
+        {"c": c, "loss": (1.5 + 300 * c**-0.13) * noise}, c=1e17, bootstrap=300
+    )
     true = 1.5 + 300 * 1e17**-0.13
     assert prediction["law"] == "power" and prediction["tau"] > 0.001
     assert prediction["low"] < true < prediction["high"]
@@ -90,22 +103,22 @@ def test_three_anchors_with_two_seeds_forecast_a_fourth():
 
 
 def test_what_a_forecast_needs():
-    table = read("olmo_ladder_c4")
+    table = read_table("olmo_ladder_c4")
     for wrong, words in (
         ({"n": 1e9}, "use --forecast_n and --forecast_d"),
         ({"n": -1e9, "d": 1e10}, "--forecast_n=-1000000000.0 must be a positive number"),
         ({"n": 1e9, "d": 1e10, "level": 1.0}, "--forecast_level=1.0"),
     ):
         with pytest.raises(InputError, match=words):
-            forecast(table, bootstrap=0, **wrong)
-    far = forecast(table, n=1e12, d=2e13, bootstrap=200)
+            forecast_loss(table, bootstrap=0, **wrong)
+    far = forecast_loss(table, n=1e12, d=2e13, bootstrap=200)
     assert "far_forecast" in {w["code"] for w in far["warnings"]}
 
 
 def test_the_flops_of_a_target_follow_the_convention_of_the_table():
     table = grid(SIZES, TOKENS, noise=0.002)
     table["c"] = 1.5 * 6 * table["n"] * table["d"]
-    result = fit(table, law="power", bootstrap=100)
+    result = fit_law(table, law="power", bootstrap=100)
     n, d = 3e9, 4e11
     assert result.table.flops(n, d) == pytest.approx(9 * n * d)
     assert result.predict(n=n, d=d) == pytest.approx(result.predict(c=9 * n * d))
@@ -113,8 +126,8 @@ def test_the_flops_of_a_target_follow_the_convention_of_the_table():
 
 
 def test_the_plan_is_the_minimum_at_its_budget():
-    result = fit(grid(SIZES, TOKENS, noise=0.002), bootstrap=200)
-    optimum = plan(result, 1e21)
+    result = fit_law(grid(SIZES, TOKENS, noise=0.002), bootstrap=200)
+    optimum = plan_optimum(result, 1e21)
     n = np.geomspace(optimum["n"] / 30, optimum["n"] * 30, 20001)
     loss = result.predict(n=n, d=1e21 / 6 / n)
     assert n[loss.argmin()] == pytest.approx(optimum["n"], rel=1e-3)
@@ -123,7 +136,7 @@ def test_the_plan_is_the_minimum_at_its_budget():
     low, high = optimum["intervals"]["n"]
     assert low < optimum["n"] < high
     with pytest.raises(InputError, match="use --law=chinchilla"):
-        plan(fit(read("kyo_takano"), law="power", bootstrap=0), 1e21)
+        plan_optimum(fit_law(read_table("kyo_takano"), law="power", bootstrap=0), 1e21)
 
 
 @pytest.mark.slow
@@ -131,8 +144,8 @@ def test_advised_runs_do_what_is_promised():
     """The promised standard deviation matches that over simulated repetitions."""
     sizes, tokens = np.geomspace(1e7, 1e8, 4), np.geomspace(1e9, 1e10, 4)
     noise, target = 0.004, {"n": 3e9, "d": 6e10}
-    before = fit(grid(sizes, tokens, noise=noise), delta=np.inf, bootstrap=0)
-    advice = advise(before, 1e21, **target)
+    before = fit_law(grid(sizes, tokens, noise=noise), delta=np.inf, bootstrap=0)
+    advice = rank_next_runs(before, 1e21, **target)
     assert sum(row["c"] for row in advice["allocation"]) <= 1e21
     assert advice["spent"] <= 1e21 and advice["sd_after"] < advice["sd_before"]
     gains = [row["reduction"] for row in advice["ranking"]]
@@ -161,13 +174,13 @@ def _at(table: dict, target: dict) -> float:
 
 
 def test_advice_needs_a_target_and_a_budget():
-    result = fit(grid(SIZES, TOKENS, noise=0.002), bootstrap=0)
+    result = fit_law(grid(SIZES, TOKENS, noise=0.002), bootstrap=0)
     with pytest.raises(InputError, match="--forecast_n is missing"):
-        advise(result, 1e20, d=1e11)
+        rank_next_runs(result, 1e20, d=1e11)
     with pytest.raises(InputError, match=r"pays for no cell"):
-        advise(result, 1.0, n=1e10, d=1e11)
-    law = fit(grid(SIZES, TOKENS, noise=0.002), law="power", bootstrap=0)
-    assert advise(law, 1e21, n=1e10, d=1e11)["allocation"]
+        rank_next_runs(result, 1.0, n=1e10, d=1e11)
+    law = fit_law(grid(SIZES, TOKENS, noise=0.002), law="power", bootstrap=0)
+    assert rank_next_runs(law, 1e21, n=1e10, d=1e11)["allocation"]
 
 
 def made_budgets(reach: float, points: int = 15, **params) -> dict:
@@ -185,7 +198,7 @@ def made_budgets(reach: float, points: int = 15, **params) -> dict:
 def test_the_bias_of_a_parabola_is_the_known_one(reach, bias):
     # Hoffmann et al. (2022), approach 3.
     hoffmann = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
-    summary, _ = isoflop(made_budgets(reach, **hoffmann), bootstrap=0)
+    summary, _ = fit_isoflop(made_budgets(reach, **hoffmann), bootstrap=0)
     parabola, cubic = (summary["methods"][k] for k in ("parabola", "cubic"))
     assert parabola["a"] == pytest.approx(0.28 / 0.62, abs=1e-4)
     assert [b["bias"] for b in parabola["budgets"]] == pytest.approx([bias] * 5, abs=6e-4)
@@ -198,7 +211,7 @@ def test_minima_at_the_edge_are_dropped_and_named():
     table = made_budgets(4)
     retained = np.ones(75, bool)
     retained[:9] = False
-    summary, curves = isoflop({k: v[retained] for k, v in table.items()}, bootstrap=50)
+    summary, curves = fit_isoflop({k: v[retained] for k, v in table.items()}, bootstrap=50)
     stars = [b["n_star"] for b in summary["methods"]["parabola"]["budgets"]]
     assert stars[0] is None and None not in stars[1:]
     assert "minimum_at_edge" in {w["code"] for w in summary["warnings"]}
@@ -214,5 +227,5 @@ def test_a_minimum_is_found_where_it_is():
 
 def test_tables_without_budgets_are_refused():
     with pytest.raises(InputError, match="compute budgets of 5 and more sizes"):
-        isoflop(grid(SIZES[:3], TOKENS[:2]))
+        fit_isoflop(grid(SIZES[:3], TOKENS[:2]))
     assert len(rows_by_budget(as_table(made_budgets(4)))) == 5

@@ -4,14 +4,23 @@ import numpy as np
 import pytest
 from synthetic import reference
 
-from lmscale_jax.scaling import compare, diagnostics, fit, intervals, isoflop, laws, read, solve
+from lmscale_jax.scaling import (
+    compare_arms,
+    diagnostics,
+    fit_isoflop,
+    fit_law,
+    intervals,
+    laws,
+    read_table,
+    solve,
+)
 from lmscale_jax.scaling.read import read_curves
 from lmscale_jax.scaling.table import as_table
 
 
 def chinchilla(rows=240):
     """Reads the digitised runs of Hoffmann et al.; 240 omits the five Besiroglu et al. excluded."""
-    table = read(str(reference("epoch_chinchilla", "svg_extracted_data.csv")))
+    table = read_table(str(reference("epoch_chinchilla", "svg_extracted_data.csv")))
     return table.take(np.arange(len(table)) >= len(table) - rows)
 
 
@@ -28,7 +37,7 @@ EXACT = {
 
 @pytest.mark.parametrize("rows, delta", EXACT)
 def test_exact_minima_of_the_chinchilla_runs(rows, delta):
-    result = fit(chinchilla(rows), delta=delta, bootstrap=0)
+    result = fit_law(chinchilla(rows), delta=delta, bootstrap=0)
     E, A, B, alpha, beta, a, F = EXACT[rows, delta]
     p = result.params
     # The values for other widths are known to fewer digits.
@@ -59,7 +68,7 @@ def test_published_parameters_have_the_objective_they_are_known_for():
 
 
 def test_compound_exponents_and_the_optimum_at_gopher_compute():
-    result = fit(chinchilla(), delta=1e-3, bootstrap=0)
+    result = fit_law(chinchilla(), delta=1e-3, bootstrap=0)
     assert result.compound["G"] == pytest.approx(0.113208, rel=1e-4)
     assert result.compound["gamma"] == pytest.approx(0.178483, abs=1e-5)
     n = result.compound["G"] * (5.76e23 / 6) ** result.compound["a"]
@@ -105,12 +114,12 @@ ISOFLOPS = {
 
 def isoflops(experiment: str):
     path = reference("isoflops", "isoflops.csv")
-    return read(str(path), where={"experiment": experiment, "outlier": "False"})
+    return read_table(str(path), where={"experiment": experiment, "outlier": "False"})
 
 
 @pytest.mark.parametrize("experiment", ISOFLOPS)
 def test_isoflop_data_sets(experiment):
-    result = fit(isoflops(experiment), delta=1e-3, bootstrap=0)
+    result = fit_law(isoflops(experiment), delta=1e-3, bootstrap=0)
     rows, E, A, B, alpha, beta, F = ISOFLOPS[experiment]
     assert len(result.table) == rows
     assert result.objective == pytest.approx(F, rel=1e-5)
@@ -120,7 +129,7 @@ def test_isoflop_data_sets(experiment):
 
 
 def test_isoflop_minima_and_the_surface_agree_on_the_exponent():
-    summary, _ = isoflop(isoflops("epochai_chinchilla__massivetext__chinchilla"), bootstrap=200)
+    summary, _ = fit_isoflop(isoflops("epochai_chinchilla__massivetext__chinchilla"), bootstrap=200)
     methods = summary["methods"]
     assert abs(methods["cubic"]["a"] - methods["surface"]["a"]) < 0.1
 
@@ -155,7 +164,7 @@ def bs64(name: str, points: str = "final", skip: float = 0.0, prefix: str = ""):
 @pytest.mark.parametrize("name", CURVES)
 def test_curves_of_the_original_analysis(name):
     rows, skip, F = CURVES[name]
-    result = fit(curve(name.partition(",")[0], skip), delta=1e-3, bootstrap=0)
+    result = fit_law(curve(name.partition(",")[0], skip), delta=1e-3, bootstrap=0)
     assert len(result.table) == rows
     assert result.objective == pytest.approx(F, rel=1e-5)
 
@@ -164,7 +173,7 @@ def test_the_documented_failure_is_diagnosed():
     """On sizes within 2x the original fit had a dead term but looked like a result."""
     codes = {}
     for name in ("optimal_lr_sgd_scaling", "vanilla_scaling_optimal_lr"):
-        result = fit(curve(name), bootstrap=200)
+        result = fit_law(curve(name), bootstrap=200)
         codes[name] = {w["code"] for w in result.warnings}
     assert {"narrow_n", "curve_points", "few_clusters"} <= codes["optimal_lr_sgd_scaling"]
     assert codes["optimal_lr_sgd_scaling"] & {"dead_term", "wrong_sign", "at_bound", "no_floor"}
@@ -186,7 +195,7 @@ def test_the_documented_optimum_has_a_dead_term():
 def test_final_points_follow_power_laws():
     expected = {"transformer_scaling": (0.05755, 0.0035), "sgd_scaling": (0.05394, 0.0048)}
     for name, (b, rms) in expected.items():
-        result = fit(bs64(name), law="power", delta=np.inf, bootstrap=0)
+        result = fit_law(bs64(name), law="power", delta=np.inf, bootstrap=0)
         assert result.params["b"] == pytest.approx(b, abs=2e-4)
         assert result.diagnostics["rms_log_residual"] == pytest.approx(rms, abs=2e-4)
 
@@ -201,17 +210,17 @@ def arms(first, second):
 
 
 def test_known_comparisons_of_the_original_runs():
-    comparison = compare(arms(bs64("sgd_scaling"), bs64("transformer_scaling")), "A", "B")
+    comparison = compare_arms(arms(bs64("sgd_scaling"), bs64("transformer_scaling")), "A", "B")
     assert comparison["shift"]["n_runs"] == 12
     assert comparison["shift"]["s"] == pytest.approx(0.147, abs=0.01)
     assert comparison["shift"]["se"] == pytest.approx(0.036, abs=0.008)
     gain = [comparison["gain"][i]["k"] for i in (0, 2, 4)]
     assert gain == pytest.approx([1.96, 2.60, 3.42], rel=0.05)
     swiglu = bs64("transformer_scaling", prefix="swiglu_")
-    comparison = compare(arms(bs64("transformer_scaling"), swiglu), "A", "B")
+    comparison = compare_arms(arms(bs64("transformer_scaling"), swiglu), "A", "B")
     assert comparison["shift"]["s"] == pytest.approx(0.12, abs=0.02)
     assert comparison["verdict"] == "undetermined"
-    copied = compare(arms(bs64("sin_scaling"), bs64("transformer_scaling")), "A", "B")
+    copied = compare_arms(arms(bs64("sin_scaling"), bs64("transformer_scaling")), "A", "B")
     assert "copied_runs" in {w["code"] for w in copied["warnings"]}
 
 
@@ -227,7 +236,7 @@ def test_held_out_coverage_over_the_folds():
 def test_a_chinchilla_fold_is_the_known_one():
     table = chinchilla()
     cheap = table.c < 1e21
-    result = fit(table.take(cheap), delta=1e-3, bootstrap=0)
+    result = fit_law(table.take(cheap), delta=1e-3, bootstrap=0)
     p = result.params
     assert cheap.sum() == 217
     assert [p["E"], p["alpha"], p["beta"]] == pytest.approx([1.8205, 0.3271, 0.3961], abs=2e-4)

@@ -121,9 +121,9 @@ def test_bad_steps_change_nothing(small):
 
     from lmscale_jax.data.batches import Batch
     from lmscale_jax.model import mesh
-    from lmscale_jax.train import loop, step
+    from lmscale_jax.train import step
 
-    setup = loop.build_run(small(), None, say=lambda line: None)
+    setup = build_run(small(), None, say=lambda line: None)
     begin = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))
     state = begin()
     take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
@@ -151,11 +151,9 @@ def test_bad_steps_change_nothing(small):
 def test_evaluation_does_not_depend_on_the_batch(small):
     import jax
 
-    from lmscale_jax.train import loop
-
     results = []
     for size in (1, 3, 64):
-        setup = loop.build_run(small(eval__batch_size=size), None, say=lambda line: None)
+        setup = build_run(small(eval__batch_size=size), None, say=lambda line: None)
         params = setup.model.init(jax.random.key(0))
         results.append(setup.validate(params))
     for other in results[1:]:

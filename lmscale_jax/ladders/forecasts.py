@@ -98,7 +98,7 @@ def _forecast_arm(plan: LadderPlan, anchors: list[dict], arm: str) -> dict:
             f"arm {arm!r} has finished anchors at {n_budgets} compute budget(s) and a forecast "
             f"needs 2; see attempts.jsonl for the failed runs, or use more config.rungs.sizes"
         )
-    forecast = scaling.forecast(
+    forecast = scaling.forecast_loss(
         results.fit_table(rows, fit["n"]),
         n=target.counts[fit["n"]],
         d=target.tokens,

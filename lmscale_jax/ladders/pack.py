@@ -19,6 +19,7 @@ from lmscale_jax.optim.layerwise import FREEZING
 from lmscale_jax.sweeps import population
 from lmscale_jax.train import diagnostics, loop, step, watchdog
 from lmscale_jax.train import metrics as writers
+from lmscale_jax.train import run as runs
 from lmscale_jax.train.checkpoint import Checkpoints
 from lmscale_jax.train.metrics import Clock, Diverged, MetricLogger
 
@@ -35,7 +36,7 @@ def run_pack(
     A member that diverges is recorded as such and the rest go on. Raises InputError where the
     configs cannot be members of one population, and as `train.loop.train` does.
     """
-    begun = [b for b in (loop.open_run(c, w, say, notes) for c, w in members) if b is not None]
+    begun = [b for b in (runs.open_run(c, w, say, notes) for c, w in members) if b is not None]
     if not begun:
         return
     try:
@@ -46,7 +47,7 @@ def run_pack(
         raise
     with contextlib.ExitStack() as stack:
         for one in begun:
-            stack.enter_context(loop.recording_failures(one))
+            stack.enter_context(runs.recording_failures(one))
         Pack(begun, say).finish()
 
 
@@ -66,7 +67,7 @@ class SharedClock(Clock):
 class Member:
     """The directory's side of one member: journal, clock and checkpoints."""
 
-    def __init__(self, begun: loop.OpenRun):
+    def __init__(self, begun: runs.OpenRun):
         self.setup, self.record = begun.setup, begun.record
         keep = self.setup.config.checkpoint
         self.checkpoints = Checkpoints(self.setup.workdir, keep.keep, keep.keep_every)
@@ -96,7 +97,7 @@ class Member:
 class Pack:
     """Runs on their way through one population."""
 
-    def __init__(self, begun: list[loop.OpenRun], say: Callable[[str], None]):
+    def __init__(self, begun: list[runs.OpenRun], say: Callable[[str], None]):
         self.members, self._say = [Member(one) for one in begun], say
         self._config = begun[0].setup.config
         self._population = population.Population([one.setup.config for one in begun])

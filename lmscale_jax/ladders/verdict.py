@@ -73,7 +73,9 @@ def _compare(ladder: dict, rows: list[dict], arm: str) -> dict:
     pair = [row for row in rows if row["variant"] in (baseline, arm)]
     try:
         table = scaling.as_table(results.fit_table(pair, fit["n"]), name="results.csv")
-        comparison = scaling.compare(table, baseline, arm, level=fit["level"], effect=fit["effect"])
+        comparison = scaling.compare_arms(
+            table, baseline, arm, level=fit["level"], effect=fit["effect"]
+        )
     except InputError as error:
         comparison = {
             "arms": [baseline, arm], "verdict": "undetermined", "reason": str(error), "shift": None,

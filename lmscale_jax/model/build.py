@@ -63,8 +63,7 @@ def build_model(
       config: resolved.
       platform: that the model runs on, as JAX names it.
       bos_id: the token that begins a document, for model.mask="document".
-      mesh: of `losses` and `taps`, whose batches it must be able to split. `logits` takes any batch
-        and leaves its layout to the partitioner.
+      mesh: of `losses` and `taps`; it must divide their batches. `logits` takes any batch.
 
     Raises:
       InputError: a choice of a key is not implemented, or cannot serve here.
@@ -75,9 +74,8 @@ def build_model(
     kernel, why = kernels.choose_kernel(config, platform, sharding)
     stack = STACKS[model.stack](model, platform)
     modules, specs = _declare(model, kernel)
-    rows = parametrization.param_rules(
-        specs, _declare(parametrization.base_model(config), kernel)[1], config
-    )
+    base_specs = _declare(parametrization.base_model(config), kernel)[1]
+    rows = parametrization.param_rules(specs, base_specs, config)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
     fixed, head = model_context(config, platform, sharding), HEADS[model.head]
     unsharded = fixed.replace(sharding=ShardingContext())

@@ -196,7 +196,7 @@ def why_unable(
     if sharding and sharding.size("sequence") > 1:
         return "a query's row is split over mesh.sequence, and it takes whole rows"
     plain_window = model.window_layers == "all" and model.window_block == 1
-    if model.window_layers != "none" and not (plain_window and model.window_growth == "0"):
+    if model.window_layers != "none" and not (plain_window and not model.window_growth):
         return "its window is one number of tokens for all blocks and steps"
     return limits(config, platform)
 

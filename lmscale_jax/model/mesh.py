@@ -125,7 +125,7 @@ def _check_batch(config, sizes: dict[str, int]) -> None:
             f"config.data.seq_len={config.data.seq_len} cannot be split over mesh.sequence="
             f"{pieces}; {-(-config.data.seq_len // pieces) * pieces} would work"
         )
-    measures = is_used(config, "mur.metric") or config.eval.redundancy_every != "0"
+    measures = is_used(config, "mur.metric") or config.eval.redundancy_every
     if pieces > 1 and measures:
         raise InputError(
             f"config.mesh.sequence={pieces}: marginal utility and redundancy look at whole windows "

@@ -167,7 +167,7 @@ def fit_arms(arms: list[str], rows: list[dict], n: str) -> tuple[dict, dict[str,
         anchors = [row for row in rows if row["variant"] == arm and not _is_held_out(row)]
         try:
             table = scaling.as_table(results.fit_table(anchors, n), name=arm)
-            fits[arm] = scaling.fit(table, law=richest_law(table), bootstrap=500)
+            fits[arm] = scaling.fit_law(table, law=richest_law(table), bootstrap=500)
         except InputError as error:
             reasons[arm] = str(error)
     return fits, reasons

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import hf, mesh
 from lmscale_jax.model.sharding import AXES
-from lmscale_jax.train import checkpoint, loop, run_dir, step
+from lmscale_jax.train import checkpoint, run_dir, step
+from lmscale_jax.train import run as runs
 from lmscale_jax.train.checkpoint import Checkpoints
 from lmscale_jax.train.run_dir import read_record
 
@@ -29,7 +30,7 @@ class LoadedRun(NamedTuple):
     """
 
     record: dict
-    setup: loop.Run
+    setup: runs.Run
     step: int
     params: dict
 
@@ -50,7 +51,7 @@ def load_run(workdir: Path, step: int = 0) -> LoadedRun:
             f"--workdir={workdir} holds no checkpoint (status {record['status']!r}); train it first"
         )
     mesh.start_jax(config)
-    setup = loop.build_run(config, workdir, say=lambda line: None)
+    setup = runs.build_run(config, workdir, say=lambda line: None)
     if setup.data.val_fingerprint != record["data"]["val_fingerprint"]:
         raise InputError(
             f"config.data.source={config.data.source!r} holds other held-out tokens than "
@@ -83,13 +84,13 @@ def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[s
     if workdir.exists() and any(workdir.iterdir()):
         raise InputError(f"--workdir={workdir} is not empty; use a new directory")
     mesh.start_jax(config)
-    setup = loop.build_run(config, workdir, say)
+    setup = runs.build_run(config, workdir, say)
     params = hf.read_params(source, setup.config.model, setup.model.specs)
     shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
     params = jax.tree.map(jax.device_put, params, shardings)
     lock = run_dir.RunLock(workdir)
     try:
-        run = run_dir.RunRecord(workdir, loop.record_facts(setup) | {"imported_from": source.name})
+        run = run_dir.RunRecord(workdir, runs.record_facts(setup) | {"imported_from": source.name})
         state = step.initial_state(setup.config, setup.model, setup.transform, setup.config.seed)
         checkpoints = Checkpoints(workdir)
         checkpoints.save(1, state._replace(params=params, step=state.step + 1), {})

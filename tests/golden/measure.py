@@ -130,20 +130,20 @@ def _arms() -> dict:
 
 
 def _law(table, **settings) -> dict:
-    shown = scaling.fit(table, **settings).to_json()
+    shown = scaling.fit_law(table, **settings).to_json()
     fields = ("law", "n_points", "params", "compound", "objective", "delta", "intervals", "floor")
     return {field: shown[field] for field in fields}
 
 
 def _isoflop() -> dict:
-    summary, curves = scaling.isoflop(scaling.read("kyo_takano"), bootstrap=50, seed=3)
+    summary, curves = scaling.fit_isoflop(scaling.read_table("kyo_takano"), bootstrap=50, seed=3)
     methods = summary["methods"]
     kept = {name: {k: methods[name][k] for k in ("a", "k", "intervals")} for name in methods}
     return {"methods": kept, "objective": curves["surface"].objective}
 
 
 def _compared() -> dict:
-    verdict = scaling.compare(_arms(), "A", "B", bootstrap=99, seed=4)
+    verdict = scaling.compare_arms(_arms(), "A", "B", bootstrap=99, seed=4)
     return {field: verdict[field] for field in ("verdict", "shift", "gain", "floors")}
 
 
@@ -152,18 +152,18 @@ def _arm(name: str):
 
 
 def _forecast() -> dict:
-    table = scaling.read("kyo_takano")
-    prediction = scaling.forecast(table, n=1e9, d=2e10, bootstrap=100, seed=5, cluster="size")
+    table = scaling.read_table("kyo_takano")
+    prediction = scaling.forecast_loss(table, n=1e9, d=2e10, bootstrap=100, seed=5, cluster="size")
     return {name: value for name, value in prediction.items() if name != "warnings"}
 
 
 FITS = {
-    "chinchilla": lambda: _law(scaling.read("kyo_takano"), bootstrap=100, seed=1),
+    "chinchilla": lambda: _law(scaling.read_table("kyo_takano"), bootstrap=100, seed=1),
     "chinchilla, delta 1e-3, floor pinned": lambda: _law(
-        scaling.read("kyo_takano"), delta=1e-3, floor=1.8, bootstrap=0
+        scaling.read_table("kyo_takano"), delta=1e-3, floor=1.8, bootstrap=0
     ),
     "chinchilla, least squares": lambda: _law(
-        scaling.read("kyo_takano"), delta=float("inf"), bootstrap=0
+        scaling.read_table("kyo_takano"), delta=float("inf"), bootstrap=0
     ),
     "power": lambda: _law(_arm("A"), law="power", bootstrap=100, seed=2),
     "power_floor": lambda: _law(_arm("B"), law="power_floor", bootstrap=0, delta=0.01),
