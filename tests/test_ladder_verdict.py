@@ -23,9 +23,8 @@ def loss_of(cell, shift=0.0, offset=0.02, rng=None) -> float:
     """E + k C^-b, for swiglu with b (1 + shift), or with a smaller k."""
     better = cell.arm == "swiglu"
     c = cell.flops / 1e13
-    value = FLOOR + SCALE / 1e13**EXPONENT * (1 - offset * better) * c ** -(
-        EXPONENT * (1 + shift * better)
-    )
+    slope = EXPONENT * (1 + shift * better)
+    value = FLOOR + SCALE / 1e13**EXPONENT * (1 - offset * better) * c**-slope
     return value * (1 + (NOISE * rng.standard_normal() if rng else 0.0))
 
 

@@ -122,6 +122,7 @@ def test_bad_steps_change_nothing(small):
     from lmscale_jax.data.batches import Batch
     from lmscale_jax.model import mesh
     from lmscale_jax.train import step
+    from lmscale_jax.train.run import build_run
 
     setup = build_run(small(), None, say=lambda line: None)
     begin = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))
@@ -150,6 +151,8 @@ def test_bad_steps_change_nothing(small):
 
 def test_evaluation_does_not_depend_on_the_batch(small):
     import jax
+
+    from lmscale_jax.train.run import build_run
 
     results = []
     for size in (1, 3, 64):
