@@ -1,5 +1,6 @@
 """Every kind of bad config is one line that names the field, its value and one that works."""
 
+import ast
 import re
 
 import pytest
@@ -109,9 +110,10 @@ def test_remedies_work():
     for changes, _ in BAD.values():
         with pytest.raises(InputError) as caught:
             validate(changed(**changes))
-        remedy = re.match(r"config\.([\w.]+)=.*?; use (\d+)", str(caught.value))
+        remedy = re.match(r"config\.([\w.]+)=.*?; use (\d[\d.]*)", str(caught.value))
         if remedy:
-            validate(changed(**(changes | {remedy[1].replace(".", "__"): int(remedy[2])})))
+            value = ast.literal_eval(remedy[2])
+            validate(changed(**(changes | {remedy[1].replace(".", "__"): value})))
             tried += 1
     assert tried >= 8
 
