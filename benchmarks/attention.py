@@ -74,9 +74,9 @@ def measure(length: int, platform: str) -> list[dict]:
 
     programs, rows = {}, []
     for name in kernels.KERNELS:
-        reason = kernels.why_unable(name, config_of(length), platform)
-        if reason:
-            print(f"{length}: no {name}: {reason}", flush=True)
+        setting = kernels.unsupported_setting(name, config_of(length), platform)
+        if setting:
+            print(f"{length}: {name} does not support {setting}", flush=True)
         else:
             programs[name] = compiled(name, length, platform)
     rounds = [{n: rate(*p) for n, p in programs.items()} for _ in range(ROUNDS.value)]

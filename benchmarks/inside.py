@@ -57,7 +57,7 @@ def program(config, devices: list | None = None) -> Program:
     # Where documents are masked, token 0 marks their beginning; some batches hold several.
     bos_id = 0 if config.model.mask == "document" else None
     model = build_model(config, platform=platform, bos_id=bos_id, mesh=grid)
-    transform = optim.build_optimizer(config, model.rows, grid, platform)
+    transform = optim.build_optimizer(config, model.param_rules, grid, platform)
     placed = step.train_state_shardings(config, model, transform, grid)
     size = (8, config.train.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, np.int32)

@@ -105,7 +105,7 @@ def measured(row: dict) -> dict:
     from lmscale_jax.train import step
 
     config, mesh, model = described(row)
-    transform = optim.build_optimizer(config, model.rows, mesh, "cpu")
+    transform = optim.build_optimizer(config, model.param_rules, mesh, "cpu")
     placed = step.train_state_shardings(config, model, transform, mesh)
     shape = (config.train.batch_size, config.data.seq_len)
     rows = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)

@@ -111,7 +111,11 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
             # The step reports nothing, so what would be taken out is not missed.
             return *value(params, batch, key), {}
 
-    return (config, model, optim.build_optimizer(config, model.rows), grid), measure, gradient
+    return (
+        (config, model, optim.build_optimizer(config, model.param_rules), grid),
+        measure,
+        gradient,
+    )
 
 
 def _batch(shape: dict, grid):

@@ -74,7 +74,7 @@ def predicted(number: int, batch: int) -> dict[str, float]:
     model = build_model(config, platform="cpu")
     steps, tokens = len(muon.COEFFICIENTS[config.optim.muon_coefficients].steps), batch * shape["T"]
     spent = 0.0
-    for rule in update_rules(model.rows, config).values():
+    for rule in update_rules(model.param_rules, config).values():
         if rule.optimizer == "muon":
             m, n = muon.as_matrices(rule.spec, "matrix").shape
             # X X', its square, and the product with X.

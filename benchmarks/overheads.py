@@ -66,7 +66,7 @@ def unable(label: str, config, devices: list) -> str | None:
     if label == "fp8":
         matmul = fp8.choose_fp8(config.model, devices[0].platform)
         if matmul.product is None:
-            return f"not here: {matmul.described}"
+            return f"not here: {matmul.description}"
     if label == A_CORE and (machine.accelerated() or len(devices) == 1):
         return "not here: there is one core that the batch divides over, or an accelerator"
     return None

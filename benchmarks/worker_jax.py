@@ -59,7 +59,7 @@ def make(shape: dict, dtype: str, devices: int, changes: dict):
     grid = mesh.make_mesh(config)
     platform = grid.devices.flat[0].platform
     model = build_model(config, platform=platform, mesh=grid)
-    transform = optim.build_optimizer(config, model.rows, grid, platform)
+    transform = optim.build_optimizer(config, model.param_rules, grid, platform)
     placed = step.train_state_shardings(config, model, transform, grid)
     state = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)()
     take_step = step.TrainStep(config, model, grid, placed)
@@ -78,7 +78,7 @@ def make(shape: dict, dtype: str, devices: int, changes: dict):
         return float(metrics["train_loss"])
 
     per_token = flops.flops_per_token(config, model.specs)["model"]
-    counts = flops.counts(model.specs)
+    counts = flops.parameter_counts(model.specs)
     return run, device(grid) | {"flops": per_token * shape["B"] * shape["T"], "counts": counts}
 
 

@@ -70,9 +70,9 @@ def exit_with_error(message: str, status: int) -> None:
 
 
 def config_flag(required: bool = True, default: str | None = None):
-    """Defines --config=FILE.py with --config.a.b=value overrides.
+    """Defines the flag --config=FILE.py, with --config.a.b=value overrides.
 
-    `default` is the name of a shipped config, for which a user's own file may stand as well.
+    `default` is the name of a shipped config; a user's file of that name replaces it.
     """
     default = default and find_config(default)
     flag = config_flags.DEFINE_config_file("config", default, "config file", lock_config=False)
@@ -87,15 +87,15 @@ def overrides() -> dict:
 
 
 def find_config(argument: str) -> str:
-    """Returns a --config value FILE.py[:ARG] with the path of the file that it means.
+    """Resolves the path in a --config value FILE.py[:ARG].
 
-    That is the file of this name if there is one, seen from the working directory; else, for
-    configs/NAME.py, the one that comes with the package.
+    A file of this name in the working directory comes first; else configs/NAME.py is the one in
+    the package.
     """
-    path, colon, rest = argument.partition(":")
+    path, colon, name = argument.partition(":")
     shipped = PACKAGE / path
     if path.startswith("configs/") and not os.path.isfile(path) and shipped.is_file():
-        return f"{shipped}{colon}{rest}"
+        return f"{shipped}{colon}{name}"
     return argument
 
 
@@ -103,13 +103,13 @@ PACKAGE = Path(__file__).parent
 
 
 def config_file() -> str:
-    """Returns the config file for people to read: lmscale_jax/configs/NAME.py if it is shipped."""
+    """Returns the path of the config file; lmscale_jax/configs/NAME.py if it is shipped."""
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     return path.replace(f"{PACKAGE}/configs/", f"{PACKAGE.name}/configs/", 1)
 
 
-def _with_config_found(argv: list[str]) -> list[str]:
-    """Returns the arguments with `find_config` of what --config names, in either spelling."""
+def _with_config_path(argv: list[str]) -> list[str]:
+    """Replaces the value of --config by `find_config` of it, in either spelling of the flag."""
     changed = list(argv)
     for i, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
@@ -121,15 +121,15 @@ def _with_config_found(argv: list[str]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    argv = _with_config_found(argv)
+    argv = _with_config_path(argv)
     # The config library warns of errors that are reported here in one line.
     logging.set_verbosity(logging.ERROR)
     try:
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
             raise flags.Error(f"{positional[1]!r} is not a flag; use --name=value")
-        if swallowed := _swallowed():
-            raise flags.Error(swallowed)
+        if message := _missing_value():
+            raise flags.Error(message)
         # A config file that cannot be read shows only when its config is used.
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()
@@ -139,15 +139,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    """Returns one line on why the flags could not be parsed.
+    """Explains in one line why the flags could not be parsed.
 
     The config library may hide the cause in a traceback or an error about another error; then the
     config file is loaded once more.
     """
     if "before a value for --config" in str(error):
         return "--config.KEY=value is before --config=FILE; put it after"
-    if swallowed := _swallowed():
-        return swallowed
+    if message := _missing_value():
+        return message
     argument = _config_argument(argv)
     if argument is None:
         missing = "--config must" in str(error) or "flag 'config." in str(error)
@@ -157,7 +157,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
     return fault or _override_fault(config, argv, str(error)) or str(error)
 
 
-def _swallowed() -> str | None:
+def _missing_value() -> str | None:
     """Returns a message where a flag without a value has taken the next flag as its value."""
     for name in flags.FLAGS:
         if str(value := flags.FLAGS[name].value).startswith("--"):

@@ -32,7 +32,7 @@ def setup(changes):
     meshes.start_jax(config)
     grid = meshes.make_mesh(config)
     model = build_model(config, platform="cpu", mesh=grid)
-    transform = optim.build_optimizer(config, model.rows, grid, "cpu")
+    transform = optim.build_optimizer(config, model.param_rules, grid, "cpu")
     placed = step.train_state_shardings(config, model, transform, grid)
     return config, grid, model, transform, placed
 

@@ -120,7 +120,7 @@ def test_batch_that_the_devices_cannot_split(tmp_path, settings):
     workdir = tmp_path / "run"
     status, _, err = run("main", "--config=configs/base.py", f"--workdir={workdir}", *overrides)
     assert (status, err.count("\n")) == (2, 1), err
-    assert "train.batch_size=8" in err and "9 would work" in err
+    assert "train.batch_size=8" in err and "use 9" in err
     assert not workdir.exists()
 
 

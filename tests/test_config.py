@@ -1,5 +1,6 @@
 """Every kind of bad config is one line that names the field, its value and one that works."""
 
+import ast
 import re
 
 import pytest
@@ -57,20 +58,20 @@ BAD = {
     "no such choice": ({"model__mlp": "gelo"}, ["model.mlp='gelo'", "swiglu", "'gelu'"]),
     "bad duration": ({"schedule__warmup": "soon"}, ["schedule.warmup='soon'", "5%"]),
     "negative duration": ({"schedule__warmup": "-5"}, ["schedule.warmup='-5'", "5%"]),
-    "heads": ({"model__n_heads": 6}, ["model.n_heads=6", "d_model=256", "4 would"]),
-    "more heads than width": ({"model__n_heads": 512}, ["model.n_heads=512", "256 would"]),
-    "grouped heads": ({"model__n_kv_heads": 3}, ["model.n_kv_heads=3", "n_heads=4", "2 would"]),
-    "more groups than heads": ({"model__n_kv_heads": 8}, ["model.n_kv_heads=8", "4 would"]),
+    "heads": ({"model__n_heads": 6}, ["model.n_heads=6", "d_model=256", "use 4"]),
+    "more heads than width": ({"model__n_heads": 512}, ["model.n_heads=512", "use 256"]),
+    "grouped heads": ({"model__n_kv_heads": 3}, ["model.n_kv_heads=3", "n_heads=4", "use 2"]),
+    "more groups than heads": ({"model__n_kv_heads": 8}, ["model.n_kv_heads=8", "use 4"]),
     "odd RoPE": (
         {"model__positions": "rope", "model__head_dim": 63},
-        ["model.head_dim=63", "64 would"],
+        ["model.head_dim=63", "use 64"],
     ),
     "window beyond positions": (
         {"model__max_seq_len": 128},
-        ["data.seq_len=256", "max_seq_len=128", "128 would"],
+        ["data.seq_len=256", "max_seq_len=128", "use 128"],
     ),
-    "accumulation": ({"train__accum": 5}, ["train.accum=5", "batch_size=32", "4 would"]),
-    "accumulation beyond batch": ({"train__accum": 64}, ["train.accum=64", "32 would"]),
+    "accumulation": ({"train__accum": 5}, ["train.accum=5", "batch_size=32", "use 4"]),
+    "accumulation beyond batch": ({"train__accum": 64}, ["train.accum=64", "use 32"]),
     "unused key": ({"model__rope_theta": 5e5}, ["model.rope_theta", "unused", "positions='rope'"]),
     "unused cooldown": ({"schedule__cooldown": "5%"}, ["schedule.cooldown='5%'", "'wsd'"]),
     "unused path": ({"data__path": "x.txt"}, ["data.path='x.txt'", "unused", "'text'"]),
@@ -85,14 +86,14 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
-def test_bad_config_is_one_line_with_field_value_and_remedy(changes, said):
+@pytest.mark.parametrize(("changes", "parts"), BAD.values(), ids=BAD)
+def test_bad_config_is_one_line_with_field_value_and_remedy(changes, parts):
     with pytest.raises(InputError) as caught:
         validate(changed(**changes))
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 300
-    for part in said:
+    for part in parts:
         assert part in message
 
 
@@ -104,14 +105,15 @@ def test_a_missing_key_is_named():
 
 
 def test_remedies_work():
-    # Every remedy of the form "N would [work]" for the field that is named.
+    # Every remedy of the form "use N" for the field that is named.
     tried = 0
     for changes, _ in BAD.values():
         with pytest.raises(InputError) as caught:
             validate(changed(**changes))
-        found = re.match(r"config\.([\w.]+)=.*?; (\d+) would", str(caught.value))
-        if found:
-            validate(changed(**(changes | {found[1].replace(".", "__"): int(found[2])})))
+        remedy = re.match(r"config\.([\w.]+)=.*?; use (\d[\d.]*)", str(caught.value))
+        if remedy:
+            value = ast.literal_eval(remedy[2])
+            validate(changed(**(changes | {remedy[1].replace(".", "__"): value})))
             tried += 1
     assert tried >= 8
 
@@ -164,7 +166,7 @@ def test_what_is_recorded_has_the_users_durations_and_what_is_computed_by_has_st
 
 
 def test_a_vocabulary_below_the_tokenizers_is_refused():
-    with pytest.raises(InputError, match=r"model\.vocab_size=100 .* 300; 0 or 320 would"):
+    with pytest.raises(InputError, match=r"model\.vocab_size=100 .* 300; use 0 or 320"):
         resolve(changed(model__vocab_size=100), vocab_size=300)
 
 
@@ -185,12 +187,12 @@ def refused(tmp_path, *arguments) -> str:
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "parts"),
     [
         ("--config.optim.lrr=1e-3", ["optim.lrr", "did you mean optim.lr?"]),
         ("--config.train.lr=1e-3", ["train.lr", "did you mean optim.lr?"]),
         ("--config.model.d_model=wide", ["model.d_model=wide", "int", "use 256"]),
-        ("--config.model.n_heads=6", ["model.n_heads=6", "4 would"]),
+        ("--config.model.n_heads=6", ["model.n_heads=6", "use 4"]),
         ("--config.model.n_layers=-1", ["model.n_layers=-1", "at least 1"]),
         ("--config.model.rope_theta=5e5", ["model.rope_theta", "unused"]),
         ("--config.train.tokens=1e6", ["train.tokens", "train.steps"]),
@@ -200,31 +202,31 @@ def refused(tmp_path, *arguments) -> str:
         ("stray", ["stray", "--name=value"]),
     ],
 )
-def test_the_command_refuses_a_bad_flag(tmp_path, flag, said):
+def test_the_command_refuses_a_bad_flag(tmp_path, flag, parts):
     err = refused(tmp_path, "--config=configs/base.py", flag)
-    for part in said:
+    for part in parts:
         assert part in err
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "parts"),
     [
         ("config.optim.lrr = 1e-3", ["config.optim.lrr", "did you mean optim.lr?"]),
         ("config.model.d_model = 'wide'", ["bad.py:4", "d_model", "int"]),
-        ("config.model.n_heads = 6", ["model.n_heads=6", "4 would"]),
+        ("config.model.n_heads = 6", ["model.n_heads=6", "use 4"]),
         ("config.model.n_heads = 1 / 0", ["bad.py:4", "division by zero"]),
         ("return None", ["bad.py", "NoneType", "ConfigDict"]),
         ("config.model.n_heads = = 2", ["bad.py:4", "invalid syntax"]),
     ],
 )
-def test_the_command_refuses_a_bad_config_file(tmp_path, line, said):
+def test_the_command_refuses_a_bad_config_file(tmp_path, line, parts):
     file = tmp_path / "bad.py"
     file.write_text(
         f"from lmscale_jax.configs import base\ndef get_config():\n    config = base.get_config()\n"
         f"    {line}\n    return config\n"
     )
     err = refused(tmp_path, f"--config={file}")
-    for part in said:
+    for part in parts:
         assert part in err
 
 

@@ -93,7 +93,7 @@ def test_what_we_do_not_have_is_refused_by_name(written):
     for change, message in (
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
-        ({"model_type": "mamba"}, "model_type='mamba' is not known"),
+        ({"model_type": "mamba"}, "model_type='mamba' is not supported"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
     ):
         path.write_text(json.dumps(settings | change))
@@ -106,7 +106,7 @@ def test_what_we_do_not_have_is_refused_by_name(written):
     with pytest.raises(InputError, match=r"tensor model\.layers\.3\..* is missing"):
         read(directory)
     path.write_text(json.dumps(settings | {"num_hidden_layers": 2}))
-    with pytest.raises(InputError, match=r"model\.layers\.2\..* have no place here"):
+    with pytest.raises(InputError, match=r"model\.layers\.2\..* are not supported"):
         read(directory)
     path.write_text(json.dumps(settings))
     content = (directory / hf.WEIGHTS).read_bytes()
@@ -120,9 +120,9 @@ def test_what_we_do_not_have_is_refused_by_name(written):
 
 def test_what_transformers_does_not_have_is_refused_by_name():
     for changes, message in (
-        ({"mlp": "relu2"}, "config.model.mlp='relu2' has no place"),
-        ({"attn_gate": "const"}, "config.model.attn_gate='const' has no place"),
-        ({"bias": False}, "config.model.bias=False has no place"),
+        ({"mlp": "relu2"}, "config.model.mlp='relu2' is not supported"),
+        ({"attn_gate": "const"}, "config.model.attn_gate='const' is not supported"),
+        ({"bias": False}, "config.model.bias=False is not supported"),
     ):
         with pytest.raises(InputError, match=message):
             hf.hf_family(resolved(**GPT2 | changes))

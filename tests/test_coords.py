@@ -148,15 +148,15 @@ def test_a_sweep_resizes_what_it_names():
 
 
 BAD = {
-    "heads": (("width", [64, 100], {}), ["--widths=100", "head size 32", "96 would"]),
+    "heads": (("width", [64, 100], {}), ["--widths=100", "head size 32", "use 96"]),
     "groups": (
         ("width", [64, 96], {"model.n_kv_heads": 4}),
-        ["--widths=96", "3 heads", "64 would"],
+        ["--widths=96", "3 heads", "use 64"],
     ),
     "depth of mup": (("depth", [2, 4], {}), ["parametrization.name='mup'", "completep"]),
     "two scales": (
         ("width", [64, 128], {"model.logit_scale": "inverse_sqrt_width"}),
-        ["model.logit_scale", "twice", "'one' would"],
+        ["model.logit_scale", "twice", "use 'one'"],
     ),
     "no base": (("width", [64, 128], {"parametrization.base_width": 0}), ["base_width=0", "256"]),
 }

@@ -33,7 +33,7 @@ def specs_of(config) -> dict:
 
 def sent(config, chip=ROUND, **sizes) -> dict:
     """{(kind, axes): message}."""
-    messages = costs.sent(config, specs_of(config), sizes, chip)
+    messages = costs.step_messages(config, specs_of(config), sizes, chip)
     return {(message.kind, *message.axes): message for message in messages}
 
 
@@ -76,9 +76,11 @@ def test_each_micro_batch_gathers_again_and_so_does_recomputing():
 def test_the_loss_in_chunks_gathers_the_readout_once_and_multiplies_again():
     # 4 rows a chip: 32 tokens a chunk are 8 positions, 4 chunks, each computed again.
     whole, cut = small(), small(model__loss_chunk=32)
-    assert costs.chunks(cut, {"fsdp": 4}) == 4
+    assert costs.loss_chunks(cut, {"fsdp": 4}) == 4
     assert sent(cut, fsdp=4) == sent(whole, fsdp=4)
-    more = [costs.recomputed(config, specs_of(config), {"fsdp": 4}) for config in (whole, cut)]
+    more = [
+        costs.recomputed_flops(config, specs_of(config), {"fsdp": 4}) for config in (whole, cut)
+    ]
     assert more == [0, 2 * TABLE]
 
 
@@ -164,7 +166,7 @@ def test_what_is_waited_for_is_added_and_what_is_not_is_hidden():
 
 def test_a_checkpoint_is_parameters_and_moments():
     config = small()
-    size, seconds = costs.checkpoint(specs_of(config), 16, flops.CHIPS["v5p"])
+    size, seconds = costs.checkpoint_cost(specs_of(config), 16, flops.CHIPS["v5p"])
     assert size == 3 * 4 * (2 * BLOCK + 2 * TABLE + 5 * 64)
     # Four hosts of four chips.
     assert seconds == pytest.approx(size / (4 * costs.WRITE_PER_HOST))

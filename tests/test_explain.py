@@ -193,13 +193,13 @@ cli.run_command(main.main)
         ),
         (
             ["--explain", "--topology=H100:48", "--config.mesh.fsdp=32"],
-            "config.mesh (fsdp=32) does not make 48 device(s); mesh.data=-1 with the others 1 "
-            "would",
+            "config.mesh (fsdp=32) does not multiply to 48 device(s); use mesh.data=-1 and 1 "
+            "for the other axes",
         ),
         (
             ["--explain", "--topology=H100:64", "--config.train.batch_size=96"],
-            "config.train.batch_size=96 in 1 micro-batch(es) cannot be split over 64 devices; 128 "
-            "would work",
+            "config.train.batch_size=96 in 1 micro-batch(es) cannot be split over 64 devices; use "
+            "128",
         ),
         (
             ["--topology=H100:64", "--workdir=elsewhere"],

@@ -40,7 +40,7 @@ def test_named_models_train_on_the_web_or_on_this_machine():
     assert web.data.source == "fineweb_edu" and 2e6 < web.data.limit < 3e6
     assert (embedded.data.source, embedded.data.limit) == ("stdlib", 0)
     assert embedded.model == web.model and embedded.train == web.train
-    with pytest.raises(InputError, match="embeded: 'fineweb_edu' or 'embedded' would work"):
+    with pytest.raises(InputError, match="embeded: use 'fineweb_edu' or 'embedded'"):
         llama_100m.get_config("embeded")
 
 
@@ -60,14 +60,14 @@ def test_named_models_train_on_the_web_or_on_this_machine():
 )
 def test_named_configs_have_exactly_the_published_counts(name, total):
     config = importlib.import_module(f"lmscale_jax.configs.{name}").get_config()
-    n = flops.counts(described(resolve(config, config.data.vocab_size)).specs)
+    n = flops.parameter_counts(described(resolve(config, config.data.vocab_size)).specs)
     assert n["total"] == total
     assert n["embedding"] + n["non_embedding"] == total
 
 
 def test_non_embedding_count_does_not_depend_on_tying_window_or_vocabulary():
     n = {
-        flops.counts(described(small(**change)).specs)["non_embedding"]
+        flops.parameter_counts(described(small(**change)).specs)["non_embedding"]
         for change in (
             {},
             {"model.head": "untied"},
@@ -88,7 +88,7 @@ def test_tiny_model_by_hand():
     products = 4 * 8 * 8 + 2 * 8 * 32
     norms = 3 * 8
     tables = 512 * 8 + 6 * 8
-    assert flops.counts(specs) == {
+    assert flops.parameter_counts(specs) == {
         "total": products + norms + tables,
         "non_embedding": products + norms,
         "embedding": tables,
@@ -143,5 +143,5 @@ def test_forward_flops_agree_with_the_compiler(changes):
     ],
 )
 def test_peaks_are_known_or_none(kind, flops_per_second):
-    assert flops.peak(kind, "bfloat16") == flops_per_second
-    assert flops.peak(kind, "float32") is None
+    assert flops.peak_flops(kind, "bfloat16") == flops_per_second
+    assert flops.peak_flops(kind, "float32") is None

@@ -83,8 +83,8 @@ def test_a_gate_is_its_definition(case):
     assert model.choices["gate"].startswith(CASES[case]["attn_gate"])
     ids = np.asarray(tokens(1))[0]
     wanted = Gated(config, params).logits(ids)
-    found = np.asarray(jax.jit(model.logits)(params, ids[None]))[0]
-    np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=2e-5)
+    logits = np.asarray(jax.jit(model.logits)(params, ids[None]))[0]
+    np.testing.assert_allclose(logits, wanted, atol=2e-5, rtol=2e-5)
     plain = dict(CASES[case], attn_gate="none", gate_place="sdpa", gate_input="own",
                  gate_activation="sigmoid", gate_bias=False, gate_bias_init=0.0)  # fmt: skip
     without = make(**plain)
@@ -93,7 +93,7 @@ def test_a_gate_is_its_definition(case):
         k: v for k, v in params["blocks"]["attention"].items() if k != "gate"
     }
     ungated = np.asarray(jax.jit(without[1].logits)(shared, ids[None]))[0]
-    assert np.abs(ungated - found).max() > 1e-3
+    assert np.abs(ungated - logits).max() > 1e-3
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -103,8 +103,8 @@ def test_no_gate_sees_the_future(case):
     ids, t = tokens(1), 5
 
     def at(table):
-        own = params | {"embed": params["embed"] | {"positions": table}}
-        return jnp.square(model.logits(own, ids)[0, t]).sum()
+        changed_params = params | {"embed": params["embed"] | {"positions": table}}
+        return jnp.square(model.logits(changed_params, ids)[0, t]).sum()
 
     grad = np.asarray(jax.grad(at)(params["embed"]["positions"]))
     assert np.all(grad[t + 1 :] == 0) and np.abs(grad[: t + 1]).max(axis=1).min() > 0
@@ -137,9 +137,9 @@ def test_rows_of_the_table(kind, role, multiplier, lr, optimizer):
         config = resolve(config)
         model = build.build_model(config, platform="cpu")
         leaf = "free" if kind == "const" else "weight"
-        row = model.rows[f"blocks/attention/gate/{leaf}"]
+        row = model.param_rules[f"blocks/attention/gate/{leaf}"]
         assert row.spec.role == role and row.multiplier == multiplier
-        update = update_rules(model.rows, config)[f"blocks/attention/gate/{leaf}"]
+        update = update_rules(model.param_rules, config)[f"blocks/attention/gate/{leaf}"]
         assert update.optimizer == (optimizer if name == "muon" else "adamw")
         if name == "adamw":
             assert update.lr_factor == lr
@@ -150,11 +150,11 @@ def test_counts_and_flops_hold_the_gate():
     gated = make(attn_gate="headwise")[1]
     more = 3 * 32 * 4
     for model in (plain, gated):
-        assert flops.counts(model.specs)["non_embedding"] == sum(
+        assert flops.parameter_counts(model.specs)["non_embedding"] == sum(
             spec.size for path, spec in param.named(model.specs).items() if "embed" not in path
         )
-    found = [flops.forward_flops(config, m.specs)["dense"] for m in (plain, gated)]
-    assert found[1] - found[0] == 2 * more
+    dense_flops = [flops.forward_flops(config, m.specs)["dense"] for m in (plain, gated)]
+    assert dense_flops[1] - dense_flops[0] == 2 * more
 
 
 @pytest.mark.parametrize("kind", ["headwise", "elementwise", "const"])
@@ -170,7 +170,7 @@ def test_statistics_of_attention(kind):
     with config.unlocked():
         config.train.batch_size, config.mesh.cpu_devices = 1, 1
     mesh = meshes.make_mesh(config, jax.devices()[:1])
-    found = attention_stats.evaluate_attention(
+    stats = attention_stats.evaluate_attention(
         attention_stats.make_attention_stats(model, mesh), params, [Batch(ids, targets)], mesh
     )
     taps = model.taps(params, ids[:2], lambda _, x: x)["blocks"]
@@ -178,11 +178,11 @@ def test_statistics_of_attention(kind):
     if kind == "const":
         # Free parameters differ by channel, so all of them are in every window.
         assert gate.shape[1] == 32
-    np.testing.assert_allclose(found["gate"]["mean"], gate.mean(axis=1), atol=0.004)
-    np.testing.assert_allclose(found["gate"]["p50"], np.median(gate, axis=1), atol=0.03)
-    np.testing.assert_allclose(found["gate"]["frac_below_0.1"], (gate < 0.1).mean(axis=1))
+    np.testing.assert_allclose(stats["gate"]["mean"], gate.mean(axis=1), atol=0.004)
+    np.testing.assert_allclose(stats["gate"]["p50"], np.median(gate, axis=1), atol=0.03)
+    np.testing.assert_allclose(stats["gate"]["frac_below_0.1"], (gate < 0.1).mean(axis=1))
     np.testing.assert_allclose(
-        found["largest"]["residual"], np.abs(taps["residual"]).max(axis=(1, 2)), rtol=1e-6
+        stats["largest"]["residual"], np.abs(taps["residual"]).max(axis=(1, 2)), rtol=1e-6
     )
     scores, sinks = np.asarray(taps["scores"]), []
     for layer in scores:
@@ -190,18 +190,18 @@ def test_statistics_of_attention(kind):
         sinks.append(
             np.mean([(np.exp(r) / np.exp(r).sum(-1, keepdims=True))[..., 0] for r in rows])
         )
-    np.testing.assert_allclose(found["sink"], sinks, rtol=1e-5)
-    assert found["windows"] == 2
+    np.testing.assert_allclose(stats["sink"], sinks, rtol=1e-5)
+    assert stats["windows"] == 2
 
 
 def test_what_makes_no_sense_is_refused():
-    for changes, said in (
-        ({"attn_gate": "headwise", "gate_place": "output"}, "has no heads"),
-        ({"gate_place": "value"}, "would be unused"),
-        ({"attn_gate": "const", "gate_bias": True}, "would be unused"),
+    for changes, message in (
+        ({"attn_gate": "headwise", "gate_place": "output"}, "which has no heads"),
+        ({"gate_place": "value"}, "is unused"),
+        ({"attn_gate": "const", "gate_bias": True}, "is unused"),
         ({"attn_gate": "heads"}, "must be one of none, headwise, elementwise, const"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             make(**changes)
 
 
@@ -214,5 +214,5 @@ def test_eight_devices_train_alike(train, tmp_path, kind):
         status, _, err = finish(train(tmp_path / name, **changes, **grid))
         assert status == 0, err
         losses.append(train_losses(tmp_path / name))
-    one, eight = losses
-    np.testing.assert_allclose(eight, one, rtol=3e-5)
+    single, eight = losses
+    np.testing.assert_allclose(eight, single, rtol=3e-5)

@@ -34,16 +34,18 @@ def test_splash_is_the_definition(case):
         jnp.asarray((np.arange(T) > 50)[None].astype(np.int32)) if case == "documents" else None
     )
     context = context_of(T, segments, 20 if case == "window" else None)
-    given = operands(1, T, 2, 1, 128)
+    inputs = operands(1, T, 2, 1, 128)
 
     def run(kernel):
-        return jax.value_and_grad(lambda *x: (jnp.sin(kernel(*x))).sum(), argnums=(0, 1, 2))(*given)
+        return jax.value_and_grad(lambda *x: (jnp.sin(kernel(*x))).sum(), argnums=(0, 1, 2))(
+            *inputs
+        )
 
     wanted, gradients = run(lambda q, k, v: kernels.KERNELS["plain"].attend(q, k, v, context))
-    found, others = run(lambda q, k, v: kernels.splash(q, k, v, context, interpret=True))
-    assert abs(wanted - found) < 1e-3
-    for one, other in zip(gradients, others, strict=True):
-        np.testing.assert_allclose(other, one, atol=2e-4)
+    actual, others = run(lambda q, k, v: kernels.splash(q, k, v, context, interpret=True))
+    assert abs(wanted - actual) < 1e-3
+    for gradient, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(other, gradient, atol=2e-4)
 
 
 def test_auto_says_which_and_why():
@@ -58,24 +60,24 @@ def test_auto_says_which_and_why():
     assert chosen("cpu")[0] == "saved" and chosen("cpu", dropout=0.1)[0] == "plain"
     assert chosen("gpu") == ("cudnn", "made for gpu")
     assert chosen("tpu") == ("splash", "made for tpu")
-    for platform, changes, said in (
-        ("gpu", {"dtype": "float32"}, "xla.*takes bfloat16, and model.dtype is float32"),
-        ("gpu", {"head_dim": 256}, "head_dim=256 is not a multiple of 8 up to 128"),
-        ("gpu", {"mask": "document"}, "no masks between documents"),
-        ("gpu", {"window_layers": "ends"}, "one number of tokens"),
-        ("tpu", {"sequence": 4}, "xla.*it takes whole rows"),
-        ("tpu", {"head_dim": 64}, "head_dim=64 and data.seq_len=256 must be multiples of 128"),
+    for platform, changes, reason in (
+        ("gpu", {"dtype": "float32"}, "xla.*model.dtype='float32'; it needs bfloat16"),
+        ("gpu", {"head_dim": 256}, "head_dim=256; it needs a multiple of 8 up to 128"),
+        ("gpu", {"mask": "document"}, "does not support model.mask='document'"),
+        ("gpu", {"window_layers": "ends"}, "one window for all blocks and steps"),
+        ("tpu", {"sequence": 4}, r"xla.*sequence parallelism \(mesh\.sequence=4\)"),
+        ("tpu", {"head_dim": 64}, "head_dim=64 with data.seq_len=256; both must be multiples"),
     ):
         import re
 
-        assert re.search(said, " ".join(chosen(platform, **changes))), (platform, changes)
+        assert re.search(reason, " ".join(chosen(platform, **changes))), (platform, changes)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "splash"])
 def test_a_named_kernel_that_cannot_serve_is_refused(name):
-    with pytest.raises(InputError, match=f"attention='{name}' cannot serve: .*'auto' would work"):
+    with pytest.raises(InputError, match=f"attention='{name}' does not support .*; use 'auto'"):
         make(attention=name)
-    with pytest.raises(InputError, match="has no attention dropout"):
+    with pytest.raises(InputError, match="does not support attention dropout"):
         make(attention=name, dropout=0.1)
 
 
@@ -98,13 +100,13 @@ def test_float8_products_are_their_definition():
     dx, dw = pull(jnp.asarray(dy, jnp.float32))
     x8, w8 = (rounded(z.astype(np.float32), float8_e4m3fn) for z in (x, w))
     dy8 = rounded(dy.astype(np.float32), float8_e5m2)
-    for found, wanted, exact in (
+    for actual, wanted, exact in (
         (y, x8 @ w8, x @ w),
         (dx, dy8 @ w8.T, dy @ w.T),
         (dw, x8.T @ dy8, x.T @ dy),
     ):
-        np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-5 * np.abs(wanted).max())
-        error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+        np.testing.assert_allclose(actual, wanted, rtol=2e-5, atol=1e-5 * np.abs(wanted).max())
+        error = np.linalg.norm(actual - exact) / np.linalg.norm(exact)
         assert 0.005 < error < 0.12, error  # 3 and 2 bits of mantissa
 
 

@@ -32,7 +32,7 @@ def random_like(params, seed):
 
 def begun(config, model):
     """(params, state, update) of a config's optimizer, from drawn parameters."""
-    transform = optim.build_optimizer(config, model.rows)
+    transform = optim.build_optimizer(config, model.param_rules)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)), 99)
     return params, jax.jit(transform.init)(params), jax.jit(transform.update)
 
@@ -153,14 +153,14 @@ def test_each_block_may_have_a_lower_rate_than_the_one_above():
 
 
 BAD = {
-    "no block named": ({"mode": "fixed"}, ["freeze.blocks=''", "0 to 3", "'0' would"]),
+    "no block named": ({"mode": "fixed"}, ["freeze.blocks=''", "0 to 3", "use '0'"]),
     "no number": ({"mode": "fixed", "blocks": "first"}, ["freeze.blocks='first'"]),
     "no such block": ({"mode": "fixed", "blocks": "4"}, ["freeze.blocks='4'", "0 to 3"]),
     "named twice": ({"mode": "fixed", "blocks": "1,1"}, ["freeze.blocks='1,1'"]),
-    "too many": ({"mode": "random", "count": 5}, ["freeze.count=5", "4 would"]),
+    "too many": ({"mode": "random", "count": 5}, ["freeze.count=5", "use 4"]),
     "too many near the input": (
         {"mode": "random_near_input", "count": 2},
-        ["freeze.count=2", "1 block", "1 would"],
+        ["freeze.count=2", "1 block", "use 1"],
     ),
     "too slow": ({"mode": "unfreeze", "every": "50%"}, ["freeze.every='50%'", "step 60 of 40"]),
     "unused count": ({"count": 2}, ["freeze.count=2", "unused"]),

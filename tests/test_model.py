@@ -172,9 +172,9 @@ def test_execution_changes_no_number(how, dropout):
     value, gradient = loss_and_gradient(reference, params, tokens(), key)
     value2, gradient2 = loss_and_gradient(model, params, tokens(), key)
     assert abs(value - value2) < 1e-6 * value
-    for path, one in param.named(gradient).items():
+    for path, value in param.named(gradient).items():
         other = param.named(gradient2)[path]
-        assert jnp.abs(one - other).max() < 1e-5 * jnp.abs(one).max() + 1e-9, path
+        assert jnp.abs(value - other).max() < 1e-5 * jnp.abs(value).max() + 1e-9, path
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "geglu, wide heads, documents"])
@@ -261,7 +261,7 @@ def test_targets_of_minus_one_do_not_count():
 def test_initial_values_follow_the_table():
     _config, model, _ = make(n_layers=4, d_model=128, bias=True)
     params = param.named(jax.jit(model.init)(jax.random.key(0)))
-    for path, row in model.rows.items():
+    for path, row in model.param_rules.items():
         values = np.asarray(params[path])
         if row.spec.init == "normal":
             assert abs(values.std() / row.init_std - 1) < 0.05, path
@@ -277,7 +277,7 @@ def test_a_layer_starts_the_same_in_a_deeper_model():
     b = param.named(jax.jit(deep.init)(jax.random.key(3)))
     for path, values in a.items():
         if path.startswith("blocks/") and "norm" not in path:
-            scale = shallow.rows[path].init_std / deep.rows[path].init_std
+            scale = shallow.param_rules[path].init_std / deep.param_rules[path].init_std
             np.testing.assert_allclose(values, b[path][:2] * scale, rtol=1e-6)
 
 

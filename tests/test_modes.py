@@ -122,7 +122,7 @@ def program(changes: tuple) -> str:
     config = resolve(config)
     mesh = meshes.make_mesh(config)
     model = build_model(config, platform="cpu", mesh=mesh, bos_id=0)
-    transform = optim.build_optimizer(config, model.rows, mesh, "cpu")
+    transform = optim.build_optimizer(config, model.param_rules, mesh, "cpu")
     placed = step.train_state_shardings(config, model, transform, mesh)
     state = jax.eval_shape(lambda: step.initial_state(config, model, transform, 0))
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len), np.int32)

@@ -135,7 +135,7 @@ def test_no_gradient_no_update(name, unit):
         optim__muon_dtype="bfloat16",
     )
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)))
-    transform = optim.build_optimizer(config, model.rows)
+    transform = optim.build_optimizer(config, model.param_rules)
     grads = jax.tree.map(np.zeros_like, params)
     state = jax.jit(transform.init)(params)
     updates, _ = jax.jit(transform.update)(grads, state, params, step=50)
@@ -149,7 +149,7 @@ def test_the_first_step_is_that_of_optax(kind):
         optim__muon_coefficients="quintic", optim__muon_scale="kj", optim__momentum_warmup="0",
         **kind,
     )  # fmt: skip
-    rules_by_path = update_rules(model.rows, config)
+    rules_by_path = update_rules(model.param_rules, config)
     rows = {path: rule for path, rule in rules_by_path.items() if rule.optimizer == "muon"}
     params = {path: jnp.zeros(row.spec.shape) for path, row in rows.items()}
     grads = random_like(params)
@@ -173,7 +173,7 @@ def test_momentum_is_nesterovs_and_warms_up():
         [0.85, 0.90, 0.95, 0.95]
     )
     path = "blocks/mlp/up/weight"
-    rows = {path: update_rules(model.rows, config)[path]}
+    rows = {path: update_rules(model.param_rules, config)[path]}
     transform = muon.scale_by_muon(rows, config)
     update = jax.jit(transform.update)
     one = {path: jnp.zeros(rows[path].spec.shape)}
@@ -207,7 +207,7 @@ def test_normuon_evens_out_the_neurons():
 
 def test_each_head_on_its_own():
     config, model = made(optim__muon_unit="head", optim__momentum_warmup="0")
-    rules_by_path = update_rules(model.rows, config)
+    rules_by_path = update_rules(model.param_rules, config)
     rows = {p: rule for p, rule in rules_by_path.items() if rule.optimizer == "muon"}
     grads = random_like({path: jnp.zeros(row.spec.shape) for path, row in rows.items()})
     transform = muon.scale_by_muon(rows, config)
@@ -230,26 +230,28 @@ ALL = {"muon": "adamw", "normuon": "adamw", "adamw": "adamw", "sgd": "sgd", "lio
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_every_parameter_is_in_one_group(name, head):
     config, model = made(optim__name=name, model__head=head, model__bias=True)
-    rules_by_path = update_rules(model.rows, config)
+    rules_by_path = update_rules(model.param_rules, config)
     shares = {path: rule.optimizer for path, rule in rules_by_path.items()}
-    for path, row in model.rows.items():
+    for path, row in model.param_rules.items():
         matrix = row.spec.role == "hidden"
         assert shares[path] == (name if matrix else ALL[name]), path
         assert matrix == (path.startswith("blocks/") and path.endswith("weight"))
     assert shares["embed/tokens"] == shares["embed/positions"] == ALL[name]
     # Each parameter's moments are kept once: as many arrays of its shape as its optimizer needs.
     params = jax.eval_shape(model.init, jax.random.key(0))
-    state = jax.eval_shape(optim.build_optimizer(config, model.rows).init, params)
+    state = jax.eval_shape(optim.build_optimizer(config, model.param_rules).init, params)
     kept = {}
     for where, leaf in jax.tree_util.tree_leaves_with_path(state):
         names = "/".join(p.key for p in where if isinstance(p, jax.tree_util.DictKey))
-        path = next((p for p in model.rows if names.endswith(p)), None)
-        if path and leaf.shape == model.rows[path].spec.shape:
+        path = next((p for p in model.param_rules if names.endswith(p)), None)
+        if path and leaf.shape == model.param_rules[path].spec.shape:
             kept[path] = kept.get(path, 0) + 1
     assert kept == {
         path: OPTIMIZERS[rule.optimizer].moments for path, rule in rules_by_path.items()
     }
-    table = {entry["path"]: entry["optimizer"] for entry in rules_as_json(model.rows, config)}
+    table = {
+        entry["path"]: entry["optimizer"] for entry in rules_as_json(model.param_rules, config)
+    }
     assert table == shares
 
 
@@ -261,13 +263,13 @@ def test_learning_rate_factors_keep_the_spectral_condition(scale, m):
         parametrization__name="mup", parametrization__base_width=16, model__d_model=16 * m,
         model__n_heads=2 * m, optim__muon_scale=scale, optim__momentum_warmup="0",
     )  # fmt: skip
-    for path, update in update_rules(model.rows, config).items():
+    for path, update in update_rules(model.param_rules, config).items():
         if update.optimizer != "muon":
             assert update.update_scale == 1.0, path
             continue
         norm, at_base = (
             muon.SCALES[scale](spec) * math.sqrt(spec.fan_in / spec.fan_out)
-            for spec in (update.spec, model.rows[path].base)
+            for spec in (update.spec, model.param_rules[path].base)
         )
         assert update.lr_factor * norm == pytest.approx(at_base), path
         wanted = m**-0.5 if scale == "moonlight" else 1.0
@@ -280,7 +282,7 @@ def test_heads_of_their_own_lower_the_rate_as_heads_are_added():
         parametrization__name="mup", parametrization__base_width=16, model__d_model=64,
         model__n_heads=8, optim__muon_unit="head",
     )  # fmt: skip
-    by_path = update_rules(model.rows, config)
+    by_path = update_rules(model.param_rules, config)
     assert by_path["blocks/attention/query/weight"].lr_factor == pytest.approx(0.5)
     assert by_path["blocks/mlp/up/weight"].lr_factor == 1.0
 
@@ -289,16 +291,16 @@ def test_cautious_decay_only_helps_the_update():
     for where in ("everywhere", "cautious"):
         config, model = made(optim__decay_where=where, optim__weight_decay=0.1, optim__clip=0.0)
         params = random_like(jax.eval_shape(model.init, jax.random.key(0)), seed=1)
-        transform = optim.build_optimizer(config, model.rows)
+        transform = optim.build_optimizer(config, model.param_rules)
         grads, state = random_like(params), jax.jit(transform.init)(params)
         with_decay, _ = jax.jit(transform.update)(grads, state, params, step=500)
         config.unlock()
         config.optim.weight_decay = 0.0
-        transform = optim.build_optimizer(config, model.rows)
+        transform = optim.build_optimizer(config, model.param_rules)
         without, _ = jax.jit(transform.update)(grads, state, params, step=500)
         s = float(schedules.make_schedule(config)(500))
         for path, p in param.named(params).items():
             u, w = param.named(with_decay)[path], param.named(without)[path]
             helps = (np.asarray(w) * np.asarray(p) <= 0) | (where == "everywhere")
-            wanted = w - 0.1 * s * update_rules(model.rows, config)[path].decay * p * helps
+            wanted = w - 0.1 * s * update_rules(model.param_rules, config)[path].decay * p * helps
             np.testing.assert_allclose(u, wanted, atol=1e-6, err_msg=path)

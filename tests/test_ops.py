@@ -281,12 +281,12 @@ def weights(dtype, *stack: int):
 
 
 def network(kernels, w, h_NxD, segments_BxT, targets_N, wrap=lambda f: f, scan=True):
-    one = wrap(lambda h, layer: (block(kernels, layer, h, segments_BxT), None))
+    layer_step = wrap(lambda h, layer: (block(kernels, layer, h, segments_BxT), None))
     if scan:
-        h_NxD, _ = jax.lax.scan(one, h_NxD, w)
+        h_NxD, _ = jax.lax.scan(layer_step, h_NxD, w)
     else:
         for i in range(len(w["q"])):
-            h_NxD, _ = one(h_NxD, jax.tree.map(lambda x, i=i: x[i], w))
+            h_NxD, _ = layer_step(h_NxD, jax.tree.map(lambda x, i=i: x[i], w))
     logits = kernels.dense(h_NxD.astype(w["dtype"].dtype), w["q"][0])
     return kernels.cross_entropy(logits, targets_N).sum()
 

@@ -64,7 +64,7 @@ def test_adamw_equals_its_definition(mode, clip, decay_on):
         optim__decay_on=decay_on, train__steps=20, model__bias=True,
     )  # fmt: skip
     model = build.build_model(config, platform="cpu")
-    transform = optim.build_optimizer(config, model.rows)
+    transform = optim.build_optimizer(config, model.param_rules)
     params = model.init(jax.random.key(0))
     state = transform.init(params)
     theirs = {k: np.asarray(v, np.float64) for k, v in param.named(params).items()}

@@ -58,21 +58,21 @@ def test_every_class_gets_its_row(m, m_L):
         "readout/norm/scale": (0, 1, 1, 1),
         "readout/weight": (0.02, 1 / m, 1, 1),
     }
-    updates = update_rules(model.rows, config)
+    updates = update_rules(model.param_rules, config)
     for path, (std, multiplier, lr, eps) in wanted.items():
-        row = model.rows[path]
+        row = model.param_rules[path]
         assert row.init_std == pytest.approx(std), path
         assert row.multiplier == pytest.approx(multiplier), path
         update = updates[path]
         assert (update.lr_factor, update.eps_factor) == pytest.approx((lr, eps)), path
     scales = rules.forward_scales(config)
     assert scales == pytest.approx((1, 1 / m, 1 / m_L, 32**-0.5, 1 / m))
-    for entry in rules_as_json(model.rows, config):
+    for entry in rules_as_json(model.param_rules, config):
         decays = entry["role"] != "vector"
         assert entry["wd_factor"] * entry["lr_factor"] == pytest.approx(1.0 if decays else 0.0)
     with config.unlocked():
         config.optim.decay_mode = "coupled"
-    assert all(e["wd_factor"] == e["decay"] for e in rules_as_json(model.rows, config))
+    assert all(e["wd_factor"] == e["decay"] for e in rules_as_json(model.param_rules, config))
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
@@ -92,8 +92,11 @@ def test_real_shapes_decide():
     """Grouped keys, a rounded d_ff and a given one: each matrix by its own fans."""
     config, model = make(**{f"model__{k}": v for k, v in LLAMA.items()}, model__n_kv_heads=2)
     assert (config.model.d_ff, config.parametrization.base_d_ff) == (320, 192)
-    down, key = model.rows["blocks/mlp/down/weight"], model.rows["blocks/attention/key/weight"]
-    update = update_rules(model.rows, config)["blocks/mlp/down/weight"]
+    down, key = (
+        model.param_rules["blocks/mlp/down/weight"],
+        model.param_rules["blocks/attention/key/weight"],
+    )
+    update = update_rules(model.param_rules, config)["blocks/mlp/down/weight"]
     assert down.ratios.m_in == 320 / 192 and update.lr_factor == 192 / 320
     assert (key.base.fan_out, key.spec.fan_out) == (32, 64) and key.ratios.m_in == 2
     config, model = make(model__d_ff=300)
@@ -117,7 +120,7 @@ def test_at_the_base_size_it_is_sp_to_the_bit(name, kind):
     results = []
     for parametrization, more in (("sp", {}), (name, same)):
         config, model = make(parametrization, **kind, **more)
-        transform = optim.build_optimizer(config, model.rows)
+        transform = optim.build_optimizer(config, model.param_rules)
         params = jax.jit(model.init)(jax.random.key(0))
         state = jax.jit(transform.init)(params)
         ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 16)))
@@ -148,10 +151,10 @@ def test_an_optimizer_is_one_entry(monkeypatch):
     config, model = make(optim__name="plain", optim__clip=0.0, optim__weight_decay=0.0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-    transform = optim.build_optimizer(config, model.rows)
+    transform = optim.build_optimizer(config, model.param_rules)
     updates, _ = jax.jit(transform.update)(ones, transform.init(ones), ones, step=500)
     lr = float(np.abs(updates["embed"]["tokens"]).max())
-    row = update_rules(model.rows, config)["blocks/mlp/up/weight"]
+    row = update_rules(model.param_rules, config)["blocks/mlp/up/weight"]
     assert row.eps_factor == 0.5
     update = float(np.abs(updates["blocks"]["mlp"]["up"]["weight"]).max())
     assert update == pytest.approx(lr * row.lr_factor / row.eps_factor, rel=1e-5)
@@ -165,18 +168,18 @@ def test_epsilon_has_its_factor():
         jax.tree.map(lambda x, value=value: np.full(x.shape, value, x.dtype), shapes)
         for value in (0.0, 1e-3)
     )
-    transform = optim.build_optimizer(config, model.rows)
+    transform = optim.build_optimizer(config, model.param_rules)
     state = jax.jit(transform.init)(params)
     updates, _ = jax.jit(transform.update)(grads, state, params, step=500)
     by_path = {}
-    rules_paths = sorted(model.rows)
+    rules_paths = sorted(model.param_rules)
     for path in rules_paths:
         node = updates
         for part in path.split("/"):
             node = node[part]
         by_path[path] = float(np.abs(node).max())
     lr = by_path["embed/tokens"] * 2
-    rows = update_rules(model.rows, config)
+    rows = update_rules(model.param_rules, config)
     for path in rules_paths:
         row = rows[path]
         wanted = lr * row.lr_factor / (1 + row.eps_factor)
@@ -187,11 +190,11 @@ def test_epsilon_has_its_factor():
 BAD = {
     "no base": ({"parametrization__base_width": 0}, ["base_width=0", "256"]),
     "no base depth": ({"name": "completep", "parametrization__base_depth": 0}, ["base_depth=0"]),
-    "width and heads": ({"model__head_dim": 48}, ["model.d_model=128", "48", "144 would"]),
-    "base and heads": ({"parametrization__base_width": 72}, ["base_width=72", "64 would"]),
+    "width and heads": ({"model__head_dim": 48}, ["model.d_model=128", "48", "use 144"]),
+    "base and heads": ({"parametrization__base_width": 72}, ["base_width=72", "use 64"]),
     "base and groups": (
         {"parametrization__base_width": 32, "model__n_kv_heads": 1},
-        ["base_width=32", "4 query heads", "128 would"],
+        ["base_width=32", "4 query heads", "use 128"],
     ),
     "unused under sp": ({"name": "sp", "parametrization__output_scale": 2.0}, ["unused", "'sp'"]),
 }

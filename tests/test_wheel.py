@@ -128,10 +128,10 @@ def test_commands_find_the_config_that_they_take_by_default(lmscale, project, co
     # Messages that only a config that was read can give.
     status, _, err = lmscale("coord_check", "--workdir=coords", "--widths=64,100,256")
     assert (status, err.count("\n")) == (2, 1), err
-    assert "--widths=100 is no multiple of the head size 32" in err
+    assert "--widths=100 is not a multiple of the head size 32" in err
     status, _, err = lmscale("lr_transfer", "--workdir=transfer", "--widths=16,40")
     assert (status, err.count("\n")) == (2, 1), err
-    assert "--widths=40 is no multiple of the head size 16" in err
+    assert "--widths=40 is not a multiple of the head size 16" in err
 
     text = ("--source=text", f"--path={corpus}", "--tokenizer=bytes", "--out=shards")
     status, _, err = lmscale("prepare", *text)

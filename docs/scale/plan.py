@@ -59,7 +59,9 @@ def config_of(size: Size):
 def shapes() -> list[str]:
     rows = [["size", "parameters", "blocks", "width", "heads (kv)", "MLP", "length", "batch"]]
     for name, size in SIZES.items():
-        n = flops.counts(build.build_model(config_of(size), platform="tpu").specs)["total"]
+        n = flops.parameter_counts(build.build_model(config_of(size), platform="tpu").specs)[
+            "total"
+        ]
         heads = f"{size.n_heads} ({size.n_kv_heads})"
         row = [name, f"{n / 1e9:.3g}e9", size.n_layers, size.d_model, heads, size.d_ff]
         rows.append([str(cell) for cell in (*row, size.seq_len, f"{size.batch / 2**20:g} x 2^20")])
@@ -108,7 +110,7 @@ def plans(kind: str) -> tuple[list[str], list[str]]:
 
 def _held(layout: costs.Layout, specs: dict, chip, count: int) -> list[str]:
     mesh = " ".join(f"{axis}={n}" for axis, n in layout.sizes.items() if n > 1)
-    total, (written, seconds) = layout.bytes["total"], costs.checkpoint(specs, count, chip)
+    total, (written, seconds) = layout.bytes["total"], costs.checkpoint_cost(specs, count, chip)
     fills, saved = f"{total / chip.memory:.0%}", f"{written / 1e9:,.3g} GB, {seconds:.3g} s"
     return [mesh, str(layout.accum), layout.remat, f"{total / 1e9:.3g}", fills, saved]
 

@@ -1,4 +1,4 @@
-"""Which blocks of a model a config means."""
+"""Selects the blocks of a model that a config names."""
 
 
 def mur_layers(config) -> range:

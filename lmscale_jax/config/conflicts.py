@@ -1,4 +1,4 @@
-"""Values of a config that are each right and do not go together."""
+"""Refuses combinations of config values that are valid one by one but not together."""
 
 from lmscale_jax.config.blocks import block_numbers, mur_layers
 from lmscale_jax.config.durations import steps_of, total_steps
@@ -7,34 +7,36 @@ from lmscale_jax.errors import InputError
 
 
 def check_conflicts(config) -> None:
-    """Raises InputError at the first pair of values that clash, in a config with texts."""
+    """Raises InputError at the first conflict between values of a config with text durations."""
     _check_model(config)
     model, train, data = config.model, config.train, config.data
     if train.batch_size % train.accum:
         good = max(a for a in range(1, train.accum) if train.batch_size % a == 0)
         raise InputError(
             f"config.train.accum={train.accum} does not divide train.batch_size="
-            f"{train.batch_size}; {good} would"
+            f"{train.batch_size}; use {good}"
         )
     if not train.steps and not train.tokens:
-        raise InputError("config.train.steps=0 needs train.tokens; train.tokens=1e8 would work")
+        raise InputError("config.train.steps=0 needs train.tokens; use train.tokens=1e8")
     if is_used(config, "data.path") and data.source not in PATH_OPTIONAL and not data.path:
-        raise InputError(f"config.data.path='' must name the {data.source} data, such as corpus/*")
+        raise InputError(
+            f"config.data.path='' names no {data.source} data; use a path such as 'corpus/*'"
+        )
     if data.tokenizer == "hf" and not data.tokenizer_path:
         raise InputError(
-            "config.data.tokenizer_path='' must name the directory of data.tokenizer='hf', such as "
-            "tokenizers/gpt2, or a name on the hub, such as gpt2"
+            "config.data.tokenizer_path='' names no tokenizer for data.tokenizer='hf'; use a "
+            "directory such as 'tokenizers/gpt2' or a name on the hub such as 'gpt2'"
         )
     if model.attention not in ("auto", "plain") and model.dropout:
         raise InputError(
-            f"config.model.attention={model.attention!r} has no attention dropout "
-            f"(model.dropout={model.dropout}); 'plain' or 'auto' would work"
+            f"config.model.attention={model.attention!r} does not support attention "
+            f"dropout (model.dropout={model.dropout}); use 'plain' or 'auto'"
         )
     for name in ("activations_every", "spectral_every"):
         if config.log[name] % config.log.every:
             raise InputError(
-                f"config.log.{name}={config.log[name]} is no multiple of log.every="
-                f"{config.log.every}, whose lines carry it; {config.log.every} would work"
+                f"config.log.{name}={config.log[name]} is not a multiple of "
+                f"log.every={config.log.every}; use {config.log.every}"
             )
     if config.eval.redundancy_every != "0":
         every = config.eval.redundancy_every
@@ -46,8 +48,8 @@ def check_conflicts(config) -> None:
     _check_mur(config, steps)
     if bool(train.parent) != bool(train.parent_step):
         raise InputError(
-            f"config.train.parent={train.parent!r} and train.parent_step={train.parent_step} go "
-            f"together; parent='runs/stable' with parent_step=1000 would work, or '' with 0"
+            f"config.train.parent={train.parent!r} and train.parent_step={train.parent_step} need "
+            f"each other; use parent='runs/stable' with parent_step=1000, or '' with 0"
         )
 
 
@@ -57,53 +59,52 @@ def _check_model(config) -> None:
         good = max(h for h in range(1, model.n_heads) if model.d_model % h == 0)
         raise InputError(
             f"config.model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}; "
-            f"{good} would, or set model.head_dim"
+            f"use {good}, or set model.head_dim"
         )
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
         good = max(h for h in range(1, model.n_kv_heads) if model.n_heads % h == 0)
         raise InputError(
             f"config.model.n_kv_heads={model.n_kv_heads} does not divide "
-            f"model.n_heads={model.n_heads}; {good} would"
+            f"model.n_heads={model.n_heads}; use {good}"
         )
     head_dim = model.head_dim or model.d_model // model.n_heads
     if model.positions == "rope" and head_dim % 2:
         raise InputError(
-            f"config.model.head_dim={head_dim} is odd, and RoPE rotates pairs; "
-            f"{head_dim + 1} would work"
+            f"config.model.head_dim={head_dim} is odd, but RoPE rotates pairs of channels; "
+            f"use {head_dim + 1}"
         )
     if model.gate_place == "output" and model.attn_gate == "headwise":
         raise InputError(
-            "config.model.attn_gate='headwise' with model.gate_place='output': the projected "
-            "output has no heads; 'elementwise' would work, or gate_place='sdpa'"
+            "config.model.attn_gate='headwise' does not support model.gate_place='output', which "
+            "has no heads; use 'elementwise', or gate_place='sdpa'"
         )
-    _check_wiring(model, head_dim)
+    _check_block_inputs(model, head_dim)
     if model.positions == "learned" and 0 < model.max_seq_len < data.seq_len:
         raise InputError(
             f"config.data.seq_len={data.seq_len} is longer than model.max_seq_len="
-            f"{model.max_seq_len}; {model.max_seq_len} would work"
+            f"{model.max_seq_len}; use {model.max_seq_len}"
         )
 
 
-def _check_wiring(model, head_dim: int) -> None:
+def _check_block_inputs(model, head_dim: int) -> None:
     if model.vocab_size and model.ids > model.vocab_size:
         raise InputError(
-            f"config.model.ids={model.ids} is more than the rows, model.vocab_size="
-            f"{model.vocab_size}; 0 would work"
+            f"config.model.ids={model.ids} is above model.vocab_size={model.vocab_size}; use 0"
         )
     if 2 * model.value_embeddings > model.n_layers:
         raise InputError(
-            f"config.model.value_embeddings={model.value_embeddings} takes as many blocks at "
-            f"either end, and there are {model.n_layers}; {model.n_layers // 2} would work"
+            f"config.model.value_embeddings={model.value_embeddings} needs twice as many blocks "
+            f"(model.n_layers={model.n_layers}); use {model.n_layers // 2}"
         )
     if model.softcap_form != "tanh" and not model.logit_softcap:
         raise InputError(
-            f"config.model.softcap_form={model.softcap_form!r} would be unused with "
-            f"model.logit_softcap=0; 15.0 would work"
+            f"config.model.softcap_form={model.softcap_form!r} is unused with "
+            f"model.logit_softcap=0; use model.logit_softcap=15.0"
         )
     if model.rope_channels == "half" and (head_dim % 4 or head_dim < 8):
         raise InputError(
-            f"config.model.head_dim={head_dim} has no quarter of at least two frequencies for "
-            f"model.rope_channels='half'; {max(8, -(-head_dim // 4) * 4)} would work"
+            f"config.model.head_dim={head_dim} does not support model.rope_channels='half', "
+            f"which needs a multiple of 4, at least 8; use {max(8, -(-head_dim // 4) * 4)}"
         )
 
 
@@ -113,17 +114,17 @@ def _check_base(config) -> None:
         return
     if model.logit_scale != "one":
         raise InputError(
-            f"config.model.logit_scale={model.logit_scale!r} would scale the logits by width twice "
-            f"with parametrization.name={base.name!r}; 'one' would work"
+            f"config.model.logit_scale={model.logit_scale!r} scales the logits by width, as "
+            f"parametrization.name={base.name!r} does already; use 'one'"
         )
     if not base.base_width:
         raise InputError(
-            f"config.parametrization.base_width=0 must be given for {base.name}; the width at "
+            f"config.parametrization.base_width=0 is no width for {base.name}; use the width at "
             f"which the learning rate was tuned, such as 256"
         )
     if is_used(config, "parametrization.base_depth") and not base.base_depth:
         raise InputError(
-            f"config.parametrization.base_depth=0 must be given for {base.name}; the depth at "
+            f"config.parametrization.base_depth=0 is no depth for {base.name}; use the depth at "
             "which the learning rate was tuned, such as 4"
         )
     size = model.head_dim or model.d_model // model.n_heads
@@ -134,8 +135,8 @@ def _check_base(config) -> None:
     ):
         if width % unit:
             raise InputError(
-                f"config.{path}={width} is no multiple of the head size {unit}, so the number of "
-                f"heads cannot follow it; {max(1, round(width / unit)) * unit} would work"
+                f"config.{path}={width} is not a multiple of the head size {unit}; use "
+                f"{max(1, round(width / unit)) * unit}"
             )
     heads, ratio = (
         base.base_width // base_size,
@@ -143,19 +144,19 @@ def _check_base(config) -> None:
     )
     if heads % ratio:
         raise InputError(
-            f"config.parametrization.base_width={base.base_width} makes {heads} heads, which "
-            f"{ratio} query heads to a key head do not divide; {ratio * base_size} would work"
+            f"config.parametrization.base_width={base.base_width} makes {heads} heads, "
+            f"not a multiple of the {ratio} query heads per key head; use {ratio * base_size}"
         )
 
 
 def _check_schedule(config, steps: dict[str, int]) -> None:
-    total, spent = total_steps(config), steps["schedule.warmup"]
+    total, ramp_steps = total_steps(config), steps["schedule.warmup"]
     if is_used(config, "schedule.cooldown"):
-        spent += steps["schedule.cooldown"]
-    if spent > total:
+        ramp_steps += steps["schedule.cooldown"]
+    if ramp_steps > total:
         raise InputError(
-            f"config.schedule.warmup={config.schedule.warmup!r} and cooldown take {spent} steps of "
-            f"{total}; '5%' would work"
+            f"config.schedule.warmup={config.schedule.warmup!r} and cooldown take {ramp_steps} "
+            f"steps of {total}; use '5%'"
         )
 
 
@@ -168,21 +169,23 @@ def _check_freeze(config, steps: dict[str, int]) -> None:
             numbers = []
         if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= b < n for b in numbers):
             raise InputError(
-                f"config.freeze.blocks={freeze.blocks!r} must name different blocks from 0 to "
-                f"{n - 1}; '0' would work"
+                f"config.freeze.blocks={freeze.blocks!r} does not list different blocks from 0 to "
+                f"{n - 1}; use '0'"
             )
-    near = max(1, round(n * freeze.near_input)) if is_used(config, "freeze.near_input") else n
-    if is_used(config, "freeze.count") and freeze.count > near:
+    n_drawable = n
+    if is_used(config, "freeze.near_input"):
+        n_drawable = max(1, round(n * freeze.near_input))
+    if is_used(config, "freeze.count") and freeze.count > n_drawable:
         raise InputError(
-            f"config.freeze.count={freeze.count} is more than the {near} block(s) to draw from; "
-            f"{near} would work"
+            f"config.freeze.count={freeze.count} is more than the {n_drawable} block(s) to draw "
+            f"from; use {n_drawable}"
         )
     if is_used(config, "freeze.every"):
         last = (n - 1) * steps["freeze.every"]
         if last >= total_steps(config):
             raise InputError(
-                f"config.freeze.every={freeze.every!r} lets the last of {n} blocks begin at step "
-                f"{last} of {total_steps(config)}; '{(total_steps(config) - 1) // n}' would work"
+                f"config.freeze.every={freeze.every!r} unfreezes the last of {n} blocks at step "
+                f"{last} of {total_steps(config)}; use '{(total_steps(config) - 1) // n}'"
             )
 
 
@@ -195,47 +198,56 @@ def _check_mur(config, steps: dict[str, int]) -> None:
         return
     for name in ("first_block", "last_block"):
         if mur[name] >= n:
-            raise InputError(f"config.mur.{name}={mur[name]} is no block of {n}; {n - 1} would be")
+            raise InputError(
+                f"config.mur.{name}={mur[name]} is not below model.n_layers={n}; use {n - 1}"
+            )
     if 0 <= mur.last_block < mur_layers(config).start:
         first = mur_layers(config).start
         raise InputError(
-            f"config.mur.last_block={mur.last_block} comes before the first block acted on, "
-            f"{first}; {first} would work"
+            f"config.mur.last_block={mur.last_block} is before the first regularized block, "
+            f"{first}; use {first}"
         )
     if mur.first_block < 0 and mur.last_block < 0 and mur.start >= mur.end:
         raise InputError(
-            f"config.mur.start={mur.start} is not below mur.end={mur.end}; 0.0 with 1.0 takes all "
-            f"blocks"
+            f"config.mur.start={mur.start} is not below mur.end={mur.end}; use 0.0 and 1.0 for "
+            f"all blocks"
         )
     if mur.tau_kind == "quantile" and not 0 < mur.tau < 1:
         raise InputError(
-            f"config.mur.tau={mur.tau} is no quantile strictly between 0 and 1 "
-            f"(mur.tau_kind='quantile'); 0.5 would work"
+            f"config.mur.tau={mur.tau} is not strictly between 0 and 1 "
+            f"(mur.tau_kind='quantile'); use 0.5"
         )
     if is_used(config, "mur.alpha") and mur.granularity == "branch":
         raise InputError(
-            "config.mur.granularity='branch' has no factor for half a block's update "
-            "(mur.mode='update'); 'block' would work"
+            "config.mur.granularity='branch' does not support mur.mode='update'; use 'block'"
         )
     if steps["mur.warmup"] >= total:
         raise InputError(
-            f"config.mur.warmup={mur.warmup!r} is {steps['mur.warmup']} steps of {total}, "
-            f"so nothing would ever happen; '5%' would work"
+            f"config.mur.warmup={mur.warmup!r} lasts {steps['mur.warmup']} steps, but the run "
+            f"has only {total}; use '5%'"
         )
 
 
-# Wirings that bring something into a block, but take nothing out of one.
+# Keys that add an input to a block, but take no other output from it than the stream.
 READ_ONLY = ("x0_mix", "value_embeddings")
-# Wirings by which a block reads or writes more than the stream that comes in and goes out.
-_BESIDE = {"skips": "none", "x0_mix": "none", "value_embeddings": 0}
+# Keys by which a block reads or writes more than the residual stream, with the value for none.
+_EXTRA_INPUTS = {"skips": "none", "x0_mix": "none", "value_embeddings": 0}
 
 
 def check_chain(model, what: str, allowed: tuple[str, ...] = ()) -> None:
-    """Raises InputError where `what` needs blocks to be functions of the stream alone, and they are
-    not; the wirings in `allowed` do not matter to it."""
-    for name, plain in _BESIDE.items():
+    """Checks that every block is a function of the residual stream alone.
+
+    Args:
+      model: the `model` group of a config.
+      what: the setting that needs it, as "mur.mode='loss'", for the message.
+      allowed: keys of the group that `what` supports all the same.
+
+    Raises:
+      InputError: another key adds an input or an output.
+    """
+    for name, plain in _EXTRA_INPUTS.items():
         if model[name] != plain and name not in allowed:
             raise InputError(
-                f"config.model.{name}={model[name]!r} does not go with {what}, which takes blocks "
-                f"for functions of the residual stream alone; {plain!r} would work"
+                f"config.model.{name}={model[name]!r} does not support {what}, which needs blocks "
+                f"that read the residual stream alone; use {plain!r}"
             )

@@ -1,14 +1,14 @@
-"""Durations of a config, from the user's texts to whole optimizer steps.
+"""Converts durations of a config from the user's texts to whole optimizer steps.
 
 A user gives a duration as a text: "200" (steps), "5%" (of the run) or "50M tokens". There are two
 forms of a config:
 
-- with texts, as the user gave them: `resolve.derived`, the identity of a run. run.json records it,
-  `resolve.fingerprint` hashes it, and a continued run or a branch is compared by it.
-- in whole steps: `resolve.resolve`, which is `in_steps` of the former. Everything that computes
-  (schedules, optimizers, freezing, marginal utility, windows, evaluation) reads it, and finds ints.
+- with the user's texts: `resolve.derived`, the identity of a run. run.json records it,
+  `resolve.fingerprint` hashes it, and a resumed run or a branch is compared by it.
+- with ints in steps: `resolve.resolve`, which applies `in_steps`. Schedules, optimizers, freezing,
+  marginal utility, windows and evaluation read this form.
 
-`steps_of` is the one place that reads the texts.
+Only `steps_of` parses the texts.
 """
 
 import re
@@ -22,16 +22,16 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|(?:([kmbt]?)\s*(steps?|tokens?)
 
 
 def steps_of(config) -> dict[str, int]:
-    """Returns every duration of a config with texts in optimizer steps, {dotted path: steps}.
+    """Converts every duration of a config with texts: {dotted path: optimizer steps}.
 
-    A duration that the config lacks is left out: a run may have been recorded before the key was.
+    A key that the config lacks is omitted: older runs were recorded without it.
     """
     paths = [path for path, key in keys() if key.duration and has(config, path)]
     return {path: _steps(get(config, path), config) for path in paths}
 
 
 def in_steps(config) -> ConfigDict:
-    """Returns a locked copy of a config with texts in which durations are optimizer steps, int."""
+    """Copies a config with texts and locks it; the copy's durations are ints, optimizer steps."""
     copy = ConfigDict(config.to_dict())
     with copy.ignore_type():
         copy.update_from_flattened_dict(steps_of(config))
@@ -44,7 +44,7 @@ def tokens_per_step(config) -> int:
 
 
 def total_steps(config) -> int:
-    """Returns the optimizer steps of the whole run."""
+    """Returns the optimizer steps of the run."""
     return config.train.steps or int(-(-config.train.tokens // tokens_per_step(config)))
 
 

@@ -1,7 +1,4 @@
-"""What the specification says of one key.
-
-Tables of what a key's choices mean: one dict beside the code that it selects.
-"""
+"""One config key (`Key`), and the tables that implement a key's choices (`Modes`)."""
 
 import dataclasses
 import sys
@@ -10,10 +7,12 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key. `low` and `high` are inclusive; `above` is exclusive.
+    """Specifies one key. `low` and `high` are inclusive; `above` is exclusive.
 
-    `identity=False` marks a key that cannot change the numbers of a run (machine, logging): it may
-    differ when a run is continued, and it is left out of the hash that names a run.
+    `when` maps other keys to the values with which this key is used; {}: it always is.
+
+    `identity=False` marks a key that cannot change a run's numbers (machine, logging): it may
+    differ when a run is resumed, and the hash that names a run omits it.
     """
 
     default: Any
@@ -28,10 +27,10 @@ class Key:
 
 
 class Modes(dict):
-    """The implementations of a string-valued key by choice: `NORMS = Modes("model.norm", {...})`.
+    """Maps each choice of a string-valued key to code: `NORMS = Modes("model.norm", {...})`.
 
-    A choice that the key declares and the table lacks is an error at the first look-up, which names
-    this table and its file.
+    A choice that the key declares and the table lacks raises InputError at the first look-up; the
+    message names this table and its file.
 
     Attributes:
       key: dotted path of the key, such as "model.norm".
@@ -54,5 +53,5 @@ class Modes(dict):
         )
 
 
-# Every table by the key that it implements, as far as its module is imported.
+# Every table of the modules imported so far, by key.
 TABLES: dict[str, list[Modes]] = {}

@@ -1,4 +1,4 @@
-"""What the form of an MLP means for its shapes and its memory; without JAX, for configs."""
+"""Specifies the shapes and memory of each form of MLP. Imports no JAX, as configs read it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +11,7 @@ def _four_widths(width: int) -> int:
 
 
 def _gated_width(width: int) -> int:
-    """Returns 8/3 of the width in multiples of 64: three matrices with the parameters of two."""
+    """Returns 8/3 of the width, rounded to a multiple of 64: as many parameters as 4 widths."""
     return max(64, round(8 * width / 3 / 64) * 64)
 
 
@@ -20,9 +20,9 @@ class MLPForm(NamedTuple):
 
     Attributes:
       input_matrices: 1, or 2 with a gate.
-      default_width: width of the stream -> d_ff.
-      recomputed_on_cpu, recomputed: the backward pass computes the activation's result again, on
-        CPU and elsewhere; as measured, the compiler decides.
+      default_width: d_model -> d_ff.
+      recomputed_on_cpu, recomputed: whether the compiled backward pass recomputes the activation's
+        result, on CPU and elsewhere; measured.
     """
 
     input_matrices: int

@@ -1,4 +1,4 @@
-"""The group `model` of the specification (keys.py)."""
+"""Specifies the config group `model` (see keys.py)."""
 
 from lmscale_jax.config.key import Key
 
@@ -15,28 +15,36 @@ MODEL = {
     "d_ff": Key(
         0,
         "hidden width of the MLP; 0: 4 d_model, or for gated MLPs 8/3 d_model rounded to a "
-        "multiple of 64, which spends the same parameters",
+        "multiple of 64, which has as many parameters",
         low=0,
     ),
-    "mlp": Key("gelu", "activation", choices=("gelu", "relu2", "swiglu", "geglu")),
+    "mlp": Key(
+        "gelu",
+        "activation of the MLP; swiglu and geglu are gated",
+        choices=("gelu", "relu2", "swiglu", "geglu"),
+    ),
     "gelu": Key(
         "tanh",
-        "form of GELU; tanh is GPT-2's and the faster one on CPU",
+        "form of GELU; tanh is GPT-2's and faster on CPU",
         choices=("tanh", "erf"),
         when={"model.mlp": ("gelu", "geglu")},
     ),
     "norm": Key("layernorm", "pre-norm of each branch", choices=("layernorm", "rmsnorm")),
-    "norm_gain": Key("learned", "a factor for each channel of a norm", choices=("learned", "none")),
-    "norm_eps": Key(1e-5, "added to the variance", above=0.0),
-    "bias": Key(False, "biases on dense products and on LayerNorm"),
+    "norm_gain": Key(
+        "learned",
+        "learned: each channel of a norm has a learned factor",
+        choices=("learned", "none"),
+    ),
+    "norm_eps": Key(1e-5, "added to the variance in norms", above=0.0),
+    "bias": Key(False, "biases in dense products and LayerNorm"),
     "positions": Key("learned", "position encoding", choices=("learned", "rope", "none")),
     "rope_theta": Key(
         1e4, "longest RoPE wavelength / 2 pi", above=1.0, when={"model.positions": ("rope",)}
     ),
     "rope_channels": Key(
         "all",
-        "half: half of each head's channels carry no position; the others turn by 1 to "
-        "1 / rope_theta radians a token, both ends included",
+        "channels that RoPE rotates; half: half of each head's channels, by 1 to 1 / rope_theta "
+        "radians a token, both ends included",
         choices=("all", "half"),
         when={"model.positions": ("rope",)},
     ),
@@ -47,143 +55,156 @@ MODEL = {
         when={"model.positions": ("learned",)},
     ),
     "head": Key(
-        "tied", "readout: the embedding transposed, or its own", choices=("tied", "untied")
+        "tied",
+        "readout; tied: the transposed embedding; untied: a matrix of its own",
+        choices=("tied", "untied"),
     ),
     "logit_scale": Key(
         "one",
-        "what the readout's product is multiplied by before the softcap; inverse_sqrt_width, "
-        "of the speedrun models, belongs to sp: mup has a scale of its own",
+        "multiplier of the logits before the softcap; inverse_sqrt_width is for sp, as in the "
+        "speedrun models: mup scales logits itself",
         choices=("one", "inverse_sqrt_width"),
     ),
     "logit_softcap": Key(
-        0.0, "c in c tanh(logits / c), the bound of the logits (Gemma 2); 0: none", low=0.0
+        0.0, "c in c tanh(logits / c), which bounds the logits (Gemma 2); 0: none", low=0.0
     ),
     "softcap_form": Key(
         "tanh",
-        "algebraic: c z / sqrt(c^2 + z^2)",
+        "form of the softcap; algebraic: c z / sqrt(c^2 + z^2)",
         choices=("tanh", "algebraic"),
     ),
-    "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's", low=0),
+    "vocab_size": Key(0, "rows of the embedding; 0: the tokenizer's vocabulary size", low=0),
     "vocab_multiple": Key(
         1,
-        "rows are padded to a multiple of it, which some products want; no probability goes to "
-        "those that are no token's",
+        "vocab_size is padded to a multiple of this, which some products need; padding rows get "
+        "no probability",
         low=1,
     ),
-    "ids": Key(0, "rows that are tokens; 0: vocab_size before it was padded", low=0),
+    "ids": Key(0, "vocabulary size before padding; 0: vocab_size", low=0),
     "qk_norm": Key(
         "none",
-        "rmsnorm: queries and keys have a root mean square of 1 in each head (before rotation)",
+        "norm of queries and keys; rmsnorm: each head has a root mean square of 1, before rotation",
         choices=("none", "rmsnorm"),
     ),
     "window_layers": Key(
         "none",
-        "blocks whose queries see all of model.window, the others half of it: all of them; the "
-        "first, the one at a third and the last; or every fourth and the last",
+        "blocks with the full attention window; the others have half of it; none: no windows; "
+        "all: all blocks; ends: the first, the one at a third and the last; fourth: every fourth "
+        "and the last",
         choices=("none", "all", "ends", "fourth"),
     ),
     "window": Key(
-        1024, "keys that a query sees, itself included, in tokens", low=1, when=_WINDOWED
+        1024,
+        "attention window: keys that a query sees, itself included, in tokens",
+        low=1,
+        when=_WINDOWED,
     ),
     "window_block": Key(
         1,
-        "windows are cut to whole blocks of so many tokens: a query sees its own and those before",
+        "tokens per unit of the window: a query sees its own unit and earlier ones",
         low=1,
         when=_WINDOWED,
     ),
     "window_growth": Key(
         "0",
-        "over which windows grow in proportion from one block; evaluation takes them whole",
+        "duration over which windows grow linearly from one unit; evaluation uses the full ones",
         duration=True,
         when=_WINDOWED,
     ),
     "skips": Key(
         "none",
-        "unet: the stream after block l of the first half, times a scalar, enters block L - 1 - l",
+        "unet: the output of block l of the first half, times a learned scalar, is added to the "
+        "input of block L - 1 - l",
         choices=("none", "unet"),
     ),
     "x0_mix": Key(
         "none",
-        "learned: each block begins with a h + b x0 of the stream and the embedding; at first "
-        "a = 1 and b = 0",
+        "learned: a block's input is a h + b x0 of the stream h and the embedding x0; a starts "
+        "at 1 and b at 0",
         choices=("none", "learned"),
     ),
     "embed_norm": Key(
-        "none", "rmsnorm: the embedding has a root mean square of 1", choices=("none", "rmsnorm")
+        "none",
+        "norm of the embedding; rmsnorm: a root mean square of 1",
+        choices=("none", "rmsnorm"),
     ),
     "value_embeddings": Key(
         0,
-        "tables whose rows are added to the values, in as many blocks at either end, by learned "
-        "shares that begin at a half each",
+        "n tables of token embeddings, added to the values of the first and of the last n blocks "
+        "with learned weights that start at 0.5",
         low=0,
     ),
     "attn_gate": Key(
         "none",
-        "gates attention by act(x W) of the block's normalised input, for each head or each "
-        "channel (Qiu et al. 2025), or by a free parameter for each channel",
+        "gate of attention: act(x W) of the block's normalised input for each head or each "
+        "channel (Qiu et al. 2025); const: a free parameter for each channel",
         choices=("none", "headwise", "elementwise", "const"),
     ),
     "gate_place": Key(
         "sdpa",
-        "what is gated: the heads' results, queries, keys, values, or the projected output",
+        "gated tensor; sdpa: the heads' outputs; query, key, value; output: the projected output",
         choices=("sdpa", "query", "key", "value", "output"),
         when=_GATED,
     ),
     "gate_activation": Key(
         "sigmoid",
-        "ns_sigmoid: 0.5 + 0.5 sigmoid, which shuts nothing off",
+        "activation of the gate; ns_sigmoid: 0.5 + 0.5 sigmoid, at least 0.5",
         choices=("sigmoid", "ns_sigmoid"),
         when=_GATED,
     ),
-    "gate_bias": Key(False, "a bias under the activation, 0 at first", when=_READING),
+    "gate_bias": Key(False, "learned bias of the gate, initially 0", when=_READING),
     "gate_bias_init": Key(
-        0.0, "added to what the activation gets: 2.2 opens gates to 0.9", when=_GATED
+        0.0, "constant added before the gate's activation; 2.2 makes initial gates 0.9", when=_GATED
     ),
     "gate_input": Key(
         "own",
-        "earlier: a control whose gates read another, earlier position's input",
+        "input of the gate; own: its token's; earlier: another, earlier token's (a control)",
         choices=("own", "earlier"),
         when=_READING,
     ),
-    "dropout": Key(0.0, "embedding, attention and residual dropout rate", low=0.0, high=0.9),
+    "dropout": Key(
+        0.0, "dropout rate of embedding, attention and residual branches", low=0.0, high=0.9
+    ),
     "mask": Key(
         "causal",
-        "document: attention does not cross document boundaries",
+        "attention mask; document: causal, and only within a document",
         choices=("causal", "document"),
     ),
     "dtype": Key(
         "float32",
-        "compute type of products; parameters, norms, softmax and loss stay float32",
+        "type of products; parameters, norms, softmax and loss remain float32",
         choices=("float32", "bfloat16"),
     ),
     "matmul": Key(
         "dtype",
-        "products of activations and block weights; fp8: float8 e4m3, their gradients e5m2, each "
-        "tensor scaled by its largest entry, on GPUs that have it, and model.dtype elsewhere",
+        "type of products with block weights; dtype: model.dtype; fp8: float8 e4m3 (gradients "
+        "e5m2) with per-tensor scales on GPUs that have it, model.dtype elsewhere",
         choices=("dtype", "fp8"),
     ),
     "attention": Key(
         "auto",
-        "auto: the fastest that can serve. plain: the definition. saved: keeps the probabilities "
-        "for a hand-written backward. xla: jax.nn.dot_product_attention. cudnn: NVIDIA's. splash: "
-        "JAX's for TPU",
+        "attention kernel; auto: the fastest supported one; plain: the definition; saved: a "
+        "hand-written backward pass from stored probabilities; xla: "
+        "jax.nn.dot_product_attention; cudnn: NVIDIA's; splash: JAX's for TPU",
         choices=("auto", "plain", "saved", "xla", "cudnn", "splash"),
     ),
     "stack": Key(
         "auto",
-        "how the blocks run; auto: unrolled on CPU, scan on accelerators (compile time)",
+        "execution of the blocks; auto: unrolled on CPU, scan on accelerators, to save compile "
+        "time",
         choices=("auto", "scan", "unroll"),
         identity=False,
     ),
     "remat": Key(
         "none",
-        "what the backward pass recomputes: nothing, whole blocks, all but dense products",
+        "activations that the backward pass recomputes: none; block: all of each block; dots: "
+        "all but dense products",
         choices=("none", "block", "dots"),
         identity=False,
     ),
     "loss_chunk": Key(
         0,
-        "tokens per chunk of the loss; 0: chunks only where the logits would exceed 256 MiB",
+        "tokens per chunk of the loss; 0: chunks only if the logits exceed 256 MiB",
         low=0,
         identity=False,
     ),

@@ -1,13 +1,12 @@
 """GPT-2, Llama and Transformer++ at about 50M, 100M and 300M parameters.
 
-At one size the three differ in the block alone: depth, width, heads, batch, learning rate and data
-are the same, so that a difference in loss can be laid to the block. Their parameter counts are not
-equal (Transformer++ gates an MLP of the full 4 d_model, Llama reads out with a matrix of its own);
-compare them by counts or FLOPs, not by name.
+At one size the three differ only in the block: depth, width, heads, batch, learning rate and data
+are the same, so that the block explains a difference in loss. Their parameter counts differ
+(Transformer++ gates an MLP of the full 4 d_model, Llama has an untied readout); compare them by
+counts or FLOPs.
 
-What the models of the nanoGPT speedruns have in common.
-
-Runs that ladders have in common: small ones on the embedded corpus, larger ones on shards.
+Also the settings that the nanoGPT speedruns share, and those that ladders share: small runs on the
+embedded corpus, larger ones on shards.
 """
 
 import dataclasses
@@ -19,17 +18,17 @@ from lmscale_jax.config import keys
 from lmscale_jax.config.keys import get_config as base
 from lmscale_jax.errors import InputError
 
-# Where the tokens come from: FineWeb-Edu off the hub, or the standard library's source, 30 MB of
-# text on every machine, of which these budgets are many epochs, as `--explain` counts.
+# Corpora: FineWeb-Edu from the hub, or the source of Python's standard library. The latter is 30 MB
+# of text on every machine; these budgets are many epochs of it, which `--explain` counts.
 WEB, EMBEDDED = "fineweb_edu", "embedded"
 
 
 @dataclasses.dataclass(frozen=True)
 class FamilySize:
-    """Shape and recipe of one size.
+    """The shape and recipe of one size.
 
-    The budget is about 20 tokens per parameter, where more parameters and more tokens buy about
-    the same (Hoffmann et al. 2022, arXiv 2203.15556).
+    The budget is about 20 tokens per parameter, the compute-optimal ratio of Hoffmann et al. 2022
+    (arXiv 2203.15556).
 
     Batch and peak learning rate follow GPT-3's smallest models (Brown et al. 2020, arXiv
     2005.14165, table 2.1: 0.5M tokens, with 6e-4 at 125M and 3e-4 at 350M parameters); below 300M
@@ -66,8 +65,8 @@ SIZES = {
 def gpt2(size: str, corpus: str = WEB) -> ConfigDict:
     """GPT-2 (Radford et al. 2019): LayerNorm, GELU, biases, learned positions, tied readout.
 
-    Its dropout of 0.1 is left at 0: it served many passes over little data, costs loss in a single
-    pass over much, and would rule out the fused attention kernels.
+    Dropout is 0 instead of 0.1: it helps in many passes over little data, costs loss in a single
+    pass over much, and excludes the fused attention kernels.
     """
     config = _recipe(SIZES[size], corpus)
     config.model.bias = True
@@ -89,7 +88,7 @@ def transformer_pp(size: str, corpus: str = WEB) -> ConfigDict:
     """Transformer++ of the Marginal Utility Regularization study.
 
     RMSNorm and a SwiGLU of the full 4 d_model, but with biases, learned positions and a tied
-    readout. Its dropout of 0.1 is left at 0, as in `gpt2`.
+    readout. Dropout is 0 instead of 0.1, as in `gpt2`.
     """
     config = _recipe(SIZES[size], corpus)
     model = config.model
@@ -101,7 +100,7 @@ def transformer_pp(size: str, corpus: str = WEB) -> ConfigDict:
 
 
 def _recipe(size: FamilySize, corpus: str) -> ConfigDict:
-    """What the three families share at one size."""
+    """Returns what the three families share at one size. Raises InputError."""
     config = base()
     model = config.model
     model.n_layers, model.d_model, model.n_heads = size.n_layers, size.d_model, size.n_heads
@@ -119,14 +118,14 @@ def _recipe(size: FamilySize, corpus: str) -> ConfigDict:
         # A page has about 1,000 tokens; a sixth more than one pass needs.
         config.data.source, config.data.limit = WEB, round(7 / 6 * size.tokens / 1000)
     elif corpus != EMBEDDED:
-        raise InputError(f"--config=...:{corpus}: {WEB!r} or {EMBEDDED!r} would work")
+        raise InputError(f"--config=...:{corpus}: use {WEB!r} or {EMBEDDED!r}")
     return config
 
 
 def speedrun_base() -> ConfigDict:
-    """12 blocks of width 768, ReLU², unit queries and keys, matrices by Muon.
+    """Returns what the speedruns share: 12 blocks of width 768, ReLU², QK norm, Muon.
 
-    On the embedded corpus, with as many rows as GPT-2's padded vocabulary.
+    The corpus is the embedded one, the vocabulary as large as GPT-2's padded one.
     """
     c = keys.get_config()
     m = c.model
@@ -141,7 +140,7 @@ def speedrun_base() -> ConfigDict:
 
 
 def untie_readout(c: ConfigDict) -> None:
-    """The readout, rotation, scale of attention and AdamW of the two records."""
+    """Sets the untied readout, RoPE, attention scale and AdamW of the two records."""
     m, p, o = c.model, c.parametrization, c.optim
     m.rope_channels, m.rope_theta, m.head, m.logit_softcap = "half", 1024.0, "untied", 15.0
     p.embed_std, p.head_init, p.attention_scale = 1.0, "zeros", 0.12 * 128**0.5
@@ -149,18 +148,18 @@ def untie_readout(c: ConfigDict) -> None:
 
 
 def on_path(c: ConfigDict, path: str) -> ConfigDict:
-    """On shards of GPT-2's tokens, if a path is given."""
+    """Returns the run on shards of GPT-2's tokens, or unchanged for path ''."""
     return on_shards(c, path, vocab_size=50_304) if path else c
 
 
 def small_decoder() -> ConfigDict:
-    """A small decoder of the Llama family on the Python standard library's source."""
+    """Returns a small Llama on the source of Python's standard library."""
     run = keys.get_config()
     run.model.norm, run.model.mlp, run.model.positions = "rmsnorm", "swiglu", "rope"
     run.data.vocab_size, run.data.seq_len = 1024, 128
     run.optim.lr, run.train.batch_size = 6e-3, 16
     # About 1 / sqrt(width): with GPT-2's 0.02, meant for 768 channels, arms lose 0.2 to 0.7 nats
-    # at 100k parameters, not the same amount, and not the same at every rate.
+    # at 100k parameters, an amount that differs by arm and by rate.
     run.parametrization.init_std = 0.08
     run.eval.every, run.eval.tokens, run.eval.sample, run.eval.baselines = 0, 200_000, 0, False
     run.log.tensorboard = False
@@ -168,9 +167,9 @@ def small_decoder() -> ConfigDict:
 
 
 def on_shards(run: ConfigDict, path: str, vocab_size: int = 50_257) -> ConfigDict:
-    """The run's data from .bin shards, those with "val" in their name held out.
+    """Sets .bin shards as the run's data; those with "val" in their name are held out.
 
-    `vocab_size` is that of the tokenizer that made them, by default GPT-2's.
+    `vocab_size` is that of the shards' tokenizer, by default GPT-2's.
     """
     run.data.source, run.data.path = "bin", path
     run.data.tokenizer, run.data.vocab_size = "bpe", 4096

@@ -1,4 +1,4 @@
-"""Validates, derives, compares and names configs. What keys there are: keys.py."""
+"""Validates, resolves, compares and hashes configs. keys.py specifies their keys."""
 
 import difflib
 import hashlib
@@ -22,7 +22,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def check_keys(config, spec: dict) -> None:
-    """Raises InputError at the first key that the specification does not have or not allow."""
+    """Raises InputError at the first key that a specification lacks, or whose value it refuses."""
     _check_names(config, spec, "", [p for p, _ in keys(spec)])
     for path, key in keys(spec):
         _check_value(path, get(config, path), key)
@@ -31,16 +31,16 @@ def check_keys(config, spec: dict) -> None:
             _check_used(config, path, key)
 
 
-def _check_names(config, spec: dict, prefix: str, known: list[str]) -> None:
+def _check_names(config, spec: dict, prefix: str, all_paths: list[str]) -> None:
     for name in config:
         path = prefix + name
         if name not in spec:
-            known = known if prefix else [*spec, *known]
-            raise InputError(f"config.{path} is not a key; {hint(path, known)}")
+            paths = all_paths if prefix else [*spec, *all_paths]
+            raise InputError(f"config.{path} is not a key; {hint(path, paths)}")
         if isinstance(spec[name], dict):
             if not isinstance(config[name], ConfigDict):
                 raise InputError(f"config.{path}={config[name]!r} must be a group of keys")
-            _check_names(config[name], spec[name], f"{path}.", known)
+            _check_names(config[name], spec[name], f"{path}.", all_paths)
     for name in spec:
         if name not in config:
             raise InputError(
@@ -49,21 +49,21 @@ def _check_names(config, spec: dict, prefix: str, known: list[str]) -> None:
             )
 
 
-def hint(path: str, known: list[str]) -> str:
-    """What to write in place of an unknown key: the same name elsewhere, or a similar one."""
+def hint(path: str, paths: list[str]) -> str:
+    """Suggests a key in place of an unknown one: the same name elsewhere, or a similar name."""
     group, _, name = path.rpartition(".")
-    near = [p for p in known if p.rpartition(".")[2] == name]
-    beside = {p.rpartition(".")[2]: p for p in known if p.rpartition(".")[0] == group}
-    near += [beside[n] for n in difflib.get_close_matches(name, beside, n=1)]
-    near += difflib.get_close_matches(path, known, n=1, cutoff=0.8)
+    near = [p for p in paths if p.rpartition(".")[2] == name]
+    siblings = {p.rpartition(".")[2]: p for p in paths if p.rpartition(".")[0] == group}
+    near += [siblings[n] for n in difflib.get_close_matches(name, siblings, n=1)]
+    near += difflib.get_close_matches(path, paths, n=1, cutoff=0.8)
     return f"did you mean {near[0]}?" if near else "configs/base.py lists all keys"
 
 
 def _check_value(path: str, value, key: Key) -> None:
     def refuse(why: str) -> None:
-        raise InputError(f"config.{path}={value!r} {why}; {key.default!r} would work ({key.doc})")
+        raise InputError(f"config.{path}={value!r} {why}; use {key.default!r} ({key.doc})")
 
-    # bool is an int to Python; here a switch and a number are different things.
+    # Python counts bool as int; a config key takes one or the other.
     numeric = isinstance(value, int) and not isinstance(value, bool)
     fits = (
         numeric or isinstance(value, float)
@@ -85,32 +85,32 @@ def _check_value(path: str, value, key: Key) -> None:
     if key.above is not None and value <= key.above:
         refuse(f"must be above {key.above}")
     if key.duration and not DURATION.fullmatch(value.strip().lower()):
-        refuse('is no duration like "200" (steps), "5%" or "50M tokens"')
+        refuse('is not a duration like "200" (steps), "5%" or "50M tokens"')
 
 
 def _check_used(config, path: str, key: Key) -> None:
     for other, allowed in key.when.items():
         if get(config, other) not in allowed:
             raise InputError(
-                f"config.{path}={get(config, path)!r} would be unused with {other}="
-                f"{get(config, other)!r}; it needs {other}={' or '.join(map(repr, allowed))}, or "
-                f"leave it at {key.default!r}"
+                f"config.{path}={get(config, path)!r} is unused with {other}="
+                f"{get(config, other)!r}; use {key.default!r}, or "
+                f"{other}={' or '.join(map(repr, allowed))}"
             )
 
 
 def resolve(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
-    """Returns `derived` with durations in whole optimizer steps: the form that a run computes by.
+    """Resolves a config: `derived`, with durations as ints in optimizer steps.
 
-    `vocab_size` as for `derived`. `durations` tells the two forms apart.
+    All computations read this form; durations.py describes both. `vocab_size` as for `derived`.
     """
     return in_steps(derived(config, vocab_size))
 
 
 def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
-    """Returns a validated copy in which every 0 that means "derive it" holds the derived value.
+    """Validates a config and returns a copy in which derived values replace the zeros.
 
-    Durations remain the user's texts: this is the form that run.json records, `fingerprint` hashes
-    and runs are compared by. `vocab_size` is the tokenizer's; 0 leaves model.vocab_size as it is.
+    Durations remain the user's texts: run.json records this form, `fingerprint` hashes it, and
+    runs are compared by it. `vocab_size` is the tokenizer's; 0 leaves model.vocab_size as it is.
     Raises InputError.
     """
     validate(config)
@@ -126,7 +126,7 @@ def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     if model.vocab_size and vocab_size > model.vocab_size:
         raise InputError(
             f"config.model.vocab_size={model.vocab_size} is below the tokenizer's {vocab_size}; "
-            f"0 or {-(-vocab_size // 64) * 64} would work"
+            f"use 0 or {-(-vocab_size // 64) * 64}"
         )
     model.vocab_size = model.vocab_size or vocab_size
     model.ids = model.ids or model.vocab_size
@@ -136,7 +136,7 @@ def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
 
 
 def _resolve_base(config: ConfigDict) -> None:
-    """The base shapes: heads of the same size, and d_ff by the same rule, unless said otherwise."""
+    """Sets unset base shapes: heads of the same size, d_ff in proportion or by its rule."""
     base, model = config.parametrization, config.model
     base.base_head_dim = base.base_head_dim or model.head_dim
     if not base.base_d_ff:
@@ -145,7 +145,7 @@ def _resolve_base(config: ConfigDict) -> None:
 
 
 def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:
-    """Dotted paths at which two plain config dicts hold different values."""
+    """Lists the dotted paths at which two plain config dicts hold different values."""
     _missing = object()
 
     def value(config, path):
@@ -154,19 +154,19 @@ def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:
         except (KeyError, TypeError):
             return _missing
 
-    known = [p for p, key in keys() if key.identity or not identity_only]
-    return [path for path in known if value(a, path) != value(b, path)]
+    paths = [p for p, key in keys() if key.identity or not identity_only]
+    return [path for path in paths if value(a, path) != value(b, path)]
 
 
 def fingerprint(config: ConfigDict) -> str:
-    """Returns twelve hex digits that name the run: a hash of all keys that can change its numbers.
+    """Hashes all keys that can change a run's numbers; returns twelve hex digits.
 
-    Raises ValueError for a config in steps, whose hash would be another than that of its texts.
+    Raises ValueError for a config with durations in steps: only the texts are hashed.
     """
-    chosen = {path: get(config, path) for path, key in keys() if key.identity}
-    if not all(isinstance(chosen[path], str) for path, key in keys() if key.duration):
+    identity = {path: get(config, path) for path, key in keys() if key.identity}
+    if not all(isinstance(identity[path], str) for path, key in keys() if key.duration):
         raise ValueError("fingerprint() takes a config whose durations are texts")
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def apply_overrides(config: ConfigDict, overrides: dict) -> ConfigDict:

@@ -49,7 +49,7 @@ def preview_table(plan: LadderPlan, cells: list[Cell], workdir: Path, slots: int
     duration = explain.readable_seconds((anchors + held_out) / rate / slots)
     lines.append(f"here: about {duration} in {slots} process(es), at {basis}")
     for name in ACCELERATORS:
-        peak = flops.peak(name, "bfloat16") * explain.EFFICIENCY
+        peak = flops.peak_flops(name, "bfloat16") * explain.EFFICIENCY
         lines.append(
             f"one {name}: about {explain.readable_seconds((anchors + held_out) / peak)}, at "
             f"{explain.EFFICIENCY:.0%} of its bfloat16 peak, which small models do not reach"

@@ -1,9 +1,8 @@
-"""Causal self-attention: projections, rotary positions, windows.
+"""Causal self-attention: projections, rotary positions, gates.
 
-Gates of attention: what a head computes, multiplied by a number between 0 and 1.
-
-Qiu et al. 2025 (arXiv 2505.06708) gate the output of scaled dot-product attention by a sigmoid of
-the block's normalised input, for each head or for each channel; other places are here to compare.
+A gate multiplies a tensor of attention by numbers between 0 and 1. Qiu et al. 2025 (arXiv
+2505.06708) gate the output of scaled dot-product attention by a sigmoid of the block's normalised
+input, for each head or for each channel. The other places are for comparison.
 """
 
 from collections.abc import Callable
@@ -17,11 +16,11 @@ from flax import nnx
 from lmscale_jax.config.key import Modes
 from lmscale_jax.model import param
 from lmscale_jax.model.context import ForwardContext
-from lmscale_jax.model.kernels import KERNELS, sharded
-from lmscale_jax.model.layers import Dense, as_it_is, unit_rms
+from lmscale_jax.model.kernels import KERNELS, shard_kernel
+from lmscale_jax.model.layers import Dense, no_norm, unit_rms
 
-# (queries or keys, epsilon) -> the same, normed in each head.
-QK_NORMS = Modes("model.qk_norm", {"none": as_it_is, "rmsnorm": unit_rms})
+# (queries or keys, epsilon) -> normed queries or keys, by head.
+QK_NORMS = Modes("model.qk_norm", {"none": no_norm, "rmsnorm": unit_rms})
 
 
 class Attention(nnx.Module):
@@ -30,7 +29,7 @@ class Attention(nnx.Module):
     def __init__(self, model, kernel: str):
         width, size = {"embed": model.d_model}, model.head_dim
         self.heads, self.kv_heads, self.size = model.n_heads, model.n_kv_heads, size
-        self.kernel = sharded(KERNELS[kernel].attend)
+        self.kernel = shard_kernel(KERNELS[kernel].attend)
         kv_heads = {"kv_heads": model.n_kv_heads, "head_dim": size}
         self.query = Dense(width, {"heads": model.n_heads, "head_dim": size}, model.bias)
         self.key = Dense(width, kv_heads, model.bias)
@@ -66,7 +65,7 @@ class Attention(nnx.Module):
         return self.gated("output", self.out(o_NxC, context), x_NxD, context)
 
     def with_table_rows(self, v_BxTxKxd: jax.Array, context: ForwardContext) -> jax.Array:
-        """Returns the values, mixed with a table's rows if the block has one (modded-nanogpt)."""
+        """Mixes the values with the rows of the block's value table, if any (modded-nanogpt)."""
         if not hasattr(self, "value_share"):
             return v_BxTxKxd
         v = self.value_share[...].astype(v_BxTxKxd.dtype) * v_BxTxKxd
@@ -75,14 +74,14 @@ class Attention(nnx.Module):
         return v + (self.row_share[...] * context.values_BxTxKxd).astype(v.dtype)
 
     def gated(self, place: str, y: jax.Array, x_NxD: jax.Array, context: ForwardContext):
-        """Returns y, gated if the gate is at this place; x is the input of attention."""
+        """Gates y if the gate is at this place; x is the input of attention."""
         if self.gate is None or self.gate_place != place:
             return y
         return self.gate(y, x_NxD, context)
 
 
 def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:
-    """The scores before softmax that a causal mask leaves, [B, H, T (T + 1) / 2] float32."""
+    """Computes the scores below a causal mask, before softmax, [B, H, T (T + 1) / 2] float32."""
     T, H = q_BxTxHxd.shape[1:3]
     k_BxTxHxd = jnp.repeat(k_BxTxKxd, H // k_BxTxKxd.shape[2], axis=2)
     q, k = q_BxTxHxd.astype(jnp.float32), k_BxTxHxd.astype(jnp.float32)
@@ -95,10 +94,10 @@ def _all_channels(size: int, theta: np.float32) -> np.ndarray:
 
 
 def _half_of_channels(size: int, theta: np.float32) -> np.ndarray:
-    """Turns half of the channels, by 1 to 1 / theta radians a token, both included, and leaves the
-    others alone (modded-nanogpt)."""
-    turned = theta ** -np.linspace(0, 1, size // 4, dtype=np.float32)
-    return np.concatenate([turned, np.zeros(size // 2 - size // 4, np.float32)])
+    """Rotates half of the channels, by 1 to 1 / theta radians a token, both included, and not the
+    others (modded-nanogpt)."""
+    frequencies = theta ** -np.linspace(0, 1, size // 4, dtype=np.float32)
+    return np.concatenate([frequencies, np.zeros(size // 2 - size // 4, np.float32)])
 
 
 # (head_dim, rope_theta) -> [head_dim / 2] radians a token.
@@ -108,13 +107,13 @@ FREQUENCIES = Modes("model.rope_channels", {"all": _all_channels, "half": _half_
 def rope_tables(
     length: int, size: int, theta: float, channels: str = "all"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns cosines and sines, each [length, size / 2] float32.
+    """Computes cosines and sines of RoPE, each [length, size / 2] float32.
 
     Su et al. 2021, arXiv 2104.09864. `channels` is a choice of model.rope_channels.
     """
     frequency = FREQUENCIES[channels](size, np.float32(theta))
-    # Arrays of numpy, which are constants of the program: XLA would take the sines of an expression
-    # anew for every head, layer and pass, as part of the loops that turn the channels.
+    # NumPy arrays are constants of the program. XLA would fuse a JAX expression into the rotation
+    # and compute its sines anew for every head, layer and pass.
     angle = np.arange(length, dtype=np.float32)[:, None] * frequency
     return np.cos(angle), np.sin(angle)
 
@@ -123,16 +122,16 @@ def rotate(x_BxTxHxd: jax.Array, rope: tuple[np.ndarray, np.ndarray]) -> jax.Arr
     """Rotates channel i with channel i + d/2 (the half-split pairing of GPT-NeoX and Llama)."""
     cos, sin = (t[None, :, None, :] for t in rope)
     a, b = jnp.split(x_BxTxHxd.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-    return turned.astype(x_BxTxHxd.dtype)
+    rotated = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return rotated.astype(x_BxTxHxd.dtype)
 
 
-# Of the positions that a gate with a shuffled input reads.
-_STREAM = 0x67617465
+# Seed of the positions that gates read with model.gate_input="earlier".
+_EARLIER_SEED = 0x67617465
 
 
 class GatedHeads(NamedTuple):
-    """The heads that a gate is for: their named axis, and the model's key for how many."""
+    """The gated heads: their named axis, and the model key of their number."""
 
     axis: str
     count: str
@@ -142,7 +141,7 @@ class GatedHeads(NamedTuple):
 
 
 class GatedChannels(NamedTuple):
-    """The channels of the stream that a gate is for; they have no heads."""
+    """The gated channels of the projected output, which has no heads."""
 
     axis: str
 
@@ -179,16 +178,18 @@ ACTIVATIONS = Modes(
     "model.gate_activation",
     {
         "sigmoid": Activation(jax.nn.sigmoid, 0.0, 1.0),
-        # At least a half, so that nothing can be shut off.
+        # At least 0.5, so that no channel can be shut off.
         "ns_sigmoid": Activation(lambda x: 0.5 + 0.5 * jax.nn.sigmoid(x), 0.5, 1.0),
     },
 )
 
 
 def earlier_input(x_NxD: jax.Array, context: ForwardContext) -> jax.Array:
-    """Returns each position's input replaced by that of a position drawn from those up to it,
-    always the same: what a gate without its own token can do, and still causal."""
-    draws_T = np.random.default_rng(_STREAM).random(context.length)
+    """Replaces each position's input by that of a fixed random position up to it.
+
+    A control: such a gate is causal, but does not see its own token.
+    """
+    draws_T = np.random.default_rng(_EARLIER_SEED).random(context.length)
     index_T = np.floor(draws_T * np.arange(1, context.length + 1)).astype(np.int32)
     return context.sharding.flatten(jnp.take(context.unflatten(x_NxD), index_T, axis=1))
 
@@ -197,7 +198,7 @@ INPUTS = Modes("model.gate_input", {"own": lambda x_NxD, context: x_NxD, "earlie
 
 
 class ElementwiseGate(nnx.Module):
-    """act(x W + b) for each channel of a place; W is a matrix like any other."""
+    """act(x W + b) for each channel of a place; W is a hidden matrix."""
 
     role = "hidden"
 
@@ -208,7 +209,7 @@ class ElementwiseGate(nnx.Module):
         self.declare(model, axes)
 
     def layout(self, place: dict[str, int]) -> tuple[dict[str, int], tuple[int, ...]]:
-        """Returns (sizes of the gates by named axis, the shape in which they multiply)."""
+        """Returns (sizes of the gates by named axis, the shape by which they multiply)."""
         return place, tuple(place.values())
 
     def declare(self, model, axes: dict[str, int]) -> None:
@@ -239,7 +240,7 @@ class ElementwiseGate(nnx.Module):
 
 
 class HeadwiseGate(ElementwiseGate):
-    """act(x W + b) for each head: a readout, whose product is multiplied by 1 / width ratio."""
+    """act(x W + b) for each head; W is a readout, with a multiplier of 1 / width ratio."""
 
     role = "output"
 
@@ -275,13 +276,13 @@ GATES = Modes(
 
 
 def describe_gate(model, specs: dict) -> dict[str, str]:
-    """Returns what a gate costs, by name, for people to read; {} without a gate."""
+    """Describes a gate and its cost in words: {"gate": ...}, or {} without a gate."""
     if "gate" not in specs["blocks"]["attention"]:
         return {}
     cost = sum(spec.size for spec in param.named(specs["blocks"]["attention"]["gate"]).values())
-    whole = sum(spec.size for spec in param.named(specs["blocks"]).values())
+    total = sum(spec.size for spec in param.named(specs["blocks"]).values())
     return {
         "gate": f"{model.attn_gate}, {model.gate_activation} at {model.gate_place}: {cost:,} "
-        f"parameters, {cost / (whole - cost):+.2%} of the blocks; a ladder's rungs.match takes "
-        f"them from d_ff"
+        f"parameters, {cost / (total - cost):+.2%} of the blocks; a ladder's rungs.match "
+        f"reduces d_ff by as much"
     }

@@ -1,7 +1,7 @@
-"""The boundary of the model: `build(config)` gives pure functions of a nested dict of arrays.
+"""Builds a model as pure functions of a nested dict of arrays: `build_model(config)`.
 
-Flax modules define parameters and the forward pass; beyond this file nothing sees a module. The
-parameters of the L blocks are stacked under a leading axis, however the blocks are executed.
+Flax modules define parameters and the forward pass; no other file sees a module. The parameters of
+the L blocks are stacked under a leading axis, however the blocks run.
 """
 
 import functools
@@ -32,21 +32,23 @@ from lmscale_jax.model.transformer import HEADS, Block, Embed, Readout
 
 
 class Model(NamedTuple):
-    """Attributes:
-    specs: nested dict of `param.Spec`, the paths of the parameters.
-    rows: {path: rules.Row}, what each parameter gets.
-    init: key -> params, float32.
-    logits: (params, tokens_BxT, key=None) -> logits_BxTxV; a key turns dropout on.
-    losses: (params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None) -> nll_BxT float32
-      in nats, 0 where the target is -1; with a `BlockWrapper` what its `close` makes of them.
-      Windows that grow are those of that optimizer step; None: whole.
-    taps: (params, tokens_BxT, keep) -> what `keep(name, activation)` makes of each activation, as
-      {"embed", "blocks": {name: [L, ...]}, "final" (what the last norm reads), "logits"}.
-    choices: what was chosen here, and why, by name.
+    """A model as pure functions.
+
+    Attributes:
+      specs: nested dict of `param.Spec`, with the paths of the parameters.
+      param_rules: {path: `ParamRule`}, initial scale and multipliers of each parameter.
+      init: key -> params, float32.
+      logits: (params, tokens_BxT, key=None) -> logits_BxTxV; a key turns dropout on.
+      losses: (params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None) -> nll_BxT
+        float32 in nats, 0 where the target is -1; with a `BlockWrapper` the result of its `close`.
+        `step` sets the size of growing windows; None: full.
+      taps: (params, tokens_BxT, keep) -> the results of `keep(name, activation)`, as {"embed",
+        "blocks": {name: [L, ...]}, "final" (the input of the last norm), "logits"}.
+      choices: {name: implementation and reason}, for people to read.
     """
 
     specs: dict
-    rows: dict[str, parametrization.ParamRule]
+    param_rules: dict[str, parametrization.ParamRule]
     init: Callable
     logits: Callable
     losses: Callable
@@ -61,12 +63,12 @@ def build_model(
 
     Args:
       config: resolved.
-      platform: that the model runs on, as JAX names it.
+      platform: JAX's name of the platform that runs the model.
       bos_id: the token that begins a document, for model.mask="document".
       mesh: of `losses` and `taps`; it must divide their batches. `logits` takes any batch.
 
     Raises:
-      InputError: a choice of a key is not implemented, or cannot serve here.
+      InputError: a choice of a key is not implemented, or not supported on this platform.
     """
     model = config.model
     _check_choices(model)
@@ -75,7 +77,7 @@ def build_model(
     stack = STACKS[model.stack](model, platform)
     modules, specs = _declare(model, kernel)
     base_specs = _declare(parametrization.base_model(config), kernel)[1]
-    rows = parametrization.param_rules(specs, base_specs, config)
+    param_rules = parametrization.param_rules(specs, base_specs, config)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
     fixed, head = model_context(config, platform, sharding), HEADS[model.head]
     unsharded = fixed.replace(sharding=ShardingContext())
@@ -85,25 +87,25 @@ def build_model(
     read, read_tokens = _readout(config, fixed, head)
 
     def logits(params, tokens_BxT, key=None):
-        params = parametrization.multiplied_params(rows, params)
+        params = parametrization.multiplied_params(param_rules, params)
         h_NxD, context = begin(params, tokens_BxT, unsharded.replace(key=key))
         h_NxD, *_ = run(params["blocks"], h_NxD, context)
         x_NxD = final_norm(params, h_NxD, context)
         return read_tokens(head.of(params), x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None):
-        params = parametrization.multiplied_params(rows, params)
+        params = parametrization.multiplied_params(param_rules, params)
         h_NxD, context = begin(params, tokens_BxT, fixed.replace(key=key), step=step)
-        h_NxD, _, rest = run(params["blocks"], h_NxD, context, wrapper=wrapper)
+        h_NxD, _, wrapper_output = run(params["blocks"], h_NxD, context, wrapper=wrapper)
         spec, entropy = head.of(specs), fixed.ops.cross_entropy
         x_NxD = final_norm(params, h_NxD, context)
         nll_BxT = token_losses(
             sharding, model, read_tokens, head.of(params), spec, x_NxD, targets_BxT, entropy
         )
-        return nll_BxT if wrapper is None else wrapper.close(nll_BxT, rest)
+        return nll_BxT if wrapper is None else wrapper.close(nll_BxT, wrapper_output)
 
     def taps(params, tokens_BxT, keep):
-        params = parametrization.multiplied_params(rows, params)
+        params = parametrization.multiplied_params(param_rules, params)
         h_NxD, context = begin(params, tokens_BxT, fixed.replace(keep=keep))
         stored = {"embed": keep("embed", h_NxD)}
         h_NxD, stored["blocks"], _ = run(params["blocks"], h_NxD, context)
@@ -112,8 +114,9 @@ def build_model(
         return stored | {"logits": keep("logits", z_NxV)}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
-    choices |= _described(config, specs, platform)
-    return Model(specs, rows, functools.partial(_init, specs, rows), logits, losses, taps, choices)
+    choices |= _descriptions(config, specs, platform)
+    init = functools.partial(_init, specs, param_rules)
+    return Model(specs, param_rules, init, logits, losses, taps, choices)
 
 
 def _final_norm(definition, params, h_NxD, context: ForwardContext):
@@ -138,17 +141,16 @@ def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id,
     return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)
 
 
-def _described(config, specs: dict, platform: str) -> dict[str, str]:
-    matmul = fp8.choose_fp8(config.model, platform).described
-    lines = {"matmul": matmul} if matmul else {}
+def _descriptions(config, specs: dict, platform: str) -> dict[str, str]:
+    matmul = fp8.choose_fp8(config.model, platform).description
     return (
-        lines
+        ({"matmul": matmul} if matmul else {})
         | attention.describe_gate(config.model, specs)
         | skip_connections.describe_skips(config)
     )
 
 
-# (logits, bound) -> logits within +-bound.
+# (logits, cap) -> logits within +-cap.
 SOFTCAPS = Modes(
     "model.softcap_form",
     {
@@ -159,15 +161,18 @@ SOFTCAPS = Modes(
 
 
 def _readout(config, fixed: ForwardContext, head) -> tuple[Callable, Callable]:
-    """Returns two functions of (matrix, x_NxD) to logits, [N, V]; the second takes the id of the
-    matrix's first token too, and gives rows that only pad the vocabulary -inf."""
+    """Returns two functions (matrix, x_NxD) -> logits_NxV.
+
+    The second also takes the id of the matrix's first token, and sets the logits of padding rows
+    to -inf.
+    """
     model, scale, cap = config.model, fixed.scales.logits, config.model.logit_softcap
-    bounded = SOFTCAPS[model.softcap_form]
+    softcap = SOFTCAPS[model.softcap_form]
 
     def read(w, x_NxD):
         z_NxV = fixed.ops.dense(x_NxD, w if head.vocab_axis == -1 else w.T)
         z_NxV = z_NxV if scale == 1.0 else z_NxV * scale
-        return bounded(z_NxV, cap) if cap else z_NxV
+        return softcap(z_NxV, cap) if cap else z_NxV
 
     def read_tokens(w, x_NxD, first=0):
         z_NxV = read(w, x_NxD)
@@ -180,17 +185,17 @@ def _readout(config, fixed: ForwardContext, head) -> tuple[Callable, Callable]:
 
 
 def _declare(model, kernel: str) -> tuple[dict, dict]:
-    """The modules of a model group by name, and the annotations of their parameters."""
+    """Returns the modules of a model by name, and the annotations of their parameters."""
     parts = {"embed": Embed(model), "blocks": Block(model, kernel), "readout": Readout(model)}
     specs = {name: param.specs(part) for name, part in parts.items()}
     specs["blocks"] = param.map_named(lambda _, s: s.stacked(model.n_layers), specs["blocks"])
     return parts, specs
 
 
-def _init(specs: dict, rows: dict[str, parametrization.ParamRule], key: jax.Array) -> dict:
-    """Draws every parameter from its own stream, named by its path and its layer.
+def _init(specs: dict, param_rules: dict[str, parametrization.ParamRule], key: jax.Array) -> dict:
+    """Draws every parameter from a random stream of its path and layer.
 
-    So neither the order of declaration nor the number of layers changes what a parameter gets.
+    So a parameter's values depend neither on the order of declaration nor on the number of layers.
     """
 
     def draw(path: str, spec: param.Spec):
@@ -205,17 +210,17 @@ def _init(specs: dict, rows: dict[str, parametrization.ParamRule], key: jax.Arra
             values = jax.vmap(lambda k: jax.random.normal(k, spec.matrix))(streams)
         else:
             values = jax.random.normal(stream, spec.shape)
-        return values * rows[path].init_std
+        return values * param_rules[path].init_std
 
     return param.map_named(draw, specs)
 
 
 def model_context(config, platform: str, sharding: ShardingContext) -> ForwardContext:
-    """Returns what all forward passes of a model have in common."""
-    own_ops = primitives.SETS["cpu" if platform == "cpu" else "plain"]
+    """Returns the context that all forward passes of a model share."""
+    ops = primitives.SETS["cpu" if platform == "cpu" else "plain"]
     return ForwardContext(
-        ops=own_ops,
-        product=fp8.choose_fp8(config.model, platform).product or own_ops.dense,
+        ops=ops,
+        product=fp8.choose_fp8(config.model, platform).product or ops.dense,
         sharding=sharding,
         dtype=DTYPES[config.model.dtype],
         scales=parametrization.forward_scales(config),

@@ -1,4 +1,4 @@
-"""What every layer of a forward pass reads besides its input and its parameters."""
+"""`ForwardContext`: what a layer reads besides its input and its parameters."""
 
 import dataclasses
 import functools
@@ -15,8 +15,8 @@ from lmscale_jax.model.sharding import ShardingContext
 # The type that products are computed in.
 DTYPES = Modes("model.dtype", {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")})
 
-# Arrays of a pass and of a layer. The other fields are static: a context may be an argument of
-# `jax.checkpoint` and of a `jax.custom_vjp`.
+# Arrays of a pass and of a layer. The other fields are static, so that a context may be an argument
+# of `jax.checkpoint` and of a `jax.custom_vjp`.
 ARRAYS = (
     "key", "rope", "segments_BxT", "origin_NxD", "value_rows_SxBxTxKxd", "windows", "skips_SxNxD",
     "window", "skip_NxD", "values_BxTxKxd", "first",
@@ -30,15 +30,15 @@ STATIC = (
 @functools.partial(jax.tree_util.register_dataclass, data_fields=ARRAYS, meta_fields=STATIC)
 @dataclasses.dataclass(frozen=True)
 class ForwardContext:
-    """The context of a forward pass, and within it of a layer; None where nothing uses a field.
+    """The context of a forward pass and of a layer in it. An unused field is None.
 
     Attributes of a model:
       ops: the primitives of this platform.
-      product: x w of activations and the weights of blocks.
-      sharding: how arrays lie on the mesh.
+      product: (x, w) -> x w, for the weights of blocks.
+      sharding: how arrays are split over the mesh.
       dtype: type that products are computed in.
       scales: the forward multipliers.
-      window_block: tokens that a window counts as one.
+      window_block: tokens per unit of a window.
       dropout_rate: of embedding, attention and residual.
 
     Attributes of a pass:
@@ -46,19 +46,19 @@ class ForwardContext:
       key: random key of the pass, and in a layer that layer's; None turns dropout off.
       rope: cosines and sines, each [T, head_dim / 2].
       segments_BxT: document numbers within each window; None for a plain causal mask.
-      origin_NxD: the embedding, for blocks that mix it in.
+      origin_NxD: the embedding, for model.x0_mix.
       value_rows_SxBxTxKxd: the row of each value table for each token.
-      windows: (whole, half), in blocks of `window_block` tokens.
-      skips_SxNxD: the streams after the first blocks, for the last ones.
+      windows: (full, half), in units of `window_block` tokens.
+      skips_SxNxD: the outputs of the first blocks, for model.skips.
 
     Attributes of a layer:
-      window: blocks of `window_block` tokens that a query sees, its own and those before it; None:
-        everything.
-      skip_NxD: the stream of an earlier block that enters this one.
-      values_BxTxKxd: what is added to this block's values.
-      first: position of the first query among the keys, where a kernel sees a part of the queries.
-      keep: what a tap stores of an activation, (name, array) -> array; None measures nothing.
-      taps: where this layer's taps are stored by name; the layer's caller returns it.
+      window: units of `window_block` tokens that a query sees, its own and earlier ones; None: no
+        window.
+      skip_NxD: the output of an earlier block, for this block's skip.
+      values_BxTxKxd: added to this block's values.
+      first: position of the first query among the keys, where a kernel gets a part of the queries.
+      keep: (name, activation) -> the array that a tap stores; None: no taps.
+      taps: {name: array}, where this layer's taps are stored; its caller returns them.
     """
 
     ops: Primitives
@@ -85,16 +85,16 @@ class ForwardContext:
     taps: dict | None = None
 
     def replace(self, **changes) -> "ForwardContext":
-        """Returns a copy with other values of these fields."""
+        """Returns a copy with changed fields."""
         return dataclasses.replace(self, **changes)
 
     def tap(self, name: str, make: Callable[[], jax.Array]) -> None:
-        """Stores what `keep` makes of the activation `make()`, which is not computed otherwise."""
+        """Stores `keep(name, make())` if there is a `keep`; else nothing is computed."""
         if self.keep is not None:
             self.taps[name] = self.keep(name, make())
 
     def dropout(self, x_NxD: jax.Array, stream: int) -> jax.Array:
-        """Drops entries by the random stream of that number within the layer."""
+        """Applies dropout with the layer's random stream of this number, [N, D]."""
         if self.key is None or not self.dropout_rate:
             return x_NxD
         rate, shape = self.dropout_rate, (self.batch, self.length, x_NxD.shape[1])
@@ -103,5 +103,5 @@ class ForwardContext:
         return jnp.where(keep, x_NxD / (1 - rate), jnp.zeros_like(x_NxD))
 
     def unflatten(self, x_N: jax.Array) -> jax.Array:
-        """Returns flat activations as [B, T, ...]."""
+        """Reshapes flat activations to [B, T, ...]."""
         return self.sharding.unflatten(x_N, self.batch, self.length)

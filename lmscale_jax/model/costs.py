@@ -1,22 +1,22 @@
-"""What a training step costs a chip: operations, bytes, messages, and the time they should take.
+"""Forecasts the cost of a training step on one chip: FLOPs, bytes, messages, seconds.
 
-Arithmetic of the resolved config, the annotations, the sizes of the mesh axes and a chip's data
-sheet; nothing is compiled. What is sent follows `model.sharding` message by message:
+The forecast is arithmetic on the resolved config, the annotations, the sizes of the mesh axes and a
+chip's data sheet; nothing is compiled. The messages are those of `model.sharding`:
 
-- a product gathers its weight over `fsdp` in the type it is computed in, once forward, once
-  backward and once more where remat="block" runs the block again, and scatters the float32 sum of
-  its gradient; a table over vocabulary or positions and the readout are gathered as they lie, in
-  float32, once, and the readout once for all chunks of the loss;
-- what a gradient is split by is summed over the axes that split tokens besides (`replica`, `data`,
-  `sequence`);
-- activations are summed over `tensor` after the products that contract a split axis, and their
-  gradients before those that make one;
+- a product gathers its weight over `fsdp` in its own type, once forward, once backward and once
+  more where remat="block" recomputes the block, and scatters the float32 sum of its gradient; a
+  table over vocabulary or positions and the readout are gathered in float32 once, the readout once
+  for all chunks of the loss;
+- a gradient, or the part of it that a chip has, is summed over the other axes that split tokens
+  (`replica`, `data`, `sequence`);
+- activations are summed over `tensor` after products that contract a split axis, their gradients
+  before products that produce one;
 - keys and values are gathered over `sequence`, their gradients scattered.
 
-Every micro-batch sends all of it. A ring over n chips sends (n-1)/n of the array from each chip for
-a gather or a scatter, and twice that for a sum.
+Every micro-batch sends all of these. A ring over n chips sends (n-1)/n of the array from each chip
+for a gather or a scatter, and twice that for a sum.
 
-The mesh, accumulation and recomputation that a model should take on so many chips: a search.
+`best_layout` searches the fastest mesh, accumulation and rematerialization for a number of chips.
 """
 
 import math
@@ -30,29 +30,29 @@ from lmscale_jax.model.sharding import AXES, TOKENS, partition
 from lmscale_jax.model.stack import REMAT
 from lmscale_jax.model.transformer import HEADS
 
-# Shares of the data sheet's figures that large products, sweeps over memory and long messages are
-# taken to reach. Assumed, not measured: --explain and docs/scale.md say so.
+# Assumed, not measured: the shares of the data sheet's figures that large products, sweeps over
+# memory and long messages reach. --explain and docs/scale.md say so.
 PRODUCT_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.75, 0.8, 0.8
-# Seconds that each message takes besides its bytes: launch and hops. Assumed, like the shares.
+# Assumed: seconds of launch and hops of each message, in addition to its bytes.
 LATENCY = 10e-6
-# How often a kept activation crosses the memory's edge besides products: written and read going
-# forward, read going back, its gradient written and read. As many for the logits.
+# Reads and writes of a stored activation outside products: written and read forward, read backward,
+# its gradient written and read. As many for the logits.
 SWEEPS = 5
-# Bytes a second that one host writes of a checkpoint; a parallel file system or an object store.
+# Bytes a second that one host writes of a checkpoint to a parallel file system or object store.
 WRITE_PER_HOST = 1e9
 
 
 class Message(NamedTuple):
-    """One kind of message over a step.
+    """All messages of one kind in a step.
 
     Attributes:
       kind: "gather weights", "scatter gradients", "sum gradients", "sum activations",
         "gather keys and values".
-      axes: the mesh axes it runs over.
+      axes: the mesh axes that they run over.
       fast, network: bytes that one chip sends over its links, and out of its domain.
-      count: of messages.
-      seconds: the longer of the two, at LINK_SHARE, and LATENCY for each message.
-      hidden: it may run beside products that do not wait for it.
+      count: number of messages.
+      seconds: the longer time of the two, at LINK_SHARE, plus LATENCY for each message.
+      hidden: whether they can overlap with products that do not wait for them.
     """
 
     kind: str
@@ -65,15 +65,15 @@ class Message(NamedTuple):
 
 
 class StepCost(NamedTuple):
-    """One step on one chip.
+    """The forecast of one step on one chip.
 
     Attributes:
       model_flops: the convention "model" of `flops.flops_per_token`.
-      chip_flops: with what is computed again.
+      chip_flops: model_flops and recomputation.
       moved: bytes to and from memory.
-      messages: all there are, as `Message`.
-      compute: seconds of products and of the sweeps over memory between them.
-      hidden, exposed: seconds of messages that may run beside, and of the others.
+      messages: list of `Message`.
+      compute: seconds of products and of sweeps over memory between them.
+      hidden, exposed: seconds of messages that can overlap with products, and of the others.
       seconds: the longer of compute and hidden, plus exposed.
       mfu: model_flops / (seconds * peak).
     """
@@ -90,13 +90,13 @@ class StepCost(NamedTuple):
 
 
 def step_cost(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments=None) -> StepCost:
-    """The forecast of one step; `moments` as in `memory.chip_memory`. Products in bfloat16."""
+    """Forecasts one step with products in bfloat16; `moments` as in `memory.chip_memory`."""
     chips = math.prod(sizes.values())
     tokens = config.train.batch_size * config.data.seq_len
     model_flops = flops.flops_per_token(config, specs)["model"] * tokens / chips
-    chip_flops = model_flops + recomputed(config, specs, sizes) * tokens / chips
-    moved = sum(traffic(config, specs, sizes, moments).values())
-    messages = sent(config, specs, sizes, chip)
+    chip_flops = model_flops + recomputed_flops(config, specs, sizes) * tokens / chips
+    moved = sum(memory_traffic(config, specs, sizes, moments).values())
+    messages = step_messages(config, specs, sizes, chip)
     compute = chip_flops / (chip.peak * PRODUCT_SHARE) + moved / (chip.bandwidth * BANDWIDTH_SHARE)
     hidden, exposed = (
         sum(message.seconds for message in messages if message.hidden is side)
@@ -109,85 +109,89 @@ def step_cost(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments
     )
 
 
-def recomputed(config, specs: dict, sizes: Mapping[str, int]) -> float:
-    """FLOPs of one token that the backward pass does a second time."""
+def recomputed_flops(config, specs: dict, sizes: Mapping[str, int]) -> float:
+    """Returns the FLOPs of one token that the backward pass recomputes."""
     parts = flops.forward_flops(config, specs)
     blocks = REMAT[config.model.remat].recomputed(parts)
-    return blocks + (parts["readout"] if chunks(config, sizes) > 1 else 0.0)
+    return blocks + (parts["readout"] if loss_chunks(config, sizes) > 1 else 0.0)
 
 
-def traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict[str, float]:
-    """Bytes that cross the edge of one chip's memory in a step, beside products at their peak."""
+def memory_traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict[str, float]:
+    """Returns the bytes that one chip reads and writes in a step, by purpose."""
     local = memory.local_sizes(specs, sizes)
     accum, tokens = config.train.accum, memory.tokens_on_chip(config, sizes)
     compute = memory.type_bytes(config.model)
-    whole = sum(
+    matrix_size = sum(
         spec.size / _split_sizes(spec, sizes, "tensor")
         for spec in named(specs).values()
         if spec.n_in
     )
-    kept = memory.block_bytes(config.model, config.data.seq_len, sizes, "flash").whole
-    again = 1 + REMAT[config.model.remat].sweeps_again / SWEEPS
+    stored = memory.block_bytes(config.model, config.data.seq_len, sizes, "flash").total
+    sweep_factor = 1 + REMAT[config.model.remat].more_sweeps / SWEEPS
     logits = 4 * tokens * config.model.vocab_size / sizes.get("tensor", 1)
-    held = {path: 4 * size for path, size in local.items()}
+    param_bytes = {path: 4 * size for path, size in local.items()}
     return {
         # Read and written: the parameter, its moments; read: the gradient.
         "optimizer": sum(
-            size * (3 + 2 * memory.kept_bytes(moments, path)) for path, size in held.items()
+            size * (3 + 2 * memory.moment_count(moments, path))
+            for path, size in param_bytes.items()
         ),
-        # Written once a micro-batch; with several also read and written by the sum.
-        "gradients": accum * sum(held.values()) * (1 if accum == 1 else 3),
-        # Cast or gathered and then read, by each pass.
-        "weights": accum * REMAT[config.model.remat].weight_uses * 2 * compute * whole,
-        "activations": accum * tokens * config.model.n_layers * kept * SWEEPS * again,
+        # Written once per micro-batch; with several, the sum reads and writes them too.
+        "gradients": accum * sum(param_bytes.values()) * (1 if accum == 1 else 3),
+        # Cast or gathered, and then read by each pass.
+        "weights": accum * REMAT[config.model.remat].weight_uses * 2 * compute * matrix_size,
+        "activations": accum * tokens * config.model.n_layers * stored * SWEEPS * sweep_factor,
         "logits": accum * logits * SWEEPS,
     }
 
 
-def chunks(config, sizes: Mapping[str, int]) -> int:
+def loss_chunks(config, sizes: Mapping[str, int]) -> int:
+    """Returns the number of chunks of the loss."""
     chunk, length = memory.loss_positions(config, sizes)
     return length // chunk
 
 
-def sent(config, specs: dict, sizes: Mapping[str, int], chip: Chip) -> list[Message]:
-    """All messages of one step by kind and axes; those of nothing are left out."""
-    found: dict[tuple, Message] = {}
+def step_messages(config, specs: dict, sizes: Mapping[str, int], chip: Chip) -> list[Message]:
+    """Lists all messages of one step, one entry per kind and axes; empty ones are omitted."""
+    messages: dict[tuple, Message] = {}
     ring = Rings(sizes, chip)
     for message in (
         *_of_weights(config, specs, sizes, ring),
         *_of_activations(config, specs, sizes, ring),
     ):
         key = message[:2]
-        before = found.get(key)
-        if before:
-            summed = (a + b for a, b in zip(before[2:6], message[2:6], strict=True))
+        earlier = messages.get(key)
+        if earlier:
+            summed = (a + b for a, b in zip(earlier[2:6], message[2:6], strict=True))
             message = Message(*key, *summed, message.hidden)
         if message.fast or message.network:
-            found[key] = message
-    return list(found.values())
+            messages[key] = message
+    return list(messages.values())
 
 
 class Rings(NamedTuple):
-    """Rings over axes of a mesh whose chips fill domain after domain in the order of AXES."""
+    """Rings over axes of a mesh. Its chips fill one domain after another, in the order of AXES."""
 
     sizes: Mapping[str, int]
     chip: Chip
 
     def send(self, kind: str, axes, size: float, count: float, turns: int, hidden: bool) -> Message:
-        """`count` messages of `size` bytes of the whole arrays together; `turns` 1 to gather or
-        scatter, 2 to sum."""
+        """Returns the cost of `count` messages whose arrays have `size` bytes together.
+
+        `turns` is 1 for a gather or scatter, 2 for a sum.
+        """
         axes = tuple(axis for axis in AXES if axis in axes and self.sizes.get(axis, 1) > 1)
         n = math.prod(self.sizes[axis] for axis in axes)
         inside = math.prod(self.inside(axis) for axis in axes)
         fast = turns * size * (n - 1) / n if inside > 1 else 0.0
-        # What enters a domain is shared out over its members' network ports.
+        # The network ports of a domain share the bytes that enter it.
         network = turns * size * (n - inside) / n / inside
         seconds = max(fast / self.chip.link, network / self.chip.network) / LINK_SHARE
         seconds += count * LATENCY
         return Message(kind, axes, fast, network, count, seconds, hidden)
 
     def inside(self, axis: str) -> int:
-        """Chips along an axis that lie in one domain."""
+        """Returns the number of chips along an axis in one domain."""
         after = AXES[AXES.index(axis) + 1 :]
         stride = math.prod(self.sizes.get(other, 1) for other in after)
         return max(1, math.gcd(self.sizes[axis], max(1, self.chip.domain // stride)))
@@ -196,23 +200,23 @@ class Rings(NamedTuple):
 def _of_weights(config, specs, sizes, ring: Rings):
     compute, accum = memory.type_bytes(config.model), config.train.accum
     for path, spec in named(specs).items():
-        own = accum * 4 * spec.size / _split_sizes(spec, sizes, "tensor")
+        size = accum * 4 * spec.size / _split_sizes(spec, sizes, "tensor")
         each = accum * (spec.shape[0] if spec.axes[0] == "layers" else 1)
         parts = partition(spec, sizes)
-        rest = [axis for axis in TOKENS if axis not in parts]
+        sum_axes = [axis for axis in TOKENS if axis not in parts]
         uses = list(_uses(path, spec, config.model, compute / 4))
         sums = sum(backward for *_, backward in uses)
         if "fsdp" in parts:
             gathers = sum(count for count, *_ in uses)
             gathered = sum(count * share for count, share, _ in uses)
-            yield ring.send("gather weights", ["fsdp"], gathered * own, gathers * each, 1, True)
-            yield ring.send("scatter gradients", ["fsdp"], sums * own, sums * each, 1, True)
-            own /= sizes["fsdp"]
-        yield ring.send("sum gradients", rest, sums * own, sums * each, 2, True)
+            yield ring.send("gather weights", ["fsdp"], gathered * size, gathers * each, 1, True)
+            yield ring.send("scatter gradients", ["fsdp"], sums * size, sums * each, 1, True)
+            size /= sizes["fsdp"]
+        yield ring.send("sum gradients", sum_axes, sums * size, sums * each, 2, True)
 
 
 def _uses(path: str, spec: Spec, model, narrow: float):
-    """(gathers, their bytes over float32's, gradients) of a parameter, each place it is used."""
+    """Yields (gathers, their bytes over float32's, gradients) for each use of a parameter."""
     if path == "embed/tokens" and HEADS[model.head].table is None:
         yield 1, 1.0, 1
     if path.startswith("blocks/"):
@@ -234,32 +238,32 @@ def _of_activations(config, specs, sizes, ring: Rings):
             times = model.n_layers * (forward if into else 1)
             summed, count = summed + times * compute * stream, count + times * turns
     if _split_sizes(named(specs)["embed/tokens"], sizes, "tensor") > 1:
-        # The looked-up rows and their gradient, float32; then the gradient that leaves the readout.
+        # The looked-up rows and their gradient, float32; and the gradient of the readout's input.
         summed, count = summed + (2 * 4 + compute) * stream, count + 3 * turns
     yield ring.send("sum activations", ["tensor"], summed, count, 2, False)
     t, pieces = sizes.get("tensor", 1), sizes.get("sequence", 1)
-    # Where tensor does not divide them, keys and values are repeated for each query head first.
+    # If tensor does not divide their heads, keys and values are first repeated for each query head.
     heads = next((n / t for n in (model.n_kv_heads, model.n_heads) if n % t == 0), model.n_kv_heads)
-    whole = 2 * model.n_layers * compute * tokens * pieces * heads * model.head_dim * (forward + 1)
+    size = 2 * model.n_layers * compute * tokens * pieces * heads * model.head_dim * (forward + 1)
     count = 2 * model.n_layers * (forward + 1) * turns
-    yield ring.send("gather keys and values", ["sequence"], whole, count, 1, False)
+    yield ring.send("gather keys and values", ["sequence"], size, count, 1, False)
 
 
 def _split_sizes(spec: Spec, sizes: Mapping[str, int], axis: str) -> int:
     return sizes.get(axis, 1) if axis in partition(spec, sizes) else 1
 
 
-def checkpoint(specs: dict, chips: int, chip: Chip, moments=None) -> tuple[float, float]:
-    """(bytes, seconds) of one checkpoint: parameters and optimizer, float32, written by all hosts
-    at WRITE_PER_HOST."""
+def checkpoint_cost(specs: dict, chips: int, chip: Chip, moments=None) -> tuple[float, float]:
+    """Returns (bytes, seconds) of one checkpoint: parameters and optimizer, float32, written by all
+    hosts at WRITE_PER_HOST."""
     size = sum(
-        4 * spec.size * (1 + memory.kept_bytes(moments, path))
+        4 * spec.size * (1 + memory.moment_count(moments, path))
         for path, spec in named(specs).items()
     )
     return size, size / (max(1, -(-chips // chip.host)) * WRITE_PER_HOST)
 
 
-# Share of a chip's memory that the estimate may fill: the runtime takes some, and the estimate is
+# Share of a chip's memory that the estimate may fill: the runtime needs some, and the estimate is
 # not exact.
 FILL = 0.85
 # From the fastest to the smallest.
@@ -267,11 +271,13 @@ REMAT_BY_COST = ("none", "dots", "block")
 
 
 class Layout(NamedTuple):
-    """Attributes:
-    sizes: chips along each mesh axis.
-    accum, remat: of the config.
-    bytes: `memory.chip_memory`.
-    step: `costs.StepCost`.
+    """A mesh with accumulation and rematerialization, and its cost.
+
+    Attributes:
+      sizes: chips along each mesh axis.
+      accum, remat: train.accum and model.remat.
+      bytes: result of `memory.chip_memory`.
+      step: `StepCost`.
     """
 
     sizes: dict[str, int]
@@ -282,23 +288,23 @@ class Layout(NamedTuple):
 
 
 def best_layout(config, specs: dict, chip: Chip, count: int) -> Layout | str:
-    """The layout with the shortest forecast step that fits, or why there is none.
+    """Finds the layout with the shortest forecast step that fits; else returns the reason.
 
-    All meshes of `count` chips are tried whose tensor axis divides the key and value heads and
-    stays within a host, whose fsdp axis divides the width, and whose batch axes divide the rows of
-    the batch; of each and each way to recompute, the fewest micro-batches that fit. Fewer send less
-    and move less, so more need not be tried. The optimizer is AdamW.
+    Candidates are all meshes of `count` chips whose tensor axis divides the key and value heads and
+    is within a host, whose fsdp axis divides the width, and whose batch axes divide the batch; for
+    each of them and each rematerialization, the fewest micro-batches that fit, since more would
+    only send and move more. The optimizer is AdamW.
     """
     rows, least = config.train.batch_size, None
-    found = []
+    layouts = []
     for sizes in candidate_meshes(config, chip, count):
         for remat in REMAT_BY_COST:
-            fitting, smallest = _fit(config, specs, chip, sizes, remat)
+            layout, smallest = _fit(config, specs, chip, sizes, remat)
             least = min(least or smallest, smallest)
-            if fitting:
-                found.append(fitting)
-    if found:
-        return min(found, key=lambda layout: layout.step.seconds)
+            if layout:
+                layouts.append(layout)
+    if layouts:
+        return min(layouts, key=lambda layout: layout.step.seconds)
     if least is None:
         tensor = max(_tensors(config, chip, count))
         return f"{rows} rows cannot be split over {count} chips, not with {tensor} sharing each"
@@ -306,8 +312,10 @@ def best_layout(config, specs: dict, chip: Chip, count: int) -> Layout | str:
 
 
 def candidate_meshes(config, chip: Chip, count: int) -> Iterator[dict[str, int]]:
-    """The sizes of the mesh axes that `best` tries. `sequence` stays 1; `replica` counts the
-    domains of a cluster of several TPU pods, across which nothing but gradients should go."""
+    """Yields the sizes of the mesh axes that `best_layout` tries.
+
+    `sequence` is 1; `replica` is the number of TPU pods, between which only gradients should go.
+    """
     rows = config.train.batch_size
     pods = -(-count // chip.domain) if chip.platform == "tpu" else 1
     for tensor in _tensors(config, chip, count):
@@ -329,7 +337,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _fit(config, specs, chip: Chip, sizes, remat: str) -> tuple[Layout | None, int]:
-    """The layout with the fewest micro-batches that fits, if any; and the fewest bytes seen."""
+    """Returns the layout with the fewest micro-batches that fits, or None; and its bytes."""
     shards = sizes["replica"] * sizes["data"] * sizes["fsdp"]
     config.model.remat, kernel = remat, kernels.choose_kernel(config, chip.platform)[0]
     bytes_ = {}

@@ -1,6 +1,6 @@
-"""Parameters and floating-point operations of a model, from its annotations alone.
+"""Counts parameters and FLOPs of a model from its annotations; figures of chips by name.
 
-Chips by name: what their vendors' data sheets say of memory and links. No device is asked.
+The figures are from the vendors' data sheets; no device is queried.
 """
 
 import re
@@ -9,15 +9,15 @@ from typing import NamedTuple
 from lmscale_jax.model import skip_connections
 from lmscale_jax.model.param import Spec, named
 
-# Backward over forward: one product for the inputs' gradient, one for the weights'.
+# For each forward product the backward pass has two: for the gradients of inputs and of weights.
 FORWARD_AND_BACKWARD = 3
 
 
-def counts(specs: dict) -> dict[str, int]:
-    """Parameters: {"total", "non_embedding", "embedding"}.
+def parameter_counts(specs: dict) -> dict[str, int]:
+    """Counts parameters: {"total", "non_embedding", "embedding"}.
 
     "embedding" is every table over the vocabulary or the positions, an untied readout included:
-    Kaplan et al. 2020 (arXiv 2001.08361, table 1) leave both ends out of their N. So non_embedding
+    the N of Kaplan et al. 2020 (arXiv 2001.08361, table 1) excludes both ends. So non_embedding
     depends neither on the tokenizer nor on the window nor on tying. Hoffmann et al. 2022 count the
     total.
     """
@@ -32,12 +32,11 @@ def _is_table(spec: Spec) -> bool:
 
 
 def forward_flops(config, specs: dict) -> dict[str, float]:
-    """FLOPs of one forward pass over one token, by part; a multiplication and addition are two.
+    """Counts the FLOPs of a forward pass over one token, by part; multiply and add count as two.
 
     "dense": the products inside the blocks. "readout": the product with the vocabulary.
-    "attention": q·k and the weighted sum of values, of the
-    keys that the mask and the window leave. Lookups, norms and
-    activations are not counted; they grow with the width only, not with its square.
+    "attention": q·k and the weighted sum of values, for the keys within mask and window. Lookups,
+    norms and activations are not counted: they grow with the width, not with its square.
     """
     model = config.model
     hidden = [spec for spec in named(specs["blocks"]).values() if spec.n_in]
@@ -54,14 +53,14 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
 
 
 def flops_per_token(config, specs: dict) -> dict[str, float]:
-    """FLOPs of training on one token, forward and backward, by named convention.
+    """Counts the FLOPs of training on one token, forward and backward, by convention.
 
     "6n": 6 times all parameters (Hoffmann et al. 2022). "6n_non_embedding": 6 times those outside
-    the tables (Kaplan et al. 2020). "model": the matrix products that the model needs, readout and
-    the causal half of attention included; this is run.json's flops_per_token, and what MFU divides
-    by the chip's peak. Recomputation (model.remat, the chunks of the loss) is in none of them.
+    the tables (Kaplan et al. 2020). "model": all matrix products of the model, including the
+    readout and the causal half of attention; run.json's flops_per_token and MFU use it. None counts
+    recomputation (model.remat, the chunks of the loss).
     """
-    n = counts(specs)
+    n = parameter_counts(specs)
     return {
         "6n": 6.0 * n["total"],
         "6n_non_embedding": 6.0 * n["non_embedding"],
@@ -69,8 +68,8 @@ def flops_per_token(config, specs: dict) -> dict[str, float]:
     }
 
 
-# Dense (not sparse) bfloat16 FLOP/s of one device as JAX counts devices, from the vendors' data
-# sheets; the first pattern found in `device_kind` wins. A TPU v2 or v3 device is half a chip.
+# Dense (not sparse) bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the first
+# pattern that matches `device_kind` counts. A TPU v2 or v3 device is half a chip.
 BF16_PEAKS = (
     (r"\bB200\b", 2250e12),
     (r"\bGH200\b|\bH200\b", 989.4e12),
@@ -94,11 +93,11 @@ BF16_PEAKS = (
 )
 
 
-def peak(device_kind: str, dtype: str) -> float | None:
-    """Dense FLOP/s of one device for products in `dtype`; None where there is no sure figure.
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Returns the dense FLOP/s of one device for products in `dtype`; None if it is unknown.
 
-    Only bfloat16 has one: the rate of float32 products depends on whether the compiler may round
-    them (TF32, bfloat16 passes). CPUs have none, and neither have slices or chips not listed.
+    Only bfloat16 has a figure: the rate of float32 products depends on whether the compiler may
+    round them (TF32, bfloat16 passes). CPUs, slices of a chip and unlisted chips have none.
     """
     if dtype != "bfloat16" or "MIG" in device_kind:  # MIG: a slice of the chip
         return None
@@ -115,17 +114,17 @@ class Chip(NamedTuple):
     """One chip, which is one device to JAX.
 
     Attributes:
-      name: what `--topology` calls it.
+      name: its name in `--topology`.
       kind: its `device_kind`.
-      pattern: finds it in a device kind.
-      platform: JAX's name of what runs it.
+      pattern: regular expression that matches its device kinds.
+      platform: JAX's name of its platform.
       memory: bytes of HBM.
-      bandwidth: of HBM, bytes a second.
-      link: bytes a second that one chip can send to its neighbours over NVLink or the chips' own
+      bandwidth: bytes a second of HBM.
+      link: bytes a second that one chip sends to its neighbours over NVLink or the inter-chip
         interconnect, in one direction, all links together.
-      domain: chips that reach each other over such links: a node of GPUs, a pod of TPUs.
+      domain: chips that such links connect: a node of GPUs, a pod of TPUs.
       network: bytes a second and chip between domains, in one direction.
-      host: chips that share one host.
+      host: chips per host.
     """
 
     name: str
@@ -142,7 +141,7 @@ class Chip(NamedTuple):
     @property
     def peak(self) -> float:
         """Dense bfloat16 FLOP/s."""
-        return peak(self.kind, "bfloat16")
+        return peak_flops(self.kind, "bfloat16")
 
 
 # GPUs: NVIDIA's data sheets of the chip (memory, its bandwidth; NVLink, which they give for both

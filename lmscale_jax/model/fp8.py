@@ -1,8 +1,8 @@
 """Dense products in float8, each tensor scaled by its own largest entry (current scaling).
 
 Values and weights are rounded to e4m3 and gradients to e5m2 (Micikevicius et al. 2022, arXiv
-2209.05433), by Flax's quantisation; sums are float32. Nothing is remembered from step to step,
-unlike delayed scaling: one more pass over a tensor, and no state.
+2209.05433), by Flax's quantization; sums are float32. Unlike delayed scaling this needs no state,
+but one more pass over each tensor.
 """
 
 import functools
@@ -23,7 +23,7 @@ LEAST_CAPABILITY = 8.9
 
 
 def _quantized(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-    """(x / scale in dtype, scale): the largest entry becomes the largest number of the type."""
+    """Returns (x / scale in dtype, scale); the largest entry becomes the type's largest number."""
     x = x.astype(FLOAT)
     largest = jnp.max(jnp.abs(x))
     scale = fp8_ops.compute_scale(largest, jnp.ones((), FLOAT), fp8_ops.get_fp8_max(dtype, FLOAT))
@@ -31,7 +31,7 @@ def _quantized(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _scaled_product(a, b, contract: tuple, wide: bool):
-    """A product with float32 sums; `wide` widens the operands first, where no kernel takes them."""
+    """Multiplies with float32 sums; `wide` converts float8 operands to float32 first."""
     (a, scale_a), (b, scale_b) = a, b
     if wide:
         a, b = a.astype(FLOAT), b.astype(FLOAT)
@@ -41,14 +41,14 @@ def _scaled_product(a, b, contract: tuple, wide: bool):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fp8_dense(x_NxI: jax.Array, w_IxO: jax.Array, wide: bool = False) -> jax.Array:
-    """x w, [N, O] of x's type, from float8 operands. `wide` is for processors without float8."""
+    """Computes x w, [N, O] of x's type, in float8. `wide` is for processors without float8."""
     return _forward(x_NxI, w_IxO, wide)[0]
 
 
 def _forward(x_NxI, w_IxO, wide):
     x, w = _quantized(x_NxI, VALUE), _quantized(w_IxO, VALUE)
     y_NxO = _scaled_product(x, w, ((1,), (0,)), wide).astype(x_NxI.dtype)
-    # Types travel as empty arrays: only arrays may be saved.
+    # Empty arrays carry the types: residuals of a custom_vjp must be arrays.
     return y_NxO, (x, w, jnp.zeros((0,), x_NxI.dtype), jnp.zeros((0,), w_IxO.dtype))
 
 
@@ -63,18 +63,18 @@ fp8_dense.defvjp(_forward, _backward)
 
 
 class Matmul(NamedTuple):
-    """The products of activations and the weights of blocks.
+    """The product of activations and the weights of blocks.
 
     Attributes:
-      product: as `dense`; None: in the compute type, by the platform's primitive.
-      described: what the choice comes to here, for people to read; "" where that is plain.
+      product: (x, w) -> x w; None: the platform's `dense`, in model.dtype.
+      description: the type and the reason, for people to read; "" for model.matmul="dtype".
     """
 
     product: Callable | None
-    described: str
+    description: str
 
 
-def _where_there_is_fp8(model, platform: str) -> Matmul:
+def _fp8_if_supported(model, platform: str) -> Matmul:
     if platform not in ("gpu", "cuda"):
         return Matmul(None, f"{model.dtype}, not fp8: no float8 products on {platform}")
     capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
@@ -87,10 +87,10 @@ def _where_there_is_fp8(model, platform: str) -> Matmul:
 # (model, platform) -> Matmul.
 MATMULS = Modes(
     "model.matmul",
-    {"dtype": lambda model, platform: Matmul(None, ""), "fp8": _where_there_is_fp8},
+    {"dtype": lambda model, platform: Matmul(None, ""), "fp8": _fp8_if_supported},
 )
 
 
 def choose_fp8(model, platform: str) -> Matmul:
-    """Returns what model.matmul comes to on a platform."""
+    """Returns the product of model.matmul on a platform."""
     return MATMULS[model.matmul](model, platform)

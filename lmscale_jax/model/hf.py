@@ -1,7 +1,7 @@
-"""GPT-2 and Llama as Hugging Face writes them, in and out of our stacked layout.
+"""Reads and writes GPT-2 and Llama checkpoints of Hugging Face transformers.
 
-Weights are safetensors, in one file or several; nothing is unpickled and no code is fetched. What a
-checkpoint has and we do not is refused by name.
+Weights are safetensors, in one file or several; nothing is unpickled and no code is downloaded. An
+unsupported setting or tensor of a checkpoint raises InputError with its name.
 """
 
 import json
@@ -17,13 +17,18 @@ from lmscale_jax.model.param import named
 from lmscale_jax.model.transformer import HEADS
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-# Buffers that older versions saved beside the weights.
+# Buffers that older versions saved with the weights.
 BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 class TensorName(NamedTuple):
-    """Where one of our parameters is: a name, {} standing for the layer; which of `parts` equal
-    columns; and whether it is stored [out, in]."""
+    """The tensor of one of our parameters.
+
+    Attributes:
+      name: its name, with {} for the layer.
+      transposed: whether it is stored [out, in].
+      part, parts: our parameter is this one of `parts` equal groups of columns.
+    """
 
     name: str
     transposed: bool = False
@@ -33,27 +38,27 @@ class TensorName(NamedTuple):
 
 def _gpt2(model) -> dict[str, TensorName]:
     layer = "transformer.h.{}."
-    found = {
+    names = {
         "embed/tokens": TensorName("transformer.wte.weight"),
         "embed/positions": TensorName("transformer.wpe.weight"),
     }
     for kind, theirs in (("weight", "weight"), ("bias", "bias")):
         for number, ours in enumerate(("query", "key", "value")):
             place = TensorName(f"{layer}attn.c_attn.{theirs}", part=number, parts=3)
-            found[f"blocks/attention/{ours}/{kind}"] = place
-        found[f"blocks/attention/out/{kind}"] = TensorName(f"{layer}attn.c_proj.{theirs}")
-        found[f"blocks/mlp/up/{kind}"] = TensorName(f"{layer}mlp.c_fc.{theirs}")
-        found[f"blocks/mlp/down/{kind}"] = TensorName(f"{layer}mlp.c_proj.{theirs}")
+            names[f"blocks/attention/{ours}/{kind}"] = place
+        names[f"blocks/attention/out/{kind}"] = TensorName(f"{layer}attn.c_proj.{theirs}")
+        names[f"blocks/mlp/up/{kind}"] = TensorName(f"{layer}mlp.c_fc.{theirs}")
+        names[f"blocks/mlp/down/{kind}"] = TensorName(f"{layer}mlp.c_proj.{theirs}")
     for kind, theirs in (("scale", "weight"), ("bias", "bias")):
-        found[f"blocks/attention_norm/{kind}"] = TensorName(f"{layer}ln_1.{theirs}")
-        found[f"blocks/mlp_norm/{kind}"] = TensorName(f"{layer}ln_2.{theirs}")
-        found[f"readout/norm/{kind}"] = TensorName(f"transformer.ln_f.{theirs}")
-    return found
+        names[f"blocks/attention_norm/{kind}"] = TensorName(f"{layer}ln_1.{theirs}")
+        names[f"blocks/mlp_norm/{kind}"] = TensorName(f"{layer}ln_2.{theirs}")
+        names[f"readout/norm/{kind}"] = TensorName(f"transformer.ln_f.{theirs}")
+    return names
 
 
 def _llama(model) -> dict[str, TensorName]:
     layer = "model.layers.{}."
-    found = {
+    names = {
         "embed/tokens": TensorName("model.embed_tokens.weight"),
         "blocks/attention_norm/scale": TensorName(f"{layer}input_layernorm.weight"),
         "blocks/mlp_norm/scale": TensorName(f"{layer}post_attention_layernorm.weight"),
@@ -61,46 +66,48 @@ def _llama(model) -> dict[str, TensorName]:
     }
     for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
         place = TensorName(f"{layer}self_attn.{theirs}_proj.weight", transposed=True)
-        found[f"blocks/attention/{ours}/weight"] = place
+        names[f"blocks/attention/{ours}/weight"] = place
     for name in ("gate", "up", "down"):
-        found[f"blocks/mlp/{name}/weight"] = TensorName(f"{layer}mlp.{name}_proj.weight", True)
+        names[f"blocks/mlp/{name}/weight"] = TensorName(f"{layer}mlp.{name}_proj.weight", True)
     if HEADS[model.head].table:
-        found["readout/weight"] = TensorName("lm_head.weight", True)
-    return found
+        names["readout/weight"] = TensorName("lm_head.weight", True)
+    return names
 
 
 FAMILIES = {"gpt2": _gpt2, "llama": _llama}
-# The family that comes nearest; `family` refuses a model that is neither.
+# The closest family; `hf_family` refuses a model that is neither.
 FAMILY_BY_POSITIONS = Modes("model.positions", {"learned": "gpt2", "rope": "llama", "none": "gpt2"})
-# The name of each form of GELU, as save_pretrained writes it.
+# save_pretrained's name of each form of GELU.
 GELU_NAMES = Modes("model.gelu", {"tanh": "gelu_new", "erf": "gelu"})
 
 
 def read_config(directory: Path) -> dict:
-    """Our `model` keys for the config.json of a directory. Raises InputError."""
+    """Converts the config.json of a directory to our `model` keys. Raises InputError."""
     path = directory / CONFIG
     try:
         theirs = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(
-            f"--from_hf={directory} holds no config.json; a directory that save_pretrained wrote "
-            f"would work"
+            f"--from_hf={directory} has no config.json; use a directory written by save_pretrained"
         ) from None
     except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error})") from None
+        raise InputError(f"{path} is not JSON ({error})") from None
     kind = theirs.get("model_type")
     if kind not in FAMILIES:
-        raise InputError(f"{path}: model_type={kind!r} is not known here; gpt2 and llama are")
+        raise InputError(f"{path}: model_type={kind!r} is not supported; use gpt2 or llama")
     return {"gpt2": _from_gpt2, "llama": _from_llama}[kind](theirs, path)
 
 
 def _from_gpt2(theirs: dict, path: Path) -> dict:
     gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
-    _demand(theirs, path, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+    _check_settings(theirs, path, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
             add_cross_attention=False, tie_word_embeddings=True)  # fmt: skip
     activation = theirs.get("activation_function", "gelu_new")
     if activation not in gelu:
-        raise InputError(f"{path}: activation_function={activation!r}; {', '.join(gelu)} are known")
+        raise InputError(
+            f"{path}: activation_function={activation!r} is not supported; use "
+            f"one of {', '.join(gelu)}"
+        )
     return {
         "n_layers": theirs["n_layer"], "d_model": theirs["n_embd"], "n_heads": theirs["n_head"],
         "d_ff": theirs.get("n_inner") or 4 * theirs["n_embd"], "mlp": "gelu",
@@ -111,12 +118,12 @@ def _from_gpt2(theirs: dict, path: Path) -> dict:
 
 
 def _from_llama(theirs: dict, path: Path) -> dict:
-    _demand(theirs, path, hidden_act="silu", attention_bias=False, mlp_bias=False)
+    _check_settings(theirs, path, hidden_act="silu", attention_bias=False, mlp_bias=False)
     rope = theirs.get("rope_parameters") or {}
     scaling = theirs.get("rope_scaling") or {}
     kind = rope.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
     if kind != "default":
-        raise InputError(f"{path}: rope scaling {kind!r} is not supported; 'default' is")
+        raise InputError(f"{path}: rope scaling {kind!r} is not supported; use 'default'")
     heads = theirs["num_attention_heads"]
     return {
         "n_layers": theirs["num_hidden_layers"], "d_model": theirs["hidden_size"],
@@ -129,23 +136,23 @@ def _from_llama(theirs: dict, path: Path) -> dict:
     }  # fmt: skip
 
 
-def _demand(theirs: dict, path: Path, **wanted) -> None:
-    for name, value in wanted.items():
+def _check_settings(theirs: dict, path: Path, **supported) -> None:
+    for name, value in supported.items():
         if theirs.get(name, value) != value:
-            raise InputError(f"{path}: {name}={theirs[name]!r} is not supported; {value!r} is")
+            raise InputError(f"{path}: {name}={theirs[name]!r} is not supported; use {value!r}")
 
 
 def read_params(directory: Path, model, specs: dict) -> dict:
-    """Our parameters, float32, from the safetensors of a directory.
+    """Reads our parameters, float32, from the safetensors of a directory.
 
     Args:
-      directory: with model.safetensors, or its index and parts.
-      model: the resolved `model` group, of `read_config`.
+      directory: contains model.safetensors, or its index and parts.
+      model: the resolved `model` group, from `read_config`.
       specs: annotations of that model.
 
     Raises:
-      InputError: no safetensors there, a tensor missing, left over or of another shape, or the
-        package safetensors is not installed.
+      InputError: there is no safetensors file, a tensor is missing, unknown or of another shape, or
+        the package safetensors is not installed.
     """
     tensors = _load(directory)
     kind = FAMILY_BY_POSITIONS[model.positions]
@@ -156,22 +163,24 @@ def read_params(directory: Path, model, specs: dict) -> dict:
         names = [place.name.format(i) for i in range(model.n_layers)] if inside else [place.name]
         parts = [_take(tensors, name, place, directory) for name in names]
         used.update(names)
-        whole = np.stack(parts) if inside else parts[0]
-        if whole.size != np.prod(shape):
+        value = np.stack(parts) if inside else parts[0]
+        if value.size != np.prod(shape):
             raise InputError(
-                f"{directory}: {names[0]} has {parts[0].shape}, which does not make {path} of "
-                f"{tuple(shape)}; its config.json belongs to another checkpoint"
+                f"{directory}: {names[0]} has the shape {parts[0].shape}, but {path} needs "
+                f"{tuple(shape)}; use the config.json of this checkpoint"
             )
-        _put(params, path, np.ascontiguousarray(whole.reshape(shape), np.float32))
+        _put(params, path, np.ascontiguousarray(value.reshape(shape), np.float32))
     tied = set() if HEADS[model.head].table else {"lm_head.weight"}
-    left = sorted(set(tensors) - used - tied)
-    if left:
-        raise InputError(f"{directory}: {left[0]} and {len(left) - 1} more have no place here")
+    unknown = sorted(set(tensors) - used - tied)
+    if unknown:
+        raise InputError(
+            f"{directory}: {unknown[0]} and {len(unknown) - 1} more tensors are not supported"
+        )
     return params
 
 
 def _load(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a directory by its full name."""
+    """Reads every tensor of a directory, by its full name."""
     safetensors = _safetensors()
     files = [directory / WEIGHTS]
     if (directory / INDEX).exists():
@@ -180,34 +189,34 @@ def _load(directory: Path) -> dict[str, np.ndarray]:
     elif not files[0].exists():
         pickled = (directory / "pytorch_model.bin").exists()
         raise InputError(
-            f"{directory} holds no {WEIGHTS}"
+            f"{directory} has no {WEIGHTS}"
             + ("; pytorch_model.bin is a pickle and is not opened" if pickled else "")
-            + "; save_pretrained writes one"
+            + "; use a directory written by save_pretrained"
         )
-    found = {}
+    tensors = {}
     for file in files:
         try:
-            with safetensors.safe_open(file, "np") as tensors:
-                for name in tensors.keys():
-                    found[_full(name)] = tensors.get_tensor(name)
+            with safetensors.safe_open(file, "np") as opened:
+                for name in opened.keys():
+                    tensors[_full_name(name)] = opened.get_tensor(name)
         except (OSError, safetensors.SafetensorError, TypeError) as error:
             raise InputError(f"{file} cannot be read ({error})") from None
-    return {k: v for k, v in found.items() if not k.endswith(BUFFERS)}
+    return {k: v for k, v in tensors.items() if not k.endswith(BUFFERS)}
 
 
 def _safetensors():
-    """The package, which most of what we do goes without. Raises InputError."""
+    """Imports the optional package safetensors. Raises InputError."""
     try:
         import safetensors.numpy
     except ImportError:
         raise InputError(
-            "--from_hf and --to_hf need the package safetensors; pip install 'lmscale_jax[hf]'"
+            "--from_hf and --to_hf need the package safetensors; use pip install 'lmscale_jax[hf]'"
         ) from None
     return safetensors
 
 
-def _full(name: str) -> str:
-    """Bare models leave out the prefix that models with a head have."""
+def _full_name(name: str) -> str:
+    """Adds the prefix of models with a head, which bare models omit."""
     if name.startswith(("wte.", "wpe.", "h.", "ln_f.")):
         return f"transformer.{name}"
     return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
@@ -229,7 +238,7 @@ def _put(tree: dict, path: str, value) -> None:
 
 
 def write_hf(directory: Path, config, params: dict) -> None:
-    """A directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
+    """Writes a directory that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
       directory: new or empty.
@@ -237,24 +246,24 @@ def write_hf(directory: Path, config, params: dict) -> None:
       params: nested dict of arrays.
 
     Raises:
-      InputError: the model is no GPT-2 and no Llama, the directory is not empty, or the package
-        safetensors is not installed.
+      InputError: the model is neither a GPT-2 nor a Llama, the directory is not empty, or the
+        package safetensors is not installed.
     """
     safetensors = _safetensors()
     kind = hf_family(config)
     if directory.exists() and any(directory.iterdir()):
-        raise InputError(f"--to_hf={directory} is not empty; name a new directory")
+        raise InputError(f"--to_hf={directory} is not empty; use a new directory")
     flat, tensors, parts = named(params), {}, {}
     for path, place in FAMILIES[kind](config.model).items():
         value = np.asarray(flat[path], np.float32)
         layers = list(value) if path.startswith("blocks/") else [value]
-        for i, one in enumerate(layers):
-            flat_one = _hf_matrix(path, one)
-            matrix = flat_one.T if place.transposed else flat_one
+        for i, layer in enumerate(layers):
+            matrix = _hf_matrix(path, layer)
+            matrix = matrix.T if place.transposed else matrix
             parts.setdefault(place.name.format(i), {})[place.part] = matrix
-    for name, several in parts.items():
-        whole = np.concatenate([several[k] for k in sorted(several)], axis=-1)
-        tensors[name] = np.ascontiguousarray(whole)
+    for name, parts_of_tensor in parts.items():
+        joined = np.concatenate([x for _, x in sorted(parts_of_tensor.items())], axis=-1)
+        tensors[name] = np.ascontiguousarray(joined)
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     settings = {"gpt2": _to_gpt2, "llama": _to_llama}[kind](config)
@@ -262,14 +271,14 @@ def write_hf(directory: Path, config, params: dict) -> None:
 
 
 def _hf_matrix(path: str, value: np.ndarray) -> np.ndarray:
-    """Named axes joined to [in, out]; vectors, and biases of heads, to one axis."""
+    """Joins named axes to [in, out]; those of vectors, and of biases of heads, to one axis."""
     if path.endswith(("bias", "scale")):
         return value.reshape(-1)
     return value.reshape(-1, value.shape[-1]) if "/out/" in path else value.reshape(len(value), -1)
 
 
 def hf_family(config) -> str:
-    """ "gpt2" or "llama". Raises InputError that names what neither has."""
+    """Returns "gpt2" or "llama". Raises InputError with a setting that neither supports."""
     model = config.model
     gpt2 = {
         "norm": "layernorm",
@@ -288,15 +297,15 @@ def hf_family(config) -> str:
     for key, value in ({"gpt2": gpt2, "llama": llama}[kind] | common).items():
         if model[key] != value:
             raise InputError(
-                f"config.model.{key}={model[key]!r} has no place in a Hugging Face {kind}; "
-                f"{value!r} has"
+                f"config.model.{key}={model[key]!r} is not supported by Hugging Face's {kind}; "
+                f"use {value!r}"
             )
     if kind == "gpt2" and (model.n_kv_heads, model.n_heads * model.head_dim) != (
         model.n_heads, model.d_model,
     ):  # fmt: skip
         raise InputError(
-            f"config.model.n_kv_heads={model.n_kv_heads} and head_dim={model.head_dim}: GPT-2 has "
-            f"as many key heads as query heads, and d_model / n_heads channels in each"
+            f"config.model.n_kv_heads={model.n_kv_heads} and head_dim={model.head_dim} are not "
+            f"supported by GPT-2; use n_heads and d_model / n_heads"
         )
     plain = parametrization.Scales(
         embed=1.0, logits=1.0, branch=1.0, attention=model.head_dim**-0.5, gate=1.0
@@ -305,7 +314,7 @@ def hf_family(config) -> str:
     if scales._replace(gate=1.0) != plain:
         raise InputError(
             f"config.parametrization.name={config.parametrization.name!r} multiplies activations "
-            f"by {scales}, for which a Hugging Face model has no place; 'sp' would work"
+            f"by {scales}, which Hugging Face's models do not support; use 'sp'"
         )
     return kind
 

@@ -1,4 +1,4 @@
-"""Attention kernels behind one signature, and which of them serves."""
+"""Attention kernels of one signature, and the choice among them."""
 
 import dataclasses
 import functools
@@ -51,15 +51,16 @@ def _keeping_probabilities(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd
 
 
 def _xla(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
-    hidden = (context.segments_BxT, context.window, context.window_block, context.first)
-    whole = context.first is None
+    mask_inputs = (context.segments_BxT, context.window, context.window_block, context.first)
+    all_queries = context.first is None
     mask = None
-    if not whole or context.segments_BxT is not None or context.window is not None:
-        mask = primitives.visible(q_BxTxHxd.shape[1], k_BxTxKxd.shape[1], *hidden)
+    if not all_queries or context.segments_BxT is not None or context.window is not None:
+        mask = primitives.visible(q_BxTxHxd.shape[1], k_BxTxKxd.shape[1], *mask_inputs)
         mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
     return jax.nn.dot_product_attention(
-        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask=mask, scale=context.scales.attention, is_causal=whole
-    )
+        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd,
+        mask=mask, scale=context.scales.attention, is_causal=all_queries,
+    )  # fmt: skip
 
 
 def _cudnn(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
@@ -71,7 +72,7 @@ def _cudnn(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
 
 
 def splash(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext, interpret: bool = False):
-    """JAX's Pallas kernel for TPU; `interpret` runs it anywhere, slowly, for tests."""
+    """Runs JAX's Pallas kernel for TPU; `interpret` runs it on any platform, slowly, for tests."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -97,13 +98,15 @@ def splash(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext, interpret: 
     return o_BxHxTxd.transpose(0, 2, 1, 3).astype(q_BxTxHxd.dtype)
 
 
-def sharded(kernel):
-    """Returns a kernel on what each device holds: its rows, its heads, and of a row split over
-    `sequence` its queries, while keys and values are gathered."""
+def shard_kernel(kernel):
+    """Wraps a kernel so that each device runs it on its rows and heads.
+
+    If `sequence` splits rows, a device has a part of the queries; keys and values are gathered.
+    """
 
     def run(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
         sharding = context.sharding
-        # What is dropped must not depend on the mesh, so those draws are left to the partitioner.
+        # Dropout masks must not depend on the mesh, so the partitioner handles their draws.
         if sharding.mesh is None or (context.dropout_rate and context.key is not None):
             return kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context)
         (H, K), t = (q_BxTxHxd.shape[2], k_BxTxKxd.shape[2]), sharding.size("tensor")
@@ -120,16 +123,16 @@ def sharded(kernel):
                 first = jax.lax.axis_index("sequence") * q.shape[1]
                 k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
             B, T = k.shape[:2]
-            here = on_device.replace(
+            local_context = on_device.replace(
                 batch=B, length=T, first=first, segments_BxT=segments_BxT, window=window
             )
-            return kernel(q, k, v, here)
+            return kernel(q, k, v, local_context)
 
-        # A fixed window stays a number, which some kernels want.
-        window, rest = context.window, P(ROWS, None)
+        # A fixed window remains a Python int, which some kernels need.
+        window, segments = context.window, P(ROWS, None)
         if not isinstance(window, jax.Array):
             local, window = functools.partial(_with_window, local, window), None
-        run_local = sharding.shard(local, (layout, layout, layout, rest, P()), layout)
+        run_local = sharding.shard(local, (layout, layout, layout, segments, P()), layout)
         return run_local(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context.segments_BxT, window)
 
     return run
@@ -140,39 +143,40 @@ def _with_window(local, window, q, k, v, segments_BxT, _):
 
 
 class Kernel(NamedTuple):
-    """A kernel of attention.
+    """An attention kernel.
 
     Attributes:
       attend: (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context) -> o_BxTxHxd.
-      unable: (config, platform) -> why it cannot serve, or None; for kernels with limits.
-      keeps_probabilities: for the backward pass; others compute them again.
+      unsupported: (config, platform) -> the setting that it does not support, or None; None for a
+        kernel that supports everything.
+      keeps_probabilities: stores them for the backward pass; others recompute them.
     """
 
     attend: Callable
-    unable: Callable | None = None
+    unsupported: Callable | None = None
     keeps_probabilities: bool = True
 
 
-def _unable_cudnn(config, platform: str) -> str | None:
+def _unsupported_by_cudnn(config, platform: str) -> str | None:
     model = config.model
     if platform not in ("gpu", "cuda"):
-        return f"it runs on NVIDIA GPUs, and this is {platform}"
+        return f"platform {platform}; it runs on NVIDIA GPUs"
     if model.dtype != "bfloat16":
-        return f"it takes bfloat16, and model.dtype is {model.dtype}"
+        return f"model.dtype={model.dtype!r}; it needs bfloat16"
     if model.head_dim % 8 or model.head_dim > 128:
-        return f"model.head_dim={model.head_dim} is not a multiple of 8 up to 128"
-    if model.mask == "document":
-        return "it has no masks between documents (model.mask='document')"
+        return f"model.head_dim={model.head_dim}; it needs a multiple of 8 up to 128"
+    if model.mask != "causal":
+        return f"model.mask={model.mask!r}"
     return None
 
 
-def _unable_splash(config, platform: str) -> str | None:
+def _unsupported_by_splash(config, platform: str) -> str | None:
     if platform != "tpu":
-        return f"it runs on TPU, and this is {platform}"
+        return f"platform {platform}; it runs on TPUs"
     if config.model.head_dim % 128 or config.data.seq_len % 128:
         return (
-            f"model.head_dim={config.model.head_dim} and data.seq_len={config.data.seq_len} must "
-            f"be multiples of 128"
+            f"model.head_dim={config.model.head_dim} with data.seq_len={config.data.seq_len}; both "
+            f"must be multiples of 128"
         )
     return None
 
@@ -181,62 +185,64 @@ KERNELS = {
     "plain": Kernel(_head_major(_plain_attention)),
     "saved": Kernel(_head_major(_keeping_probabilities)),
     "xla": Kernel(_xla),
-    "cudnn": Kernel(_cudnn, _unable_cudnn, keeps_probabilities=False),
-    "splash": Kernel(splash, _unable_splash, keeps_probabilities=False),
+    "cudnn": Kernel(_cudnn, _unsupported_by_cudnn, keeps_probabilities=False),
+    "splash": Kernel(splash, _unsupported_by_splash, keeps_probabilities=False),
 }
 
 
-def why_unable(
+def unsupported_setting(
     name: str, config, platform: str, sharding: ShardingContext | None = None
 ) -> str | None:
-    """Returns why a kernel cannot serve this model on this platform; None where it can."""
-    model, limits = config.model, KERNELS[name].unable
-    if limits is None:
+    """Returns the setting or platform that a kernel does not support, in words, or None."""
+    model, unsupported = config.model, KERNELS[name].unsupported
+    if unsupported is None:
         return None
-    if sharding and sharding.size("sequence") > 1:
-        return "a query's row is split over mesh.sequence, and it takes whole rows"
+    if sharding and (pieces := sharding.size("sequence")) > 1:
+        return f"sequence parallelism (mesh.sequence={pieces})"
     plain_window = model.window_layers == "all" and model.window_block == 1
     if model.window_layers != "none" and not (plain_window and not model.window_growth):
-        return "its window is one number of tokens for all blocks and steps"
-    return limits(config, platform)
-
-
-def _asked_for(name: str, config, platform: str, sharding) -> tuple[str, str]:
-    reason = why_unable(name, config, platform, sharding)
-    if reason:
-        raise InputError(
-            f"config.model.attention={name!r} cannot serve: {reason}; 'auto' would work"
+        return (
+            f"model.window_layers={model.window_layers!r}, model.window_block={model.window_block} "
+            f"and model.window_growth={model.window_growth}; it needs one window for all blocks "
+            f"and steps"
         )
-    return name, "asked for"
+    return unsupported(config, platform)
+
+
+def _named_kernel(name: str, config, platform: str, sharding) -> tuple[str, str]:
+    setting = unsupported_setting(name, config, platform, sharding)
+    if setting:
+        raise InputError(f"config.model.attention={name!r} does not support {setting}; use 'auto'")
+    return name, "set in the config"
 
 
 def _fastest(config, platform: str, sharding) -> tuple[str, str]:
     if config.model.dropout:
-        return "plain", "only it drops attention probabilities"
+        return "plain", "the only one with attention dropout"
     if platform == "cpu":
-        return "saved", "its own backward rule is faster on CPU (docs/performance.md)"
+        return "saved", "its custom backward rule is faster on CPU (docs/performance.md)"
     fast = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform)
     if fast is None:
-        return "xla", f"nothing else on {platform}"
-    reason = why_unable(fast, config, platform, sharding)
-    if reason is None:
+        return "xla", f"the only one on {platform}"
+    setting = unsupported_setting(fast, config, platform, sharding)
+    if setting is None:
         return fast, f"made for {platform}"
-    return "xla", f"{fast} cannot serve: {reason}"
+    return "xla", f"{fast} does not support {setting}"
 
 
-# (config, platform, sharding) -> (a name of KERNELS, why).
+# (config, platform, sharding) -> (a key of KERNELS, the reason).
 CHOICES = Modes(
     "model.attention",
-    {"auto": _fastest} | {name: functools.partial(_asked_for, name) for name in KERNELS},
+    {"auto": _fastest} | {name: functools.partial(_named_kernel, name) for name in KERNELS},
 )
 
 
 def choose_kernel(
     config, platform: str, sharding: ShardingContext | None = None
 ) -> tuple[str, str]:
-    """Returns the kernel of model.attention, which is the best that can serve for "auto", and why.
+    """Returns the kernel of model.attention, for "auto" the fastest supported one, and the reason.
 
     Raises:
-      InputError: the kernel that is named cannot serve, with the reason.
+      InputError: the kernel does not support a setting or the platform.
     """
     return CHOICES[config.model.attention](config, platform, sharding)

@@ -1,4 +1,7 @@
-"""The parts of a block. Activations are flat, [tokens, width], so that every product is 2-D."""
+"""Norms, dense products and the MLP of a block, on flat activations [tokens, width].
+
+Flat activations make every product two-dimensional.
+"""
 
 import functools
 
@@ -11,7 +14,7 @@ from lmscale_jax.config.mlp_forms import MLP_FORMS
 from lmscale_jax.model import param
 from lmscale_jax.model.context import ForwardContext
 
-# The factors of a norm's channels: width -> parameter.
+# Width -> the parameter with a factor for each channel of a norm, or None.
 NORM_GAINS = Modes(
     "model.norm_gain",
     {
@@ -52,14 +55,14 @@ NORMS = Modes("model.norm", {"layernorm": LayerNorm, "rmsnorm": RMSNorm})
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
-    """Returns x / sqrt(mean(x^2) + eps) over the last axis, computed in float32, of x's type."""
+    """Computes x / sqrt(mean(x^2) + eps) over the last axis, in float32, of x's type."""
     x_float = x.astype(jnp.float32)
     mean = jnp.square(x_float).mean(axis=-1, keepdims=True)
     return (x_float * jax.lax.rsqrt(mean + eps)).astype(x.dtype)
 
 
-def as_it_is(x: jax.Array, eps: float) -> jax.Array:
-    """Returns x: no norm."""
+def no_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Returns x unchanged."""
     return x
 
 
@@ -80,9 +83,9 @@ class Dense(nnx.Module):
 
 
 def pointwise(f):
-    """Returns f of each entry, [N, F] to [N, F], in float32 and rounded once, to the input's type.
+    """Wraps an elementwise f, [N, F] to [N, F]: computed in float32, rounded once to x's type.
 
-    The backward pass keeps its inputs alone, of whose type they are.
+    Only the inputs are stored for the backward pass, in their type.
     """
 
     def rounded(*inputs_NxF):
@@ -98,7 +101,7 @@ GELUS = Modes(
         "erf": functools.partial(jax.nn.gelu, approximate=False),
     },
 )
-# (the form of GELU, the results of the input matrices, a gate's first) -> hidden values.
+# (form of GELU, results of the input matrices, the gate's first) -> hidden values.
 ACTIVATIONS = Modes(
     "model.mlp",
     {

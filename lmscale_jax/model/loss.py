@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, over pieces of the sequence where the logits would be large."""
+"""Computes next-token cross-entropy, in chunks of the sequence where the logits are large."""
 
 import functools
 
@@ -14,36 +14,36 @@ LOGIT_BYTES = 256 * 2**20
 
 
 def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int) -> int:
-    """Positions per chunk, a divisor of T, so that the float32 logits of one chunk fit.
+    """Returns the positions per chunk, a divisor of T.
 
-    The shape and the size of the vocabulary are those of one device. `model.loss_chunk` counts
-    tokens; 0 means as many as 256 MiB of logits hold.
+    The shape and the size of the vocabulary are those of one device. `model.loss_chunk` is the
+    tokens of a chunk; 0: as many as have 256 MiB of float32 logits.
     """
     B, T = shape_BxT
     tokens = model.loss_chunk or max(1, LOGIT_BYTES // (4 * vocab_size))
-    wanted = max(1, tokens // B)
-    return max(t for t in range(1, T + 1) if T % t == 0 and (t <= wanted or t == 1))
+    most = max(1, tokens // B)
+    return max(t for t in range(1, T + 1) if T % t == 0 and (t <= most or t == 1))
 
 
 def token_losses(
     sharding: ShardingContext, model, read, w, spec: Spec, x_NxD, targets_BxT, cross_entropy
 ):
-    """Losses in nats, [B, T] float32; 0 where the target is -1.
+    """Computes losses in nats, [B, T] float32; 0 where the target is -1.
 
-    `read(w, x_NxD, first)` makes the logits of the rows of the vocabulary that `w` holds, of which
-    `first` is the id of the first. On a mesh each device scores its own tokens: the readout is
-    gathered once for all chunks, but for its split over the vocabulary.
+    `read(w, x_NxD, first)` computes the logits of the tokens of the readout's part `w`, from the
+    id `first` on. On a mesh each device scores its own tokens: the readout is gathered once for all
+    chunks, but remains split over the vocabulary.
     """
     parts = sharding.parts(spec) if sharding.mesh else (None,) * len(spec.axes)
-    at = spec.axes.index("vocab")
+    vocab_axis = spec.axes.index("vocab")
 
     def local(w, x_NxD, targets_BxT):
         w = gathered(w, parts)
         first, compare = 0, cross_entropy
-        if parts[at]:
-            first = lax.axis_index(parts[at]) * w.shape[at]
-            compare = functools.partial(split_cross_entropy, axis=parts[at], first=first)
-        length = chunk_length(model, targets_BxT.shape, w.shape[at])
+        if axis := parts[vocab_axis]:
+            first = lax.axis_index(axis) * w.shape[vocab_axis]
+            compare = functools.partial(split_cross_entropy, axis=axis, first=first)
+        length = chunk_length(model, targets_BxT.shape, w.shape[vocab_axis])
         return next_token_losses(
             lambda x_nxD: read(w, x_nxD, first), x_NxD, targets_BxT, length, compare
         )
@@ -55,22 +55,24 @@ def token_losses(
 
 
 def split_cross_entropy(logits_NxV, targets_N, *, axis: str, first) -> jax.Array:
-    """`ops.cross_entropy` where each device along a mesh axis holds some columns of the logits,
-    of which `first` is the id of the first."""
+    """Computes `ops.cross_entropy` where a mesh axis splits the columns of the logits; `first` is
+    the id of this device's first column."""
     logits_NxV = logits_NxV.astype(jnp.float32)
     lse_SxN = lax.all_gather(jax.nn.logsumexp(logits_NxV, axis=1), axis)
     index_N = targets_N - first
-    here_N = (index_N >= 0) & (index_N < logits_NxV.shape[1])
-    picked_N = jnp.take_along_axis(logits_NxV, jnp.where(here_N, index_N, 0)[:, None], axis=1)[:, 0]
-    picked_N = lax.psum(jnp.where(here_N, picked_N, 0), axis)
+    is_local_N = (index_N >= 0) & (index_N < logits_NxV.shape[1])
+    picked_N = jnp.take_along_axis(logits_NxV, jnp.where(is_local_N, index_N, 0)[:, None], axis=1)[
+        :, 0
+    ]
+    picked_N = lax.psum(jnp.where(is_local_N, picked_N, 0), axis)
     return jnp.where(targets_N < 0, 0, jax.nn.logsumexp(lse_SxN, axis=0) - picked_N)
 
 
 def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy) -> jax.Array:
-    """Losses in nats, [B, T] float32; 0 where the target is -1.
+    """Computes losses in nats, [B, T] float32; 0 where the target is -1.
 
-    `read` maps [n, D] to logits [n, V]. Chunks run along the sequence, so that each holds a part of
-    every device's batch; their logits are recomputed in the backward pass instead of kept.
+    `read` maps [n, D] to logits [n, V]. Chunks run along the sequence, so that each has a part of
+    every device's batch; the backward pass recomputes their logits.
     """
     B, T = targets_BxT.shape
     if length == T:
@@ -78,12 +80,12 @@ def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy) -> j
     chunks = T // length
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(_, chunk):
+    def chunk_losses(_, chunk):
         x_BxtxD, targets_Bxt = chunk
         nll = cross_entropy(read(x_BxtxD.reshape(B * length, -1)), targets_Bxt.reshape(-1))
         return None, nll.reshape(B, length)
 
     x_CxBxtxD = jnp.moveaxis(x_NxD.reshape(B, chunks, length, -1), 1, 0)
     targets_CxBxt = jnp.moveaxis(targets_BxT.reshape(B, chunks, length), 1, 0)
-    _, nll_CxBxt = jax.lax.scan(one, None, (x_CxBxtxD, targets_CxBxt))
+    _, nll_CxBxt = jax.lax.scan(chunk_losses, None, (x_CxBxtxD, targets_CxBxt))
     return jnp.moveaxis(nll_CxBxt, 0, 1).reshape(B, T)

@@ -1,4 +1,4 @@
-"""The device mesh, and shardings from the named axes of each parameter."""
+"""Makes the device mesh, and shardings from the named axes of each parameter."""
 
 import hashlib
 import math
@@ -21,37 +21,37 @@ ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "l
 
 
 def start_jax(config, cpu_devices: int = 0) -> None:
-    """Sets up JAX for a config; call it before anything asks for a device.
+    """Sets up JAX for a config; call it before any use of a device.
 
-    Where devices are in use already, as in a notebook, they stay as they are; asking for another
-    number of CPU devices is then an InputError.
+    The number of CPU devices is `mesh.cpu_devices`, else `cpu_devices`, else the product of the
+    mesh axes. One device on all cores is mostly as fast as one device per core, and holds the
+    parameters once (docs/performance.md).
 
-    Of CPU devices there are `mesh.cpu_devices`, or `cpu_devices`, or as many as the mesh asks for.
-    One on all cores is mostly as fast as one a core and holds the parameters once
-    (docs/performance.md).
+    Raises InputError if devices are in use already, as in a notebook, and mesh.cpu_devices is not
+    their number; with mesh.cpu_devices=0 they remain.
     """
     jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    wanted = config.mesh.cpu_devices
+    explicit = config.mesh.cpu_devices
     try:
-        asked = math.prod(n for n in (config.mesh[name] for name in AXES) if n > 0)
-        devices = wanted or cpu_devices or asked
+        axes = (config.mesh[name] for name in AXES)
+        devices = explicit or cpu_devices or math.prod(n for n in axes if n > 0)
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:
-        if wanted and jax.local_device_count("cpu") != wanted:
+        if explicit and jax.local_device_count("cpu") != explicit:
             raise InputError(
-                f"config.mesh.cpu_devices={wanted}: this process uses "
-                f"{jax.local_device_count('cpu')} already; 0 takes them"
+                f"config.mesh.cpu_devices={explicit}: this process already uses "
+                f"{jax.local_device_count('cpu')}; use 0"
             ) from None
-    if wanted:
+    if explicit:
         jax.config.update("jax_platforms", "cpu")
 
 
 def _compile_cache(config) -> Path:
-    """Where compiled programs are kept: apart for each version of JAX and each kind of processor.
+    """Returns the directory of compiled programs, one for each JAX version and kind of processor.
 
-    JAX's own key knows the program and the compiler, but a home directory may be shared by machines
-    whose processors do not have the same instructions.
+    JAX's key covers the program and the compiler, but machines that share a home directory may
+    have processors with different instructions.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -63,22 +63,22 @@ def _compile_cache(config) -> Path:
 
 
 def make_mesh(config, devices: list | None = None) -> Mesh:
-    """The mesh of a config over these devices, all of them by default.
+    """Makes the mesh of a config over these devices, by default all.
 
-    Raises InputError where the sizes do not multiply to the number of devices or the batch cannot
-    be split.
+    Raises InputError if the product of the axes is not the number of devices, or the axes do not
+    divide the batch.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = mesh_shape(config, len(devices))
-    # Devices of one slice talk fast among themselves; only `replica` goes from slice to slice.
+    # Only `replica` crosses the slow network between slices.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     types = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
     if sizes["replica"] % slices:
         raise InputError(
-            f"config.mesh.replica={sizes['replica']} does not divide over the {slices} slices; "
-            f"{slices} would"
+            f"config.mesh.replica={sizes['replica']} is not a multiple of the {slices} slices; "
+            f"use {slices}"
         )
     from jax.experimental import mesh_utils
 
@@ -89,23 +89,23 @@ def make_mesh(config, devices: list | None = None) -> Mesh:
 
 
 def mesh_shape(config, count: int) -> dict[str, int]:
-    """The size of each mesh axis over `count` devices. Raises InputError as `make` does."""
+    """Returns the size of each mesh axis over `count` devices. Raises InputError as `make_mesh`."""
     sizes = {name: config.mesh[name] for name in AXES}
     fixed = math.prod(size for size in sizes.values() if size > 0)
     free = [name for name, size in sizes.items() if size == -1]
     if 0 in sizes.values():
         zero = next(name for name, size in sizes.items() if size == 0)
-        raise InputError(f"config.mesh.{zero}=0 is no number of devices; 1 would work")
+        raise InputError(f"config.mesh.{zero}=0 is not a number of devices; use 1")
     if len(free) > 1:
-        raise InputError(f"config.mesh.{free[1]}=-1 and mesh.{free[0]}=-1: only one can take all "
-                         f"that remain; mesh.{free[1]}=1 would work")  # fmt: skip
+        raise InputError(f"config.mesh.{free[1]}=-1 and mesh.{free[0]}=-1: only one axis can "
+                         f"take all remaining devices; use mesh.{free[1]}=1")  # fmt: skip
     for name in free:
         sizes[name] = max(1, count // fixed)
     if math.prod(sizes.values()) != count:
-        given = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        axes = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
         raise InputError(
-            f"config.mesh ({given or 'all 1'}) does not make {count} device(s); mesh.data=-1 with "
-            f"the others 1 would"
+            f"config.mesh ({axes or 'all 1'}) does not multiply to {count} device(s); use "
+            f"mesh.data=-1 and 1 for the other axes"
         )
     _check_batch(config, sizes)
     return sizes
@@ -118,78 +118,78 @@ def _check_batch(config, sizes: dict[str, int]) -> None:
         raise InputError(
             f"config.train.batch_size={train.batch_size} in {train.accum} "
             f"micro-batch(es) cannot be split over {shards} devices; "
-            f"{-(-rows // shards) * shards * train.accum} would work"
+            f"use {-(-rows // shards) * shards * train.accum}"
         )
     if config.data.seq_len % pieces:
         raise InputError(
             f"config.data.seq_len={config.data.seq_len} cannot be split over mesh.sequence="
-            f"{pieces}; {-(-config.data.seq_len // pieces) * pieces} would work"
+            f"{pieces}; use {-(-config.data.seq_len // pieces) * pieces}"
         )
-    measures = is_used(config, "mur.metric") or config.eval.redundancy_every
-    if pieces > 1 and measures:
+    measured = is_used(config, "mur.metric") or config.eval.redundancy_every
+    if pieces > 1 and measured:
         raise InputError(
-            f"config.mesh.sequence={pieces}: marginal utility and redundancy look at whole windows "
+            f"config.mesh.sequence={pieces} does not support marginal utility and redundancy "
             f"(mur.mode={config.mur.mode!r}, eval.redundancy_every="
-            f"{config.eval.redundancy_every!r}); mesh.sequence=1 would work"
+            f"{config.eval.redundancy_every!r}); use mesh.sequence=1"
         )
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Over how many parts of the mesh the rows of a batch are split."""
+    """Returns the number of parts into which the mesh splits the rows of a batch."""
     return math.prod(mesh.shape[name] for name in ROWS)
 
 
-def param_splits(rows: dict, mesh: Mesh) -> dict[str, list[str | None]]:
-    """{path: for each dimension of a parameter the mesh axis that splits it, or None}."""
-    return {path: list(partition(row.spec, mesh.shape)) for path, row in rows.items()}
+def param_splits(rules: dict, mesh: Mesh) -> dict[str, list[str | None]]:
+    """Returns {path: the mesh axis, or None, that splits each dimension of the parameter}."""
+    return {path: list(partition(rule.spec, mesh.shape)) for path, rule in rules.items()}
 
 
 def param_shardings(specs: dict, mesh: Mesh) -> dict:
-    """Nested dict of NamedSharding, one for each parameter."""
+    """Returns a nested dict with the NamedSharding of each parameter."""
     return map_named(lambda _, spec: NamedSharding(mesh, partition(spec, mesh.shape)), specs)
 
 
 def state_shardings(state, specs: dict, mesh: Mesh):
-    """Shardings for any tree of arrays: what has a parameter's path and shape is split like it.
+    """Returns shardings for any tree of arrays: an array with a parameter's path and shape is split
+    like the parameter, any other is replicated.
 
-    Optimizer moments hold copies of the parameter tree, so the end of their path names the
-    parameter; scalars and counters are replicated.
+    Optimizer moments are trees like the parameters, so the end of a path names the parameter.
     """
     by_path = named(specs)
 
-    def one(path, leaf):
+    def leaf_sharding(path, leaf):
         names = [str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey)]
-        # The names of an optimizer's own groups may come first.
+        # Names of the optimizer's groups may precede it.
         ends = ("/".join(names[i:]) for i in range(len(names)))
         spec = next((by_path[end] for end in ends if end in by_path), None)
         if spec is None or spec.shape != leaf.shape:
             return NamedSharding(mesh, P())
         return NamedSharding(mesh, partition(spec, mesh.shape))
 
-    return jax.tree_util.tree_map_with_path(one, state)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, state)
 
 
 def put_batch(batch, mesh: Mesh):
-    """The rows of a batch that this process read (see `host_rows`) as global arrays."""
+    """Makes global arrays of the rows of a batch that this process read (see `host_rows`)."""
     sharding = NamedSharding(mesh, BATCH)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
 
     def place(x):
-        whole = (len(x) * batch_shards(mesh) // _shards_here(mesh), *x.shape[1:])
-        rows = host_rows(whole[0], mesh)
+        shape = (len(x) * batch_shards(mesh) // _host_shards(mesh), *x.shape[1:])
+        rows = host_rows(shape[0], mesh)
 
         def part(index):
-            begin, end, _ = index[0].indices(whole[0])
+            begin, end, _ = index[0].indices(shape[0])
             return x[np.searchsorted(rows, begin) :][: end - begin, index[1]]
 
-        return jax.make_array_from_callback(whole, sharding, part)
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(place, batch)
 
 
-def _shards_here(mesh: Mesh) -> int:
-    """Over how many parts of this process's devices its rows are split."""
+def _host_shards(mesh: Mesh) -> int:
+    """Returns the number of parts into which this process's devices split its rows."""
     return len(_start_positions(batch_shards(mesh), mesh))
 
 
@@ -199,6 +199,6 @@ def _start_positions(batch_size: int, mesh: Mesh) -> list[int]:
 
 
 def host_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, in order."""
+    """Returns the row numbers of a global batch on this process's devices, in order."""
     each = batch_size // batch_shards(mesh)
     return np.concatenate([begin + np.arange(each) for begin in _start_positions(batch_size, mesh)])

@@ -1,9 +1,9 @@
-"""The one annotation per parameter, from which everything else about it is derived.
+"""`Spec`, the annotation of a parameter, from which its treatment is derived.
 
 A module declares a parameter with `weight` or `vector`: its named axes, which of them are fan-in
-and fan-out, and its role. Initial scale, learning rate, decay, the matrix that Muon sees and the
-sharding follow from that in `model.parametrization`, `optim` and `model.mesh`; no other file does
-width arithmetic or guesses by `ndim`.
+and fan-out, and its role. `model.parametrization`, `optim` and `model.mesh` derive initial scale,
+learning rate, decay, the matrix for Muon and the sharding from it; no other file does arithmetic on
+widths or guesses by `ndim`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ HEADS = ("heads", "kv_heads")
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is known of one parameter.
+    """The annotation of one parameter.
 
     Attributes:
       axes: names of the dimensions, outermost first; "layers" leads those of the stacked blocks.
@@ -27,7 +27,7 @@ class Spec:
       n_in: how many of the axes after "layers" are fan-in; the rest are fan-out.
       role: input (finite to width), hidden (width to width), output (width to finite), vector
         (gains and biases) or scalar.
-      init: "normal", "zeros", "ones", or a number that all values begin with.
+      init: "normal", "zeros", "ones", or the initial value of all entries.
       residual: the product is added to the residual stream.
     """
 
@@ -39,7 +39,7 @@ class Spec:
     residual: bool = False
 
     def stacked(self, n_layers: int) -> "Spec":
-        """The same parameter for all blocks, under a leading axis."""
+        """Returns the annotation of this parameter for all blocks, under a leading axis."""
         return dataclasses.replace(self, axes=("layers", *self.axes), shape=(n_layers, *self.shape))
 
     @property
@@ -62,7 +62,7 @@ class Spec:
 
     @property
     def n_heads(self) -> int:
-        """How many heads share the matrix; 1 where it has no axis of heads."""
+        """The number of heads that share the matrix; 1 if it has no axis of heads."""
         sizes = zip(self.axes, self.shape, strict=True)
         return math.prod(size for axis, size in sizes if axis in HEADS)
 
@@ -71,11 +71,11 @@ class Spec:
         return math.prod(self.shape)
 
 
-def weight(fan_in: dict[str, int], fan_out: dict[str, int], role: str, **more) -> nnx.Param:
-    """Declares a matrix stored as [*fan_in, *fan_out]; sizes by axis name."""
+def weight(fan_in: dict[str, int], fan_out: dict[str, int], role: str, **options) -> nnx.Param:
+    """Declares a matrix [*fan_in, *fan_out], given sizes by axis name; `options` are of `Spec`."""
     assert role in ROLES, role
     axes = {**fan_in, **fan_out}
-    return _param(Spec(tuple(axes), tuple(axes.values()), len(fan_in), role, **more))
+    return _param(Spec(tuple(axes), tuple(axes.values()), len(fan_in), role, **options))
 
 
 def vector(init: str, **axes: int) -> nnx.Param:
@@ -89,24 +89,24 @@ def scalar(init: float) -> nnx.Param:
 
 
 def _param(spec: Spec) -> nnx.Param:
-    # Only the shape: the values are drawn by build.init, so that a model can be described, counted
-    # and explained without being allocated.
+    # Only the shape: `Model.init` draws the values, so that a model can be counted and explained
+    # without being allocated.
     return nnx.Param(jax.ShapeDtypeStruct(spec.shape, jnp.float32), spec=spec)
 
 
 def specs(module: nnx.Module) -> dict:
-    """The nested dict of `Spec` of a module, with the same paths as its parameters."""
-    found: dict = {}
+    """Returns the nested dict of `Spec` of a module, with the paths of its parameters."""
+    tree: dict = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        node = found
+        node = tree
         for name in path[:-1]:
             node = node.setdefault(name, {})
         node[path[-1]] = variable.get_metadata()["spec"]
-    return found
+    return tree
 
 
 def named(tree: dict, prefix: str = "") -> dict:
-    """A nested dict as {"a/b": leaf}, in sorted order."""
+    """Flattens a nested dict to {"a/b": leaf}, in sorted order."""
     flat = {}
     for name in sorted(tree):
         node, path = tree[name], prefix + name
@@ -115,7 +115,7 @@ def named(tree: dict, prefix: str = "") -> dict:
 
 
 def map_named(function, tree: dict, prefix: str = "") -> dict:
-    """`function(path, leaf)` over a nested dict, keeping its structure."""
+    """Maps `function(path, leaf)` over a nested dict, keeping its structure."""
     return {
         name: map_named(function, node, f"{prefix}{name}/")
         if isinstance(node, dict)

@@ -1,16 +1,12 @@
-"""Parametrizations: the forward multipliers and depth factors that each name stands for.
+"""Parametrizations: initial scale and forward multipliers from a parameter's role and shape.
 
-A scheme and a control are one entry each of the two tables below; the table that
-`model.parametrization` makes of parameters, the checks of a config and the sweeps read them here.
-Imports no JAX, so that a config can be checked without it.
+`SCHEMES` and `CONTROLS` have one entry for each choice of parametrization.name and .control.
 
-From a parameter's annotation to its initial values and forward multiplier, by role and shape.
-
-With m_in and m_out the ratios of a matrix's own fans to those at the base size, and m_L the ratio
-of depths, a hidden matrix begins with a standard deviation of s m_in^-1/2, every other one with s.
-Logits are multiplied by 1/m, attention scores by sqrt(base head size) / head size, branches by
-m_L^-a. Learning rates and Adam's epsilon follow the same ratios: `optim.rules`. At the base size
-every factor is exactly 1: there `mup` and `completep` are `sp`.
+m_in and m_out are the ratios of a matrix's fans to those at the base size, m_L the ratio of depths.
+A hidden matrix has the initial standard deviation s m_in^-1/2, every other one s. Logits are
+multiplied by 1/m, attention scores by sqrt(base head size) / head size, branches by m_L^-a.
+Learning rates and Adam's epsilon follow the same ratios, in `optim.rules`. At the base size every
+factor is exactly 1: there `mup` and `completep` are `sp`.
 
 Sources: Yang et al. 2022 (arXiv 2203.03466, table 8: constant readout with a forward multiplier);
 Dey et al. 2025 (CompleteP, arXiv 2505.01618, table 1) for depth.
@@ -27,7 +23,7 @@ from lmscale_jax.model.param import Spec, map_named, named
 
 
 class Scales(NamedTuple):
-    """Forward multipliers: of embedding, logits, each branch, q·k, and readouts in blocks."""
+    """Forward multipliers of embedding, logits, each branch, q·k, and readouts in blocks."""
 
     embed: float
     logits: float
@@ -37,16 +33,15 @@ class Scales(NamedTuple):
 
 
 class Scheme(NamedTuple):
-    """What one parametrization is.
+    """One choice of parametrization.name.
 
     Attributes:
-      base_keys: keys of the group that give the size at which it is the identity, and that a config
-        must set; () where sizes are not relative to a base.
+      base_keys: keys of the base size, which a config must set; () for a scheme without a base.
       scales: resolved config -> Scales.
       depth: resolved config -> (m_L, a), the ratio of depths and the branch multiplier's exponent.
       init_layers: resolved config -> number of blocks that residual_init="depth_scaled" counts.
-      matrix_multiplier: (Spec here, Spec at the base, resolved config) -> what the product with
-        one parameter is multiplied by, beside `scales`.
+      matrix_multiplier: (Spec, Spec at the base, resolved config) -> multiplier of the product with
+        one parameter, on top of `scales`.
     """
 
     base_keys: tuple[str, ...]
@@ -65,13 +60,13 @@ class Scheme(NamedTuple):
 
 
 class Control(NamedTuple):
-    """A deliberate mistake.
+    """One choice of parametrization.control: a deliberate mistake, or none.
 
     Attributes:
-      logits: 1 / (width ratio) -> the factor of the logits in its place.
-      lr_factor: a parameter's learning-rate factor -> the one in its place.
-      slopes: {end of a tensor's name: slope in the coordinate check that the mistake exceeds from
-        step 2 on}; {} where there is no mistake.
+      logits: 1 / (width ratio) -> factor of the logits.
+      lr_factor: a parameter's learning-rate factor -> the factor that is used.
+      slopes: {end of a tensor's name: slope that it exceeds in the coordinate check, from step 2
+        on}; {} without a mistake.
     """
 
     logits: Callable
@@ -115,14 +110,14 @@ SCHEMES = Modes(
             base_keys=("base_width", "base_depth"),
             scales=_relative_to_base,
             depth=_depth_ratio,
-            # The branch is scaled instead; GPT-2's factor stays that of the base depth.
+            # The branch multiplier covers depth; GPT-2's factor remains that of the base depth.
             init_layers=lambda config: config.parametrization.base_depth,
         ),
     },
 )
 
-# Theory: a slope of +1/2 for the logits of logits_sqrt, about +1 for each matrix that learns too
-# fast.
+# In theory the logits of logits_sqrt have a slope of +1/2, and each matrix with too high a learning
+# rate one of about +1.
 CONTROLS = Modes(
     "parametrization.control",
     {
@@ -142,11 +137,11 @@ LOGIT_SCALES = Modes(
 
 
 def scheme_of(config) -> Scheme:
-    """The entry of a config's parametrization."""
+    """Returns the scheme of a config's parametrization."""
     return SCHEMES[config.parametrization.name]
 
 
-# Projections into the residual stream: (std of the others, blocks that are counted) -> std.
+# Projections into the residual stream: (std of other matrices, number of blocks) -> std.
 RESIDUAL_INITS = Modes(
     "parametrization.residual_init",
     {
@@ -155,7 +150,7 @@ RESIDUAL_INITS = Modes(
         "zeros": lambda std, n_layers: 0.0,
     },
 )
-# An untied readout: std of the others -> std.
+# An untied readout: std of other matrices -> std.
 HEAD_INITS = Modes(
     "parametrization.head_init", {"normal": lambda std: std, "zeros": lambda std: 0.0}
 )
@@ -168,7 +163,7 @@ class Ratios(NamedTuple):
       role: its `Spec.role`.
       m_in, m_out: ratios of its fans.
       m_L, a: ratio of depths (1 outside blocks) and exponent of the branch multiplier.
-      inside: it belongs to a block.
+      inside: whether it belongs to a block.
     """
 
     role: str
@@ -183,12 +178,11 @@ class ParamRule(NamedTuple):
     """The parametrization of one parameter.
 
     Attributes:
-      spec, base: its annotation here and at the base size.
-      ratios: its size relative to the base, from which `optim.rules` derives the learning rate.
-      init_std: standard deviation of its initial values, where they are drawn.
-      multiplier: factor of its product in the forward pass, `matrix_multiplier` included.
-      matrix_multiplier: the part of `multiplier` that belongs to this parameter alone, beside
-        `scales`.
+      spec, base: its annotation, in this model and at the base size.
+      ratios: its size relative to the base; `optim.rules` derives the learning rate from it.
+      init_std: standard deviation of its initial values, if they are drawn.
+      multiplier: factor of its product in the forward pass, including `matrix_multiplier`.
+      matrix_multiplier: the part of `multiplier` for this parameter alone, on top of `scales`.
     """
 
     spec: Spec
@@ -200,7 +194,7 @@ class ParamRule(NamedTuple):
 
 
 def base_model(config):
-    """The model group of a resolved config at its base size; itself where sizes have no base."""
+    """Returns the model group of a resolved config at its base size; a copy if it has no base."""
     model, base = ConfigDict(config.model.to_dict()), config.parametrization
     if not scheme_of(config).has_base:
         return model
@@ -212,22 +206,22 @@ def base_model(config):
 
 
 def forward_scales(config) -> Scales:
-    """The forward multipliers of a resolved config."""
+    """Returns the forward multipliers of a resolved config."""
     return scheme_of(config).scales(config)
 
 
 def param_rules(specs: dict, base_specs: dict, config) -> dict[str, ParamRule]:
-    """{path: Row} of every parameter of a resolved config, from annotations here and at the base.
+    """Returns {path: ParamRule} of a resolved config, given annotations of the model and its base.
 
-    Raises ValueError where the two do not name the same parameters.
+    Raises ValueError if the two do not have the same parameters.
     """
-    here, base = named(specs), named(base_specs)
-    if here.keys() != base.keys():
-        raise ValueError(f"no base shape for {sorted(here.keys() ^ base.keys())}")
-    return {path: _row(spec, base[path], config) for path, spec in here.items()}
+    flat, base = named(specs), named(base_specs)
+    if flat.keys() != base.keys():
+        raise ValueError(f"no base shape for {sorted(flat.keys() ^ base.keys())}")
+    return {path: _param_rule(spec, base[path], config) for path, spec in flat.items()}
 
 
-def _row(spec: Spec, base: Spec, config) -> ParamRule:
+def _param_rule(spec: Spec, base: Spec, config) -> ParamRule:
     m_L, a = scheme_of(config).depth(config)
     inside = spec.axes[0] == "layers"
     m_in, m_out = spec.fan_in / base.fan_in, spec.fan_out / base.fan_out
@@ -242,11 +236,11 @@ def _row(spec: Spec, base: Spec, config) -> ParamRule:
     return ParamRule(spec, base, ratios, std, multiplier * of_matrix, of_matrix)
 
 
-def multiplied_params(rows: dict[str, ParamRule], params: dict) -> dict:
-    """The parameters times their `matrix_multiplier`, as the forward pass reads them."""
-    if all(row.matrix_multiplier == 1.0 for row in rows.values()):
+def multiplied_params(rules: dict[str, ParamRule], params: dict) -> dict:
+    """Multiplies the parameters by their `matrix_multiplier`, for the forward pass."""
+    if all(rule.matrix_multiplier == 1.0 for rule in rules.values()):
         return params
-    return map_named(lambda path, p: p * rows[path].matrix_multiplier, params)
+    return map_named(lambda path, p: p * rules[path].matrix_multiplier, params)
 
 
 def _std(spec: Spec, m_in: float, config) -> float:

@@ -1,14 +1,14 @@
-"""The primitives of a training step: a plain definition of each, and faster rules for CPU.
+"""The primitives of a training step: plain definitions, and custom backward rules for CPU.
 
-Arrays are flat in tokens, N = B*T and sequence-major, and attention is flat in heads, B*H with B
-major, so that every product has one contracting dimension: with [B, T, D] activations XLA's CPU
-backend makes a transposed copy of each of them for the weight gradient, at twice the step time.
+Tokens are flat, N = B*T, sequence-major; attention is flat in heads, B*H with B major. So every
+product has one contracting dimension: with [B, T, D] activations XLA's CPU backend makes transposed
+copies for the weight gradients, at twice the step time.
 
-`plain` is the definition of every primitive and leaves derivatives to JAX. `cpu` computes the same
-values with its own backward rules where they were measured to pay (docs/performance.md). They do
-not keep what can be recomputed in one pass, and they arrange weight gradients for the fast kernels.
-Everything is a pure function of arrays and works under jit, vmap, scan, checkpoint and sharding;
-the CPU rules have reverse mode only (no jvp).
+`plain` defines every primitive and leaves derivatives to JAX. `cpu` computes the same values, with
+custom backward rules where measurements favour them (docs/performance.md): they do not store what
+one pass recomputes, and they arrange weight gradients for XLA's fast kernels. All are pure
+functions of arrays and work under jit, vmap, scan, checkpoint and sharding; the CPU rules have
+reverse mode only (no jvp).
 """
 
 import functools
@@ -23,7 +23,7 @@ FLOAT = jnp.float32
 
 
 class Primitives(NamedTuple):
-    """One platform's set of primitives; shapes and types are those of the plain definitions."""
+    """A set of primitives; shapes and types are those of the plain definitions."""
 
     dense: Callable
     layer_norm: Callable
@@ -36,7 +36,7 @@ class Primitives(NamedTuple):
 
 
 def dense(x_NxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
-    """x w, [N, O], computed in x's type from w cast to it; sums are kept in float32.
+    """Computes x w, [N, O], in x's type with w cast to it; sums are float32.
 
     The gradient of w has w's type; here it is rounded to x's type on the way.
     """
@@ -44,18 +44,19 @@ def dense(x_NxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float):
-    """(x - mean) / sqrt(var + eps) * scale + bias (Ba et al. 2016, arXiv 1607.06450), [N, D].
+    """Computes (x - mean) / sqrt(var + eps) * scale + bias, [N, D].
 
-    Statistics are float32 over D, with the biased variance; the result has x's type.
+    Ba et al. 2016, arXiv 1607.06450. Statistics are float32 over D, with the biased variance; the
+    result has x's type.
     """
     y_NxD = _normalize(x_NxD, eps, centre=True)[0] * scale_D
     return (y_NxD if bias_D is None else y_NxD + bias_D).astype(x_NxD.dtype)
 
 
 def rms_norm(x_NxD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale (Zhang and Sennrich 2019, arXiv 1910.07467), [N, D].
+    """Computes x / sqrt(mean(x^2) + eps) * scale, [N, D].
 
-    The mean is float32 over D; the result has x's type.
+    Zhang and Sennrich 2019, arXiv 1910.07467. The mean is float32 over D; the result has x's type.
     """
     return (_normalize(x_NxD, eps, centre=False)[0] * scale_D).astype(x_NxD.dtype)
 
@@ -73,22 +74,22 @@ def attention(
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal softmax(scale q k^T) v (Vaswani et al. 2017, arXiv 1706.03762), [B*H, T, d].
+    """Computes causal softmax(scale q k^T) v, [B*H, T, d] (Vaswani et al. 2017, arXiv 1706.03762).
 
     Scores, probabilities and both sums are float32; the result has q's type.
 
     Args:
-      q_BHxTxd, k_BHxTxd, v_BHxTxd: as many key and value heads as query heads; B is major.
+      q_BHxTxd, k_BHxTxd, v_BHxTxd: with as many key and value heads as query heads; B is major.
       scale: factor of the scores.
       segments_BxT: int32 document numbers; a query sees only keys of its own document.
-      window: blocks of `window_block` tokens that a query sees, its own and those before it.
-      first: where there are fewer queries than keys, which position the first of them has.
-      dropout: rate at which probabilities are dropped, the others scaled up to the same mean.
-      key: random key, needed if `dropout` is not 0.
+      window: units of `window_block` tokens that a query sees, its own and earlier ones.
+      first: position of the first query, if there are fewer queries than keys.
+      dropout: dropout rate of the probabilities.
+      key: random key; needed if `dropout` is not 0.
     """
     q, k, v = (x.astype(FLOAT) for x in (q_BHxTxd, k_BHxTxd, v_BHxTxd))
     scores_BHxTxT = scale * jnp.einsum("btd,bsd->bts", q, k)
-    scores_BHxTxT = _hide(scores_BHxTxT, (segments_BxT, window, first), window_block)
+    scores_BHxTxT = _mask_scores(scores_BHxTxT, (segments_BxT, window, first), window_block)
     p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1)
     if dropout:
         keep = jax.random.bernoulli(key, 1 - dropout, p_BHxTxT.shape)
@@ -97,9 +98,9 @@ def attention(
 
 
 def cross_entropy(logits_NxV: jax.Array, targets_N: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target] in nats, [N] float32; 0 where the target is -1.
+    """Computes -log softmax(logits)[target] in nats, [N] float32; 0 where the target is -1.
 
-    The log-sum-exp is float32 whatever the type of the logits. Targets are int32.
+    The log-sum-exp is float32 for logits of any type. Targets are int32.
     """
     logits_NxV = logits_NxV.astype(FLOAT)
     picked_N = jnp.take_along_axis(logits_NxV, jnp.maximum(targets_N, 0)[:, None], axis=1)[:, 0]
@@ -107,7 +108,7 @@ def cross_entropy(logits_NxV: jax.Array, targets_N: jax.Array) -> jax.Array:
 
 
 def _normalize(x_NxD, eps: float, centre: bool):
-    """The normalised x and 1 / its scale, both float32: [N, D] and [N, 1]."""
+    """Returns normalized x and 1 / its scale, both float32: [N, D] and [N, 1]."""
     x_NxD = x_NxD.astype(FLOAT)
     if centre:
         x_NxD = x_NxD - x_NxD.mean(axis=-1, keepdims=True)
@@ -116,36 +117,36 @@ def _normalize(x_NxD, eps: float, centre: bool):
 
 
 def visible(queries: int, keys: int, segments_BxT, window, window_block: int, first) -> jax.Array:
-    """Whether a key is not later than its query, not too far back and in the same document.
+    """Computes the mask: a key is not after its query, within the window and the same document.
 
-    [queries, keys], with `segments_BxT` [B, queries, keys]. The arguments are those of `attention`.
+    bool [queries, keys], with `segments_BxT` [B, queries, keys]. Arguments as for `attention`.
     """
-    # Iotas, not an array of T^2 numbers, which would be a constant of the program in every layer.
+    # Iotas, since an array of T^2 numbers would be a constant of the program in every layer.
     query, key = (_iota((queries, keys), axis) for axis in (0, 1))
     if first is not None:
         query = query + first
-    seen = query >= key
+    mask = query >= key
     if window is not None:
-        seen &= query // window_block - key // window_block < window
+        mask &= query // window_block - key // window_block < window
     if segments_BxT is None:
-        return seen
-    own = segments_BxT
+        return mask
+    query_segments = segments_BxT
     if first is not None:
-        own = lax.dynamic_slice_in_dim(segments_BxT, first, queries, axis=1)
-    return seen & (own[:, :, None] == segments_BxT[:, None, :])
+        query_segments = lax.dynamic_slice_in_dim(segments_BxT, first, queries, axis=1)
+    return mask & (query_segments[:, :, None] == segments_BxT[:, None, :])
 
 
-def _hide(scores_BHxTxT, hidden: tuple, window_block: int):
-    """Scores with -inf where a query does not see a key; `hidden`: segments, window, first.
+def _mask_scores(scores_BHxTxT, mask_inputs: tuple, window_block: int):
+    """Sets scores to -inf where a query does not see a key; `mask_inputs`: segments, window, first.
 
     Every query sees itself, so that no row is empty and the softmax has no 0 / 0.
     """
-    segments_BxT, window, first = hidden
-    seen = visible(*scores_BHxTxT.shape[1:], segments_BxT, window, window_block, first)
-    if seen.ndim == 2:
-        return jnp.where(seen, scores_BHxTxT, -jnp.inf)
-    scores_BxHxTxT = scores_BHxTxT.reshape(len(seen), -1, *scores_BHxTxT.shape[1:])
-    return jnp.where(seen[:, None], scores_BxHxTxT, -jnp.inf).reshape(scores_BHxTxT.shape)
+    segments_BxT, window, first = mask_inputs
+    mask = visible(*scores_BHxTxT.shape[1:], segments_BxT, window, window_block, first)
+    if mask.ndim == 2:
+        return jnp.where(mask, scores_BHxTxT, -jnp.inf)
+    scores_BxHxTxT = scores_BHxTxT.reshape(len(mask), -1, *scores_BHxTxT.shape[1:])
+    return jnp.where(mask[:, None], scores_BxHxTxT, -jnp.inf).reshape(scores_BHxTxT.shape)
 
 
 def _iota(shape: tuple[int, ...], axis: int):
@@ -156,21 +157,21 @@ def _iota(shape: tuple[int, ...], axis: int):
 
 
 def _cast_product(a, b, contract: tuple, batch: tuple = ((), ())):
-    """A product of operands of one type with float32 sums and result.
+    """Multiplies operands of one type, with float32 sums and result.
 
-    XLA's CPU kernels for bfloat16 are several times faster to a float32 result.
+    XLA's CPU kernels for bfloat16 are several times faster with a float32 result.
     """
     return lax.dot_general(a, b, (contract, batch), preferred_element_type=FLOAT)
 
 
 def _transposed_product(a_BxNxI, b_BxNxO):
-    """a^T b for each leading index, [..., I, O] float32: the form of a weight gradient.
+    """Computes a^T b for each leading index, [..., I, O] float32, as for a weight gradient.
 
-    A contraction over the first dimension of both operands is the one form that XLA's fast CPU
-    kernels refuse. Over two dimensions it first makes a transposed copy, which costs little, and
-    then takes the fast kernel. The barriers keep it from undoing the split, from fusing whatever
-    made `a` into the copy, and from turning the product around to suit whoever reads it, for which
-    bfloat16 may have no kernel at all ("Unsupported element type for DotThunk", at run time).
+    XLA's fast CPU kernels do not support a contraction over the first dimension of both operands.
+    For one over two dimensions XLA makes a transposed copy, which costs little, and then uses the
+    fast kernel. The barriers prevent XLA from undoing the split, from fusing the producer of `a`
+    into the copy, and from transposing the product for its consumer, for which bfloat16 may have no
+    kernel ("Unsupported element type for DotThunk", at run time).
     """
     axis = a_BxNxI.ndim - 2
     batch = (tuple(range(axis)),) * 2
@@ -187,7 +188,7 @@ def _transposed_product(a_BxNxI, b_BxNxO):
 
 @jax.custom_vjp
 def _cpu_dense(x_NxI, w_IxO):
-    """As `dense`, but the gradient of w is float32 before it gets w's type."""
+    """Computes `dense`; the gradient of w is float32 before it is cast to w's type."""
     w_IxO, contract = w_IxO.astype(x_NxI.dtype), (((1,), (0,)), ((), ()))
     return lax.dot_general(x_NxI, w_IxO, contract, preferred_element_type=FLOAT).astype(x_NxI.dtype)
 
@@ -242,9 +243,9 @@ _cpu_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def _norm_backward(x_NxD, scale_D, dy_NxD, eps, centre: bool):
-    """Gradients of x and scale: with y = x_hat * scale and g = dy * scale,
+    """Returns the gradients of x and scale. With y = x_hat * scale and g = dy * scale,
 
-    dx = (g - [mean(g)] - x_hat mean(g x_hat)) / std, the middle term only where x was centred.
+    dx = (g - [mean(g)] - x_hat mean(g x_hat)) / std; the middle term is only for centred x.
     """
     x_hat_NxD, rstd_Nx1 = _normalize(x_NxD, eps, centre)
     dy_NxD = dy_NxD.astype(FLOAT)
@@ -260,11 +261,11 @@ def _cpu_attention(
     q_BHxTxd, k_BHxTxd, v_BHxTxd, *, scale, segments_BxT=None, window=None, window_block=1,
     first=None, dropout=0.0, key=None,
 ):  # fmt: skip
-    """As `attention`, keeping the probabilities for the backward pass.
+    """Computes `attention`, storing the probabilities for the backward pass.
 
-    With bfloat16 operands scores, softmax and sums are float32, while the probabilities, the
-    gradient of the scores and that of the result are rounded to bfloat16 where they enter a
-    product. Dropout takes the plain form.
+    With bfloat16 operands scores, softmax and sums are float32; the probabilities, the gradient of
+    the scores and that of the result are rounded to bfloat16 as operands of a product. With dropout
+    it is the plain `attention`.
     """
     if dropout:
         return attention(
@@ -272,31 +273,31 @@ def _cpu_attention(
             scale=scale, segments_BxT=segments_BxT, window=window, window_block=window_block,
             first=first, dropout=dropout, key=key,
         )  # fmt: skip
-    hidden = (segments_BxT, window, first)
-    return _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, float(scale), window_block)
+    mask_inputs = (segments_BxT, window, first)
+    return _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, float(scale), window_block)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, scale, window_block):
-    return _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, scale, window_block)[0]
+def _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale, window_block):
+    return _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale, window_block)[0]
 
 
 _HEADS = ((0,), (0,))
 
 
-def _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, hidden, scale, window_block):
+def _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale, window_block):
     scores_BHxTxT = scale * _cast_product(q_BHxTxd, k_BHxTxd, ((2,), (2,)), _HEADS)
-    scores_BHxTxT = _hide(scores_BHxTxT, hidden, window_block)
+    scores_BHxTxT = _mask_scores(scores_BHxTxT, mask_inputs, window_block)
     p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1).astype(q_BHxTxd.dtype)
     o_BHxTxd = _cast_product(p_BHxTxT, v_BHxTxd, ((2,), (1,)), _HEADS).astype(q_BHxTxd.dtype)
     return o_BHxTxd, (q_BHxTxd, k_BHxTxd, v_BHxTxd, p_BHxTxT, o_BHxTxd)
 
 
 def _attend_backward(scale, window_block, saved, do_BHxTxd):
-    """FlashAttention's backward formulas (Dao et al. 2022, arXiv 2205.14135, B.2), p in memory."""
+    """Computes FlashAttention's backward formulas (Dao et al. 2022, arXiv 2205.14135, B.2)."""
     q_BHxTxd, k_BHxTxd, v_BHxTxd, p_BHxTxT, o_BHxTxd = saved
     dtype = q_BHxTxd.dtype
-    # sum_s p dp, which the softmax's gradient needs, costs T/d times less from o.
+    # sum_s p dp in the softmax's gradient; computing it from o is T/d times cheaper.
     delta_BHxTx1 = (do_BHxTxd.astype(FLOAT) * o_BHxTxd.astype(FLOAT)).sum(axis=-1, keepdims=True)
     dp_BHxTxT = _cast_product(do_BHxTxd, v_BHxTxd, ((2,), (2,)), _HEADS)
     ds_BHxTxT = (scale * p_BHxTxT.astype(FLOAT) * (dp_BHxTxT - delta_BHxTx1)).astype(dtype)
@@ -311,7 +312,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 @jax.custom_vjp
 def _cpu_cross_entropy(logits_NxV, targets_N):
-    """As `cross_entropy`, keeping the logits in their own type and N log-sum-exps, no softmax."""
+    """Computes `cross_entropy`, storing logits in their type and N log-sum-exps, no softmax."""
     return cross_entropy(logits_NxV, targets_N)
 
 

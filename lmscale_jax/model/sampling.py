@@ -1,4 +1,4 @@
-"""Text from a model, token by token."""
+"""Samples text from a model, token by token."""
 
 import functools
 from collections.abc import Callable
@@ -22,9 +22,9 @@ def sample(
 ) -> np.ndarray:
     """Continues `prompt` (ids) by `n_tokens`; returns the new ids, int32 [n_tokens].
 
-    The model reads a window of the last `length` tokens, so any length of text can be made; ids
-    from `vocab_size` on (padding rows of the embedding) are never drawn. `temperature` 0 takes the
-    likeliest token; `top_k` 0 draws from all.
+    The model reads the last `length` tokens, so a text may be of any length. Ids from `vocab_size`
+    on (padding rows of the embedding) are never drawn. `temperature` 0 takes the likeliest token;
+    `top_k` 0 draws from all.
     """
     text = list(map(int, prompt))
     run = _runner(logits, length, vocab_size, temperature, top_k)
@@ -52,7 +52,7 @@ def _runner(logits: Callable, length: int, vocab_size: int, temperature: float, 
         ).astype(jnp.int32)
         full = used == length
         moved_1xT = jnp.where(full, jnp.roll(window_1xT, -1, axis=1), window_1xT)
-        at = jnp.where(full, length - 1, used)
-        return moved_1xT.at[0, at].set(token), at + 1, token
+        position = jnp.where(full, length - 1, used)
+        return moved_1xT.at[0, position].set(token), position + 1, token
 
     return jax.jit(run, donate_argnums=1)

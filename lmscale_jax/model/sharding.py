@@ -1,14 +1,14 @@
-"""Where arrays lie on the mesh: one table of rules, and the products that move what they need.
+"""Splits arrays over the mesh: one table of rules, and products with explicit collectives.
 
 The mesh has five axes. `replica`, `data` and `fsdp` split the rows of a batch, `sequence` the
-positions of a row, `tensor` heads, hidden channels and vocabulary. Parameters lie split over `fsdp`
+positions of a row, `tensor` heads, hidden channels and vocabulary. Parameters are split over `fsdp`
 (Zhao et al. 2023, arXiv 2304.11277) and `tensor` (Shoeybi et al. 2019, arXiv 1909.08053).
 
-What must talk is written out under `shard_map` rather than left to the partitioner, which on some
-platforms gathers activations instead of weights and sums whole gradients: a product gathers its
-weight when it is used, forward and backward, in the type it is computed in, and hands back each
-device's part of the gradient; attention gathers keys and values over `sequence`. What is
-elementwise between them follows their layout. On one device there is none of it.
+Collectives are explicit, under `shard_map`: the partitioner gathers activations instead of weights
+on some platforms, and sums entire gradients. A product gathers its weight in its own type, forward
+and backward, and returns each device's part of the gradient; attention gathers keys and values over
+`sequence`. Elementwise operations follow the layout of their inputs. On one device there are no
+collectives.
 """
 
 import functools
@@ -31,92 +31,95 @@ TOKENS = ("sequence", *ROWS)
 BATCH = P(ROWS, "sequence")
 _AUTO = (AxisType.Auto,) * len(AXES)
 
-# Which mesh axis splits which named axis of a parameter, the more important first.
+# (named axis of a parameter, the mesh axis that splits it), the more important first.
 RULES = (
     ("embed", "fsdp"),
     ("vocab", "tensor"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
-    # Of matrices that do not touch the stream, such as tables of values.
+    # For matrices without an "embed" axis, such as value tables.
     ("head_dim", "fsdp"),
 )
 
 
 def partition(spec: Spec, sizes: Mapping[str, int]) -> P:
-    """The mesh axis that splits each dimension of a parameter; `sizes` are those of the mesh axes.
+    """Returns the mesh axis that splits each dimension of a parameter, given sizes of mesh axes.
 
-    A mesh axis is used once, and only where it divides. Gains and biases are too small to be worth
-    gathering: `fsdp` leaves them whole.
+    A mesh axis is used at most once, and only if it divides the dimension. `fsdp` does not split
+    vectors and scalars: they are too small to be worth gathering.
     """
     parts: list[str | None] = [None] * len(spec.axes)
     for axis, over in RULES:
-        whole = spec.role in ("vector", "scalar") and over == "fsdp"
-        if axis not in spec.axes or over in parts or sizes.get(over, 1) == 1 or whole:
+        too_small = spec.role in ("vector", "scalar") and over == "fsdp"
+        if axis not in spec.axes or over in parts or sizes.get(over, 1) == 1 or too_small:
             continue
-        at = spec.axes.index(axis)
-        if spec.shape[at] % sizes[over] == 0:
-            parts[at] = over
+        dimension = spec.axes.index(axis)
+        if spec.shape[dimension] % sizes[over] == 0:
+            parts[dimension] = over
     return P(*parts)
 
 
 class ShardingContext(NamedTuple):
-    """The mesh that the forward pass runs on; None where it is one device or laid out by others."""
+    """The mesh of the forward pass; None on one device, inside `shard`, or to leave the layout to
+    the partitioner."""
 
     mesh: Mesh | None = None
 
     def size(self, *names: str) -> int:
+        """Returns the product of these axes' sizes; 1 without a mesh."""
         return math.prod(self.mesh.shape[name] for name in names) if self.mesh else 1
 
     def parts(self, spec: Spec) -> tuple:
+        """Returns the mesh axis, or None, that splits each dimension of a parameter."""
         return tuple(partition(spec, self.mesh.shape))
 
     def flatten(self, x_BxT: jax.Array) -> jax.Array:
-        """[B, T, ...] as [N, ...]: row by row; where `sequence` splits rows, piece by piece, so
-        that what a device holds stays together."""
-        (B, T), rest, pieces = x_BxT.shape[:2], x_BxT.shape[2:], self.size("sequence")
+        """Reshapes [B, T, ...] to [N, ...], row by row; if `sequence` splits rows, piece by piece,
+        so that the tokens of one device are consecutive."""
+        (B, T), inner, pieces = x_BxT.shape[:2], x_BxT.shape[2:], self.size("sequence")
         if pieces > 1:
-            x_BxT = x_BxT.reshape(B, pieces, T // pieces, *rest).swapaxes(0, 1)
-        return x_BxT.reshape(B * T, *rest)
+            x_BxT = x_BxT.reshape(B, pieces, T // pieces, *inner).swapaxes(0, 1)
+        return x_BxT.reshape(B * T, *inner)
 
     def unflatten(self, x_N: jax.Array, batch: int, length: int) -> jax.Array:
-        """Returns flat activations as [B, T, ...], the inverse of `flatten`."""
-        rest, pieces = x_N.shape[1:], self.size("sequence")
+        """Reshapes flat activations to [B, T, ...], the inverse of `flatten`."""
+        inner, pieces = x_N.shape[1:], self.size("sequence")
         if pieces > 1:
-            x_N = x_N.reshape(pieces, batch, length // pieces, *rest).swapaxes(0, 1)
-        return x_N.reshape(batch, length, *rest)
+            x_N = x_N.reshape(pieces, batch, length // pieces, *inner).swapaxes(0, 1)
+        return x_N.reshape(batch, length, *inner)
 
     def bind(self, product: Callable, w: jax.Array, spec: Spec) -> tuple[Callable, jax.Array]:
-        """Returns (f, w) such that f(x_NxI, w) is the `product` of flat activations and a weight of
-        that annotation, [N, O]."""
+        """Returns (f, w) such that f(x_NxI, w) is the `product` [N, O] of flat activations and a
+        weight with this annotation, on the mesh."""
         if self.mesh is None:
             return product, w.reshape(spec.fan_in, -1)
         return functools.partial(_dense, self, product, spec), w
 
     def lookup(self, table: jax.Array, tokens_BxT: jax.Array, spec: Spec) -> jax.Array:
-        """The rows of a table over the vocabulary, [B, T, ...]; what precedes that axis stays in
-        front."""
-        at = spec.axes.index("vocab")
+        """Looks up the tokens in a table over the vocabulary, [B, T, ...]; axes before that of the
+        vocabulary remain in front."""
+        axis = spec.axes.index("vocab")
         if self.mesh is None:
-            return jnp.take(table, tokens_BxT, axis=at)
+            return jnp.take(table, tokens_BxT, axis=axis)
         parts = self.parts(spec)
 
         def local(table, tokens_BxT):
             table = gathered(table, parts)
-            if parts[at] is None:
-                return jnp.take(table, tokens_BxT, axis=at)
-            index_BxT = tokens_BxT - lax.axis_index(parts[at]) * table.shape[at]
-            here_BxT = (index_BxT >= 0) & (index_BxT < table.shape[at])
-            rows = jnp.take(table, jnp.where(here_BxT, index_BxT, 0), axis=at)
-            here = here_BxT.reshape(*here_BxT.shape, *(1,) * (rows.ndim - at - 2))
-            return lax.psum(jnp.where(here, rows, 0), parts[at])
+            if parts[axis] is None:
+                return jnp.take(table, tokens_BxT, axis=axis)
+            index_BxT = tokens_BxT - lax.axis_index(parts[axis]) * table.shape[axis]
+            is_local_BxT = (index_BxT >= 0) & (index_BxT < table.shape[axis])
+            rows = jnp.take(table, jnp.where(is_local_BxT, index_BxT, 0), axis=axis)
+            is_local = is_local_BxT.reshape(*is_local_BxT.shape, *(1,) * (rows.ndim - axis - 2))
+            return lax.psum(jnp.where(is_local, rows, 0), parts[axis])
 
-        kept = [None if part == "fsdp" else part for part in parts]
-        out = P(*kept[:at], *BATCH, *kept[at + 1 :])
+        after_gather = [None if part == "fsdp" else part for part in parts]
+        out = P(*after_gather[:axis], *BATCH, *after_gather[axis + 1 :])
         return self.shard(local, (P(*parts), BATCH), out)(table, tokens_BxT)
 
     def add_positions(self, h_BxTxD: jax.Array, table_PxD: jax.Array, spec: Spec) -> jax.Array:
-        """h with row t of a table added to position t."""
+        """Adds row t of a table to position t of h."""
         if self.mesh is None:
             return h_BxTxD + table_PxD[: h_BxTxD.shape[1]]
         parts, stream = self.parts(spec), P(*BATCH, None)
@@ -131,9 +134,9 @@ class ShardingContext(NamedTuple):
         return self.shard(local, (stream, P(*parts)), stream)(h_BxTxD, table_PxD)
 
     def shard(self, function: Callable, ins, outs) -> Callable:
-        """`function` of what each device holds; collectives inside are its own business.
+        """Maps a function, which may use collectives, over the devices' parts of its arguments.
 
-        Axes of one device are left out: sums over them would be programs that do nothing.
+        Axes of size 1 are omitted: collectives over them would be programs that do nothing.
         """
         used = {name: size for name, size in self.mesh.shape.items() if size > 1}
         mesh = Mesh(
@@ -144,14 +147,14 @@ class ShardingContext(NamedTuple):
 
         def layout(spec: P) -> P:
             names = [(part,) if isinstance(part, str) else part or () for part in spec]
-            return P(*(tuple(n for n in several if n in used) or None for several in names))
+            return P(*(tuple(n for n in axes if n in used) or None for axes in names))
 
         ins, outs = jax.tree.map(layout, (ins, outs), is_leaf=lambda x: isinstance(x, P))
         return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
 def gathered(w: jax.Array, parts: tuple) -> jax.Array:
-    """Inside `shard`: a parameter whole along `fsdp`."""
+    """Gathers a parameter along `fsdp`, inside `shard`."""
     for axis, part in enumerate(parts):
         if part == "fsdp":
             w = lax.all_gather(w, part, axis=axis, tiled=True)
@@ -159,7 +162,7 @@ def gathered(w: jax.Array, parts: tuple) -> jax.Array:
 
 
 class Sides(NamedTuple):
-    """How a product lies: its weight, and by their channels what goes in and what comes out.
+    """Layout of a product: its weight, and the channels of its input and output.
 
     Attributes:
       parts: the mesh axis of each of the weight's dimensions.
@@ -185,7 +188,7 @@ def _sides(sharding: ShardingContext, spec: Spec) -> Sides:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _dense(sharding: ShardingContext, product: Callable, spec: Spec, x_NxI, w):
-    """The product of each device's tokens with the weight, which is gathered for it."""
+    """Multiplies each device's tokens with the gathered weight."""
     sides = _sides(sharding, spec)
     x_layout, w_layout, y_layout = sides.layouts
 
@@ -197,17 +200,17 @@ def _dense(sharding: ShardingContext, product: Callable, spec: Spec, x_NxI, w):
 
 
 def _matrix(x_NxI, w, parts) -> jax.Array:
-    """The whole weight as [I, O]. It travels in the type of the product."""
+    """Gathers a weight as [I, O], in the type of the product."""
     return gathered(w.astype(x_NxI.dtype), parts).reshape(x_NxI.shape[-1], -1)
 
 
 def _dense_forward(sharding, product, spec, x_NxI, w):
-    # Of the weight only the part that lies here is kept: the backward pass gathers it again.
+    # Only this device's part of the weight is stored: the backward pass gathers it again.
     return _dense(sharding, product, spec, x_NxI, w), (x_NxI, w)
 
 
 def _dense_backward(sharding, product, spec, saved, dy_NxO):
-    """Two programs, so that one whose result nobody reads is left out, its collectives too."""
+    """Two separate programs, so that XLA removes an unused one with its collectives."""
     sides = _sides(sharding, spec)
     x_layout, w_layout, y_layout = sides.layouts
 
@@ -217,13 +220,13 @@ def _dense_backward(sharding, product, spec, saved, dy_NxO):
         return lax.psum(dx_NxI, "tensor") if sides.out else dx_NxI
 
     def of_weight(x_NxI, w, dy_NxO):
-        whole = [
+        shape = [
             n * (sharding.size("fsdp") if part == "fsdp" else 1)
             for n, part in zip(w.shape, sides.parts, strict=True)
         ]
-        # A product is linear in its weight: the gradient asks for no value of it.
-        zero_IxO = jnp.zeros((x_NxI.shape[-1], math.prod(whole[spec.n_in :])), w.dtype)
-        dw = jax.vjp(lambda w: product(x_NxI, w), zero_IxO)[1](dy_NxO)[0].reshape(whole)
+        # A product is linear in its weight, so its gradient does not depend on the values.
+        zero_IxO = jnp.zeros((x_NxI.shape[-1], math.prod(shape[spec.n_in :])), w.dtype)
+        dw = jax.vjp(lambda w: product(x_NxI, w), zero_IxO)[1](dy_NxO)[0].reshape(shape)
         return _summed(dw, sides.parts, sharding)
 
     dx_NxI = sharding.shard(of_input, (x_layout, w_layout, y_layout), x_layout)(*saved, dy_NxO)
@@ -235,8 +238,8 @@ _dense.defvjp(_dense_forward, _dense_backward)
 
 
 def _summed(dw: jax.Array, parts: tuple, sharding: ShardingContext) -> jax.Array:
-    """Inside `shard`: the sum over all devices' tokens of a weight's gradient, each device's part
-    of it."""
+    """Sums a weight's gradient over all devices' tokens, inside `shard`; returns this device's
+    part."""
     for axis, part in enumerate(parts):
         if part == "fsdp":
             dw = lax.psum_scatter(dw, part, scatter_dimension=axis, tiled=True)

@@ -1,6 +1,6 @@
-"""Shapes that meet a target number of parameters, or an honest word on the nearest.
+"""Solves for shapes with a target number of parameters, and resizes a config.
 
-A config at other sizes of its family, and the deliberate mistakes that checks must find.
+Also the deliberate mistakes that the coordinate check must detect.
 """
 
 import itertools
@@ -17,15 +17,16 @@ from lmscale_jax.model import flops
 from lmscale_jax.model.build import build_model
 from lmscale_jax.model.parametrization import scheme_of
 
+# Relative tolerance of a solved shape.
 TOLERANCE = 0.02
-# Of arms that are compared at one size.
+# Relative tolerance of arms that are compared at one size.
 MATCH = 0.005
 MAX_DEPTH = 256
-# ln of how far d_ff may be from its rule.
+# Largest |ln(d_ff / its rule's)|.
 STRETCH = math.log(1.3)
 
 
-# (counts, FLOPs per token) -> what arms at one size spend alike; None: no more than the shape.
+# (counts, FLOPs per token) -> the quantity that arms of one size share; None: only the shape.
 MEASURES = Modes(
     "rungs.match",
     {
@@ -37,7 +38,7 @@ MEASURES = Modes(
 
 
 class Shape(NamedTuple):
-    """A solved size: `n` is its count by the convention asked for; d_ff 0: by its rule."""
+    """A solved shape; `n` is its count by the convention, and d_ff 0 means its rule."""
 
     n_layers: int
     d_model: int
@@ -54,84 +55,83 @@ def solve_shape(
     head_dim: int = 64,
     vocab_size: int = 0,
 ) -> Shape:
-    """A shape within 2% of `target` of usual proportions: the least |ln(d_model / n_layers /
-    aspect)| + 2 |ln(d_ff / its rule's)|.
+    """Finds the shape within 2% of `target` with the most usual proportions.
 
-    Widths are whole numbers of heads of `head_dim` channels. Where d_ff by its rule misses the
-    target, d_ff is solved too, to a multiple of 8 if that is near enough, within 30% of the rule.
-    Among equals the count nearest to the target wins.
+    That is the least |ln(d_model / n_layers / aspect)| + 2 |ln(d_ff / its rule's)|; ties go to the
+    count nearest to the target. Widths are multiples of `head_dim`. Where d_ff by its rule misses
+    the target, d_ff is solved too, within 30% of the rule, as a multiple of 8 if that is within 2%.
 
     Args:
-      config: not yet resolved; its own n_layers, d_model and n_heads do not matter.
-      target: parameters.
+      config: unresolved; its n_layers, d_model and n_heads are ignored.
+      target: number of parameters.
       convention: "total", "non_embedding" or "embedding", as in run.json's counts.
-      aspect: width over depth; 64 is about that of GPT-2 small.
+      aspect: width over depth; GPT-2 small has 64.
       head_dim: channels per head.
-      vocab_size: the tokenizer's, where the config leaves it open.
+      vocab_size: the tokenizer's; used if the config leaves it open.
 
     Raises:
-      InputError: no shape is near enough; names the nearest.
+      InputError: no shape is within 2%; the message has the nearest.
     """
-    # A block has some 12 d_model^2 parameters; further off a shape is not usual.
+    # A block has about 12 d_model^2 parameters; other widths give unusual proportions.
     usual = (target * aspect / 12) ** (1 / 3)
     for low, high in ((usual / 3, usual * 2), (0.0, math.inf)):
-        found = _candidates(config, target, convention, head_dim, vocab_size, low, high)
-        near = [(s, rule) for s, rule in found if abs(s.n / target - 1) <= TOLERANCE]
+        candidates = _candidates(config, target, convention, head_dim, vocab_size, low, high)
+        near = [(s, rule) for s, rule in candidates if abs(s.n / target - 1) <= TOLERANCE]
         if near:
             break
     else:
-        best = min(found, key=lambda one: abs(math.log(one[0].n / target)))[0]
+        best = min(candidates, key=lambda pair: abs(math.log(pair[0].n / target)))[0]
         raise InputError(
             f"rungs: no model of {target:,.0f} {convention} parameters with heads of {head_dim} "
             f"channels; the nearest has {best.n:,} (n_layers={best.n_layers}, "
-            f"d_model={best.d_model}), and smaller heads reach more sizes"
+            f"d_model={best.d_model}); smaller heads reach more sizes"
         )
 
-    def unusual(one: tuple[Shape, int]) -> tuple[float, float]:
-        shape, rule = one
+    def unusualness(candidate: tuple[Shape, int]) -> tuple[float, float]:
+        shape, rule = candidate
         stretched = abs(math.log((shape.d_ff or rule) / rule))
         off = abs(math.log(shape.d_model / shape.n_layers / aspect))
         return round(off + 2 * stretched, 6), abs(shape.n - target)
 
-    return min(near, key=unusual)[0]
+    return min(near, key=unusualness)[0]
 
 
 def match_parameters(
     config: ConfigDict, target: float, measure: str, vocab_size: int = 0
 ) -> ConfigDict:
-    """A copy whose d_ff makes it spend `target` within 0.5%, every other dimension kept.
+    """Copies a config and solves its d_ff so that it has `target` of a measure within 0.5%.
 
     Args:
-      config: not yet resolved.
-      target: what another arm has of `measure`.
+      config: unresolved; other dimensions are unchanged.
+      target: another arm's value of `measure`.
       measure: "parameters" (non-embedding) or "flops" (FLOPs per token, "model" of
         `flops.flops_per_token`).
 
     Raises:
-      InputError: the nearest d_ff is not near enough.
+      InputError: the nearest d_ff is not within 0.5%.
     """
 
-    def spent(d_ff: int) -> float:
+    def measured(d_ff: int) -> float:
         config.model.d_ff = d_ff
         counts, per_token = describe_shape(resolve(config, vocab_size))
         return MEASURES[measure](counts, per_token)
 
     config = ConfigDict(config.to_dict())
     # Both measures are linear in d_ff.
-    one, many = spent(1), spent(1025)
-    d_ff = max(1, round(1 + (target - one) / (many - one) * 1024))
-    found = spent(d_ff)
-    if abs(found / target - 1) > MATCH:
+    low, high = measured(1), measured(1025)
+    d_ff = max(1, round(1 + (target - low) / (high - low) * 1024))
+    value = measured(d_ff)
+    if abs(value / target - 1) > MATCH:
         raise InputError(
-            f"config.rungs.match={measure!r}: with model.d_ff={d_ff} an arm has {found:,.0f} where "
-            f"the baseline has {target:,.0f} {measure}, more than {MATCH:.1%} off; a larger size "
-            f"or 'none' would work"
+            f"config.rungs.match={measure!r}: with model.d_ff={d_ff} an arm has {value:,.0f} "
+            f"{measure}, more than {MATCH:.1%} off the baseline's {target:,.0f}; use 'none' or a "
+            f"larger size"
         )
     return config
 
 
 def with_shape(config: ConfigDict, shape: Shape) -> ConfigDict:
-    """A copy of the config with that shape."""
+    """Copies a config and sets its shape."""
     config = ConfigDict(config.to_dict())
     model = config.model
     model.n_layers, model.d_model, model.n_heads = shape.n_layers, shape.d_model, shape.n_heads
@@ -142,66 +142,66 @@ def with_shape(config: ConfigDict, shape: Shape) -> ConfigDict:
 
 
 def count_parameters(config: ConfigDict, vocab_size: int = 0) -> dict[str, int]:
-    """{"total", "non_embedding", "embedding"} of an unresolved config, without allocating it."""
+    """Counts the parameters of an unresolved config: {"total", "non_embedding", "embedding"}."""
     return describe_shape(resolve(config, vocab_size))[0]
 
 
-_known: dict[str, tuple[dict, float]] = {}
+_descriptions_by_shape: dict[str, tuple[dict, float]] = {}
 
 
 def describe_shape(resolved) -> tuple[dict, float]:
-    """(counts, "model" FLOPs per token) of a resolved config; each shape is built once."""
+    """Returns (counts, "model" FLOPs per token) of a resolved config, cached by shape."""
     groups = (resolved.model.to_dict(), resolved.parametrization.to_dict(), resolved.data.seq_len)
     key = repr(groups)
-    if key not in _known:
+    if key not in _descriptions_by_shape:
         specs = build_model(resolved, platform="cpu").specs
         per_token = flops.flops_per_token(resolved, specs)["model"]
-        _known[key] = flops.counts(specs), per_token
-    counts, per_token = _known[key]
+        _descriptions_by_shape[key] = flops.parameter_counts(specs), per_token
+    counts, per_token = _descriptions_by_shape[key]
     return dict(counts), per_token
 
 
 def _candidates(
     config, target, convention, head_dim, vocab_size, low: float, high: float
 ) -> list[tuple[Shape, int]]:
-    """(shape, d_ff by its rule) for widths low to high, up to that at which one block is too much.
+    """Lists (shape, d_ff by its rule) for widths from low to high, until one block is too large.
 
-    A count is base + n_layers (block + each d_ff), so three models of a width say all.
+    A count is base + n_layers (block + per_unit d_ff), so three models determine those of a width.
     """
-    found = []
+    candidates = []
     for heads in itertools.count(max(1, math.floor(low / head_dim))):
         width = heads * head_dim
 
         def counted(depth: int, d_ff: int = 0, width=width, heads=heads) -> int:
-            made = with_shape(config, Shape(depth, width, heads, 0, d_ff))
-            return count_parameters(made, vocab_size)[convention]
+            resized = with_shape(config, Shape(depth, width, heads, 0, d_ff))
+            return count_parameters(resized, vocab_size)[convention]
 
         probe = with_shape(config, Shape(1, width, heads, 0))
         rule = resolve(probe, vocab_size).model.d_ff
-        one, two, wider = counted(1), counted(2), counted(1, rule + 1)
-        block, each = two - one, wider - one
+        n_one = counted(1)
+        block, per_unit = counted(2) - n_one, counted(1, rule + 1) - n_one
         for depth in range(1, MAX_DEPTH + 1):
-            n = one + (depth - 1) * block
-            found.append((Shape(depth, width, heads, n), rule))
-            # What d_ff would make it exact; 0 where d_ff is no part of the count.
-            exact = rule + (target - n) / (depth * each) if each else 0
+            n = n_one + (depth - 1) * block
+            candidates.append((Shape(depth, width, heads, n), rule))
+            # The d_ff with exactly the target; 0 if the count does not include d_ff.
+            exact = rule + (target - n) / (depth * per_unit) if per_unit else 0
             for d_ff in (round(exact / 8) * 8, round(exact)):
-                size = n + depth * each * (d_ff - rule)
+                size = n + depth * per_unit * (d_ff - rule)
                 near = abs(size / target - 1) <= TOLERANCE
                 if near and d_ff > 0 and abs(math.log(d_ff / rule)) <= STRETCH:
-                    found.append((Shape(depth, width, heads, size, d_ff), rule))
+                    candidates.append((Shape(depth, width, heads, size, d_ff), rule))
                     break
             if n > 2 * target:
                 break
-        if (one > target * (1 + TOLERANCE) or width > high) and found:
-            return found
+        if (n_one > target * (1 + TOLERANCE) or width > high) and candidates:
+            return candidates
 
 
 def at_size(config: ConfigDict, sweep: str, size: int) -> ConfigDict:
-    """A copy at another size of the family.
+    """Copies a config at another width, depth or head size, by `sweep`.
 
     Widths keep the head size and the ratio of query to key heads, head sizes keep the number of
-    heads; d_ff follows by its rule, or in proportion where it was given.
+    heads; d_ff follows by its rule, or in proportion if it was set. Raises InputError.
     """
     config = ConfigDict(config.to_dict())
     model = config.model
@@ -219,15 +219,15 @@ def at_size(config: ConfigDict, sweep: str, size: int) -> ConfigDict:
     else:
         if size % head_dim:
             raise InputError(
-                f"--widths={size} is no multiple of the head size {head_dim} (model.d_model / "
-                f"model.n_heads); {max(1, round(size / head_dim)) * head_dim} would work"
+                f"--widths={size} is not a multiple of the head size {head_dim} (model.d_model / "
+                f"model.n_heads); use {max(1, round(size / head_dim)) * head_dim}"
             )
         group = model.n_heads // (model.n_kv_heads or model.n_heads)
         heads = size // head_dim
         if heads % group:
             raise InputError(
-                f"--widths={size} makes {heads} heads, which {group} query heads to a key head do "
-                f"not divide; {group * head_dim} would work"
+                f"--widths={size} makes {heads} heads, not a multiple of the {group} query heads "
+                f"per key head; use {group * head_dim}"
             )
         model.n_heads = heads
         model.n_kv_heads = heads // group if model.n_kv_heads else 0
@@ -236,10 +236,10 @@ def at_size(config: ConfigDict, sweep: str, size: int) -> ConfigDict:
 
 
 def with_mistake(parametrization: ConfigDict, control: str) -> None:
-    """Puts the mistake of that name into a group of keys."""
+    """Sets the mistake of this name in a `parametrization` group, in place."""
     if control == "sp":
-        kept = {name: parametrization[name] for name in ("init_std", "residual_init")}
+        initial = {name: parametrization[name] for name in ("init_std", "residual_init")}
         parametrization.update(base_config().parametrization)
-        parametrization.update(kept)
+        parametrization.update(initial)
     elif control != "none":
         parametrization.control = control

@@ -1,7 +1,7 @@
-"""Per-layer inputs other than the residual stream, and which block gets what.
+"""Inputs of each block other than the residual stream: windows, skips, x0 mix, value tables.
 
-Windows, skips from half to half (a U-net), the embedding mixed in again, and tables added to the
-values are those of modded-nanogpt (Jordan et al. 2024), as functions of the number of blocks.
+Windows, U-net skips, the mix with the embedding and value tables are those of modded-nanogpt
+(Jordan et al. 2024), as functions of the number of blocks.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from lmscale_jax.model.context import ForwardContext
 
 
 class Positions(NamedTuple):
-    """One choice of model.positions; None where it has none of these.
+    """One choice of model.positions; None where it has no such part.
 
     Attributes:
-      table: model -> the parameter whose row t is added to the embedding at position t.
+      table: model -> the parameter with a row for each position, added to the embedding.
       rope: (model, length) -> cosines and sines.
     """
 
@@ -51,9 +51,9 @@ class Skips(NamedTuple):
     """One choice of model.skips.
 
     Attributes:
-      half: number of blocks -> n, if the streams after the first n blocks enter the last n ones,
-        the last stream first.
-      factors: the initial value of each block's factor of what enters; () without skips.
+      half: number of blocks -> n: the outputs of the first n blocks enter the last n ones, in
+        reverse order.
+      factors: initial value of each block's factor of its skip; () without skips.
     """
 
     half: Callable[[int], int]
@@ -66,13 +66,13 @@ SKIPS = Modes(
 
 
 class OriginMix(NamedTuple):
-    """Initial shares, in what a block reads, of the stream and of the embedding."""
+    """Initial weights of the stream and of the embedding in a block's input."""
 
     stream: float
     origin: float
 
 
-# None: blocks read the stream alone.
+# None: a block's input is the stream.
 X0_MIXES = Modes("model.x0_mix", {"none": None, "learned": OriginMix(stream=1.0, origin=0.0)})
 
 
@@ -80,28 +80,28 @@ def _document_numbers(tokens_BxT: jax.Array, bos_id: int | None):
     return None if bos_id is None else jnp.cumsum(tokens_BxT == bos_id, axis=1)
 
 
-# (tokens_BxT, bos_id) -> the number of each token's document; None: the window is one.
+# (tokens_BxT, bos_id) -> the document number of each token; None: the causal mask alone.
 MASKS = Modes(
     "model.mask", {"causal": lambda tokens_BxT, bos_id: None, "document": _document_numbers}
 )
 
 
 def begin_pass(config, embed, h_NxD, tokens_BxT, context: ForwardContext, step) -> ForwardContext:
-    """Returns the context of a pass over these tokens; h is their embedding."""
+    """Adds the inputs of a pass over these tokens to its context; h is their embedding."""
     model, length = config.model, tokens_BxT.shape[1]
-    rope, mixes = POSITIONS[model.positions].rope, X0_MIXES[model.x0_mix]
+    rope, mix = POSITIONS[model.positions].rope, X0_MIXES[model.x0_mix]
     return context.replace(
         rope=rope and rope(model, length),
         value_rows_SxBxTxKxd=embed.value_rows(tokens_BxT, context)
         if model.value_embeddings
         else None,
-        origin_NxD=h_NxD if mixes else None,
+        origin_NxD=h_NxD if mix else None,
         windows=attention_windows(config, step),
     )
 
 
 def layer_inputs(model, context: ForwardContext, index) -> ForwardContext:
-    """Returns the context of one block; its number may be traced."""
+    """Returns the context of one block; its index may be traced."""
     L, key, window, skip_NxD, values_BxTxKxd = model.n_layers, None, None, None, None
     if context.key is not None:
         key = jax.random.fold_in(context.key, index + 1)
@@ -114,14 +114,14 @@ def layer_inputs(model, context: ForwardContext, index) -> ForwardContext:
     return context.replace(key=key, window=window, skip_NxD=skip_NxD, values_BxTxKxd=values_BxTxKxd)
 
 
-def _window(model, whole_and_half: tuple, index):
-    whole, half = whole_and_half
-    is_whole_L = np.isin(np.arange(model.n_layers), full_window_blocks(model))
-    if is_whole_L.all():
-        return whole  # a number, which some kernels want
+def _window(model, windows: tuple, index):
+    full, half = windows
+    is_full_L = np.isin(np.arange(model.n_layers), full_window_blocks(model))
+    if is_full_L.all():
+        return full  # a number, which some kernels need
     if isinstance(index, int):
-        return whole if is_whole_L[index] else half
-    return jnp.where(jnp.asarray(is_whole_L)[index], whole, half)
+        return full if is_full_L[index] else half
+    return jnp.where(jnp.asarray(is_full_L)[index], full, half)
 
 
 def _value_rows(model, values_SxBxTxKxd, index):
@@ -133,14 +133,16 @@ def _value_rows(model, values_SxBxTxKxd, index):
 
 
 def value_tables(model) -> list[int]:
-    """[L]: which table a block reads, -1 for none. The first and the last n blocks read the same n,
-    in the same order."""
+    """Returns [L]: the value table of each block, -1 for none.
+
+    The first and the last n blocks read the same n tables, in the same order.
+    """
     n, L = model.value_embeddings, model.n_layers
     return [i if i < n else i - (L - n) if i >= L - n else -1 for i in range(L)]
 
 
-# Number of blocks -> those that see the whole of model.window; None: there are no windows.
-WHOLE_WINDOWS = Modes(
+# Number of blocks -> the blocks with all of model.window; None: there are no windows.
+FULL_WINDOWS = Modes(
     "model.window_layers",
     {
         "none": lambda n: None,
@@ -152,15 +154,16 @@ WHOLE_WINDOWS = Modes(
 
 
 def full_window_blocks(model) -> list[int] | None:
-    """Returns the blocks that see the whole of model.window; None: there are no windows."""
-    return WHOLE_WINDOWS[model.window_layers](model.n_layers)
+    """Returns the blocks with all of model.window; None: there are no windows."""
+    return FULL_WINDOWS[model.window_layers](model.n_layers)
 
 
 def attention_windows(config, step=None) -> tuple | None:
-    """(whole, half) windows in blocks of tokens at an optimizer step; without one, at the end.
+    """Returns the (full, half) windows at an optimizer step, in units; None: the final ones.
 
-    While they grow, the whole one is the share of steps done times model.window, rounded up to
-    blocks and at least one block; the half one is half of it in blocks, rounded down, at least one.
+    A unit is model.window_block tokens. A growing full window is model.window times the fraction of
+    model.window_growth that is done, rounded up to units; the half one is half of that in units,
+    rounded down. Both are at least one unit. Returns None if there are no windows.
     """
     model = config.model
     if full_window_blocks(model) is None:
@@ -171,31 +174,33 @@ def attention_windows(config, step=None) -> tuple | None:
     if step is None or not growth:
         return full, max(1, full // 2)
     tokens = jnp.minimum(1.0, step / growth) * model.window
-    whole = jnp.clip(jnp.ceil(tokens / block), 1, full).astype(jnp.int32)
-    return whole, jnp.maximum(1, whole // 2)
+    grown = jnp.clip(jnp.ceil(tokens / block), 1, full).astype(jnp.int32)
+    return grown, jnp.maximum(1, grown // 2)
 
 
 def mean_visible(config, length: int) -> float:
-    """Keys that a query of a full window of tokens attends to, on average over tokens and blocks;
-    half of the window's length where nothing is hidden but the future."""
+    """Returns the keys that a query attends to, on average over `length` tokens and all blocks.
+
+    That is length / 2 for the causal mask alone; documents are not counted.
+    """
     model = config.model
     if full_window_blocks(model) is None:
         return length / 2
-    whole, half = (min(length, w * model.window_block) for w in attention_windows(config))
-    long = len(full_window_blocks(model))
-    seen = {w: w - w * w / (2 * length) for w in (whole, half)}
-    return (long * seen[whole] + (model.n_layers - long) * seen[half]) / model.n_layers
+    full, half = (min(length, w * model.window_block) for w in attention_windows(config))
+    n_full = len(full_window_blocks(model))
+    keys = {w: w - w * w / (2 * length) for w in (full, half)}
+    return (n_full * keys[full] + (model.n_layers - n_full) * keys[half]) / model.n_layers
 
 
 def describe_skips(config) -> dict[str, str]:
-    """For people to read, by name; {} for a plain stack."""
+    """Describes the per-block inputs in words, by name; {} without any."""
     model, lines = config.model, {}
     if full_window_blocks(model) is not None:
-        whole, half = attention_windows(config)
+        full, half = attention_windows(config)
         blocks = "" if model.window_block == 1 else f" blocks of {model.window_block}"
         grow, full_blocks = model.window_growth, full_window_blocks(model)
         lines["windows"] = (
-            f"{whole}{blocks or ' tokens'} in block {', '.join(map(str, full_blocks))}, else {half}"
+            f"{full}{blocks or ' tokens'} in block {', '.join(map(str, full_blocks))}, else {half}"
             + (f"; growing over {grow} steps" if grow else "")
         )
     if SKIPS[model.skips].factors:

@@ -1,4 +1,4 @@
-"""How the blocks run: one loop over segments, some of them wrapped by the caller."""
+"""Runs the blocks: one loop over segments, some of which the caller may wrap."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -14,20 +14,19 @@ from lmscale_jax.model.context import ForwardContext
 from lmscale_jax.model.transformer import Block
 
 
-def _whole(block: Block, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
+def _both_branches(block: Block, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
     return block.feed(context, block.attend(context, h_NxD))
 
 
-# The parts of a block that a wrapper may wrap, by name.
-PARTS = {"block": _whole, "attention": Block.attend, "mlp": Block.feed}
+# The parts of a block that a wrapper can wrap, by name.
+PARTS = {"block": _both_branches, "attention": Block.attend, "mlp": Block.feed}
 
 
 class BlockWrapper(Protocol):
-    """Wraps some of the blocks: their inputs and outputs, and how gradients pass.
+    """Wraps consecutive blocks: their inputs and outputs, and their gradients.
 
-    `part(context, h_NxD, (params, index)) -> h_NxD` is a block, or first its attention and then its
-    MLP. It closes over no traced value, so that it can be put inside a `jax.custom_vjp`; `index`
-    counts layers.
+    `part(context, h_NxD, (params, index)) -> h_NxD` is a block, its attention or its MLP. It closes
+    over no traced value, so that a `jax.custom_vjp` can contain it; `index` is the layer.
 
     Attributes:
       first, stop: the blocks first..stop-1 are wrapped.
@@ -39,42 +38,44 @@ class BlockWrapper(Protocol):
     part_names: tuple[str, ...]
 
     def begin(self, h_NxD: jax.Array):
-        """Returns what is carried through the blocks in place of h."""
+        """Returns the carry that goes through the blocks in place of h."""
 
     def wrap(self, part: Callable, number: int, remat: str) -> Callable:
-        """Returns the same part from carry to carry; `number` counts the parts of one block. What
-        the backward pass recomputes, a key of REMAT, is the wrapper's business."""
+        """Returns the part as a function of the carry; `number` counts the parts of one block.
+
+        The wrapper itself applies the rematerialization `remat`, a key of REMAT.
+        """
 
     def end(self, carry) -> tuple:
-        """Returns (h_NxD, rest): the stream after the blocks, and what `close` needs."""
+        """Returns (h_NxD, output): the stream after the blocks, and the argument of `close`."""
 
-    def close(self, nll_BxT: jax.Array, rest):
-        """Returns what `Model.losses` returns."""
+    def close(self, nll_BxT: jax.Array, output):
+        """Returns the result of `Model.losses`."""
 
 
 class Remat(NamedTuple):
     """One choice of model.remat.
 
     Attributes:
-      wrap: function -> the same function, whose backward pass recomputes what is not kept.
-      kept: `memory.BlockBytes` -> bytes kept of a token in one block.
-      recomputed: FLOPs of a token by part (`flops.forward_flops`) -> those done a second time.
-      weight_uses: how often a step uses a block's weight: forward, for the input's gradient, and
-        again where the whole block is recomputed.
-      sweeps_again: how often a kept activation crosses the memory's edge once more.
+      wrap: function -> the same function, whose backward pass recomputes what is not stored.
+      stored: `memory.BlockBytes` -> bytes stored per token and block.
+      recomputed: FLOPs of a token by part (`flops.forward_flops`) -> FLOPs done a second time.
+      weight_uses: how often a step reads a block's weight: forward, for the input's gradient, and
+        where the block is recomputed.
+      more_sweeps: additional reads and writes of a stored activation.
     """
 
     wrap: Callable[[Callable], Callable]
-    kept: Callable
+    stored: Callable
     recomputed: Callable[[dict], float]
     weight_uses: int
-    sweeps_again: int
+    more_sweeps: int
 
 
 REMAT = Modes(
     "model.remat",
     {
-        "none": Remat(lambda block: block, lambda b: b.whole, lambda parts: 0.0, 2, 0),
+        "none": Remat(lambda block: block, lambda b: b.total, lambda parts: 0.0, 2, 0),
         "block": Remat(
             jax.checkpoint,
             lambda b: b.stream,
@@ -99,9 +100,9 @@ class Segment(NamedTuple):
     """Consecutive blocks that run alike.
 
     Attributes:
-      size: how many.
-      wrapped: by the caller's wrapper.
-      hands_out, takes_in: streams, by skip connections.
+      size: number of blocks.
+      wrapped: whether the caller's wrapper wraps them.
+      hands_out, takes_in: whether skip connections leave or enter these blocks.
     """
 
     size: int
@@ -111,7 +112,7 @@ class Segment(NamedTuple):
 
 
 def segments(model, wrapper: BlockWrapper | None) -> list[Segment]:
-    """Returns the segments of all blocks, in turn.
+    """Divides the blocks into segments, in their order.
 
     Raises ValueError for a wrapper around blocks with skip connections.
     """
@@ -121,7 +122,7 @@ def segments(model, wrapper: BlockWrapper | None) -> list[Segment]:
             Segment(half, hands_out=True), Segment(n - 2 * half), Segment(half, takes_in=True)
         ]  # fmt: skip
     elif half:
-        raise ValueError(f"model.skips={model.skips!r}: only a plain stack can be wrapped")
+        raise ValueError(f"model.skips={model.skips!r}: does not support a wrapper; use 'none'")
     else:
         parts = [
             Segment(wrapper.first),
@@ -134,20 +135,20 @@ def segments(model, wrapper: BlockWrapper | None) -> list[Segment]:
 def run_blocks(
     params_blocks, h_NxD, context: ForwardContext, *, definition, model, stack: str, wrapper=None
 ):
-    """Runs all blocks in turn.
+    """Runs all blocks in their order.
 
     Args:
-      params_blocks: stacked.
+      params_blocks: parameters, stacked over layers.
       h_NxD: the residual stream.
-      context: of the pass; with `keep`, taps are taken of the blocks that are not wrapped.
-      definition: of one block, for `nnx.merge`.
-      model: the group of a resolved config.
-      stack: of RUNNERS.
-      wrapper: of some of the blocks, or None.
+      context: context of the pass; with `keep`, blocks that are not wrapped store taps.
+      definition: graph definition of one block, for `nnx.merge`.
+      model: the `model` group of a resolved config.
+      stack: a key of RUNNERS.
+      wrapper: a `BlockWrapper`, or None.
 
     Returns:
-      (h_NxD, taps, rest): the stream after the blocks; {name: [L, ...]}; what the wrapper's `close`
-      needs.
+      (h_NxD, taps, output): the stream after the blocks; {name: [L, ...]}; the argument of the
+      wrapper's `close`, or None.
     """
 
     def at_layer(context, layer):
@@ -159,35 +160,35 @@ def run_blocks(
 
     def body_of(segment: Segment, context: ForwardContext) -> Callable:
         def body(h_NxD, layer):
-            block, here = at_layer(context.replace(taps={}), layer)
+            block, block_context = at_layer(context.replace(taps={}), layer)
             for branch in (Block.attend, Block.feed):
-                h_NxD = branch(block, here, h_NxD)
-            return h_NxD, (here.taps, h_NxD if segment.hands_out else None)
+                h_NxD = branch(block, block_context, h_NxD)
+            return h_NxD, (block_context.taps, h_NxD if segment.hands_out else None)
 
         return REMAT[model.remat].wrap(body)
 
     plan = segments(model, wrapper)
     runs = cut_layers(params_blocks, stack, [segment.size for segment in plan])
-    rest, streams, taps = None, None, []
+    wrapper_output, streams, taps = None, None, []
     for segment, run in zip(plan, runs, strict=True):
         if segment.wrapped:
             carry, body = wrapper.begin(h_NxD), _wrapped_body(wrapper, part, context, model.remat)
         else:
-            here = context.replace(skips_SxNxD=streams if segment.takes_in else None)
-            carry, body = h_NxD, body_of(segment, here)
+            segment_context = context.replace(skips_SxNxD=streams if segment.takes_in else None)
+            carry, body = h_NxD, body_of(segment, segment_context)
         outs = []
         for apply, layers in run(body):
             carry, out = apply(carry, layers)
             outs.append(out)
         if segment.wrapped:
-            h_NxD, rest = wrapper.end(carry)
+            h_NxD, wrapper_output = wrapper.end(carry)
         else:
             h_NxD, (taps_of_segment, handed_out) = carry, RUNNERS[stack].joined(outs)
             streams = handed_out if segment.hands_out else streams
             taps.append(taps_of_segment)
     if len(taps) > 1:
         taps = [jax.tree.map(lambda *of_segments: jnp.concatenate(of_segments), *taps)]
-    return h_NxD, taps[0] if taps else {}, rest
+    return h_NxD, taps[0] if taps else {}, wrapper_output
 
 
 def _wrapped_body(wrapper: BlockWrapper, part, context: ForwardContext, remat: str) -> Callable:
@@ -205,17 +206,17 @@ def _wrapped_body(wrapper: BlockWrapper, part, context: ForwardContext, remat: s
 
 
 class Runner(NamedTuple):
-    """How consecutive blocks run, by applications (function, layers) in turn.
+    """Runs consecutive blocks as a sequence of applications (function, layers).
 
-    `function(carry, layers) -> (carry, out)`; `layers` are parameters and number of one layer, or
-    of several along a leading axis.
+    `function(carry, layers) -> (carry, out)`; `layers` are parameters and index of one layer, or of
+    several along a leading axis.
 
     Attributes:
-      pieces: sizes of the segments -> those of the pieces that the parameters are cut in; [] for
-        one that is all of them.
-      applications: (body, segment's number, first layer, size, number of a piece -> its parameters)
-        -> applications.
-      joined: outs of the applications of a segment -> outs along a leading axis of layers.
+      pieces: sizes of the segments -> sizes of the pieces into which parameters are split; []: one
+        piece with all layers.
+      applications: (body, number of the segment, first layer, size, number of a piece -> its
+        parameters) -> applications.
+      joined: outs of a segment's applications -> outs along a leading axis of layers.
     """
 
     pieces: Callable[[list[int]], list[int]]
@@ -243,11 +244,11 @@ RUNNERS = {
 
 
 def _cheapest(model, platform: str) -> str:
-    # Unrolled blocks are compiled as one: what remat should compute again is kept on CPU.
+    # The compiler merges unrolled blocks: on CPU remat would save nothing there.
     return "unroll" if platform == "cpu" and model.remat == "none" else "scan"
 
 
-# (model, platform) -> of RUNNERS.
+# (model, platform) -> key of RUNNERS.
 STACKS = Modes(
     "model.stack",
     {
@@ -259,12 +260,13 @@ STACKS = Modes(
 
 
 def cut_layers(params_blocks, stack: str, sizes: list[int]) -> list[Callable]:
-    """Returns for each segment of `sizes` layers: body -> the applications of its runner.
+    """Splits the parameters into segments of `sizes` layers.
 
-    `body(carry, (params of layer l, l)) -> (carry, out)` is for one layer.
+    Returns for each segment: body -> applications of its runner, where `body(carry, (params of
+    layer l, l)) -> (carry, out)` runs one layer.
     """
     runner, (leaves, tree) = RUNNERS[stack], jax.tree.flatten(params_blocks)
-    # lax.split is undone by one concatenation in the backward pass; slicing each layer would add L
+    # The gradient of lax.split is one concatenation; that of slicing each layer would be a sum of L
     # zero-padded arrays of the full size.
     pieces = runner.pieces(sizes)
     split = [jax.lax.split(leaf, pieces) if pieces else [leaf] for leaf in leaves]

@@ -1,4 +1,4 @@
-"""The decoder in three parts: embedding, one block (repeated by `stack`), and readout."""
+"""The three modules of the decoder: embedding, one block (repeated by `stack`), and readout."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,15 +10,15 @@ from lmscale_jax.config.key import Modes
 from lmscale_jax.model import param
 from lmscale_jax.model.attention import Attention
 from lmscale_jax.model.context import ForwardContext
-from lmscale_jax.model.layers import MLP, NORMS, as_it_is, unit_rms
+from lmscale_jax.model.layers import MLP, NORMS, no_norm, unit_rms
 from lmscale_jax.model.skip_connections import POSITIONS, SKIPS, X0_MIXES
 
-# (embedding, epsilon) -> the same, normed.
-EMBED_NORMS = Modes("model.embed_norm", {"none": as_it_is, "rmsnorm": unit_rms})
+# (embedding, epsilon) -> normed embedding.
+EMBED_NORMS = Modes("model.embed_norm", {"none": no_norm, "rmsnorm": unit_rms})
 
 
 class Embed(nnx.Module):
-    """Token embedding, learned positions, and rows for the values of some blocks, where asked."""
+    """Token embedding, with optional learned positions and value tables."""
 
     def __init__(self, model):
         vocab = {"vocab": model.vocab_size}
@@ -39,7 +39,7 @@ class Embed(nnx.Module):
         return sharding.flatten(self.norm(h_BxTxD, self.eps) * context.scales.embed)
 
     def value_rows(self, tokens_BxT: jax.Array, context: ForwardContext) -> jax.Array:
-        """Returns [tables, B, T, kv_heads, head_dim]."""
+        """Looks up each token in the value tables, [tables, B, T, kv_heads, head_dim]."""
         rows = context.sharding.lookup(self.values[...], tokens_BxT, self.values.spec)
         return rows * context.scales.embed
 
@@ -57,7 +57,7 @@ class Block(nnx.Module):
             self.stream_share, self.origin_share = map(param.scalar, mix)
 
     def attend(self, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
-        """Adds to the residual stream what enters from elsewhere, and attention."""
+        """Adds the skip, the embedding (x0 mix) and attention to the residual stream."""
         if context.skip_NxD is not None:
             h_NxD = h_NxD + self.skip[...] * context.skip_NxD
         if context.origin_NxD is not None:
@@ -80,10 +80,9 @@ class Head(NamedTuple):
     """One choice of model.head.
 
     Attributes:
-      path: of the matrix of the readout, in the tree of parameters.
-      vocab_axis: of that matrix.
-      table: model -> that parameter, where the readout declares it; None where it is the
-        embedding's.
+      path: path of the readout's matrix in the tree of parameters.
+      vocab_axis: axis of the vocabulary in that matrix.
+      table: model -> that parameter, declared by the readout; None if the embedding has it.
     """
 
     path: tuple[str, str]
@@ -91,11 +90,11 @@ class Head(NamedTuple):
     table: Callable | None
 
     def of(self, tree: dict):
-        """Returns the matrix of a tree of parameters, or what a tree like it has in its place."""
+        """Returns the readout's entry of a tree of parameters, or of a tree of the same paths."""
         return tree[self.path[0]][self.path[1]]
 
 
-def _own_table(model):
+def _untied_table(model):
     return param.weight({"embed": model.d_model}, {"vocab": model.vocab_size}, "output")
 
 
@@ -103,13 +102,13 @@ HEADS = Modes(
     "model.head",
     {
         "tied": Head(("embed", "tokens"), vocab_axis=0, table=None),
-        "untied": Head(("readout", "weight"), vocab_axis=-1, table=_own_table),
+        "untied": Head(("readout", "weight"), vocab_axis=-1, table=_untied_table),
     },
 )
 
 
 class Readout(nnx.Module):
-    """Final norm and the product with the vocabulary, the embedding's own matrix if tied."""
+    """Final norm, and the matrix over the vocabulary unless it is tied to the embedding."""
 
     def __init__(self, model):
         self.norm = NORMS[model.norm](model)

@@ -23,7 +23,7 @@ SHRINKING = Modes(
 
 
 def build_optimizer(
-    config, rows: dict, mesh=None, platform: str = "cpu"
+    config, param_rules: dict, mesh=None, platform: str = "cpu"
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a resolved config: clip, direction, learning rate and decay, block factors.
 
@@ -33,7 +33,7 @@ def build_optimizer(
     of Muon's products; `mesh`, if given, deals its matrices out. Learning rates and weight decay
     may be traced.
     """
-    optim, rules = config.optim, update_rules(rows, config)
+    optim, rules = config.optim, update_rules(param_rules, config)
     groups = {
         name: _direction(name, config, rules, mesh, platform)
         for name in sorted({rule.optimizer for rule in rules.values()})

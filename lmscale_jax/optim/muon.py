@@ -177,7 +177,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    rows: dict,
+    rules: dict,
     config,
     mesh: Mesh | None = None,
     platform: str = "cpu",
@@ -190,7 +190,7 @@ def scale_by_muon(
     whole matrices orthogonal: they are dealt out before the iteration and come back after it.
     """
     optim, decay_at = config.optim, schedules.momentum_schedule(config)
-    layouts = {p: as_matrices(r.spec, optim.muon_unit) for p, r in rows.items()}
+    layouts = {p: as_matrices(r.spec, optim.muon_unit) for p, r in rules.items()}
     dtype = products_dtype(config, platform)
 
     def iterate(x_Bxmxn):
@@ -220,7 +220,7 @@ def scale_by_muon(
         for path in found if squares else ():
             found[path], squares[path] = even_out(found[path], squares[path], beta2)
         directions = {
-            path: layouts[path].join(x, ahead[path].shape) * rows[path].update_scale
+            path: layouts[path].join(x, ahead[path].shape) * rules[path].update_scale
             for path, x in found.items()
         }
         kept = MuonState(moments, map_named(lambda path, _: squares[path], state.squares))

@@ -85,25 +85,25 @@ class Optimizer(NamedTuple):
         return _eps_factor(ratios) if self.divides_by_eps else 1.0
 
 
-def _adam(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+def _adam(config, rules: dict, mesh, platform: str) -> optax.GradientTransformation:
     optim = config.optim
     return optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
 
 
-def _sgd(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+def _sgd(config, rules: dict, mesh, platform: str) -> optax.GradientTransformation:
     return optax.trace(decay=config.optim.momentum)
 
 
-def _lion(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
+def _lion(config, rules: dict, mesh, platform: str) -> optax.GradientTransformation:
     return optax.scale_by_lion(b1=config.optim.beta1, b2=config.optim.beta2)
 
 
-def _muon(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
-    return muon.scale_by_muon(rows, config, mesh, platform)
+def _muon(config, rules: dict, mesh, platform: str) -> optax.GradientTransformation:
+    return muon.scale_by_muon(rules, config, mesh, platform)
 
 
-def _normuon(config, rows: dict, mesh, platform: str) -> optax.GradientTransformation:
-    return muon.scale_by_muon(rows, config, mesh, platform, beta2=config.optim.muon_beta2)
+def _normuon(config, rules: dict, mesh, platform: str) -> optax.GradientTransformation:
+    return muon.scale_by_muon(rules, config, mesh, platform, beta2=config.optim.muon_beta2)
 
 
 def _update_scale(optim, spec: Spec) -> float:

@@ -48,24 +48,24 @@ class UpdateRule(NamedTuple):
     update_scale: float
 
 
-def update_rules(rows: dict[str, ParamRule], config) -> dict[str, UpdateRule]:
+def update_rules(param_rules: dict[str, ParamRule], config) -> dict[str, UpdateRule]:
     """Derives {path: UpdateRule} from the parametrization of a resolved config's parameters."""
-    return {path: _update_rule(row, config) for path, row in rows.items()}
+    return {path: _update_rule(rule, config) for path, rule in param_rules.items()}
 
 
-def _update_rule(row: ParamRule, config) -> UpdateRule:
-    optim, base, spec = config.optim, config.parametrization, row.spec
+def _update_rule(rule: ParamRule, config) -> UpdateRule:
+    optim, base, spec = config.optim, config.parametrization, rule.spec
     name = optimizer_of(optim.name, spec)
     optimizer = OPTIMIZERS[name]
-    lr = optimizer.lr_factor(row.ratios)
-    lr *= optimizer.norm(optim, row.base) / optimizer.norm(optim, spec)
+    lr = optimizer.lr_factor(rule.ratios)
+    lr *= optimizer.norm(optim, rule.base) / optimizer.norm(optim, spec)
     if spec.role == "input" and scheme_of(config).has_base:
-        lr *= row.ratios.m_out**base.embed_lr_exponent
+        lr *= rule.ratios.m_out**base.embed_lr_exponent
     lr = CONTROLS[base.control].lr_factor(lr) * _lr_factor_of_role(optim, spec)
     return UpdateRule(
         spec,
         lr_factor=lr,
-        eps_factor=optimizer.eps_factor(row.ratios),
+        eps_factor=optimizer.eps_factor(rule.ratios),
         decay=float(spec.role in DECAYING[optim.decay_on]),
         optimizer=name,
         update_scale=optimizer.update_scale(optim, spec),
@@ -83,7 +83,7 @@ def _lr_factor_of_role(optim, spec: Spec) -> float:
 
 
 def rules_as_json(
-    rows: dict[str, ParamRule], config, sharding: dict[str, list] | None = None
+    param_rules: dict[str, ParamRule], config, sharding: dict[str, list] | None = None
 ) -> list[dict]:
     """Lists initial values, multipliers and updates of all parameters, for parametrization.json.
 
@@ -91,20 +91,20 @@ def rules_as_json(
     factor of the decay coefficient in PyTorch's form, p - lr * wd * p: under independent decay it
     undoes that of the learning rate.
     """
-    updates, decay_mode = update_rules(rows, config), DECAY_MODES[config.optim.decay_mode]
+    updates, decay_mode = update_rules(param_rules, config), DECAY_MODES[config.optim.decay_mode]
     return [
         {
             "path": path,
-            "axes": list(row.spec.axes),
-            "shape": list(row.spec.shape),
-            "role": row.spec.role,
-            "fan_in": row.spec.fan_in,
-            "fan_out": row.spec.fan_out,
-            "base_fan_in": row.base.fan_in,
-            "base_fan_out": row.base.fan_out,
-            "init": row.spec.init,
-            "init_std": row.init_std,
-            "multiplier": row.multiplier,
+            "axes": list(rule.spec.axes),
+            "shape": list(rule.spec.shape),
+            "role": rule.spec.role,
+            "fan_in": rule.spec.fan_in,
+            "fan_out": rule.spec.fan_out,
+            "base_fan_in": rule.base.fan_in,
+            "base_fan_out": rule.base.fan_out,
+            "init": rule.spec.init,
+            "init_std": rule.init_std,
+            "multiplier": rule.multiplier,
             "lr_factor": update.lr_factor,
             "wd_factor": update.decay * decay_mode.wd_factor(update.lr_factor),
             "eps_factor": update.eps_factor,
@@ -113,5 +113,5 @@ def rules_as_json(
             "update_scale": update.update_scale,
             "sharding": sharding[path] if sharding else None,
         }
-        for (path, row), update in zip(rows.items(), updates.values(), strict=True)
+        for (path, rule), update in zip(param_rules.items(), updates.values(), strict=True)
     ]

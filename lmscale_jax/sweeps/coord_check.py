@@ -158,7 +158,7 @@ def measure_coordinates(config, batch, seeds: list[int]) -> dict[str, np.ndarray
 
 def _trajectory(config, model: Model, batch, key) -> dict[str, jax.Array]:
     """{tensor: [steps]} of one seed."""
-    transform = optim.build_optimizer(config, model.rows, platform=jax.default_backend())
+    transform = optim.build_optimizer(config, model.param_rules, platform=jax.default_backend())
     params = model.init(key)
 
     def taps(params):

@@ -118,7 +118,7 @@ class Population:
 
     def _transform(self, config):
         # Without the mesh: a population is one program on one device.
-        return optim.build_optimizer(config, self.model.rows, platform=self._platform)
+        return optim.build_optimizer(config, self.model.param_rules, platform=self._platform)
 
 
 class Trained(NamedTuple):

@@ -125,7 +125,7 @@ def lower_step(config, model: build.Model, mesh):
     `mesh` may be of chips that are only described, as by `Topology.devices`.
     """
     platform = mesh.devices.flat[0].platform
-    transform = optim.build_optimizer(config, model.rows, mesh, platform)
+    transform = optim.build_optimizer(config, model.param_rules, mesh, platform)
     shardings = step.train_state_shardings(config, model, transform, mesh)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -169,7 +169,7 @@ def memory_rows(config, model: build.Model, mesh) -> list[tuple[str, str]]:
 def optimizer_moments(config, model: build.Model) -> dict[str, int]:
     """{path: arrays of its size that the optimizer keeps}."""
     mean = 1 if config.optim.ema_decay else 0
-    rules = update_rules(model.rows, config)
+    rules = update_rules(model.param_rules, config)
     return {path: OPTIMIZERS[rule.optimizer].moments + mean for path, rule in rules.items()}
 
 
@@ -199,14 +199,14 @@ def forecast_step(config, model: build.Model, mesh) -> list[tuple[str, list[tupl
             [(f"{total / chip.memory:.0%} of the {chip.memory / 1e9:.4g} GB of one {chip.name}",)],
         ),
     ]
-    if flops.peak(chip.kind, config.model.dtype) is None:
+    if flops.peak_flops(chip.kind, config.model.dtype) is None:
         why = f"{chip.name} has no sure peak in {config.model.dtype}; bfloat16 has one"
         sections.append(("time per step (forecast)", [(why,)]))
     else:
         step = costs.step_cost(config, model.specs, mesh.shape, chip, held)
         sections.append(("communication per step and chip", _messages(step)))
         sections.append(("time per step (forecast)", _roofline(config, step, mesh)))
-    size, seconds = costs.checkpoint(model.specs, mesh.size, chip, held)
+    size, seconds = costs.checkpoint_cost(model.specs, mesh.size, chip, held)
     hosts = -(-mesh.size // chip.host)
     each = f"{costs.WRITE_PER_HOST / 1e9:g} GB/s from each of {hosts} host(s)"
     sections.append(("checkpoint", [(f"{size / 1e9:.3g} GB in {seconds:.2g} seconds, at {each}",)]))

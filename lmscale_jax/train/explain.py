@@ -185,7 +185,7 @@ def estimate_seconds(config, model: build.Model, mesh) -> tuple[float, str]:
     device = mesh.devices.flat[0]
     dtype = config.model.dtype
     total = flops.flops_per_token(config, model.specs)["model"] * training_tokens(config)
-    peak = flops.peak(device.device_kind, dtype)
+    peak = flops.peak_flops(device.device_kind, dtype)
     if peak is not None:
         rate, share = peak, EFFICIENCY
         basis = f"{device.device_kind}'s {dtype} peak, {peak / 1e12:,.0f} TFLOP/s"
@@ -266,7 +266,9 @@ def _schedule(config) -> list[str]:
 def _parameters(model: build.Model, mesh, config) -> list[str]:
     given = ("path", "axes", "role", "optimizer", "std")
     rows = [(*given, "fwd x", "lr x", "wd x", "eps x", "update x", "split over")]
-    for entry in rules_as_json(model.rows, config, meshes.param_splits(model.rows, mesh)):
+    for entry in rules_as_json(
+        model.param_rules, config, meshes.param_splits(model.param_rules, mesh)
+    ):
         axes = " ".join(f"{a}={n}" for a, n in zip(entry["axes"], entry["shape"], strict=True))
         std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else entry["init"]
         given = (entry["path"], axes, entry["role"], entry["optimizer"], std)
@@ -279,7 +281,9 @@ def _parameters(model: build.Model, mesh, config) -> list[str]:
 
 
 def _count_rows(model: build.Model) -> list[str]:
-    return aligned_rows([(name, f"{n:,}") for name, n in flops.counts(model.specs).items()])
+    return aligned_rows(
+        [(name, f"{n:,}") for name, n in flops.parameter_counts(model.specs).items()]
+    )
 
 
 def _flops_rows(config, model: build.Model) -> list[str]:
@@ -298,7 +302,7 @@ def _memory(config, model: build.Model, mesh) -> list[str]:
 
 
 def _data_rows(config, model: build.Model, manifest: dict | None) -> list[str]:
-    n, total = flops.counts(model.specs), training_tokens(config)
+    n, total = flops.parameter_counts(model.specs), training_tokens(config)
     rows = [
         ("training tokens", f"{total:,}"),
         ("tokens per parameter", f"{total / n['total']:.3g}"),

@@ -172,7 +172,7 @@ def finish_run(setup: Run, run: run_dir.RunRecord, state, final: dict, clock: Cl
     """Writes the final record."""
     speed = clock.tokens_per_second
     devices = setup.mesh.devices
-    peak = flops.peak(devices.flat[0].device_kind, setup.config.model.dtype)
+    peak = flops.peak_flops(devices.flat[0].device_kind, setup.config.model.dtype)
     mfu = speed * run["flops_per_token"] / (peak * devices.size) if speed and peak else None
     run.update(
         status="finished",

@@ -108,7 +108,10 @@ def open_run(
     again = {"started": before["started"], "restarts": before["restarts"] + 1} if before else {}
     run.update(status="running", **again)
     if first:
-        split, rows = mesh.param_splits(setup.model.rows, setup.mesh), setup.model.rows
+        split, rows = (
+            mesh.param_splits(setup.model.param_rules, setup.mesh),
+            setup.model.param_rules,
+        )
         table = rules_as_json(rows, setup.config, split)
         run_dir.write_json(workdir / "parametrization.json", table)
     return OpenRun(setup, run, lock)
@@ -163,7 +166,7 @@ def build_run(config, workdir: Path, say: Callable[[str], None]) -> Run:
     grid = mesh.make_mesh(config)
     platform = grid.devices.flat[0].platform
     model = build_model(config, platform=platform, bos_id=data.boundary, mesh=grid)
-    transform = optim.build_optimizer(config, model.rows, grid, platform)
+    transform = optim.build_optimizer(config, model.param_rules, grid, platform)
     rows = mesh.host_rows(config.train.batch_size, grid)
     batches = pipeline.TrainBatches(
         data, config.data.seq_len, config.train.batch_size, config.data.seed, rows
@@ -204,7 +207,7 @@ def record_facts(setup: Run) -> dict:
         "config": setup.recorded.to_dict(),
         "config_hash": fingerprint(setup.recorded),
         "seed": config.seed,
-        "counts": flops.counts(setup.model.specs),
+        "counts": flops.parameter_counts(setup.model.specs),
         "flops_per_token": per_token["model"],
         "flops_per_token_by_convention": per_token,
         **branch.branch_costs(config, per_token["model"]),

@@ -86,7 +86,7 @@ class TrainStep(functools.partial):
         platform = mesh.devices.flat[0].platform
 
         def optimizer(config):
-            return optim.build_optimizer(config, model.rows, mesh, platform)
+            return optim.build_optimizer(config, model.param_rules, mesh, platform)
 
         jitted = jax.jit(
             make_train_step(config, model, optimizer, mesh),
