@@ -235,7 +235,7 @@ def test_float32_products_have_no_forecast(small):
     lines = []
     config = small(train__batch_size=64)
     explain.explain(config, {}, "configs/base.py", print=lines.append, topology="H100:64")
-    assert "H100 has no sure peak in float32; bfloat16 has one" in lines[0]
+    assert "H100 has no known peak in float32; use bfloat16" in lines[0]
     assert len(lines) == 1
 
 

@@ -192,7 +192,7 @@ def test_momentum_is_nesterovs_and_warms_up():
 def test_normuon_evens_out_the_neurons():
     """Every neuron ends with the same mean square after one step; the Frobenius norm stays."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 24)), jnp.float32)
-    y, squares = muon.even_out(x, jnp.zeros((2, 24)), 0.9)
+    y, squares = muon.normalize_neurons(x, jnp.zeros((2, 24)), 0.9)
     np.testing.assert_allclose(squares, 0.1 * np.square(x).mean(axis=1), rtol=1e-5)
     mean = np.square(y).mean(axis=1)
     np.testing.assert_allclose(mean, np.broadcast_to(mean[:, :1], mean.shape), rtol=1e-4)
@@ -201,7 +201,7 @@ def test_normuon_evens_out_the_neurons():
     # A square matrix has its neurons along fan-out, the last axis.
     spec = param.Spec(("layers", "embed", "heads", "head_dim"), (3, 16, 2, 8), 1, "hidden")
     layout = muon.as_matrices(spec, "matrix")
-    assert layout.cut(jnp.zeros(spec.shape)).shape == (3, 16, 16)
+    assert layout.split(jnp.zeros(spec.shape)).shape == (3, 16, 16)
     assert layout.order == (0, 1, 2, 3)
 
 

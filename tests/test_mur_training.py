@@ -9,8 +9,8 @@ import pytest
 from conftest import finish, record
 
 from lmscale_jax.model import mesh
-from lmscale_jax.train import run as runs
 from lmscale_jax.train import step
+from lmscale_jax.train.run import build_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -19,25 +19,23 @@ UPDATE = {"mur__mode": "update", "mur__tau": 0.5, "mur__alpha": 0.4}
 
 
 def prepared(small, **changes):
-    return runs.build_run(
-        small(**({"mesh__cpu_devices": 1} | changes)), None, say=lambda line: None
-    )
+    return build_run(small(**({"mesh__cpu_devices": 1} | changes)), None, say=lambda line: None)
 
 
-def steps_of(setup, count: int, measure=()):
+def steps_of(run, count: int, measure=()):
     """(state, metrics) after `count` steps."""
-    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
+    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
     for t in range(count):
-        batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
+        batch = mesh.put_batch(run.batches.at(t), run.mesh)
         state, metrics = take(state, batch, measure=measure)
     return jax.device_get(state), jax.device_get(metrics)
 
 
-def update_of(setup):
+def update_of(run):
     """The parameters' change in the first step."""
-    before = jax.device_get(setup.model.init(jax.random.key(0)))
-    state, metrics = steps_of(setup, 1, ("mur",))
+    before = jax.device_get(run.model.init(jax.random.key(0)))
+    state, metrics = steps_of(run, 1, ("mur",))
     return jax.tree.map(lambda a, b: a - b, state.params, before), metrics
 
 
@@ -48,7 +46,7 @@ def plain_update(settings):
     config = base.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict(settings | NO_RAMP | {"mesh.cpu_devices": 1})
-    return update_of(runs.build_run(config, None, say=lambda line: None))[0]
+    return update_of(build_run(config, None, say=lambda line: None))[0]
 
 
 # A rate at once, and parameters so far from 0 that rounding does not hide their change.
@@ -94,14 +92,14 @@ def test_factor_on_gradients_is_cancelled_by_adam(small, plain_update):
 
 def test_running_means_and_thresholds(small):
     """ū is the mean with decay, corrected for its beginning; tau from it, before the step."""
-    setup = prepared(
+    run = prepared(
         small, **UPDATE, mur__decay=0.5, mur__tau_kind="quantile", mur__start=0.0, mur__end=1.0
     )
-    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
+    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
     sums, weight, last_tau = 0.0, 0.0, np.zeros(2)
     for t in range(3):
-        batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
+        batch = mesh.put_batch(run.batches.at(t), run.mesh)
         state, metrics = take(state, batch, measure=("mur",))
         np.testing.assert_allclose(metrics["mur/tau"], last_tau, rtol=1e-5)
         sums, weight = 0.5 * sums + 0.5 * metrics["mur/p50"].mean(), 0.5 * weight + 0.5
@@ -111,16 +109,16 @@ def test_running_means_and_thresholds(small):
     mean_L = kept["sums"]["utility"][:, 0] / kept["weight"]
     # The factor in force is that of the means with this step's own.
     low_L = np.maximum(0, last_tau - np.asarray(mean_L))
-    strength = 1.0 if setup.config.train.steps == 0 else min(1, max(0, (2 - 1) / 2))
+    strength = 1.0 if run.config.train.steps == 0 else min(1, max(0, (2 - 1) / 2))
     np.testing.assert_allclose(metrics["mur/multiplier"], 1 + 0.4 * strength * low_L, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_bad_batch_leaves_the_running_means(small):
-    setup = prepared(small, **UPDATE)
-    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
-    batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
+    run = prepared(small, **UPDATE)
+    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+    batch = mesh.put_batch(run.batches.at(0), run.mesh)
     state, _ = take(state, batch)
     embed = jax.tree.map(lambda x: x * np.nan, state.params["embed"])
     broken = state._replace(params=state.params | {"embed": embed})
@@ -135,13 +133,11 @@ def test_off_costs_nothing(small):
     """Without the mode, and on steps that do not report in diagnose mode, the same program."""
 
     def program(**changes):
-        setup = prepared(small, **changes)
-        optimizer = lambda _: setup.transform  # noqa: E731
-        train_step = step.make_train_step(setup.config, setup.model, optimizer, setup.mesh)
-        state = jax.eval_shape(
-            lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
-        )
-        return jax.jit(train_step).lower(state, setup.batches.at(0)).as_text()
+        run = prepared(small, **changes)
+        optimizer = lambda _: run.transform  # noqa: E731
+        train_step = step.make_train_step(run.config, run.model, optimizer, run.mesh)
+        state = jax.eval_shape(lambda: step.initial_state(run.config, run.model, run.transform, 0))
+        return jax.jit(train_step).lower(state, run.batches.at(0)).as_text()
 
     assert program() == program(mur__mode="diagnose")
 
