@@ -209,9 +209,9 @@ BAD = {
     "no run": ({"train__parent": "nowhere"}, ["train.parent='nowhere'", "--workdir of a run"]),
     "no such step": ({"train__parent_step": 5}, ["parent_step=5", "[4, 8]", "use 8"]),
     "no step": ({"train__parent_step": 0}, ["train.parent_step=0", "together"]),
-    "budget already spent": ({"train__steps": 4}, ["train.steps=4", "parent_step=4", "8 would"]),
-    "another rate": ({"optim__muon_lr": 0.5}, ["optim.muon_lr=0.5", "must be 0.02"]),
-    "another seed": ({"data__seed": 3}, ["data.seed=3", "must be 0"]),
+    "budget already spent": ({"train__steps": 4}, ["train.steps=4", "parent_step=4", "use 8"]),
+    "another rate": ({"optim__muon_lr": 0.5}, ["optim.muon_lr=0.5", "use 0.02"]),
+    "another seed": ({"data__seed": 3}, ["data.seed=3", "use 0 "]),
     "another schedule": (
         {"schedule__cooldown": "4"},
         ["schedule.name='wsd'", "step 3", "use name='wsd'", "cooldown='2'"],
