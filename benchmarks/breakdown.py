@@ -94,8 +94,8 @@ def _reader(folder: Path, shape: dict):
     """The pipeline over random tokens on the disk."""
     import numpy as np
 
-    from lmscale_jax.data import batches as pipeline
     from lmscale_jax.data import shards
+    from lmscale_jax.data.batches import TrainBatches
 
     rng = np.random.default_rng(0)
     writer = shards.ShardWriter(folder, "train", shape["V"], TOKENS)
@@ -104,33 +104,32 @@ def _reader(folder: Path, shape: dict):
     tokens = shards.Shards(sorted(folder.glob("train*.bin")), shape["V"])
     # Only the training side of prepared data is asked for.
     prepared = type("Prepared", (), {"train": tokens, "mixture": ()})()
-    return pipeline.TrainBatches(prepared, shape["T"], shape["B"], 0)
+    return TrainBatches(prepared, shape["T"], shape["B"], 0)
 
 
 class Loop:
     """N steps as `train.loop.train_steps` takes them where it neither evaluates nor saves."""
 
     def __init__(self, of, batches, folder: Path):
-        from lmscale_jax.train import metrics as writers
         from lmscale_jax.train import step
-        from lmscale_jax.train.metrics import Clock, MetricLogger
+        from lmscale_jax.train.metrics import Clock, MetricLogger, SilentProgress
         from lmscale_jax.train.watchdog import Watchdog
 
         self._of, self._batches, self._done = of, batches, 0
         self._clock, self._state = Clock(), of.initial()
-        silence = writers.SilentProgress()
+        silence = SilentProgress()
         self._journal = MetricLogger(of.config, folder, 0, {}, self._clock, "benchmark", silence)
         self._watchdog = Watchdog(of.config.log.watchdog)
         self._take = step.TrainStep(of.config, of.model, of.grid, of.placed)
         self(2)
 
     def __call__(self, steps: int) -> float:
-        from lmscale_jax.data import batches as pipeline
+        from lmscale_jax.data.batches import prefetch
         from lmscale_jax.model import mesh
         from lmscale_jax.train import diagnostics
 
         first, config, pending = self._done, self._of.config, None
-        stream = pipeline.prefetch(self._batches.at, first, first + steps)
+        stream = prefetch(self._batches.at, first, first + steps)
         for done, batch in enumerate(self._clock.waiting_for(stream), first + 1):
             batch = mesh.put_batch(batch, self._of.grid)
             what = diagnostics.due_measurements(config, done)

@@ -73,16 +73,16 @@ def described(row: dict):
     """(config, mesh, model) of a case."""
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model import build
-    from lmscale_jax.model import mesh as meshes
+    from lmscale_jax.model.mesh import make_mesh, start_jax
     from lmscale_jax.train import aot
 
     config = importlib.import_module(f"lmscale_jax.configs.{row['config']}").get_config()
     config.update_from_flattened_dict(row["changes"])
     config = resolve(config, VOCABULARY)
-    meshes.start_jax(config)
+    start_jax(config)
     where = row["where"]
     devices = None if where.startswith("cpu") else aot.parse_topology(where).devices()
-    mesh = meshes.make_mesh(config, devices)
+    mesh = make_mesh(config, devices)
     model = build.build_model(config, platform=mesh.devices.flat[0].platform, mesh=mesh)
     return config, mesh, model
 
@@ -100,7 +100,7 @@ def measured(row: dict) -> dict:
     import numpy as np
 
     from lmscale_jax.data.batches import Batch
-    from lmscale_jax.model import mesh as meshes
+    from lmscale_jax.model.mesh import put_batch
     from lmscale_jax.optim import build as optim
     from lmscale_jax.train import step
 
@@ -109,7 +109,7 @@ def measured(row: dict) -> dict:
     placed = step.train_state_shardings(config, model, transform, mesh)
     shape = (config.train.batch_size, config.data.seq_len)
     rows = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
-    batch = meshes.put_batch(Batch(rows, rows), mesh)
+    batch = put_batch(Batch(rows, rows), mesh)
     jax.block_until_ready(batch)
     before = resident("VmRSS")
     first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)

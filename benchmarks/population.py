@@ -20,8 +20,8 @@ from lmscale_jax import cli
 from lmscale_jax.configs import base
 from lmscale_jax.model import mesh
 from lmscale_jax.sweeps import population
-from lmscale_jax.train import run as runs
 from lmscale_jax.train import step
+from lmscale_jax.train.run import build_run
 
 WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128", "256"], "model.d_model")
 COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8", "16"], "members")
@@ -43,13 +43,10 @@ def config_of(width: int) -> ConfigDict:
 class Alone:
     """The step of an ordinary run, again and again."""
 
-    def __init__(self, setup):
-        self._setup = setup
-        self._state = jax.jit(
-            lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
-        )()
-        self._take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
-        self._batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
+    def __init__(self, run):
+        self._state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+        self._take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+        self._batch = mesh.put_batch(run.batches.at(0), run.mesh)
 
     def turn(self) -> None:
         for _ in range(10):
@@ -60,11 +57,11 @@ class Alone:
 class Together:
     """A population of K, ten steps at a time."""
 
-    def __init__(self, setup, count: int):
-        members = [ConfigDict(setup.config.to_dict() | {"seed": seed}) for seed in range(count)]
+    def __init__(self, run, count: int):
+        members = [ConfigDict(run.config.to_dict() | {"seed": seed}) for seed in range(count)]
         self._population = population.Population(members)
         self._state = self._population.begin()
-        self._batches = population.batch_reader(members, setup.data)(0, 10)
+        self._batches = population.batch_reader(members, run.data)(0, 10)
 
     def turn(self) -> None:
         self._state, metrics = self._population.advance(self._state, self._batches)
@@ -81,11 +78,11 @@ def rate(turn, runs: int, tokens: int) -> float:
 
 
 def measure(width: int) -> dict:
-    setup = runs.build_run(config_of(width), None, print)
+    run = build_run(config_of(width), None, print)
     tokens = BATCH.value * 128
-    kinds = {"alone": (Alone(setup), 1)}
+    kinds = {"alone": (Alone(run), 1)}
     for count in map(int, COUNTS.value):
-        kinds[f"{count}"] = (Together(setup, count), count)
+        kinds[f"{count}"] = (Together(run, count), count)
     for kind, _ in kinds.values():
         kind.turn()
     rounds = [

@@ -77,9 +77,9 @@ def plain(path: Path, tokenizer, folder: Path) -> tuple[float, int]:
 
 def reading(data) -> float:
     """Tokens a second of the batches of a run, by one thread."""
-    from lmscale_jax.data import batches as pipeline
+    from lmscale_jax.data.batches import TrainBatches
 
-    batches = pipeline.TrainBatches(data, 256, 32, 0)
+    batches = TrainBatches(data, 256, 32, 0)
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < 1.0:
         batches.at(done)

@@ -9,7 +9,7 @@ import os
 import time
 
 from lmscale_jax import cli, main
-from lmscale_jax.train import run as runs
+from lmscale_jax.train import run
 
 MARKS = {}
 
@@ -24,17 +24,17 @@ def watch() -> None:
 
     from lmscale_jax.train import loop
 
-    prepare, restore, make = runs.build_run, loop.restore_or_begin, loop.step.TrainStep
+    prepare, restore, make = run.build_run, loop.restore_or_begin, loop.step.TrainStep
 
     def marked_prepare(*arguments):
         mark("imports, devices")
-        run = prepare(*arguments)
+        prepared = prepare(*arguments)
         mark("data and model")
-        return run
+        return prepared
 
-    def marked_restore(setup, checkpoints, say):
+    def marked_restore(prepared, checkpoints, say):
         mark("record, checkpoints")
-        state = restore(setup, checkpoints, say)
+        state = restore(prepared, checkpoints, say)
         jax.block_until_ready(state)
         mark("initial state")
         return state
@@ -56,7 +56,7 @@ def watch() -> None:
 
         return first
 
-    runs.build_run, loop.restore_or_begin, loop.step.TrainStep = (
+    run.build_run, loop.restore_or_begin, loop.step.TrainStep = (
         marked_prepare,
         marked_restore,
         marked_step,

@@ -23,7 +23,7 @@ CALLS = flags.DEFINE_enum(
 
 
 def one_by_one(stacks: dict, iterate, mesh) -> dict:
-    """What stands in for `muon.orthogonal` with --calls=each: a call for every matrix."""
+    """What stands in for `muon.orthogonalize` with --calls=each: a call for every matrix."""
     import jax
 
     def each(x):
@@ -55,7 +55,7 @@ def make(shape: dict, dtype: str, devices: int, changes: dict):
     from lmscale_jax.train import step
 
     if CALLS.value == "each":
-        muon.orthogonal = one_by_one
+        muon.orthogonalize = one_by_one
     grid = mesh.make_mesh(config)
     platform = grid.devices.flat[0].platform
     model = build_model(config, platform=platform, mesh=grid)

@@ -29,9 +29,9 @@ def main() -> None:
         from lmscale_jax.model import hf
         from lmscale_jax.train import restore
 
-        run = restore.load_run(Path(WORKDIR.value))
-        hf.write_hf(Path(TO.value), run.setup.config, run.params)
-        print(f"written {TO.value}, from the checkpoint after step {run.step}")
+        loaded = restore.load_run(Path(WORKDIR.value))
+        hf.write_hf(Path(TO.value), loaded.run.config, loaded.params)
+        print(f"written {TO.value}, from the checkpoint after step {loaded.step}")
         return
     from lmscale_jax.train import restore
 

@@ -2,7 +2,7 @@
 
     python -m lmscale_jax.coord_check --workdir=runs/coords [--control=sp]
 
-Exit status 1 if a slope is out of bounds, which a control must be.
+Exits with status 1 if a slope is out of bounds, as it must be with a control.
 """
 
 from pathlib import Path
@@ -23,24 +23,24 @@ STEPS = flags.DEFINE_integer(
 SEEDS = flags.DEFINE_integer("seeds", 3, "initialisations of each size", lower_bound=1)
 CONTROL = flags.DEFINE_enum(
     "control", "none", ["none", "sp", "logits_sqrt", "no_lr_scaling"],
-    "a deliberate mistake, which the check must find",
+    "a deliberate mistake, which the check must detect",
 )  # fmt: skip
 
 
 def main() -> None:
     if not WORKDIR.value:
-        raise InputError("--workdir is missing; --workdir=runs/coords would work")
-    chosen = [flag for flag in (WIDTHS, HEAD_DIMS, DEPTHS) if flag.value]
-    if len(chosen) > 1:
+        raise InputError("--workdir is missing; use --workdir=runs/coords")
+    sweeps = [flag for flag in (WIDTHS, HEAD_DIMS, DEPTHS) if flag.value]
+    if len(sweeps) > 1:
         raise InputError(
-            f"--{chosen[0].name} and --{chosen[1].name} are two sweeps; give one at a time"
+            f"--{sweeps[0].name} and --{sweeps[1].name} are two sweeps; use one of them"
         )
-    flag = chosen[0] if chosen else WIDTHS
+    flag = sweeps[0] if sweeps else WIDTHS
     sizes = [_size(flag.name, text) for text in flag.value] or [64, 128, 256, 512, 1024]
     if len(set(sizes)) < 3:
         raise InputError(
             f"--{flag.name}={','.join(map(str, sizes))}: a slope with an error needs three "
-            f"different sizes; 64,128,256 would work"
+            f"different sizes; use 64,128,256"
         )
     from lmscale_jax.model import mesh
     from lmscale_jax.reports.sweep_plots import draw_coord_check
@@ -65,7 +65,7 @@ def main() -> None:
 
 def _size(name: str, text: str) -> int:
     if not text.strip().isdigit() or int(text) == 0:
-        raise InputError(f"--{name}={text} is no size; --{name}=64,128,256 would work")
+        raise InputError(f"--{name}={text} is no size; use --{name}=64,128,256")
     return int(text)
 
 

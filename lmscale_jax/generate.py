@@ -18,9 +18,9 @@ def main() -> None:
     from lmscale_jax.reports.final_summary import sample_text
     from lmscale_jax.train import restore
 
-    run = restore.load_run(Path(WORKDIR.value))
+    loaded = restore.load_run(Path(WORKDIR.value))
     options = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
-    print(sample_text(run.setup, run.params, TOKENS.value, PROMPT.value, **options))
+    print(sample_text(loaded.run, loaded.params, TOKENS.value, PROMPT.value, **options))
 
 
 if __name__ == "__main__":

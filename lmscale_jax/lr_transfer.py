@@ -21,16 +21,16 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each cell", lower_bound=1)
 
 def main() -> None:
     if not WORKDIR.value:
-        raise InputError("--workdir is missing; --workdir=runs/transfer would work")
+        raise InputError("--workdir is missing; use --workdir=runs/transfer")
     workdir = Path(WORKDIR.value)
     if (workdir / "lr_transfer.json").exists():
-        raise InputError(f"--workdir={workdir} holds a sweep already; name a new --workdir")
+        raise InputError(f"--workdir={workdir} holds a sweep already; use a new --workdir")
     widths = sorted({int(w) for w in _numbers(WIDTHS)})
     rates = sorted(set(_numbers(LOG2_LRS)))
     if len(widths) < 2 or len(rates) < 3:
         raise InputError(
             f"--widths={len(widths)} and --log2_lrs={len(rates)} values: a drift needs two widths "
-            f"and three learning rates; --widths=16,128 would work"
+            f"and three learning rates; use --widths=16,128 --log2_lrs=-8,-7,-6"
         )
     from lmscale_jax.model import mesh
     from lmscale_jax.reports.sweep_plots import draw_lr_transfer
@@ -47,8 +47,7 @@ def _numbers(flag) -> list[float]:
         return [float(text) for text in flag.value]
     except ValueError:
         raise InputError(
-            f"--{flag.name}={','.join(flag.value)} are no numbers; {','.join(flag.default)} would "
-            f"work"
+            f"--{flag.name}={','.join(flag.value)} are no numbers; use {','.join(flag.default)}"
         ) from None
 
 

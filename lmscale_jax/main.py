@@ -13,10 +13,12 @@ CLUSTER = flags.DEFINE_enum(
     "cluster",
     "none",
     ["none", "slurm", "tpu", "hosts"],
-    "who started the processes of this run (launch/README.md); none: there is one",
+    "scheduler that starts the processes (launch/README.md); none: a single process",
 )
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; for hosts")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many; for hosts", lower_bound=1)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "number of processes; for hosts", lower_bound=1
+)
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "from 0; for hosts", lower_bound=0)
 EXPLAIN = flags.DEFINE_bool("explain", False, "print what the run would do, and why, and exit")
 TOPOLOGY = flags.DEFINE_string(
@@ -45,10 +47,10 @@ def main() -> None:
     launch = distributed.Launch(
         CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value
     )
-    # How many processes share the cores of a host is not known yet.
+    # The number of processes that share a host's cores is unknown before they join.
     mesh.start_jax(config, cpu_devices=0 if launch.cluster == "none" else 1)
-    same = {"config": fingerprint(config), "lmscale_jax": __version__}
-    with distributed.join_processes(launch, config, same):
+    shared_facts = {"config": fingerprint(config), "lmscale_jax": __version__}
+    with distributed.join_processes(launch, config, shared_facts):
         from lmscale_jax.train.loop import train
 
         finished = train(config, Path(WORKDIR.value))

@@ -18,7 +18,7 @@ from lmscale_jax.configs import base
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data.batches import Batch
 from lmscale_jax.evals import perplexity
-from lmscale_jax.model import mesh as meshes
+from lmscale_jax.model.mesh import make_mesh, start_jax
 from lmscale_jax.model.build import build_model
 from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.optim import build as optim
@@ -29,8 +29,8 @@ def setup(changes):
     config = base.get_config()
     config.update_from_flattened_dict(changes)
     config = resolve(config, 64)
-    meshes.start_jax(config)
-    grid = meshes.make_mesh(config)
+    start_jax(config)
+    grid = make_mesh(config)
     model = build_model(config, platform="cpu", mesh=grid)
     transform = optim.build_optimizer(config, model.param_rules, grid, "cpu")
     placed = step.train_state_shardings(config, model, transform, grid)

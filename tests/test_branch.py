@@ -13,7 +13,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model import mesh
 from lmscale_jax.optim.layerwise import averaged_params
 from lmscale_jax.train import checkpoint, loop, metrics, step
-from lmscale_jax.train import run as runs
+from lmscale_jax.train.run import build_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -69,17 +69,15 @@ def same(a: dict, b: dict) -> None:
 
 def from_checkpoint(config, parent, at: int) -> dict:
     """The parameters after the steps of a config from a checkpoint on, without any branch."""
-    setup = runs.build_run(config, parent, **silent)
-    begin = jax.eval_shape(
-        lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
-    )
+    run = build_run(config, parent, **silent)
+    begin = jax.eval_shape(lambda: step.initial_state(run.config, run.model, run.transform, 0))
     abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), begin, setup.placed
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), begin, run.shardings
     )
     state, _ = checkpoint.Checkpoints(parent).restore_step(at, abstract)
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
     for t in range(at, config.train.steps):
-        state, _ = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
+        state, _ = take(state, mesh.put_batch(run.batches.at(t), run.mesh))
     return state.params
 
 
@@ -156,7 +154,7 @@ def test_a_stopped_run_ends_with_the_same_bits(make, tmp_path, monkeypatch, kind
     assert record(tmp_path / "whole")["final"] == record(tmp_path / "stopped")["final"]
     assert ("val_loss_ema" in record(tmp_path / "whole")["final"]) == ("mean" in kind)
     if kind == "adamw frozen":
-        begin = jax.jit(resumed.setup.model.init)(jax.random.key(0))["blocks"]
+        begin = jax.jit(resumed.run.model.init)(jax.random.key(0))["blocks"]
         for x, y in zip(
             jax.tree.leaves(begin), jax.tree.leaves(resumed.params["blocks"]), strict=True
         ):
@@ -179,18 +177,18 @@ def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch
 
 
 def test_the_mean_of_weights_is_what_it_says(make):
-    setup = runs.build_run(make(optim__ema_decay=0.5), None, **silent)
-    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
+    run = build_run(make(optim__ema_decay=0.5), None, **silent)
+    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
     mean = np.asarray(state.params["embed"]["tokens"], np.float64)
     for t in range(12):
-        state, _ = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
+        state, _ = take(state, mesh.put_batch(run.batches.at(t), run.mesh))
         decay = min(0.5, (1 + t) / (10 + t))
         mean = decay * mean + (1 - decay) * np.asarray(state.params["embed"]["tokens"])
     np.testing.assert_allclose(averaged_params(state.opt_state)["embed"]["tokens"], mean, atol=1e-6)
-    scores = setup.score(state)
+    scores = run.score(state)
     assert scores["val_loss_ema"] != scores["val_loss"]
-    assert scores["val_loss_ema"] == setup.validate(averaged_params(state.opt_state))["val_loss"]
+    assert scores["val_loss_ema"] == run.validate(averaged_params(state.opt_state))["val_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +207,14 @@ def stable(settings, tmp_path_factory):
 
 BAD = {
     "no run": ({"train__parent": "nowhere"}, ["train.parent='nowhere'", "--workdir of a run"]),
-    "no such step": ({"train__parent_step": 5}, ["parent_step=5", "[4, 8]", "8 would work"]),
+    "no such step": ({"train__parent_step": 5}, ["parent_step=5", "[4, 8]", "use 8"]),
     "no step": ({"train__parent_step": 0}, ["train.parent_step=0", "together"]),
-    "budget already spent": ({"train__steps": 4}, ["train.steps=4", "parent_step=4", "8 would"]),
-    "another rate": ({"optim__muon_lr": 0.5}, ["optim.muon_lr=0.5", "must be 0.02"]),
-    "another seed": ({"data__seed": 3}, ["data.seed=3", "must be 0"]),
+    "budget already spent": ({"train__steps": 4}, ["train.steps=4", "parent_step=4", "use 8"]),
+    "another rate": ({"optim__muon_lr": 0.5}, ["optim.muon_lr=0.5", "use 0.02"]),
+    "another seed": ({"data__seed": 3}, ["data.seed=3", "use 0 "]),
     "another schedule": (
         {"schedule__cooldown": "4"},
-        ["schedule.name='wsd'", "step 3", "cooldown='2' would work"],
+        ["schedule.name='wsd'", "step 3", "use name='wsd'", "cooldown='2'"],
     ),
     "another warm-up": ({"schedule__warmup": "1"}, ["warmup='1'", "warmup='2'"]),
 }

@@ -219,10 +219,10 @@ def test_difference_over_pairs():
 @pytest.fixture(scope="module")
 def model(settings):
 
-    setup = build_run(
+    run = build_run(
         config_of(settings, {"model.n_layers": 4, "model.stack": "scan"}), None, say=silent
     )
-    return setup, jax.tree.map(lambda x: 3 * x, setup.model.init(jax.random.key(0)))
+    return run, jax.tree.map(lambda x: 3 * x, run.model.init(jax.random.key(0)))
 
 
 def test_a_mask_drops_what_deleting_drops(model):
@@ -230,24 +230,24 @@ def test_a_mask_drops_what_deleting_drops(model):
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model.build import build_model
 
-    setup, params = model
+    run, params = model
     drops = redundancy.single_blocks(4) + redundancy.contiguous_blocks(4)
     assert redundancy.contiguous_blocks(4) == [(0, 1), (1, 2), (2, 3)]
-    batches = list(setup.held_out(500))
-    drops_of = redundancy.measure_drops(setup.drop_sums, params, batches, setup.mesh, 4, drops)
+    batches = list(run.held_out(500))
+    drops_of = redundancy.measure_drops(run.drop_sums, params, batches, run.mesh, 4, drops)
     assert drops_of.drops == [(), *drops] and drops_of.damage()[0] == 0
     smaller = base.get_config()
-    smaller.update(setup.recorded.copy_and_resolve_references())
+    smaller.update(run.recorded.copy_and_resolve_references())
     for drop in ((1,), (2, 3)):
         kept = jnp.array([layer for layer in range(4) if layer not in drop])
         with smaller.unlocked():
             smaller.model.n_layers = len(kept)
-        other = build_model(resolve(smaller), platform="cpu", bos_id=setup.data.boundary)
+        other = build_model(resolve(smaller), platform="cpu", bos_id=run.data.boundary)
         left = params | {"blocks": jax.tree.map(lambda x, k=kept: x[k], params["blocks"])}
         total = sum(float(other.losses(left, *batch).sum()) for batch in batches)
         row = drops_of.drops.index(drop)
         assert drops_of.nll_MxW[row].sum() == pytest.approx(total, rel=1e-5)
-    h = setup.model.taps(params, batches[0].tokens_BxT, lambda name, x: x)
+    h = run.model.taps(params, batches[0].tokens_BxT, lambda name, x: x)
     h_LxNxD = jnp.concatenate([h["embed"][None], h["blocks"]["residual"]])
     lengths = jnp.linalg.norm(h_LxNxD, axis=-1)
     cos = (h_LxNxD[1:] * h_LxNxD[:-1]).sum(axis=-1) / (lengths[1:] * lengths[:-1])
@@ -258,15 +258,13 @@ def test_a_mask_drops_what_deleting_drops(model):
 
 def test_statistics_are_of_all_labelled_tokens(model):
     """Pooled over batches; the same whatever the size of a batch."""
-    setup, params = model
+    run, params = model
     results = []
     for size in (2, 5):
-        with setup.config.unlocked():
-            setup.config.eval.batch_size = size
-        tokens = mur_stats.make_token_utilities(setup.model, setup.config, "block", setup.mesh)
-        values = mur_stats.measure_utilities(
-            tokens, params, setup.held_out(300), setup.mesh, "block"
-        )
+        with run.config.unlocked():
+            run.config.eval.batch_size = size
+        tokens = mur_stats.make_token_utilities(run.model, run.config, "block", run.mesh)
+        values = mur_stats.measure_utilities(tokens, params, run.held_out(300), run.mesh, "block")
         assert len(values.window) == 300
         results.append(mur_stats.utility_summary(values, "block", 0.0))
     for name, values in results[0].items():

@@ -11,7 +11,7 @@ from conftest import ROOT, flags, run
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data import prepare
 from lmscale_jax.model import build
-from lmscale_jax.model import mesh as meshes
+from lmscale_jax.model.mesh import make_mesh
 from lmscale_jax.optim import schedules
 from lmscale_jax.train import aot, explain
 
@@ -129,7 +129,7 @@ def test_the_schedule_is_that_of_the_run(small):
 def test_time_follows_the_peak_of_a_known_chip(small, monkeypatch):
     config = resolve(small(), 256)
     model = build.build_model(config, platform="cpu")
-    mesh = meshes.make_mesh(config)
+    mesh = make_mesh(config)
     monkeypatch.setattr(explain.flops, "peak", lambda kind, dtype: 1e12)
     total = explain.flops.flops_per_token(config, model.specs)["model"] * 12 * 8 * 32
     seconds, basis = explain.estimate_seconds(config, model, mesh)
@@ -235,7 +235,7 @@ def test_float32_products_have_no_forecast(small):
     lines = []
     config = small(train__batch_size=64)
     explain.explain(config, {}, "configs/base.py", print=lines.append, topology="H100:64")
-    assert "H100 has no sure peak in float32; bfloat16 has one" in lines[0]
+    assert "H100 has no known peak in float32; use bfloat16" in lines[0]
     assert len(lines) == 1
 
 
@@ -255,7 +255,7 @@ def test_estimate_of_memory_is_near_the_compilers(small, dtype):
     config = resolve(
         small(model__d_model=128, data__seq_len=128, train__batch_size=32, model__dtype=dtype), 1024
     )
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    mesh = make_mesh(config, jax.devices()[:1])
     model = build.build_model(config, platform="cpu")
     compiled_bytes = aot.compiled_memory(aot.lower_step(config, model, mesh).compile())
     assert compiled_bytes["peak"] == sum(

@@ -161,7 +161,7 @@ def test_counts_and_flops_hold_the_gate():
 def test_statistics_of_attention(kind):
     """Against the taps themselves; padding does not count."""
     from lmscale_jax.data.batches import Batch
-    from lmscale_jax.model import mesh as meshes
+    from lmscale_jax.model.mesh import make_mesh
 
     config, model, params = make(attn_gate=kind)
     # As many windows as heads: a free gate has no axis of windows, whatever its shape.
@@ -169,7 +169,7 @@ def test_statistics_of_attention(kind):
     targets = np.where(np.arange(4)[:, None] < 2, ids, -1).astype(np.int32)
     with config.unlocked():
         config.train.batch_size, config.mesh.cpu_devices = 1, 1
-    mesh = meshes.make_mesh(config, jax.devices()[:1])
+    mesh = make_mesh(config, jax.devices()[:1])
     stats = attention_stats.evaluate_attention(
         attention_stats.make_attention_stats(model, mesh), params, [Batch(ids, targets)], mesh
     )

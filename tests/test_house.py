@@ -133,5 +133,5 @@ def test_no_file_names_a_machine_or_a_registry():
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue
-        found = [word for word in unwanted if word in text]
-        assert not found, f"{name(path)}: {found}"
+        matches = [word for word in unwanted if word in text]
+        assert not matches, f"{name(path)}: {matches}"

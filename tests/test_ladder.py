@@ -13,7 +13,7 @@ from conftest import ROOT, run, start
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.ladders import executors, plan
-from lmscale_jax.ladders import run as conduct
+from lmscale_jax.ladders.run import run_ladder
 from lmscale_jax.reports import ladder_report as page
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -163,7 +163,7 @@ def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
         "ray": executors.RayExecutor,
     }
     report = functools.partial(page.write_ladder_report, argv=[])
-    last = conduct.run_ladder(ladder, workdir, [], "verdict", report, make_executor=kinds[name])
+    last = run_ladder(ladder, workdir, [], "verdict", report, make_executor=kinds[name])
     assert "report:" in last and len(losses(workdir)) == 6
 
 
@@ -173,7 +173,7 @@ def test_an_executor_that_is_not_there(config, tmp_path):
     if executors.importlib.util.find_spec("submitit"):
         pytest.skip("submitit is installed")
     with pytest.raises(InputError, match=r"pip install 'lmscale_jax\[slurm\]'"):
-        conduct.run_ladder(ladder, tmp_path / "w", [], "verdict", page.write_ladder_report)
+        run_ladder(ladder, tmp_path / "w", [], "verdict", page.write_ladder_report)
     assert not (tmp_path / "w").exists()
 
 

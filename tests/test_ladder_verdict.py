@@ -9,8 +9,8 @@ import pytest
 from lmscale_jax.configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.ladders import executors, forecasts, plan, results, scheduler, verdict, worker
-from lmscale_jax.ladders import run as conduct
 from lmscale_jax.ladders.executors import EndedJob
+from lmscale_jax.ladders.run import run_ladder
 from lmscale_jax.reports import ladder_report as page
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -111,9 +111,7 @@ def ladder(corpus, monkeypatch, tmp_path):
 def go(config, workdir, law=loss_of, until="verdict", only=(), fails=()):
     oracle = Oracle(workdir, law, fails)
     log = []
-    last = conduct.run_ladder(
-        config, workdir, list(only), until, REPORT, log.append, lambda *_: oracle
-    )
+    last = run_ladder(config, workdir, list(only), until, REPORT, log.append, lambda *_: oracle)
     return oracle, log, last
 
 
@@ -320,7 +318,7 @@ def test_a_run_that_diverges_is_recorded_and_the_rest_go_on(ladder, tmp_path):
     config, workdir = ladder(seeds=2), tmp_path / "w"
     bad = plan.make_plan(config, print).with_role("anchor")[0].id
     oracle = Diverging(workdir, loss_of)
-    conduct.run_ladder(config, workdir, [], "verdict", REPORT, lambda line: None, lambda *_: oracle)
+    run_ladder(config, workdir, [], "verdict", REPORT, lambda line: None, lambda *_: oracle)
     judgement = read(workdir / "verdict.json")
     assert judgement["runs"] == {"diverged": 1, "finished": 23}
     assert [run["run_id"] for run in judgement["left_out"]] == [bad]

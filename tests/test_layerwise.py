@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon", "normuon")
 
 
-def made(n_layers=4, **changes):
+def config_and_model(n_layers=4, **changes):
     config = base.get_config()
     sizes = {"model.n_layers": n_layers, "model.d_model": 8, "model.n_heads": 2}
     sizes |= {"optim.weight_decay": 0.1, "train.steps": 40, "schedule.warmup": "1"}
@@ -30,7 +30,7 @@ def random_like(params, seed):
     return param.map_named(lambda _, x: chance.normal(size=x.shape).astype(x.dtype), params)
 
 
-def begun(config, model):
+def start(config, model):
     """(params, state, update) of a config's optimizer, from drawn parameters."""
     transform = optim.build_optimizer(config, model.param_rules)
     params = random_like(jax.eval_shape(model.init, jax.random.key(0)), 99)
@@ -45,16 +45,16 @@ def stacked_state(state, n_layers: int) -> dict[str, np.ndarray]:
     """All that an optimizer remembers of the blocks, by where it is."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     key = jax.tree_util.DictKey("blocks")
-    found = {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves if key in p}
-    assert found and all(x.shape[0] == n_layers for x in found.values())
-    return found
+    leaves_by_path = {jax.tree_util.keystr(p): np.asarray(x) for p, x in leaves if key in p}
+    assert leaves_by_path and all(x.shape[0] == n_layers for x in leaves_by_path.values())
+    return leaves_by_path
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_frozen_block_keeps_every_bit(name):
     """Its parameters, weight decay included, and all that the optimizer remembers of it."""
-    config, model = made(optim__name=name, freeze__mode="fixed", freeze__blocks="1,3")
-    params, state, update = begun(config, model)
+    config, model = config_and_model(optim__name=name, freeze__mode="fixed", freeze__blocks="1,3")
+    params, state, update = start(config, model)
     # A negative zero shows whether 0 is added; what is not a number whether it is multiplied.
     params["blocks"]["mlp"]["up"]["weight"][1, 0, 0] = -0.0
     before = jax.tree.map(np.array, params)
@@ -81,13 +81,13 @@ def test_a_frozen_block_keeps_every_bit(name):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_late_block_learns_like_an_early_one(name):
     """What a block does from the step on at which it begins is what it does when it begins at 0."""
-    late, model = made(
+    late, model = config_and_model(
         n_layers=2, optim__name=name, freeze__mode="unfreeze", freeze__every="5", optim__clip=0.0,
         optim__weight_decay=0.0, schedule__name="constant", schedule__warmup="0",
         **({"optim__momentum_warmup": "0"} if name == "muon" else {}),
     )  # fmt: skip
     assert layerwise.unfreeze_steps(late).tolist() == [0, 5]
-    params, state, update = begun(late, model)
+    params, state, update = start(late, model)
 
     def alike(tree):
         return tree | {"blocks": jax.tree.map(lambda x: np.array([x[0]] * 2), tree["blocks"])}
@@ -106,10 +106,10 @@ def test_a_late_block_learns_like_an_early_one(name):
 def test_which_blocks_learn_when():
     def steps(**changes):
         named = {f"freeze__{k}": v for k, v in changes.items()}
-        found = layerwise.unfreeze_steps(made(n_layers=8, **named)[0])
-        return ["never" if b == layerwise.NEVER else int(b) for b in found]
+        step_L = layerwise.unfreeze_steps(config_and_model(n_layers=8, **named)[0])
+        return ["never" if b == layerwise.NEVER else int(b) for b in step_L]
 
-    assert layerwise.unfreeze_steps(made()[0]) is None
+    assert layerwise.unfreeze_steps(config_and_model()[0]) is None
     assert steps(mode="fixed", blocks="0, 6") == ["never"] + [0] * 5 + ["never", 0]
     chosen = [steps(mode="random", count=3, seed=s) for s in range(20)]
     assert all(c.count("never") == 3 for c in chosen) and len(set(map(tuple, chosen))) > 10
@@ -128,8 +128,8 @@ def test_which_blocks_learn_when():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_factors_multiply_what_the_optimizer_made(name):
     """Scaling gradients would be cancelled by both; scaling updates is not."""
-    config, model = made(optim__name=name)
-    params, state, update = begun(config, model)
+    config, model = config_and_model(optim__name=name)
+    params, state, update = start(config, model)
     grads = random_like(params, 0)
     plain, _ = update(grads, state, params, step=5)
     factor_L = np.array([0.0, 0.5, 1.0, 2.0], np.float32)
@@ -140,16 +140,18 @@ def test_factors_multiply_what_the_optimizer_made(name):
 
 
 def test_each_block_may_have_a_lower_rate_than_the_one_above():
-    config, model = made(optim__block_lr_decay=0.5)
-    found = []
+    config, model = config_and_model(optim__block_lr_decay=0.5)
+    updates = []
     for decay in (1.0, 0.5):
         config.unlock()
         config.optim.block_lr_decay = decay
-        params, state, update = begun(config, model)
-        found.append(update(random_like(params, 0), state, params, step=5)[0])
-    ratio = found[1]["blocks"]["mlp"]["up"]["weight"] / found[0]["blocks"]["mlp"]["up"]["weight"]
+        params, state, update = start(config, model)
+        updates.append(update(random_like(params, 0), state, params, step=5)[0])
+    ratio = (
+        updates[1]["blocks"]["mlp"]["up"]["weight"] / updates[0]["blocks"]["mlp"]["up"]["weight"]
+    )
     np.testing.assert_allclose(ratio[:, 0, 0], [0.125, 0.25, 0.5, 1.0], rtol=1e-6)
-    assert np.array_equal(found[0]["embed"]["tokens"], found[1]["embed"]["tokens"])
+    assert np.array_equal(updates[0]["embed"]["tokens"], updates[1]["embed"]["tokens"])
 
 
 BAD = {
@@ -168,9 +170,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
-def test_bad_freezing_is_named(changes, said):
+@pytest.mark.parametrize(("changes", "parts"), BAD.values(), ids=BAD)
+def test_bad_freezing_is_named(changes, parts):
     with pytest.raises(InputError) as caught:
-        made(**{f"freeze__{k}": v for k, v in changes.items()})
-    for part in said:
+        config_and_model(**{f"freeze__{k}": v for k, v in changes.items()})
+    for part in parts:
         assert part in str(caught.value), str(caught.value)

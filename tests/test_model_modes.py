@@ -14,7 +14,7 @@ from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import attention_stats, suites
 from lmscale_jax.model import attention, build, costs, hf, memory  # noqa: F401
-from lmscale_jax.model import mesh as meshes
+from lmscale_jax.model.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -46,7 +46,7 @@ def gates_of(monkeypatch, activation):
     config, model, params = make(attn_gate="headwise", gate_bias_init=-0.5)
     with config.unlocked():
         config.train.batch_size, config.mesh.cpu_devices = 1, 1
-    mesh, ids = meshes.make_mesh(config, jax.devices()[:1]), np.asarray(tokens(2), np.int32)
+    mesh, ids = make_mesh(config, jax.devices()[:1]), np.asarray(tokens(2), np.int32)
     bounds = attention_stats.gate_range(config.model)
     statistics = attention_stats.evaluate_attention(
         attention_stats.make_attention_stats(model, mesh, bounds),

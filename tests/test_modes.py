@@ -18,8 +18,8 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
-from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.build import build_model
+from lmscale_jax.model.mesh import make_mesh
 from lmscale_jax.optim import build as optim
 from lmscale_jax.train import diagnostics, step
 
@@ -120,7 +120,7 @@ def program(changes: tuple) -> str:
     with config.ignore_type():
         config.update_from_flattened_dict(dict(changes))
     config = resolve(config)
-    mesh = meshes.make_mesh(config)
+    mesh = make_mesh(config)
     model = build_model(config, platform="cpu", mesh=mesh, bos_id=0)
     transform = optim.build_optimizer(config, model.param_rules, mesh, "cpu")
     placed = step.train_state_shardings(config, model, transform, mesh)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 RANGES = {"quintic": (0.68, 1.21), "polar_express": (0.85, 1.15), "stable": (0.999, 1.001)}
 
 
-def made(**changes):
+def config_and_model(**changes):
     """A small resolved config and its model."""
     config = base.get_config()
     sizes = {"model.n_layers": 3, "model.d_model": 16, "model.n_heads": 2, "optim.name": "muon"}
@@ -62,8 +62,8 @@ def test_singular_values_end_in_their_range(name, dtype):
     # Rounding to bfloat16, 2^-8 of a step's largest term, is not part of the map.
     slack = 0.0 if dtype == "float32" else 0.06
     x = jnp.stack([conditioned(16, 32, 3e-3, seed) for seed in range(4)])
-    found = spectra(muon.newton_schulz(3.0 * x, name, jnp.dtype(dtype)).astype(jnp.float32))
-    assert low - slack <= found.min() and found.max() <= high + slack
+    singular = spectra(muon.newton_schulz(3.0 * x, name, jnp.dtype(dtype)).astype(jnp.float32))
+    assert low - slack <= singular.min() and singular.max() <= high + slack
 
 
 @pytest.mark.parametrize("name", ["quintic", "polar_express"])
@@ -76,16 +76,16 @@ def test_random_matrices(name):
     middle, width = {"quintic": (0.92, 0.05), "polar_express": (1.01, 0.03)}[name]
     for x in (square, wide):
         out = muon.newton_schulz(x, name, jnp.float32)
-        found = spectra(out)
-        inside = (found >= low) & (found <= high)
-        assert found.max() <= high and inside.mean() >= 0.97
+        singular = spectra(out)
+        inside = (singular >= low) & (singular <= high)
+        assert singular.max() <= high and inside.mean() >= 0.97
         rms = math.sqrt(float(jnp.square(out).mean())) * math.sqrt(x.shape[2])
         assert abs(rms - middle) <= width
         assert inside.all() or x is square
         # The singular vectors stay those of x.
         u, _, v = np.linalg.svd(np.asarray(x, np.float64), full_matrices=False)
         inner = np.einsum("bmi,bmn,bin->bi", u, np.asarray(out, np.float64), v)
-        assert np.abs(inner - found).max() < 0.6 and (inner > 0).all()
+        assert np.abs(inner - singular).max() < 0.6 and (inner > 0).all()
 
 
 def test_bfloat16_is_near_float32():
@@ -100,16 +100,18 @@ def test_bfloat16_is_near_float32():
 
 def test_scale_of_the_gradient_does_not_matter():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 24)), jnp.float32)
-    one = muon.newton_schulz(x, "polar_express", jnp.float32)
+    alone = muon.newton_schulz(x, "polar_express", jnp.float32)
     for scale in (1e-6, 1e6):
         other = muon.newton_schulz(scale * x, "polar_express", jnp.float32)
-        np.testing.assert_allclose(one, other, atol=1e-4)
+        np.testing.assert_allclose(alone, other, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["muon", "normuon"])
 def test_transposed_matrices_get_the_transposed_update(name):
     """A wide and a tall matrix in one model, and both in one batch."""
-    config, _ = made(optim__name=name, optim__muon_scale="kj", optim__momentum_warmup="0")
+    config, _ = config_and_model(
+        optim__name=name, optim__muon_scale="kj", optim__momentum_warmup="0"
+    )
     specs = {
         "wide": param.Spec(("layers", "embed", "mlp"), (3, 8, 24), 1, "hidden"),
         "tall": param.Spec(("layers", "mlp", "embed"), (3, 24, 8), 1, "hidden"),
@@ -128,7 +130,7 @@ def test_transposed_matrices_get_the_transposed_update(name):
 
 @pytest.mark.parametrize(("name", "unit"), [("muon", "matrix"), ("normuon", "head")])
 def test_no_gradient_no_update(name, unit):
-    config, model = made(
+    config, model = config_and_model(
         optim__name=name,
         optim__muon_unit=unit,
         optim__weight_decay=0.0,
@@ -145,7 +147,7 @@ def test_no_gradient_no_update(name, unit):
 @pytest.mark.parametrize("kind", [{}, {"model__n_kv_heads": 1, "model__mlp": "swiglu"}])
 def test_the_first_step_is_that_of_optax(kind):
     """float32, the standard coefficients, t = 1, sqrt(max(1, out/in)); optax is told the axes."""
-    config, model = made(
+    config, model = config_and_model(
         optim__muon_coefficients="quintic", optim__muon_scale="kj", optim__momentum_warmup="0",
         **kind,
     )  # fmt: skip
@@ -162,13 +164,13 @@ def test_the_first_step_is_that_of_optax(kind):
     theirs = contrib.muon(1.0, muon_weight_dimension_numbers=dims)
     wanted, _ = jax.jit(theirs.update)(grads, jax.jit(theirs.init)(params), params)
     ours = muon.scale_by_muon(rows, config)
-    found, _ = jax.jit(ours.update)(grads, ours.init(params), step=0)
+    updates, _ = jax.jit(ours.update)(grads, ours.init(params), step=0)
     for path in rows:
-        np.testing.assert_allclose(found[path], -wanted[path], atol=2e-5, err_msg=path)
+        np.testing.assert_allclose(updates[path], -wanted[path], atol=2e-5, err_msg=path)
 
 
 def test_momentum_is_nesterovs_and_warms_up():
-    config, model = made(optim__momentum_warmup="4", train__steps=100)
+    config, model = config_and_model(optim__momentum_warmup="4", train__steps=100)
     assert [float(schedules.momentum_schedule(config)(t)) for t in (0, 2, 4, 50)] == pytest.approx(
         [0.85, 0.90, 0.95, 0.95]
     )
@@ -176,23 +178,23 @@ def test_momentum_is_nesterovs_and_warms_up():
     rows = {path: update_rules(model.param_rules, config)[path]}
     transform = muon.scale_by_muon(rows, config)
     update = jax.jit(transform.update)
-    one = {path: jnp.zeros(rows[path].spec.shape)}
-    state, m = transform.init(one), np.zeros(rows[path].spec.shape)
+    params = {path: jnp.zeros(rows[path].spec.shape)}
+    state, m = transform.init(params), np.zeros(rows[path].spec.shape)
     for t in range(3):
-        grads = random_like(one, seed=t)
-        found, state = update(grads, state, step=t)
+        grads = random_like(params, seed=t)
+        updates, state = update(grads, state, step=t)
         b, g = 0.85 + 0.1 * t / 4, np.asarray(grads[path], np.float64)
         m = b * m + (1 - b) * g
         ahead = b * m + (1 - b) * g
         np.testing.assert_allclose(state.momentum[path], m, atol=1e-6)
         wanted = muon.newton_schulz(jnp.asarray(ahead, jnp.float32), "polar_express", jnp.float32)
-        np.testing.assert_allclose(found[path] / 2, wanted, atol=1e-4)  # sqrt(64 / 16)
+        np.testing.assert_allclose(updates[path] / 2, wanted, atol=1e-4)  # sqrt(64 / 16)
 
 
 def test_normuon_evens_out_the_neurons():
     """Every neuron ends with the same mean square after one step; the Frobenius norm stays."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 24)), jnp.float32)
-    y, squares = muon.even_out(x, jnp.zeros((2, 24)), 0.9)
+    y, squares = muon.normalize_neurons(x, jnp.zeros((2, 24)), 0.9)
     np.testing.assert_allclose(squares, 0.1 * np.square(x).mean(axis=1), rtol=1e-5)
     mean = np.square(y).mean(axis=1)
     np.testing.assert_allclose(mean, np.broadcast_to(mean[:, :1], mean.shape), rtol=1e-4)
@@ -201,19 +203,19 @@ def test_normuon_evens_out_the_neurons():
     # A square matrix has its neurons along fan-out, the last axis.
     spec = param.Spec(("layers", "embed", "heads", "head_dim"), (3, 16, 2, 8), 1, "hidden")
     layout = muon.as_matrices(spec, "matrix")
-    assert layout.cut(jnp.zeros(spec.shape)).shape == (3, 16, 16)
+    assert layout.split(jnp.zeros(spec.shape)).shape == (3, 16, 16)
     assert layout.order == (0, 1, 2, 3)
 
 
 def test_each_head_on_its_own():
-    config, model = made(optim__muon_unit="head", optim__momentum_warmup="0")
+    config, model = config_and_model(optim__muon_unit="head", optim__momentum_warmup="0")
     rules_by_path = update_rules(model.param_rules, config)
     rows = {p: rule for p, rule in rules_by_path.items() if rule.optimizer == "muon"}
     grads = random_like({path: jnp.zeros(row.spec.shape) for path, row in rows.items()})
     transform = muon.scale_by_muon(rows, config)
-    found, _ = jax.jit(transform.update)(grads, transform.init(grads), step=0)
-    query = np.asarray(found["blocks/attention/query/weight"])  # [layers, embed, heads, head_dim]
-    out = np.asarray(found["blocks/attention/out/weight"])  # [layers, heads, head_dim, embed]
+    updates, _ = jax.jit(transform.update)(grads, transform.init(grads), step=0)
+    query = np.asarray(updates["blocks/attention/query/weight"])  # [layers, embed, heads, head_dim]
+    out = np.asarray(updates["blocks/attention/out/weight"])  # [layers, heads, head_dim, embed]
     for layer in range(3):
         for head in range(2):
             for matrix in (query[layer, :, head], out[layer, head]):
@@ -229,7 +231,7 @@ ALL = {"muon": "adamw", "normuon": "adamw", "adamw": "adamw", "sgd": "sgd", "lio
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_every_parameter_is_in_one_group(name, head):
-    config, model = made(optim__name=name, model__head=head, model__bias=True)
+    config, model = config_and_model(optim__name=name, model__head=head, model__bias=True)
     rules_by_path = update_rules(model.param_rules, config)
     shares = {path: rule.optimizer for path, rule in rules_by_path.items()}
     for path, row in model.param_rules.items():
@@ -259,7 +261,7 @@ def test_every_parameter_is_in_one_group(name, head):
 @pytest.mark.parametrize("m", [1, 2, 4])
 def test_learning_rate_factors_keep_the_spectral_condition(scale, m):
     """Scale times factor must grow like sqrt(out/in); never Adam's 1/m."""
-    config, model = made(
+    config, model = config_and_model(
         parametrization__name="mup", parametrization__base_width=16, model__d_model=16 * m,
         model__n_heads=2 * m, optim__muon_scale=scale, optim__momentum_warmup="0",
     )  # fmt: skip
@@ -278,7 +280,7 @@ def test_learning_rate_factors_keep_the_spectral_condition(scale, m):
 
 
 def test_heads_of_their_own_lower_the_rate_as_heads_are_added():
-    config, model = made(
+    config, model = config_and_model(
         parametrization__name="mup", parametrization__base_width=16, model__d_model=64,
         model__n_heads=8, optim__muon_unit="head",
     )  # fmt: skip
@@ -289,7 +291,9 @@ def test_heads_of_their_own_lower_the_rate_as_heads_are_added():
 
 def test_cautious_decay_only_helps_the_update():
     for where in ("everywhere", "cautious"):
-        config, model = made(optim__decay_where=where, optim__weight_decay=0.1, optim__clip=0.0)
+        config, model = config_and_model(
+            optim__decay_where=where, optim__weight_decay=0.1, optim__clip=0.0
+        )
         params = random_like(jax.eval_shape(model.init, jax.random.key(0)), seed=1)
         transform = optim.build_optimizer(config, model.param_rules)
         grads, state = random_like(params), jax.jit(transform.init)(params)

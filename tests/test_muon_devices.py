@@ -39,12 +39,12 @@ def trained(settings, workdir, **changes):
     ],
 )
 def test_eight_devices_train_alike(settings, tmp_path, name, grid):
-    one = trained(settings, tmp_path / "one", **{"mesh.cpu_devices": 1, "optim.name": name})
+    single = trained(settings, tmp_path / "single", **{"mesh.cpu_devices": 1, "optim.name": name})
     workdir = tmp_path / "eight"
     eight = {"mesh.cpu_devices": 8, "optim.name": name} | GRIDS[grid]
     many = trained(settings, workdir, **eight)
     assert record(workdir)["device"]["count"] == 8
-    for a, b in zip(many, one, strict=True):
+    for a, b in zip(many, single, strict=True):
         assert a.keys() == b.keys()
         for key, value in a.items():
             # An orthogonal direction carries the rounding of its smallest singular values.
@@ -61,10 +61,10 @@ COLLECTIVE = re.compile(
 
 def computations(text: str) -> dict[str, str]:
     """The body of every computation of an HLO module by its name."""
-    found = {}
+    bodies = {}
     for name, body in re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S):
-        found[name] = body
-    return found
+        bodies[name] = body
+    return bodies
 
 
 def reached(parts: dict[str, str], name: str, seen: set) -> set:

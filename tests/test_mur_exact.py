@@ -80,27 +80,27 @@ def tokens(config, seed=0):
 
 
 def ours(config, model, params, batch, key=None, measure=()):
-    """(gradient of loss mode, what was taken)."""
+    """Returns (gradient of the objective, statistics)."""
     mur = objective.make_objective(config)
     grid, n_targets = mesh.make_mesh(config, jax.devices()[:1]), step.count_targets(batch)
     # The keys of draws are functions of step and micro-batch.
-    asked = mur.ask(mur.begin(), jnp.int32(3), measure)
-    gradient = step.make_gradient(config, model, grid, n_targets, asked)
-    _, (grads, slot_bars) = jax.jit(gradient)(params, asked.slots, *batch, key)
-    return grads, asked.taken(slot_bars)
+    request = mur.request_stats(mur.init_means(), jnp.int32(3), measure)
+    gradient = step.make_gradient(config, model, grid, n_targets, request)
+    _, (grads, buffer_grads) = jax.jit(gradient)(params, request.stat_buffers, *batch, key)
+    return grads, request.read_stats(buffer_grads)
 
 
 def oracle(config, model, params, batch, key=None):
     """Two passes for each micro-batch, weighted by its share of the targets."""
     mur, accum = config.mur, config.train.accum
     how = utility.Measure(mur.metric, mur.eps)
-    asked = objective.make_objective(config).ask({}, jnp.int32(3), ())
+    request = objective.make_objective(config).request_stats({}, jnp.int32(3), ())
     n, total = (batch.targets_BxT >= 0).sum(), None
     for index in range(accum):
         rows = slice(index * 4 // accum, (index + 1) * 4 // accum)
         part = Batch(*(x[rows] for x in batch))
         weigh = functools.partial(
-            utility.token_weights, mur.reduce, key=jax.random.fold_in(asked._key, index),
+            utility.token_weights, mur.reduce, key=jax.random.fold_in(request._key, index),
             k=mur.sample_k, share=mur.top_share,
         )  # fmt: skip
         share = (part.targets_BxT >= 0).sum() / n
@@ -112,14 +112,14 @@ def oracle(config, model, params, batch, key=None):
     return total
 
 
-def relative(found, wanted) -> float:
+def relative(grads, expected) -> float:
     """Largest difference of any array over its largest entry, or a thousandth of the tree's."""
-    least = 1e-3 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted))
+    least = 1e-3 * max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
 
-    def one(a, b):
+    def difference(a, b):
         return float(jnp.abs(a - b).max()) / max(float(jnp.abs(b).max()), least)
 
-    return max(jax.tree.leaves(jax.tree.map(one, found, wanted)))
+    return max(jax.tree.leaves(jax.tree.map(difference, grads, expected)))
 
 
 @pytest.mark.parametrize(
@@ -128,16 +128,16 @@ def relative(found, wanted) -> float:
 def test_gradient_is_that_of_the_definition(case):
     config, model, params, batch = setup((CASES | SLOW)[case])
     key = jax.random.key(5) if config.model.dropout else None
-    found, taken = ours(config, model, params, batch, key)
-    assert relative(found, oracle(config, model, params, batch, key)) < 1e-5
-    assert taken["hinge"].max() > 0
+    grads, stats = ours(config, model, params, batch, key)
+    assert relative(grads, oracle(config, model, params, batch, key)) < 1e-5
+    assert stats["hinge"].max() > 0
 
 
 def test_it_is_not_the_gradient_of_the_loss_alone():
     config, model, params, batch = setup({"model.stack": "scan"})
-    found, _ = ours(config, model, params, batch)
+    grads, _ = ours(config, model, params, batch)
     plain = jax.grad(lambda p: model.losses(p, *batch).sum() / (batch.targets_BxT >= 0).sum())
-    assert relative(found, jax.jit(plain)(params)) > 1e-2
+    assert relative(grads, jax.jit(plain)(params)) > 1e-2
 
 
 @pytest.mark.slow
@@ -148,17 +148,17 @@ def test_one_combined_pull_back_is_the_same():
     both = (
         f(config, model, how, 30.0, layers, weigh) for f in (mur_forms.combined, mur_forms.two_pass)
     )
-    one, two = (jax.jit(f)(params, batch)[1] for f in both)
-    assert relative(one, two) < 1e-5
+    combined, two_pass = (jax.jit(f)(params, batch)[1] for f in both)
+    assert relative(combined, two_pass) < 1e-5
 
 
 @pytest.mark.slow
 def test_bfloat16_products():
     """Both forms round, in different places; the directions agree."""
     config, model, params, batch = setup({"model.dtype": "bfloat16", "mur.start": 0.0})
-    found, _ = ours(config, model, params, batch)
-    wanted = oracle(config, model, params, batch)
-    a, b = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (found, wanted))
+    grads, _ = ours(config, model, params, batch)
+    expected = oracle(config, model, params, batch)
+    a, b = (jnp.concatenate([x.ravel() for x in jax.tree.leaves(t)]) for t in (grads, expected))
     assert float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b)) > 0.999
 
 
@@ -200,11 +200,11 @@ def test_finite_differences_of_the_objective_with_g_held(metric):
         return float(value(jax.tree.map(lambda p, d: p + t / length * d, params, grads)))
 
     slopes = [(at(t) - at(-t)) / (2 * t) for t in (0.002, 0.004)]
-    found = (4 * slopes[0] - slopes[1]) / 3
-    assert found == pytest.approx(float(length), rel=3e-3)
+    extrapolated = (4 * slopes[0] - slopes[1]) / 3
+    assert extrapolated == pytest.approx(float(length), rel=3e-3)
 
 
-WATCHING = {
+DIAGNOSE = {
     "mur.mode": "diagnose", "mur.tau": 0.1, "mur.lambda_max": 0.1, "mur.warmup": "5%",
     "mur.ramp": "10%",
 }  # fmt: skip
@@ -213,8 +213,8 @@ WATCHING = {
 @pytest.mark.parametrize("stack", ["scan", pytest.param("unroll", marks=pytest.mark.slow)])
 def test_watching_changes_nothing(stack):
     """Diagnose mode: the same gradient, and statistics as two passes give them."""
-    config, model, params, batch = setup(WATCHING | {"model.stack": stack})
-    found, taken = ours(config, model, params, batch, measure=("mur",))
+    config, model, params, batch = setup(DIAGNOSE | {"model.stack": stack})
+    grads, stats = ours(config, model, params, batch, measure=("mur",))
     probes, n = mur_forms._zeros(config, batch), (batch.targets_BxT >= 0).sum()
 
     def forward(params, probes):
@@ -223,39 +223,39 @@ def test_watching_changes_nothing(stack):
 
     both = jax.grad(forward, argnums=(0, 1), has_aux=True)
     (plain, g), deltas = jax.jit(both)(params, probes)
-    assert relative(found, plain) < 1e-5
+    assert relative(grads, plain) < 1e-5
     for layer in range(4):
-        wanted = utility.utility_statistics(
+        expected = utility.utility_statistics(
             objective.REPORTED, utility.Measure("cos", 1e-6), n * g[layer, 0], deltas[layer, 0],
             batch.targets_BxT >= 0, None, 0.1,
         )  # fmt: skip
-        for name, value in zip(objective.REPORTED, wanted, strict=True):
-            np.testing.assert_allclose(taken[name][layer, 0], value, rtol=1e-4, atol=1e-6)
+        for name, value in zip(objective.REPORTED, expected, strict=True):
+            np.testing.assert_allclose(stats[name][layer, 0], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_utilities_do_not_depend_on_the_batch(metric):
     """The same sequence alone, among two and among four."""
     _, model, params, batch = setup({"mur.metric": metric})
-    found = []
+    utilities = []
     for size in (1, 2, 4):
         part = Batch(*(x[-size:] for x in batch))
-        taking = objective.streams.UtilitySpec(utility.Measure(metric, 1e-6), ())
+        spec = objective.streams.UtilitySpec(utility.Measure(metric, 1e-6), ())
         n = (part.targets_BxT >= 0).sum()
-        known = objective.streams.BackwardInputs(
+        inputs = objective.streams.BackwardInputs(
             part.targets_BxT >= 0, n, jnp.zeros((4, 1)), 0.0, None
         )
 
-        def loss(slots):
-            around = objective.streams.UtilityProbe(taking, slots, known, range(4), ("block",))  # noqa: B023
-            return model.losses(params, *part, None, around).sum() / n  # noqa: B023
+        def loss(stat_buffers):
+            probe = objective.streams.UtilityProbe(spec, stat_buffers, inputs, range(4), ("block",))  # noqa: B023
+            return model.losses(params, *part, None, probe).sum() / n  # noqa: B023
 
-        values = jax.jit(jax.grad(loss))(taking.slots(4, 1, part.tokens_BxT.size))
-        found.append(np.asarray(values).reshape(4, 3, size, -1)[:, :, -1])
-    for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], rtol=2e-4, atol=1e-6)
+        values = jax.jit(jax.grad(loss))(spec.stat_buffers(4, 1, part.tokens_BxT.size))
+        utilities.append(np.asarray(values).reshape(4, 3, size, -1)[:, :, -1])
+    for other in utilities[1:]:
+        np.testing.assert_allclose(other, utilities[0], rtol=2e-4, atol=1e-6)
     # The last position has no label and nothing after it: no gradient there, hence masked.
-    assert not found[0][:, 2, -1].any() and found[0][:, 2, :-1].all()
+    assert not utilities[0][:, 2, -1].any() and utilities[0][:, 2, :-1].all()
 
 
 EIGHT = """
@@ -269,15 +269,15 @@ import jax.numpy as jnp
 changes = {"train.batch_size": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
 for more in ({}, {"model.stack": "scan", "mur.granularity": "branch"}):
     config, model, params, batch = t.setup(changes | {"mesh.cpu_devices": 8} | more)
-    wanted = t.oracle(config, model, params, batch)
+    expected = t.oracle(config, model, params, batch)
     grid = mesh.make_mesh(config)
     params = jax.device_put(params, mesh.param_shardings(model.specs, grid))
     batch = jax.device_put(batch, jax.sharding.NamedSharding(grid, mesh.BATCH))
     mur = objective.make_objective(config)
-    asked = mur.ask(mur.begin(), jnp.int32(3), ("mur",))
-    gradient = step.make_gradient(config, model, grid, step.count_targets(batch), asked)
-    _, (grads, _) = jax.jit(gradient)(params, asked.slots, *batch, None)
-    print(len(jax.devices()), t.relative(jax.device_get(grads), jax.device_get(wanted)))
+    request = mur.request_stats(mur.init_means(), jnp.int32(3), ("mur",))
+    gradient = step.make_gradient(config, model, grid, step.count_targets(batch), request)
+    _, (grads, _) = jax.jit(gradient)(params, request.stat_buffers, *batch, None)
+    print(len(jax.devices()), t.relative(jax.device_get(grads), jax.device_get(expected)))
 """
 
 

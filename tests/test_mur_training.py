@@ -9,8 +9,8 @@ import pytest
 from conftest import finish, record
 
 from lmscale_jax.model import mesh
-from lmscale_jax.train import run as runs
 from lmscale_jax.train import step
+from lmscale_jax.train.run import build_run
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -19,25 +19,23 @@ UPDATE = {"mur__mode": "update", "mur__tau": 0.5, "mur__alpha": 0.4}
 
 
 def prepared(small, **changes):
-    return runs.build_run(
-        small(**({"mesh__cpu_devices": 1} | changes)), None, say=lambda line: None
-    )
+    return build_run(small(**({"mesh__cpu_devices": 1} | changes)), None, say=lambda line: None)
 
 
-def steps_of(setup, count: int, measure=()):
+def steps_of(run, count: int, measure=()):
     """(state, metrics) after `count` steps."""
-    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
+    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
     for t in range(count):
-        batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
+        batch = mesh.put_batch(run.batches.at(t), run.mesh)
         state, metrics = take(state, batch, measure=measure)
     return jax.device_get(state), jax.device_get(metrics)
 
 
-def update_of(setup):
+def update_of(run):
     """The parameters' change in the first step."""
-    before = jax.device_get(setup.model.init(jax.random.key(0)))
-    state, metrics = steps_of(setup, 1, ("mur",))
+    before = jax.device_get(run.model.init(jax.random.key(0)))
+    state, metrics = steps_of(run, 1, ("mur",))
     return jax.tree.map(lambda a, b: a - b, state.params, before), metrics
 
 
@@ -48,7 +46,7 @@ def plain_update(settings):
     config = base.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict(settings | NO_RAMP | {"mesh.cpu_devices": 1})
-    return update_of(runs.build_run(config, None, say=lambda line: None))[0]
+    return update_of(build_run(config, None, say=lambda line: None))[0]
 
 
 # A rate at once, and parameters so far from 0 that rounding does not hide their change.
@@ -59,15 +57,17 @@ HERE = {k.replace(".", "__"): v for k, v in NO_RAMP.items()}
 AT_ONCE = {"mur__warmup": "0", "mur__ramp": "0", "mur__start": 0.5, "mur__end": 1.0}
 
 
-def largest(found, wanted) -> float:
-    """Of the differences of blocks' updates, beside the updates' own size."""
-    pairs = zip(jax.tree.leaves(found["blocks"]), jax.tree.leaves(wanted["blocks"]), strict=True)
+def largest(updates, expected) -> float:
+    """Returns the largest relative difference between the updates of blocks."""
+    pairs = zip(
+        jax.tree.leaves(updates["blocks"]), jax.tree.leaves(expected["blocks"]), strict=True
+    )
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
 def test_factor_on_updates_multiplies_the_update(small, plain_update):
     """The chosen block's update is larger by the factor that is logged, the other's is not."""
-    found, metrics = update_of(prepared(small, **UPDATE, **HERE, **AT_ONCE))
+    updates, metrics = update_of(prepared(small, **UPDATE, **HERE, **AT_ONCE))
     factor_L = metrics["mur/multiplier"]
     assert factor_L[0] == 1 and 1.1 < factor_L[1] < 1.4
     # One step: the running mean is the step's own utility.
@@ -76,10 +76,10 @@ def test_factor_on_updates_multiplies_the_update(small, plain_update):
     def expected(u):
         return u * factor_L.reshape(-1, *[1] * (u.ndim - 1))
 
-    wanted = plain_update | {"blocks": jax.tree.map(expected, plain_update["blocks"])}
-    assert largest(found, wanted) < 1e-4
+    expected_updates = plain_update | {"blocks": jax.tree.map(expected, plain_update["blocks"])}
+    assert largest(updates, expected_updates) < 1e-4
     for a, b in zip(
-        jax.tree.leaves(found["embed"]), jax.tree.leaves(plain_update["embed"]), strict=True
+        jax.tree.leaves(updates["embed"]), jax.tree.leaves(plain_update["embed"]), strict=True
     ):
         np.testing.assert_array_equal(a, b)
 
@@ -87,40 +87,40 @@ def test_factor_on_updates_multiplies_the_update(small, plain_update):
 def test_factor_on_gradients_is_cancelled_by_adam(small, plain_update):
     """The original's form: the same factor, and the update stays what it was."""
     changes = UPDATE | {"mur__apply_to": "grads"} | HERE | AT_ONCE
-    found, metrics = update_of(prepared(small, **changes))
+    updates, metrics = update_of(prepared(small, **changes))
     assert metrics["mur/multiplier"][1] > 1.1
-    assert largest(found, plain_update) < 1e-4
+    assert largest(updates, plain_update) < 1e-4
 
 
 def test_running_means_and_thresholds(small):
     """ū is the mean with decay, corrected for its beginning; tau from it, before the step."""
-    setup = prepared(
+    run = prepared(
         small, **UPDATE, mur__decay=0.5, mur__tau_kind="quantile", mur__start=0.0, mur__end=1.0
     )
-    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
+    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
     sums, weight, last_tau = 0.0, 0.0, np.zeros(2)
     for t in range(3):
-        batch = mesh.put_batch(setup.batches.at(t), setup.mesh)
+        batch = mesh.put_batch(run.batches.at(t), run.mesh)
         state, metrics = take(state, batch, measure=("mur",))
         np.testing.assert_allclose(metrics["mur/tau"], last_tau, rtol=1e-5)
         sums, weight = 0.5 * sums + 0.5 * metrics["mur/p50"].mean(), 0.5 * weight + 0.5
         last_tau = np.full(2, sums / weight)
-    kept = state.utility
-    assert set(kept["sums"]) == {"quantile", "utility"}
-    mean_L = kept["sums"]["utility"][:, 0] / kept["weight"]
+    means = state.utility
+    assert set(means["sums"]) == {"quantile", "utility"}
+    mean_L = means["sums"]["utility"][:, 0] / means["weight"]
     # The factor in force is that of the means with this step's own.
     low_L = np.maximum(0, last_tau - np.asarray(mean_L))
-    strength = 1.0 if setup.config.train.steps == 0 else min(1, max(0, (2 - 1) / 2))
+    strength = 1.0 if run.config.train.steps == 0 else min(1, max(0, (2 - 1) / 2))
     np.testing.assert_allclose(metrics["mur/multiplier"], 1 + 0.4 * strength * low_L, rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_bad_batch_leaves_the_running_means(small):
-    setup = prepared(small, **UPDATE)
-    state = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
-    batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
+    run = prepared(small, **UPDATE)
+    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+    batch = mesh.put_batch(run.batches.at(0), run.mesh)
     state, _ = take(state, batch)
     embed = jax.tree.map(lambda x: x * np.nan, state.params["embed"])
     broken = state._replace(params=state.params | {"embed": embed})
@@ -135,13 +135,11 @@ def test_off_costs_nothing(small):
     """Without the mode, and on steps that do not report in diagnose mode, the same program."""
 
     def program(**changes):
-        setup = prepared(small, **changes)
-        optimizer = lambda _: setup.transform  # noqa: E731
-        train_step = step.make_train_step(setup.config, setup.model, optimizer, setup.mesh)
-        state = jax.eval_shape(
-            lambda: step.initial_state(setup.config, setup.model, setup.transform, 0)
-        )
-        return jax.jit(train_step).lower(state, setup.batches.at(0)).as_text()
+        run = prepared(small, **changes)
+        optimizer = lambda _: run.transform  # noqa: E731
+        train_step = step.make_train_step(run.config, run.model, optimizer, run.mesh)
+        state = jax.eval_shape(lambda: step.initial_state(run.config, run.model, run.transform, 0))
+        return jax.jit(train_step).lower(state, run.batches.at(0)).as_text()
 
     assert program() == program(mur__mode="diagnose")
 
@@ -165,8 +163,8 @@ def test_runs_log_the_utility(train, tmp_path):
         assert line["mur/hinge"][1] == pytest.approx(0.5 - line["mur/mean"][1], rel=1e-4)
         assert ("block_influence" in line) == (line["step"] % 4 == 0)
     assert len(lines[-1]["layer_drop"]) == len(lines[-1]["block_influence"]) == 2
-    said = record(workdir)["choices"]["mur"]
-    assert said == "loss: cos, blocks 1 to 1 of 2, λ 0.1 from step 2 to 6"
+    line = record(workdir)["choices"]["mur"]
+    assert line == "loss: cos, blocks 1 to 1 of 2, λ 0.1 from step 2 to 6"
 
 
 @pytest.mark.slow
@@ -176,8 +174,8 @@ def test_eight_devices_and_a_restart_train_alike(train, tmp_path, mode):
     changes = (LOSS if mode == "loss" else UPDATE) | {"mur__reduce": "sample_k"}
     changes |= {"mur__sample_k": 4, "log__tensorboard": False, "eval__sample": 0}
     grid = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__cpu_devices": 8}
-    one, eight = tmp_path / "one", tmp_path / "eight"
-    assert finish(train(one, **changes, mesh__cpu_devices=1))[0] == 0
+    single, eight = tmp_path / "single", tmp_path / "eight"
+    assert finish(train(single, **changes, mesh__cpu_devices=1))[0] == 0
     assert finish(train(eight, **changes, **grid))[0] == 0
     # As a kill after the first checkpoints would leave it.
     import shutil
@@ -190,7 +188,7 @@ def test_eight_devices_and_a_restart_train_alike(train, tmp_path, mode):
         assert finish(train(eight, **changes, **grid))[0] == 0
     ours, theirs = (
         [json.loads(x) for x in (w / "metrics.jsonl").read_text().splitlines()]
-        for w in (eight, one)
+        for w in (eight, single)
     )
     assert len(ours) == len(theirs) > 4
     for a, b in zip(ours, theirs, strict=True):
@@ -207,8 +205,8 @@ def test_strength():
     config = base.get_config()
     config.mur.update({"mode": "loss", "warmup": "10", "ramp": "20"})
     mur = objective.make_objective(resolve(config, 64))
-    found = [float(mur.strength(jnp.int32(t))) for t in (0, 9, 10, 20, 30, 500)]
-    assert found == [0, 0, 0, 0.5, 1, 1]
+    strengths = [float(mur.strength(jnp.int32(t))) for t in (0, 9, 10, 20, 30, 500)]
+    assert strengths == [0, 0, 0, 0.5, 1, 1]
     config.mur.ramp = "0"
     mur = objective.make_objective(resolve(config, 64))
     assert [float(mur.strength(jnp.int32(t))) for t in (9, 10)] == [0, 1]

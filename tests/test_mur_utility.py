@@ -27,8 +27,8 @@ def test_definitions():
     lengths = np.linalg.norm(g, axis=1), np.linalg.norm(delta, axis=1)
     wanted = {"raw": dot, "cos": dot / (lengths[0] * lengths[1]), "proj": dot / lengths[0] ** 2}
     for metric, values in wanted.items():
-        found = utility.token_utilities(Measure(metric, 1e-6), g, delta, LABELLED)
-        np.testing.assert_allclose(found, values, rtol=1e-5)
+        utilities = utility.token_utilities(Measure(metric, 1e-6), g, delta, LABELLED)
+        np.testing.assert_allclose(utilities, values, rtol=1e-5)
 
 
 def test_eps_is_relative_and_zeros_are_harmless():
@@ -39,10 +39,10 @@ def test_eps_is_relative_and_zeros_are_harmless():
     # One token a thousand times smaller than the floor: its cosine shrinks, the others stay.
     tiny = g.copy()
     tiny[0] *= 1e-9
-    found = utility.token_utilities(how, tiny, delta, LABELLED)
-    assert abs(found[0]) < 2e-3
+    utilities = utility.token_utilities(how, tiny, delta, LABELLED)
+    assert abs(utilities[0]) < 2e-3
     np.testing.assert_allclose(
-        found[1:], utility.token_utilities(how, g, delta, LABELLED)[1:], rtol=1e-6
+        utilities[1:], utility.token_utilities(how, g, delta, LABELLED)[1:], rtol=1e-6
     )
     for metric in ("cos", "proj", "raw"):
         for a, b in ((g * 0, delta), (g, delta * 0), (g * 0, delta * 0)):
@@ -62,8 +62,10 @@ def test_weights():
         return np.asarray(utility.token_weights(reduce, nll_BxT, labelled_BxT, key, k, share))
 
     for reduce in ("mean", "sample_k", "top_loss"):
-        found = weigh(reduce)
-        assert found.sum() == pytest.approx(1) and not found[~np.asarray(labelled_BxT)].any()
+        weight_BxT = weigh(reduce)
+        assert (
+            weight_BxT.sum() == pytest.approx(1) and not weight_BxT[~np.asarray(labelled_BxT)].any()
+        )
         assert not weigh(reduce, labelled_BxT=labelled_BxT & False).any()
     # Each of a sequence's positions at most once, all where fewer than k have a label.
     assert ((weigh("sample_k") > 0).sum(axis=1) == [3, 4, 4]).all()
@@ -78,22 +80,22 @@ def test_statistics():
     labelled_BxT = LABELLED.reshape(3, 4)
     how = Measure("cos", 1e-6, level=0.7)
     weight_N = jnp.where(LABELLED, 1 / 9, 0.0)
-    found = utility.utility_statistics(
+    statistics = utility.utility_statistics(
         utility.STATISTICS, how, g, delta, labelled_BxT, weight_N, 0.1
     )
-    found = dict(zip(utility.STATISTICS, np.asarray(found), strict=True))
+    statistics = dict(zip(utility.STATISTICS, np.asarray(statistics), strict=True))
     u = np.asarray(utility.token_utilities(how, g, delta, LABELLED))
     u_S, keep = u[LABELLED], np.asarray(LABELLED)
-    assert found["mean"] == pytest.approx(u_S.mean(), rel=1e-5)
-    assert found["utility"] == pytest.approx(u_S.mean(), rel=1e-5)
-    assert found["hinge"] == pytest.approx(max(0, 0.1 - u_S.mean()), rel=1e-5)
+    assert statistics["mean"] == pytest.approx(u_S.mean(), rel=1e-5)
+    assert statistics["utility"] == pytest.approx(u_S.mean(), rel=1e-5)
+    assert statistics["hinge"] == pytest.approx(max(0, 0.1 - u_S.mean()), rel=1e-5)
     for name, q in (("p10", 0.1), ("p50", 0.5), ("p90", 0.9), ("quantile", 0.7)):
-        assert found[name] == pytest.approx(np.quantile(u_S, q), rel=1e-4, abs=1e-6), name
-    assert found["frac_below_tau"] == pytest.approx((u_S < 0.1).mean())
-    assert found["delta_norm"] == pytest.approx(np.linalg.norm(delta[keep], axis=1).mean())
-    assert found["grad_norm"] == pytest.approx(np.linalg.norm(g[keep], axis=1).mean())
+        assert statistics[name] == pytest.approx(np.quantile(u_S, q), rel=1e-4, abs=1e-6), name
+    assert statistics["frac_below_tau"] == pytest.approx((u_S < 0.1).mean())
+    assert statistics["delta_norm"] == pytest.approx(np.linalg.norm(delta[keep], axis=1).mean())
+    assert statistics["grad_norm"] == pytest.approx(np.linalg.norm(g[keep], axis=1).mean())
     each = u_S.reshape(3, 3).mean(axis=1)
-    assert found["stderr"] == pytest.approx(each.std(ddof=1) / np.sqrt(3), rel=1e-4)
+    assert statistics["stderr"] == pytest.approx(each.std(ddof=1) / np.sqrt(3), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_absolute_blocks():
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"mode": "loss", "first_block": 4}, "first_block=4"),
         ({"mode": "loss", "first_block": 2, "last_block": 1}, "last_block=1"),
@@ -137,9 +139,9 @@ def test_absolute_blocks():
         ({"tau": 0.1}, "tau=0.1"),
     ],
 )
-def test_misuse_is_one_line(changes, said):
+def test_misuse_is_one_line(changes, message):
     config = base.get_config()
     config.mur.update(changes)
-    with pytest.raises(InputError, match=f"config.mur.{said}") as caught:
+    with pytest.raises(InputError, match=f"config.mur.{message}") as caught:
         resolve(config)
     assert "\n" not in str(caught.value)

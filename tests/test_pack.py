@@ -113,5 +113,5 @@ def test_what_differs_in_more_than_numbers_is_no_pack(small, tmp_path):
     assert pack.pack_signature(first) == pack.pack_signature(
         small(**COMMON, model__d_model=16, seed=5)
     )
-    with pytest.raises(InputError, match=r"config\.model\.d_model is 16 and 32 in members"):
+    with pytest.raises(InputError, match=r"config\.model\.d_model=16 and 32 differs between"):
         pack.run_pack([(first, tmp_path / "a"), (two, tmp_path / "b")], quiet)

@@ -200,9 +200,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("changes", "said"), BAD.values(), ids=BAD)
-def test_bad_sizes_are_named(changes, said):
+@pytest.mark.parametrize(("changes", "parts"), BAD.values(), ids=BAD)
+def test_bad_sizes_are_named(changes, parts):
     with pytest.raises(InputError) as caught:
         make(**changes)
-    for part in said:
+    for part in parts:
         assert part in str(caught.value), str(caught.value)

@@ -11,7 +11,7 @@ from conftest import run
 from lmscale_jax.errors import InputError
 from lmscale_jax.sweeps import lr_transfer as transfer
 from lmscale_jax.sweeps import population
-from lmscale_jax.train import run as runs
+from lmscale_jax.train.run import build_run
 
 
 @pytest.mark.parametrize(
@@ -34,31 +34,31 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     ]
     if optimizer == "muon":
         numbers[0]["optim__muon_lr"], numbers[1]["optim__muon_lr"] = 0.01, 0.03
-    each = [runs.build_run(small(**changes, **n), None, say=lambda line: None) for n in numbers]
-    result = population.train_population([setup.config for setup in each], each[0].data)
+    runs = [build_run(small(**changes, **n), None, say=lambda line: None) for n in numbers]
+    result = population.train_population([alone.config for alone in runs], runs[0].data)
     assert result.train_loss_KxS.shape == (2, 30)
-    for k, setup in enumerate(each):
-        begin = functools.partial(step.initial_state, setup.config, setup.model, setup.transform)
-        state = jax.jit(lambda b=begin, s=setup.config.seed: b(s))()
-        take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
+    for k, alone in enumerate(runs):
+        begin = functools.partial(step.initial_state, alone.config, alone.model, alone.transform)
+        state = jax.jit(lambda b=begin, s=alone.config.seed: b(s))()
+        take = step.TrainStep(alone.config, alone.model, alone.mesh, alone.shardings)
         losses = []
         for t in range(30):
-            state, metrics = take(state, mesh.put_batch(setup.batches.at(t), setup.mesh))
+            state, metrics = take(state, mesh.put_batch(alone.batches.at(t), alone.mesh))
             losses.append(float(metrics["train_loss"]))
         np.testing.assert_allclose(result.train_loss_KxS[k], losses, rtol=3e-5)
         assert result.val_loss_K[k] == pytest.approx(
-            setup.validate(state.params)["val_loss"], rel=3e-5
+            alone.validate(state.params)["val_loss"], rel=3e-5
         )
 
 
 def test_a_population_has_no_parent(small):
     config = small(train__parent="runs/stable", train__parent_step=4)
-    with pytest.raises(InputError, match=r"train\.parent='runs/stable'.*would work"):
+    with pytest.raises(InputError, match=r"train\.parent='runs/stable'.*use ''"):
         population.check_members([config])
 
 
 def test_members_share_all_but_numbers(small):
-    with pytest.raises(InputError, match=r"config\.model\.d_model is 16 and 32 in members"):
+    with pytest.raises(InputError, match=r"config\.model\.d_model=16 and 32 differs between"):
         population.check_members([small(model__d_model=16), small(model__d_model=32)])
 
 

@@ -124,11 +124,11 @@ def test_bad_steps_change_nothing(small):
     from lmscale_jax.train import step
     from lmscale_jax.train.run import build_run
 
-    setup = build_run(small(), None, say=lambda line: None)
-    begin = jax.jit(lambda: step.initial_state(setup.config, setup.model, setup.transform, 0))
+    run = build_run(small(), None, say=lambda line: None)
+    begin = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))
     state = begin()
-    take = step.TrainStep(setup.config, setup.model, setup.mesh, setup.placed)
-    batch = mesh.put_batch(setup.batches.at(0), setup.mesh)
+    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+    batch = mesh.put_batch(run.batches.at(0), run.mesh)
     state, _ = take(state, batch)
     broken = state._replace(
         params=state.params | {"embed": jax.tree.map(lambda x: x * np.nan, state.params["embed"])}
@@ -156,8 +156,8 @@ def test_evaluation_does_not_depend_on_the_batch(small):
 
     results = []
     for size in (1, 3, 64):
-        setup = build_run(small(eval__batch_size=size), None, say=lambda line: None)
-        params = setup.model.init(jax.random.key(0))
-        results.append(setup.validate(params))
+        run = build_run(small(eval__batch_size=size), None, say=lambda line: None)
+        params = run.model.init(jax.random.key(0))
+        results.append(run.validate(params))
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-6)

@@ -1,4 +1,4 @@
-"""Opens token shards where they lie: a prepared directory, or bare .bin files."""
+"""Opens token shards: a prepared directory, or bare .bin files."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data import shards as manifests
 from lmscale_jax.data import sources, tokenizers
-from lmscale_jax.data.shards import Shards
+from lmscale_jax.data.shards import (
+    FORMAT,
+    SIDES,
+    Shards,
+    file_state,
+    read_manifest,
+    short_hash,
+    verify_shards,
+)
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
 
@@ -20,13 +27,15 @@ Log = Callable[[str], object]
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Training and validation tokens, and what is known of them.
+    """Training and validation tokens with their manifest and tokenizer.
 
-    `tokenizer`, `token_bytes` (int32 [vocab_size], UTF-8 bytes of each id) and `boundary` (id of
-    the document mark) are None where they are not known: for bare shards, and `boundary` for
-    characters. The fingerprints are SHA-256 (hex): `val_fingerprint` of the validation tokens,
-    `fingerprint` of the training tokens, the validation tokens and the tokenizer. `mixture` holds
-    the training shards of each part with its weight, where there are several.
+    Attributes:
+      tokenizer, token_bytes, boundary: the tokenizer, the UTF-8 bytes of each id (int32
+        [vocab_size]) and the id of the document mark. All are None for bare shards; `boundary`
+        also for characters.
+      val_fingerprint: SHA-256 (hex) of the validation tokens.
+      fingerprint: SHA-256 (hex) of training tokens, validation tokens and tokenizer.
+      mixture: training shards and weight of each part of a mixture.
     """
 
     train: Shards
@@ -50,37 +59,41 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        parts = [self.manifest["splits"][side]["fingerprint"] for side in manifests.SIDES]
+        parts = [self.manifest["splits"][side]["fingerprint"] for side in SIDES]
         parts.append(self.tokenizer.fingerprint if self.tokenizer else "")
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def open_directory(directory: Path, notes: Path) -> Prepared:
-    """A directory that `prepare` or `prepare_to` completed.
+    """Opens a directory that `prepare_data` or `prepare_directory` completed.
 
     Args:
-        directory: it.
-        notes: the cache, where it is noted that the shards were compared with their hashes.
+        directory: of the manifest, tokenizer and shards.
+        notes: the cache, which records that the shards were compared with their hashes.
 
     Raises:
         InputError: the manifest is unreadable, or tokenizer or shards are not those it lists.
     """
-    manifest = manifests.read_manifest(directory)
+    manifest = read_manifest(directory)
     tokenizer = tokenizers.load_tokenizer(directory)
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise InputError(f"{directory}: tokenizer.json is not the manifest's; prepare again")
-    sides = {}
-    for side in manifests.SIDES:
+    shards = {}
+    for side in SIDES:
         listed = manifest["splits"][side]["shards"]
-        sides[side] = Shards([directory / shard["name"] for shard in listed], tokenizer.vocab_size)
-        if sides[side].n_tokens != manifest["splits"][side]["tokens"]:
+        paths = [directory / shard["name"] for shard in listed]
+        shards[side] = Shards(paths, tokenizer.vocab_size)
+        if shards[side].n_tokens != manifest["splits"][side]["tokens"]:
             raise InputError(f"{directory}: {side} shards are not the manifest's; prepare again")
-    manifests.verify_shards(directory, manifest, notes)
-    return Prepared(sides["train"], sides["val"], manifest, tokenizer, tokenizer.vocab_size)
+    verify_shards(directory, manifest, notes)
+    return Prepared(shards["train"], shards["val"], manifest, tokenizer, tokenizer.vocab_size)
 
 
 def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
-    """Shards used where they lie: a prepared directory, or bare .bin files."""
+    """Opens data.path in place: a prepared directory, or bare .bin files.
+
+    Raises InputError where they are damaged, or vocab_size is missing for bare files.
+    """
     directory = Path(data_cfg.path).expanduser()
     if (directory / "manifest.json").is_file():
         if data_cfg.val_path:
@@ -96,11 +109,11 @@ def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
         )
     sides = {side: Shards(paths, vocab_size) for side, paths in _bin_paths(data_cfg).items()}
     splits = {
-        side: {"tokens": shards.n_tokens, "fingerprint": _scanned(shards, cache, log)}
+        side: {"tokens": shards.n_tokens, "fingerprint": _scan_cached(shards, cache, log)}
         for side, shards in sides.items()
     }
     manifest = {
-        "format": manifests.FORMAT,
+        "format": FORMAT,
         "source": data_cfg.path,
         "tokenizer": None,
         "splits": splits,
@@ -124,28 +137,30 @@ def _bin_paths(data_cfg) -> dict[str, list[Path]]:
     if not train:
         raise InputError(
             f"data.path={data_cfg.path}: all {len(val)} shards are for validation, none is left "
-            f"for training; name training shards too"
+            f"for training; add training shards"
         )
     return {"train": train, "val": val}
 
 
-def _scanned(shards: Shards, cache: Path, log: Log) -> str:
-    """`shards.scan()`, remembered in the cache for as long as the files stay as they are."""
-    files = [manifests.file_state(path, str(path.absolute())) for path in shards.paths]
-    note = cache / f"bin-{manifests.short_hash([manifests.FORMAT, shards.vocab_size, files])}.json"
+def _scan_cached(shards: Shards, cache: Path, log: Log) -> str:
+    """Returns `shards.scan()`, cached until the files change."""
+    files = [file_state(path, str(path.absolute())) for path in shards.paths]
+    note = cache / f"bin-{short_hash([FORMAT, shards.vocab_size, files])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         return json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
     log(f"data: checking {shards.n_tokens:,} tokens in {len(shards.paths)} shards, once")
     fingerprint = shards.scan()
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+    with contextlib.suppress(OSError):  # without a writable cache the next run scans again
         note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, {"fingerprint": fingerprint, "files": files})
     return fingerprint
 
 
 def manifest_in(directory: Path) -> dict | None:
-    return manifests.read_manifest(directory) if (directory / "manifest.json").is_file() else None
+    """Reads the manifest in a directory; None if there is none."""
+    return read_manifest(directory) if (directory / "manifest.json").is_file() else None
 
 
 def bin_manifest(data_cfg, cache: Path) -> dict | None:
+    """Reads the manifest at data.path; None for bare .bin files."""
     return manifest_in(Path(data_cfg.path).expanduser())

@@ -1,7 +1,7 @@
-"""From a source to token shards on disk, made once and then reused.
+"""Prepares token shards from a source, once, and finds them again.
 
     cache/<source>-<tokenizer>-<key>/
-        manifest.json        what the shards are, and everything that decided it
+        manifest.json        the shards, and the settings that decided them
         tokenizer.json       the tokenizer's definition
         train_000000.bin ... val_000000.bin ...
 
@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from lmscale_jax.config.key import Modes
 from lmscale_jax.data import corpora, encode, mixtures, sources
-from lmscale_jax.data import shards as manifests
 from lmscale_jax.data.open_shards import (
     Prepared,
     bin_manifest,
@@ -27,6 +26,7 @@ from lmscale_jax.data.open_shards import (
     open_bin,
     open_directory,
 )
+from lmscale_jax.data.shards import FORMAT, file_state, read_manifest, short_hash
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
 
@@ -34,7 +34,7 @@ Log = Callable[[str], object]
 
 
 def prepare_data(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
-    """The data that the config names; made in the cache, or found there.
+    """Opens the data that the config names, after preparing it in the cache if necessary.
 
     Args:
         data_cfg: the config group `data`.
@@ -59,10 +59,10 @@ def prepare_data(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
 
 
 def find_manifest(data_cfg) -> dict | None:
-    """The manifest of the config's data if it was prepared before; looks, and prepares nothing.
+    """Reads the manifest of the config's data; None if it is not prepared yet.
 
     Raises:
-        InputError: nothing is found under data.path.
+        InputError: data.path does not exist.
     """
     cache = cache_root(data_cfg)
     data_cfg = corpora.plain_source(data_cfg, cache)
@@ -70,34 +70,33 @@ def find_manifest(data_cfg) -> dict | None:
 
 
 def prepare_directory(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
-    """As `prepare`, into a directory of the user's choice instead of the cache.
+    """Prepares data in a directory of the user's choice instead of the cache.
 
     Raises:
-        InputError: also if `out_dir` holds anything but exactly this data.
+        InputError: as `prepare_data`, or `out_dir` holds anything but exactly this data.
     """
     cache = cache_root(data_cfg)
     corpora.fetch_tokenizer(data_cfg, cache, log)
     data_cfg = corpora.plain_source(data_cfg, cache)
     if sources.SOURCES[data_cfg.source].documents is None:
         raise InputError(
-            f"data.source={data_cfg.source}: shards are prepared already; name stdlib, text or "
-            f"jsonl"
+            f"data.source={data_cfg.source}: shards are prepared already; use stdlib, text or jsonl"
         )
     out_dir, settings = Path(out_dir).absolute(), _prepared_settings(data_cfg)
     occupied = out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir()))
-    if occupied and not _find(out_dir, manifests.short_hash(settings), cache):
-        raise InputError(f"--out={out_dir}: holds something else; name a new or empty directory")
+    if occupied and not _open_existing(out_dir, short_hash(settings), cache):
+        raise InputError(f"--out={out_dir}: holds something else; use a new or empty directory")
     return _find_or_build(out_dir, data_cfg, settings, cache, log)
 
 
 def vocab_size_of(data_cfg) -> int:
-    """Ids of the tokenizer that the config leads to, before anything is prepared; 0: not known.
+    """Returns the vocabulary size before data are prepared; 0: unknown.
 
     Raises:
         InputError: the source that must be read for this (char, prepared shards) is bad.
     """
-    if known := corpora.corpus_vocab_size(data_cfg):
-        return known
+    if vocab_size := corpora.corpus_vocab_size(data_cfg):
+        return vocab_size
     cache = cache_root(data_cfg)
     corpora.fetch_tokenizer(data_cfg, cache, lambda line: None)
     data_cfg = corpora.plain_source(data_cfg, cache)
@@ -105,75 +104,72 @@ def vocab_size_of(data_cfg) -> int:
 
 
 def cache_root(data_cfg) -> Path:
-    """Returns the directory that prepared data is kept in; each way into this module asks once."""
-    named = data_cfg.cache or os.environ.get("LMSCALE_CACHE") or "~/.cache/lmscale_jax"
-    return Path(named).expanduser().absolute()
+    """Returns the directory of prepared data."""
+    path = data_cfg.cache or os.environ.get("LMSCALE_CACHE") or "~/.cache/lmscale_jax"
+    return Path(path).expanduser().absolute()
 
 
 def _cache_directory(cache: Path, data_cfg, settings: dict) -> Path:
-    """Where in the cache the data of these settings belongs."""
-    return cache / f"{data_cfg.source}-{data_cfg.tokenizer}-{manifests.short_hash(settings)}"
+    """Returns the directory in the cache for data of these settings."""
+    return cache / f"{data_cfg.source}-{data_cfg.tokenizer}-{short_hash(settings)}"
 
 
 def _prepared_settings(data_cfg) -> dict:
-    """Everything that decides the content of the shards."""
+    """Returns the settings and source files that decide the content of the shards."""
     keys = ["source", "tokenizer", "split", "val_fraction", "shard_tokens", "overlap"]
     keys += sources.SOURCES[data_cfg.source].keys
     keys += encode.TOKENIZER_KINDS[data_cfg.tokenizer].keys
     paths = sources.source_files(data_cfg)
     base = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
     return {
-        "format": manifests.FORMAT,
+        "format": FORMAT,
         "data": {key: data_cfg[key] for key in keys},
         "python": sources.SOURCES[data_cfg.source].version(),
         "files": len(paths),
-        "files_state": manifests.short_hash(
-            [manifests.file_state(path, os.path.relpath(path, base)) for path in paths]
+        "files_state": short_hash(
+            [file_state(path, os.path.relpath(path, base)) for path in paths]
         ),
     } | _tokenizer_files(data_cfg)
 
 
 def _tokenizer_files(data_cfg) -> dict:
-    """What changes when a published tokenizer does."""
+    """Returns the state of a published tokenizer's files; {} for other tokenizers."""
     files = encode.TOKENIZER_KINDS[data_cfg.tokenizer].files(data_cfg)
     if files is None:
         return {}
-    return {"tokenizer_files": [manifests.file_state(path, path.name) for path in files]}
+    return {"tokenizer_files": [file_state(path, path.name) for path in files]}
 
 
-def _find(directory: Path, key: str, notes: Path) -> Prepared | None:
-    """The data of that key in `directory`, if it is there and whole."""
+def _open_existing(directory: Path, key: str, notes: Path) -> Prepared | None:
+    """Opens the data of that key in `directory`; None if it is absent or incomplete."""
     try:
-        return (
-            open_directory(directory, notes)
-            if manifests.read_manifest(directory)["key"] == key
-            else None
-        )
+        return open_directory(directory, notes) if read_manifest(directory)["key"] == key else None
     except (InputError, KeyError):
         return None
 
 
 def _find_or_build(directory: Path, data_cfg, settings: dict, cache: Path, log: Log) -> Prepared:
-    key = manifests.short_hash(settings)
-    if found := _find(directory, key, cache):
-        return found
+    """Opens the data in `directory`, after building it under a lock where it is not complete."""
+    key = short_hash(settings)
+    if prepared := _open_existing(directory, key, cache):
+        return prepared
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with _locked(directory.with_name(f".{directory.name}.lock"), log):
-            if found := _find(directory, key, cache):  # another process was faster
-                return found
+            if prepared := _open_existing(directory, key, cache):  # another process was faster
+                return prepared
             _build(directory, data_cfg, settings, log)
     except OSError as error:
         raise InputError(
             f"{directory}: cannot be written ({error.strerror or error}); set data.cache (or "
-            f"--out) to a place that is writable and has room"
+            f"--out) to a writable directory with enough space"
         ) from None
     return open_directory(directory, cache)
 
 
 @contextlib.contextmanager
 def _locked(path: Path, log: Log) -> Iterator[None]:
-    """Holds a lock among processes, which ends with the process even if it is killed."""
+    """Holds a lock between processes, which the system releases if the process is killed."""
     while True:
         with open(path, "a") as lock:
             try:
@@ -182,10 +178,10 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
                 log("data: another process is preparing this data; waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             try:
-                ours = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+                is_current = os.path.samestat(os.fstat(lock.fileno()), path.stat())
             except FileNotFoundError:
-                ours = False
-            if not ours:  # whoever held it has removed it meanwhile: lock the new file
+                is_current = False
+            if not is_current:  # the last holder has removed the file: lock the new one
                 continue
             try:
                 yield
@@ -195,23 +191,23 @@ def _locked(path: Path, log: Log) -> Iterator[None]:
 
 
 def _build(directory: Path, data_cfg, settings: dict, log: Log) -> None:
-    """Writes the shards beside `directory`, then gives them its name.
+    """Writes the shards in a temporary directory, then renames it to `directory`.
 
-    What a process leaves that is killed meanwhile is gone on from; after an error nothing is left.
+    A build that was killed is continued. After an error the temporary directory is removed.
     """
-    key = manifests.short_hash(settings)
+    key = short_hash(settings)
     temporary = directory.with_name(f".{directory.name}.tmp")
-    if not (temporary / key).exists():  # nothing, or the beginning of something else
+    if not (temporary / key).exists():  # absent, or part of other data
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         (temporary / key).touch()
     try:
-        manifest = {"format": manifests.FORMAT, "key": key, "settings": settings}
+        manifest = {"format": FORMAT, "key": key, "settings": settings}
         manifest |= encode.write_shards(temporary, data_cfg, log)
         write_json(temporary / "manifest.json", manifest)
         (temporary / key).unlink()
         if directory.exists():
-            shutil.rmtree(directory)  # empty, or damaged since it was made
+            shutil.rmtree(directory)  # empty or damaged
         temporary.rename(directory)
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -236,12 +232,12 @@ def _bin_vocab_size(data_cfg, cache: Path) -> int:
 
 
 class Preparation(NamedTuple):
-    """How a source becomes shards of tokens.
+    """One choice of data.source: how it becomes shards of tokens.
 
     Attributes:
       open: (data_cfg, vocab_size, cache, log) -> Prepared.
-      find_manifest: (data_cfg, cache) -> the manifest of what was prepared before, or None.
-      vocab_size: (data_cfg, cache) -> ids of its tokenizer before preparing; 0: unknown.
+      find_manifest: (data_cfg, cache) -> manifest of the prepared data, or None.
+      vocab_size: (data_cfg, cache) -> vocabulary size before preparing; 0: unknown.
     """
 
     open: Callable

@@ -41,12 +41,12 @@ def _by_tail(texts: Iterator[str], data_cfg, n_characters: int) -> Iterator[tupl
 
 
 class Split(NamedTuple):
-    """How documents are divided into training and validation.
+    """One choice of data.split: how documents become training and validation.
 
     Attributes:
       divide: (texts, data_cfg, characters of all texts) -> (side, text) of each.
       by_content: a document's side depends on its own content alone.
-      remedy: (data_cfg) -> what helps where one side stays empty.
+      remedy: (data_cfg) -> advice for an error where one side stays empty.
     """
 
     divide: Callable
@@ -67,13 +67,14 @@ SPLITS = Modes(
         "tail": Split(
             _by_tail,
             by_content=False,
-            remedy=lambda data_cfg: "give more text or set data.val_fraction=0.1",
+            remedy=lambda data_cfg: "use more text or set data.val_fraction=0.1",
         ),
     },
 )
 
 
 def side_of(text: str, data_cfg) -> str:
+    """Returns the side of a document by its hash, "train" or "val"."""
     fraction = int.from_bytes(_digest(text)[:8], "big") / 2**64  # in [0, 1)
     return "val" if fraction < data_cfg.val_fraction else "train"
 
@@ -81,7 +82,7 @@ def side_of(text: str, data_cfg) -> str:
 def unique_documents(
     data_cfg, counts: Counter | None = None, on_skip: Callable[[Path], object] = lambda path: None
 ) -> Iterator[str]:
-    """Yields documents without exact repetitions, which it counts in `counts["duplicates"]`."""
+    """Yields documents without exact duplicates; counts those in `counts["duplicates"]`."""
     digests = set()
     for text in sources.documents(data_cfg, on_skip):
         digest = _digest(text)

@@ -1,6 +1,6 @@
-"""Loss on the fixed held-out tokens, weighted by token, with a standard error.
+"""Evaluates the loss on fixed held-out tokens, with a standard error.
 
-What a model must beat: unigram and bigram models of the same tokens.
+Unigram and bigram models of the same tokens are baselines that a model must beat.
 """
 
 import math
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.build import Model
+from lmscale_jax.model.mesh import put_batch
 
 
 def make_loss_sums(model: Model, mesh) -> Callable:
-    """The jitted (params, batch) -> (sum of losses [B], number of targets [B])."""
+    """Returns the jitted (params, batch) -> (sum of losses [B], number of targets [B])."""
 
     def sums(params, batch):
         nll_BxT = model.losses(params, batch.tokens_BxT, batch.targets_BxT)
@@ -27,12 +27,12 @@ def make_loss_sums(model: Model, mesh) -> Callable:
 def evaluate_loss(sums: Callable, params, batches: Iterable, mesh, n_bytes: int | None) -> dict:
     """Evaluates `params` on host batches.
 
-    Returns val_loss (nats a token), val_loss_sem, val_tokens, perplexity and bits_per_byte: all
-    bits, those of document marks too, over `n_bytes`, the UTF-8 bytes of the predicted tokens; None
-    where that is not known. The standard error treats windows, not tokens, as the independent
-    draws (a ratio estimator), because tokens of one window are correlated.
+    Returns val_loss (nats per token), val_loss_sem, val_tokens, perplexity and bits_per_byte. The
+    last divides all bits, including those of document marks, by `n_bytes`, the UTF-8 bytes of the
+    predicted tokens; it is None where `n_bytes` is. The standard error treats windows as the
+    independent draws (a ratio estimator), because tokens of one window are correlated.
     """
-    pending = [sums(params, meshes.put_batch(batch, mesh)) for batch in batches]
+    pending = [sums(params, put_batch(batch, mesh)) for batch in batches]
     nll_W, count_W = (
         np.concatenate([np.asarray(part[i], np.float64) for part in pending]) for i in (0, 1)
     )
@@ -41,43 +41,43 @@ def evaluate_loss(sums: Callable, params, batches: Iterable, mesh, n_bytes: int 
 
 
 def loss_summary(nll_W: np.ndarray, count_W: np.ndarray, n_bytes: int | None) -> dict:
-    """The numbers of `evaluate` from each window's sum of losses and number of targets."""
-    windows, tokens = len(nll_W), count_W.sum()
-    loss = nll_W.sum() / tokens
+    """Computes the fields of `evaluate_loss` from each window's sum of losses and targets."""
+    n_windows, n_tokens = len(nll_W), count_W.sum()
+    loss = nll_W.sum() / n_tokens
     residual = nll_W - count_W * loss
-    spread = windows / (windows - 1) * np.square(residual).sum() if windows > 1 else math.nan
+    spread = n_windows / (n_windows - 1) * np.square(residual).sum() if n_windows > 1 else math.nan
     return {
         "val_loss": float(loss),
-        "val_loss_sem": float(np.sqrt(spread) / tokens),
-        "val_tokens": int(tokens),
+        "val_loss_sem": float(np.sqrt(spread) / n_tokens),
+        "val_tokens": int(n_tokens),
         "perplexity": float(np.exp(min(loss, 700.0))),
         "bits_per_byte": float(nll_W.sum() / math.log(2) / n_bytes) if n_bytes else None,
     }
 
 
-MOST_TOKENS = 50_000_000
+BASELINE_TOKENS = 50_000_000
 
 
 def baseline_losses(train, val, vocab_size: int, val_tokens: int) -> dict[str, float]:
-    """Held-out losses in nats a token: {"unigram", "bigram"}.
+    """Computes held-out losses of baselines in nats per token: {"unigram", "bigram"}.
 
     `train` and `val` are token streams with `n_tokens` and `read(start, length)`; the counts come
     from at most the first 50M training tokens. The unigram adds one to every count. The bigram
     interpolates with it by Witten and Bell's weight n(a) / (n(a) + t(a)), where n(a) counts the
-    occurrences of a and t(a) its different successors (1991, IEEE Trans. Inf. Theory 37).
+    occurrences of a and t(a) its distinct successors (1991, IEEE Trans. Inf. Theory 37).
     """
-    seen = np.asarray(train.read(0, min(train.n_tokens, MOST_TOKENS)), np.int64)
-    held = np.asarray(val.read(0, min(val.n_tokens, val_tokens + 1 or val.n_tokens)), np.int64)
-    unigram_V = (np.bincount(seen, minlength=vocab_size) + 1.0) / (len(seen) + vocab_size)
-    pairs, counts = np.unique(seen[:-1] * vocab_size + seen[1:], return_counts=True)
+    trained = np.asarray(train.read(0, min(train.n_tokens, BASELINE_TOKENS)), np.int64)
+    held_out = np.asarray(val.read(0, min(val.n_tokens, val_tokens + 1 or val.n_tokens)), np.int64)
+    unigram_V = (np.bincount(trained, minlength=vocab_size) + 1.0) / (len(trained) + vocab_size)
+    pairs, counts = np.unique(trained[:-1] * vocab_size + trained[1:], return_counts=True)
     first = pairs // vocab_size
     follow_V = np.bincount(first, weights=counts, minlength=vocab_size)
     kinds_V = np.bincount(first, minlength=vocab_size)
-    wanted = held[:-1] * vocab_size + held[1:]
-    at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    count = np.where(pairs[at] == wanted, counts[at], 0)
-    a, b = held[:-1], held[1:]
-    # An unseen a has n = t = 0: then the unigram alone speaks.
+    held_out_pairs = held_out[:-1] * vocab_size + held_out[1:]
+    index = np.minimum(np.searchsorted(pairs, held_out_pairs), len(pairs) - 1)
+    count = np.where(pairs[index] == held_out_pairs, counts[index], 0)
+    a, b = held_out[:-1], held_out[1:]
+    # An unseen a has n = t = 0: only the unigram counts.
     bigram = (count + kinds_V[a] * unigram_V[b]) / np.maximum(1, follow_V[a] + kinds_V[a])
     bigram = np.where(follow_V[a] > 0, bigram, unigram_V[b])
     return {

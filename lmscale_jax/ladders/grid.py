@@ -22,7 +22,7 @@ from lmscale_jax.config.resolve import (
     validate,
 )
 from lmscale_jax.errors import InputError
-from lmscale_jax.ladders.rungs import SIZES, TOKEN_RULES, arm_shape, spent_per_run, token_budget
+from lmscale_jax.ladders.rungs import SIZES, TOKEN_RULES, arm_shape, measure_size, token_budget
 from lmscale_jax.model import sizes
 from lmscale_jax.optim import schedules
 
@@ -276,9 +276,9 @@ def _arms_at(ladder, size: float, rung_keys: dict, vocab_size: int) -> dict[str,
         shape = solve(ladder, base, size, vocab_size)
         at = {name: arm_shape(config, base, shape, vocab_size) for name, config in at.items()}
     if sizes.MEASURES[rungs.match]:
-        target = spent_per_run(at[ladder.baseline], rungs.match, vocab_size)
+        target = measure_size(at[ladder.baseline], rungs.match, vocab_size)
         for name in names[1:]:
-            if spent_per_run(at[name], rungs.match, vocab_size) != target:
+            if measure_size(at[name], rungs.match, vocab_size) != target:
                 at[name] = sizes.match_parameters(at[name], target, rungs.match, vocab_size)
     return at
 

@@ -13,7 +13,7 @@ from lmscale_jax.model import sizes
 
 
 def arm_shape(config, base, shape: sizes.Shape, vocab_size: int) -> ConfigDict:
-    """Gives an arm the baseline's shape, with d_ff as far from its default as the baseline's."""
+    """Gives an arm the baseline's shape; d_ff keeps the baseline's ratio to its default."""
     default, base_default = (
         resolve(sizes.with_shape(arm, shape._replace(d_ff=0)), vocab_size).model.d_ff
         for arm in (config, base)
@@ -23,10 +23,10 @@ def arm_shape(config, base, shape: sizes.Shape, vocab_size: int) -> ConfigDict:
 
 
 def _solve_parameters(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
-    return _nearest(ladder, config, size, ladder.rungs.by, vocab_size)
+    return _nearest_shape(ladder, config, size, ladder.rungs.by, vocab_size)
 
 
-def _nearest(ladder, config, n: float, convention: str, vocab_size: int) -> sizes.Shape:
+def _nearest_shape(ladder, config, n: float, convention: str, vocab_size: int) -> sizes.Shape:
     rungs = ladder.rungs
     return sizes.solve_shape(config, n, convention, rungs.aspect, rungs.head_dim, vocab_size)
 
@@ -35,31 +35,33 @@ def _solve_flops(ladder, config, size: float, vocab_size: int) -> sizes.Shape:
     if not TOKEN_RULES[ladder.tokens.rule].is_ratio or len(ladder.tokens.amounts) > 1:
         raise InputError(
             f"config.rungs.by='flops' takes one ratio of tokens to parameters, not tokens.rule="
-            f"{ladder.tokens.rule!r} with {len(ladder.tokens.amounts)} values; 'ratio' with "
-            f"(20.0,) would work"
+            f"{ladder.tokens.rule!r} with {len(ladder.tokens.amounts)} values; use 'ratio' with "
+            f"(20.0,)"
         )
-    # C is nearly 6 n d, with d in proportion to n; what else costs FLOPs is found by iteration.
+    # C is nearly 6 n d, with d in proportion to n; the iteration adds the other FLOPs.
     n = math.sqrt(size / (6 * ladder.tokens.amounts[0]))
     for _ in range(4):
-        shape = _nearest(ladder, config, n, "non_embedding", vocab_size)
-        each = spent_per_run(sizes.with_shape(config, shape), "flops", vocab_size)
-        n *= math.sqrt(size / (each * ladder.tokens.amounts[0] * shape.n))
+        shape = _nearest_shape(ladder, config, n, "non_embedding", vocab_size)
+        per_token = measure_size(sizes.with_shape(config, shape), "flops", vocab_size)
+        n *= math.sqrt(size / (per_token * ladder.tokens.amounts[0] * shape.n))
     return shape
 
 
-def spent_per_run(config, measure: str, vocab_size: int) -> float:
+def measure_size(config, measure: str, vocab_size: int) -> float:
+    """Computes one of `sizes.MEASURES` of a config: parameters, or FLOPs per token."""
     counts, flops_per_token = sizes.describe_shape(resolve(config, vocab_size))
     return sizes.MEASURES[measure](counts, flops_per_token)
 
 
 def token_budget(ladder, size: float, value: float, config, vocab_size: int) -> float:
+    """Returns the tokens of a run of a rung's size, by tokens.rule from one of tokens.amounts."""
     return TOKEN_RULES[ladder.tokens.rule].tokens(ladder, size, value, config, vocab_size)
 
 
 def _by_ratio(ladder, size: float, value: float, config, vocab_size: int) -> float:
     if SIZES[ladder.rungs.by].is_budget:
-        return size / spent_per_run(config, "flops", vocab_size)
-    return value * spent_per_run(config, "parameters", vocab_size)
+        return size / measure_size(config, "flops", vocab_size)
+    return value * measure_size(config, "parameters", vocab_size)
 
 
 def _by_budget(ladder, size: float, value: float, config, vocab_size: int) -> float:
@@ -67,16 +69,16 @@ def _by_budget(ladder, size: float, value: float, config, vocab_size: int) -> fl
 
 
 def _by_flops(ladder, size: float, value: float, config, vocab_size: int) -> float:
-    return value / spent_per_run(config, "flops", vocab_size)
+    return value / measure_size(config, "flops", vocab_size)
 
 
 class TokenRule(NamedTuple):
-    """What tokens.amounts are.
+    """One choice of tokens.rule: the meaning of tokens.amounts.
 
     Attributes:
       tokens: (ladder, size, amount, config, vocab_size) -> tokens of a run.
-      by_arm: each arm gets what its own config makes of the amount, not what the baseline's does.
-      is_ratio: amounts are ratios to a size's parameters.
+      by_arm: each arm's tokens follow from its own config, not from the baseline's.
+      is_ratio: amounts are ratios to parameters.
     """
 
     tokens: Callable
@@ -95,11 +97,11 @@ TOKEN_RULES = Modes(
 
 
 class Size(NamedTuple):
-    """What a rung's size is.
+    """One choice of rungs.by: the meaning of a rung's size.
 
     Attributes:
-      solve: (ladder, config, size, vocab_size) -> Shape; None: a dimension of the model itself.
-      is_budget: the size is the FLOPs of a run, so that it decides its tokens.
+      solve: (ladder, config, size, vocab_size) -> Shape; None: a dimension of the model.
+      is_budget: the size is the FLOPs of a run, and decides its tokens.
     """
 
     solve: Callable | None

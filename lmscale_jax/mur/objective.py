@@ -1,10 +1,10 @@
-"""Marginal Utility Regularization as the training step sees it: what `mur.*` of a config asks for.
+"""Marginal Utility Regularization in a training step, as `mur.*` of a config describes it.
 
-"diagnose" measures on the steps that write a line and changes nothing. "loss" adds
+"diagnose" measures on logged steps and changes nothing. "loss" adds
 λ(t) * mean over the chosen layers (and parts) of max(0, tau - utility) to the objective, g held
 constant; the utility is that of a micro-batch, and the objective its mean over micro-batches.
 "update" multiplies the update of layer l by 1 + s(t) * max(0, tau - ū_l), where ū_l is a running
-mean. λ(t) and s(t) are 0 during mur.warmup and then rise in a line over mur.ramp.
+mean. λ(t) and s(t) are 0 during mur.warmup and then rise linearly over mur.ramp.
 """
 
 from collections.abc import Callable
@@ -28,151 +28,160 @@ class Objective:
 
     def __init__(self, config):
         mur, n = config.mur, config.model.n_layers
-        self._mur, self._n, self.mode = mur, n, MODES[mur.mode]
+        self._mur, self._n_layers, self.mode = mur, n, MODES[mur.mode]
         self.layers = mur_layers(config)
         self._parts = GRANULARITIES[mur.granularity].prefixes
         self._accum = config.train.accum
-        self._begin, self._ramp = mur.warmup, mur.ramp
+        self._warmup, self._ramp = mur.warmup, mur.ramp
         self._key = jax.random.fold_in(jax.random.key(config.seed), _STREAM)
-        # What is taken in every step, and remembered.
         self._threshold = THRESHOLDS[mur.tau_kind]
-        self._kept = self._threshold.kept + (("utility",) if self.mode.scales_updates else ())
+        # Statistics that are collected in every step, for their running means.
+        utility = ("utility",) if self.mode.scales_updates else ()
+        self._averaged = self._threshold.averaged + utility
 
-    def begin(self) -> dict:
-        """The running means before the first step: {"weight", "sums": {statistic: [L, P]}}."""
-        if not self._kept:
+    def init_means(self) -> dict:
+        """Initializes the running means: {"weight", "sums": {statistic: [L, P]}}, or {}."""
+        if not self._averaged:
             return {}
-        zero = jnp.zeros((self._n, len(self._parts)))
-        return {"weight": jnp.zeros(()), "sums": {name: zero for name in self._kept}}
+        zero = jnp.zeros((self._n_layers, len(self._parts)))
+        return {"weight": jnp.zeros(()), "sums": {name: zero for name in self._averaged}}
 
-    def ask(self, memory: dict, step: jax.Array, measure: tuple[str, ...]) -> "StatRequest | None":
-        """What to take out of the backward pass of this step; None: nothing."""
+    def request_stats(
+        self, means: dict, step: jax.Array, measure: tuple[str, ...]
+    ) -> "StatRequest | None":
+        """Returns what to collect in the backward pass of this step; None: nothing."""
         if not self.mode.acts and "mur" not in measure:
             return None
-        return StatRequest(self, memory, step, REPORTED if "mur" in measure else ())
+        return StatRequest(self, means, step, REPORTED if "mur" in measure else ())
 
-    def learn(self, memory: dict, taken: dict) -> dict:
-        """The running means with this step's statistics."""
-        if not memory:
-            return memory
+    def update_means(self, means: dict, stats: dict) -> dict:
+        """Returns the running means with this step's statistics."""
+        if not means:
+            return means
         d = self._mur.decay
-        sums = {k: d * v + (1 - d) * taken[k] for k, v in memory["sums"].items()}
-        return {"weight": d * memory["weight"] + 1 - d, "sums": sums}
+        sums = {k: d * v + (1 - d) * stats[k] for k, v in means["sums"].items()}
+        return {"weight": d * means["weight"] + 1 - d, "sums": sums}
 
-    def factors(self, memory: dict, step: jax.Array) -> jax.Array:
-        """[L]: what the update of each layer is multiplied by."""
-        low_L = jnp.maximum(0.0, self.tau(memory) - _mean(memory, "utility"))[:, 0]
-        return jnp.where(self._chosen(), 1 + self._mur.alpha * self.strength(step) * low_L, 1.0)
+    def factors(self, means: dict, step: jax.Array) -> jax.Array:
+        """Returns the factor of each layer's update, [L]."""
+        hinge_L = jnp.maximum(0.0, self.tau(means) - _mean(means, "utility"))[:, 0]
+        factor_L = 1 + self._mur.alpha * self.strength(step) * hinge_L
+        return jnp.where(self._in_layers(), factor_L, 1.0)
 
-    def scale(self, memory: dict, step: jax.Array, grads: dict) -> tuple[dict, dict]:
-        """(gradients, keywords of the optimizer's update) with the factors where mur.apply_to says.
+    def scale(self, means: dict, step: jax.Array, grads: dict) -> tuple[dict, dict]:
+        """Applies the factors by mur.apply_to; returns (gradients, keywords of the update).
 
         A factor on gradients is the original's form and does next to nothing: Adam divides by the
-        root of the second moment, which holds the same factor; Lion and Muon drop the scale at
-        once. What is left of it is a larger share of the norm that gradients are clipped by.
+        root of the second moment, which has the same factor; Lion and Muon normalise the scale
+        away. Only the norm that gradients are clipped by changes.
         """
         if not self.mode.scales_updates:
             return grads, {}
-        return TARGETS[self._mur.apply_to].scale(grads, self.factors(memory, step))
+        return TARGETS[self._mur.apply_to].scale(grads, self.factors(means, step))
 
     def strength(self, step: jax.Array) -> jax.Array:
-        """Share of λ or s in force after `step` steps, from 0 to 1."""
-        since = step - self._begin
+        """Returns the ramp of λ and s after `step` steps, from 0 to 1."""
+        since = step - self._warmup
         rising = jnp.clip(since / jnp.maximum(1, self._ramp), 0.0, 1.0)
         rising = jnp.where(self._ramp > 0, rising, 1.0)
         return jnp.where(since < 0, 0.0, rising)
 
     def weight(self, step: jax.Array) -> jax.Array:
-        """λ(t), 0 but in loss mode."""
+        """Returns λ(t); 0 in all modes but "loss"."""
         hinge = self.mode.adds_hinge
         return self._mur.lambda_max * self.strength(step) if hinge else jnp.zeros(())
 
-    def tau(self, memory: dict) -> jax.Array:
-        """[L, P], the thresholds in force."""
-        return self._threshold.value(self, memory)
+    def tau(self, means: dict) -> jax.Array:
+        """Returns the thresholds of this step, [L, P]."""
+        return self._threshold.value(self, means)
 
     def fixed_tau(self) -> jax.Array:
-        """[L, P]: mur.tau itself."""
-        return jnp.full((self._n, len(self._parts)), self._mur.tau)
+        """Returns mur.tau itself, [L, P]."""
+        return jnp.full((self._n_layers, len(self._parts)), self._mur.tau)
 
-    def stderr_tau(self, memory: dict) -> jax.Array:
-        """[L, P]: mur.tau times the running standard error of each layer's utility."""
-        return self._mur.tau * _mean(memory, "stderr")
+    def stderr_tau(self, means: dict) -> jax.Array:
+        """Returns mur.tau times the running standard error of each layer's utility, [L, P]."""
+        return self._mur.tau * _mean(means, "stderr")
 
-    def quantile_tau(self, memory: dict) -> jax.Array:
-        """[L, P]: the mean running quantile of the layers acted on."""
-        inside = jnp.where(self._chosen()[:, None], _mean(memory, "quantile"), 0.0).sum()
-        shape = (self._n, len(self._parts))
-        return jnp.broadcast_to(inside / (len(self.layers) * len(self._parts)), shape)
+    def quantile_tau(self, means: dict) -> jax.Array:
+        """Returns the running quantile, averaged over `layers`, [L, P]."""
+        total = jnp.where(self._in_layers()[:, None], _mean(means, "quantile"), 0.0).sum()
+        shape = (self._n_layers, len(self._parts))
+        return jnp.broadcast_to(total / (len(self.layers) * len(self._parts)), shape)
 
-    def metrics(self, asked: "StatRequest", taken: dict, memory: dict, step: jax.Array) -> dict:
-        """{"mur/STATISTIC" or "mur/BRANCH/STATISTIC": [L]}; not a number where not measured."""
-        values = {name: taken[name] for name in asked.names} | {"tau": asked.tau_LxP}
+    def metrics(self, request: "StatRequest", stats: dict, means: dict, step: jax.Array) -> dict:
+        """Returns {"mur/STATISTIC" or "mur/BRANCH/STATISTIC": [L]}; nan where not measured."""
+        values = {name: stats[name] for name in request.names} | {"tau": request.tau_LxP}
         if self.mode.adds_hinge:
-            values["hinge"] = taken["hinge"]
-            values = {k: jnp.where(self._chosen()[:, None], v, jnp.nan) for k, v in values.items()}
-        found = {
+            values["hinge"] = stats["hinge"]
+            measured_Lx1 = self._in_layers()[:, None]
+            values = {k: jnp.where(measured_Lx1, v, jnp.nan) for k, v in values.items()}
+        lines = {
             f"mur/{part}{name}": value_LxP[:, number]
             for number, part in enumerate(self._parts)
             for name, value_LxP in values.items()
         }
         if self.mode.adds_hinge:
-            found["mur/lambda"] = self.weight(step)
+            lines["mur/lambda"] = self.weight(step)
         if self.mode.scales_updates:
-            found["mur/multiplier"] = self.factors(memory, step)
-        return found
+            lines["mur/multiplier"] = self.factors(means, step)
+        return lines
 
-    def _chosen(self) -> jax.Array:
-        index_L = jnp.arange(self._n)
+    def _in_layers(self) -> jax.Array:
+        """Tells for each layer whether the mode acts on it, [L] bool."""
+        index_L = jnp.arange(self._n_layers)
         return (index_L >= self.layers.start) & (index_L < self.layers.stop)
 
 
 class StatRequest:
-    """What one step takes out of its backward pass.
+    """The statistics that one step collects in its backward pass.
 
     Attributes:
-      names: the statistics that are reported.
-      tau_LxP: thresholds in force.
-      slots: zeros; their gradient is what was taken, summed over micro-batches.
+      names: the statistics that are logged.
+      tau_LxP: thresholds of this step.
+      stat_buffers: zeros; their gradient is the statistics, summed over micro-batches.
     """
 
-    def __init__(self, objective: Objective, memory: dict, step, names: tuple[str, ...]):
+    def __init__(self, objective: Objective, means: dict, step, names: tuple[str, ...]):
         mur, mode = objective._mur, objective.mode
         self._objective, self.names = objective, names
-        self.tau_LxP = objective.tau(memory)
+        self.tau_LxP = objective.tau(means)
         self._key = jax.random.fold_in(objective._key, step)
-        each = len(objective.layers) * len(objective._parts) * objective._accum
-        self._gain = objective.weight(step) / each
+        n_hinges = len(objective.layers) * len(objective._parts) * objective._accum
+        self._gain = objective.weight(step) / n_hinges
         level = objective._threshold.level(mur.tau)
-        wanted = (*names, *objective._kept, *(("hinge",) if mode.adds_hinge else ()))
-        self._taking = streams.UtilitySpec(
+        collected = (*names, *objective._averaged, *(("hinge",) if mode.adds_hinge else ()))
+        self._spec = streams.UtilitySpec(
             Measure(mur.metric, mur.eps, level),
-            tuple(dict.fromkeys(wanted)),
+            tuple(dict.fromkeys(collected)),
             mur.reduce,
             mur.sample_k,
             mur.top_share,
         )
-        self.slots = self._taking.slots(objective._n, len(objective._parts), 0)
+        n_parts = len(objective._parts)
+        self.stat_buffers = self._spec.stat_buffers(objective._n_layers, n_parts, 0)
 
-    def around(self, slots, targets_BxT, n_targets, index) -> streams.UtilityProbe:
-        """What micro-batch `index` puts around its blocks."""
-        draws = REDUCTIONS[self._taking.reduce].draws
-        known = streams.BackwardInputs(
+    def wrapper(self, stat_buffers, targets_BxT, n_targets, index) -> streams.UtilityProbe:
+        """Returns the wrapper of the blocks for micro-batch `index`."""
+        draws = REDUCTIONS[self._spec.reduce].draws
+        inputs = streams.BackwardInputs(
             targets_BxT >= 0,
             n_targets,
             self.tau_LxP,
             self._gain,
             jax.random.fold_in(self._key, index) if draws else None,
         )
-        o = self._objective
-        layers = o.layers if o.mode.adds_hinge else range(o._n)
-        kind = streams.HingeGradient if o.mode.adds_hinge else streams.UtilityProbe
-        return kind(self._taking, slots, known, layers, GRANULARITIES[o._mur.granularity].names)
+        objective = self._objective
+        adds_hinge = objective.mode.adds_hinge
+        layers = objective.layers if adds_hinge else range(objective._n_layers)
+        kind = streams.HingeGradient if adds_hinge else streams.UtilityProbe
+        part_names = GRANULARITIES[objective._mur.granularity].names
+        return kind(self._spec, stat_buffers, inputs, layers, part_names)
 
-    def taken(self, slot_bars) -> dict:
-        """{statistic: [L, P]}, the mean over micro-batches."""
-        values_LxPxS = slot_bars / self._objective._accum
-        return {name: values_LxPxS[..., i] for i, name in enumerate(self._taking.names)}
+    def read_stats(self, buffer_grads) -> dict:
+        """Returns {statistic: [L, P]}, means over the micro-batches."""
+        values_LxPxS = buffer_grads / self._objective._accum
+        return {name: values_LxPxS[..., i] for i, name in enumerate(self._spec.names)}
 
 
 class Target(NamedTuple):
@@ -180,7 +189,7 @@ class Target(NamedTuple):
 
     Attributes:
       scale: (gradients, factor [L]) -> (gradients, keywords of the optimizer's update).
-      remark: what is said of it to people, where there is something to say of {optimizer}.
+      remark: text to add to the run's choices; may name {optimizer}.
     """
 
     scale: Callable
@@ -192,10 +201,10 @@ def _scale_updates(grads: dict, factor_L: jax.Array) -> tuple[dict, dict]:
 
 
 def _scale_gradients(grads: dict, factor_L: jax.Array) -> tuple[dict, dict]:
-    def one(g):
+    def scaled(g):
         return g * factor_L.reshape(-1, *[1] * (g.ndim - 1))
 
-    return grads | {"blocks": jax.tree.map(one, grads["blocks"])}, {}
+    return grads | {"blocks": jax.tree.map(scaled, grads["blocks"])}, {}
 
 
 TARGETS = Modes(
@@ -208,12 +217,12 @@ TARGETS = Modes(
 
 
 def make_objective(config) -> Objective | None:
-    """None where nothing is measured."""
+    """Builds the objective of a resolved config; None where nothing is measured."""
     return Objective(config) if MODES[config.mur.mode].measures else None
 
 
 def mur_choices(config) -> dict[str, str]:
-    """What is done, in a line, by name; {} where nothing is."""
+    """Describes what is measured and changed, as {"mur": line}; {} where nothing is."""
     mode = MODES[config.mur.mode]
     if not mode.measures:
         return {}
@@ -229,7 +238,7 @@ def mur_choices(config) -> dict[str, str]:
     return {"mur": line + TARGETS[mur.apply_to].remark.format(optimizer=config.optim.name)}
 
 
-def _mean(memory: dict, name: str) -> jax.Array:
-    """[L, P]: a running mean; 0 before the first step."""
-    weight = memory["weight"]
-    return jnp.where(weight > 0, memory["sums"][name] / jnp.where(weight > 0, weight, 1.0), 0.0)
+def _mean(means: dict, name: str) -> jax.Array:
+    """Returns a running mean, [L, P]; 0 before the first step."""
+    weight = means["weight"]
+    return jnp.where(weight > 0, means["sums"][name] / jnp.where(weight > 0, weight, 1.0), 0.0)

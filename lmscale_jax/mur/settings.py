@@ -1,4 +1,4 @@
-"""What the choices of `mur.*` stand for. Imports no JAX: configs are checked without it."""
+"""Tables of the modes of `mur.*`. Imports no JAX, so that configs are checked without it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from lmscale_jax.config.key import Modes
 
 
 class Mode(NamedTuple):
-    """What is done with utilities.
+    """One choice of mur.mode.
 
     Attributes:
-      measures: they are taken out of the backward pass of steps that write a line.
-      acts: they change what is trained, so they are taken in every step.
+      measures: utilities are measured in the backward pass of logged steps.
+      acts: they change what is trained, so every step measures them.
       adds_hinge: a hinge on them is part of the objective.
       scales_updates: a factor that follows their running mean multiplies a layer's update, or its
         gradient, by mur.apply_to.
@@ -35,7 +35,7 @@ MODES = Modes(
 
 
 class Granularity(NamedTuple):
-    """The parts of a block that have a utility each.
+    """One choice of mur.granularity: the parts of a block that have a utility each.
 
     Attributes:
       names: of the parts.
@@ -56,18 +56,18 @@ GRANULARITIES = Modes(
 
 
 class Threshold(NamedTuple):
-    """What mur.tau is a number of.
+    """One choice of mur.tau_kind: the unit of mur.tau.
 
     Attributes:
-      value: (objective, memory) -> [L, P], the thresholds in force.
-      kept: statistics whose running means it needs.
+      value: (objective, running means) -> [L, P], the thresholds of a step.
+      averaged: statistics whose running means it needs.
       level: mur.tau -> level of the statistic "quantile".
       allows: mur.tau -> whether it is in range.
       is_utility: mur.tau is a utility, known before the run.
     """
 
     value: Callable
-    kept: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ()
     level: Callable = lambda tau: 0.5
     allows: Callable = lambda tau: True
     is_utility: bool = False
@@ -76,15 +76,15 @@ class Threshold(NamedTuple):
 THRESHOLDS = Modes(
     "mur.tau_kind",
     {
-        "absolute": Threshold(lambda objective, memory: objective.fixed_tau(), is_utility=True),
+        "absolute": Threshold(lambda objective, means: objective.fixed_tau(), is_utility=True),
         "quantile": Threshold(
-            lambda objective, memory: objective.quantile_tau(memory),
-            kept=("quantile",),
+            lambda objective, means: objective.quantile_tau(means),
+            averaged=("quantile",),
             level=lambda tau: tau,
             allows=lambda tau: 0 < tau < 1,
         ),
         "stderr": Threshold(
-            lambda objective, memory: objective.stderr_tau(memory), kept=("stderr",)
+            lambda objective, means: objective.stderr_tau(means), averaged=("stderr",)
         ),
     },
 )

@@ -1,4 +1,4 @@
-"""Marginal utility of what a block adds to the residual stream, token by token.
+"""Computes the marginal utility of what a block adds to the residual stream, token by token.
 
 h is the residual stream, δ = h after the block - h before it, and g the gradient of the *summed*
 token loss by the stream after the block, through all that follows. To first order -<g, δ> is how
@@ -16,7 +16,7 @@ from lmscale_jax.config.key import Modes
 
 FLOAT = jnp.float32
 
-# What is told of the utilities of one layer; the first line over all labelled tokens.
+# Statistics of the utilities of one layer; those of the first line cover all labelled tokens.
 STATISTICS = (
     "mean", "p10", "p50", "p90", "frac_below_tau", "delta_norm", "grad_norm", "stderr", "quantile",
     "utility", "hinge",
@@ -37,8 +37,10 @@ class Measure(NamedTuple):
     level: float = 0.5
 
 
-def token_utilities(how: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labelled_N: jax.Array):
-    """[N]: -<g, δ> ("raw"), over |g| |δ| ("cos") or over |g|^2 ("proj").
+def token_utilities(
+    measure: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labelled_N: jax.Array
+):
+    """Returns [N]: -<g, δ> ("raw"), over |g| |δ| ("cos") or over |g|^2 ("proj").
 
     A denominator is at least `eps` times its mean over the labelled tokens, so a common factor of g
     changes no cosine, however small it is. Where a denominator is 0, so are the utility and its
@@ -46,28 +48,30 @@ def token_utilities(how: Measure, g_NxD: jax.Array, delta_NxD: jax.Array, labell
     """
     g_NxD, delta_NxD = g_NxD.astype(FLOAT), delta_NxD.astype(FLOAT)
     raw_N = -(g_NxD * delta_NxD).sum(axis=-1)
-    size_N = METRICS[how.metric].denominator(g_NxD, delta_NxD)
+    size_N = METRICS[measure.metric].denominator(g_NxD, delta_NxD)
     if size_N is None:
         return raw_N
-    floor = how.eps * masked_mean(size_N, labelled_N)
-    sound_N = size_N > 0
-    return jnp.where(sound_N, raw_N / jnp.maximum(jnp.where(sound_N, size_N, 1.0), floor), 0.0)
+    floor = measure.eps * masked_mean(size_N, labelled_N)
+    positive_N = size_N > 0
+    return jnp.where(
+        positive_N, raw_N / jnp.maximum(jnp.where(positive_N, size_N, 1.0), floor), 0.0
+    )
 
 
 def safe_norms(x_NxD: jax.Array) -> jax.Array:
-    """[N] Euclidean norms, with a gradient of 0 where they are 0."""
+    """Returns [N] Euclidean norms, with a gradient of 0 where they are 0."""
     square_N = jnp.square(x_NxD.astype(FLOAT)).sum(axis=-1)
-    sound_N = square_N > 0
-    return jnp.where(sound_N, jnp.sqrt(jnp.where(sound_N, square_N, 1.0)), 0.0)
+    positive_N = square_N > 0
+    return jnp.where(positive_N, jnp.sqrt(jnp.where(positive_N, square_N, 1.0)), 0.0)
 
 
 class Metric(NamedTuple):
-    """A unit of utility.
+    """One choice of mur.metric, the unit of utilities.
 
     Attributes:
       denominator: (g [N, D], δ [N, D]) -> [N], what -<g, δ> is divided by, or None.
       noise_floor: width -> standard deviation of the utility in a random direction; None: no
-        number of its own.
+        such number.
     """
 
     denominator: Callable
@@ -88,17 +92,17 @@ METRICS = Modes(
 
 
 def masked_mean(values_N: jax.Array, labelled_N: jax.Array) -> jax.Array:
-    """Over labelled tokens; 0 where there are none."""
+    """Averages over labelled tokens; 0 where there are none."""
     return jnp.where(labelled_N, values_N, 0.0).sum() / jnp.maximum(1, labelled_N.sum())
 
 
 def token_weights(
     reduce: str, nll_BxT: jax.Array, labelled_BxT: jax.Array, key, k: int, share: float
 ) -> jax.Array:
-    """[B, T] float32, with sum 1: which tokens a layer's utility is the mean of.
+    """Returns the tokens' weights in a layer's utility, [B, T] float32 with sum 1.
 
-    "mean": all labelled ones. "sample_k": `k` of each sequence, drawn without replacement, or all
-    where fewer are labelled. "top_loss": the `share` of them all with the highest loss.
+    "mean": all labelled tokens. "sample_k": `k` of each sequence, drawn without replacement, or all
+    where fewer are labelled. "top_loss": the `share` of all with the highest loss.
     """
     chosen_BxT = REDUCTIONS[reduce].choose(nll_BxT, labelled_BxT, key, k, share)
     return chosen_BxT.astype(FLOAT) / jnp.maximum(1, chosen_BxT.sum())
@@ -110,22 +114,22 @@ def _all(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
 
 def _drawn(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
     draw_BxT = jnp.where(labelled_BxT, jax.random.uniform(key, nll_BxT.shape), -1.0)
-    least_Bx1 = jax.lax.top_k(draw_BxT, min(k, nll_BxT.shape[1]))[0][:, -1:]
-    return labelled_BxT & (draw_BxT >= least_Bx1)
+    lowest_Bx1 = jax.lax.top_k(draw_BxT, min(k, nll_BxT.shape[1]))[0][:, -1:]
+    return labelled_BxT & (draw_BxT >= lowest_Bx1)
 
 
 def _highest(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
     loss_BxT = jnp.where(labelled_BxT, nll_BxT, -jnp.inf)
     count = jnp.ceil(share * labelled_BxT.sum()).astype(jnp.int32)
-    least = jnp.sort(loss_BxT.ravel())[loss_BxT.size - jnp.maximum(1, count)]
-    return labelled_BxT & (loss_BxT >= least)
+    lowest = jnp.sort(loss_BxT.ravel())[loss_BxT.size - jnp.maximum(1, count)]
+    return labelled_BxT & (loss_BxT >= lowest)
 
 
 class Reduction(NamedTuple):
-    """Which tokens a layer's utility is the mean of.
+    """One choice of mur.reduce: the tokens that a layer's utility averages.
 
     Attributes:
-      choose: (nll [B, T], labelled [B, T], key, k, share) -> [B, T] bool, some of the labelled.
+      choose: (nll [B, T], labelled [B, T], key, k, share) -> [B, T] bool, a subset of the labelled.
       draws: it needs a key.
     """
 
@@ -143,29 +147,29 @@ REDUCTIONS = Modes(
 )
 
 
-def hinge(how: Measure, g_NxD, delta_NxD, labelled_N, weight_N, tau) -> jax.Array:
-    """max(0, tau - utility of the layer), the layer's utility being the weighted mean."""
-    u_N = token_utilities(how, g_NxD, delta_NxD, labelled_N)
+def hinge(measure: Measure, g_NxD, delta_NxD, labelled_N, weight_N, tau) -> jax.Array:
+    """Returns max(0, tau - utility), where utility is the weighted mean over tokens."""
+    u_N = token_utilities(measure, g_NxD, delta_NxD, labelled_N)
     return jnp.maximum(0.0, tau - (weight_N * u_N).sum())
 
 
 def utility_statistics(
-    names: tuple[str, ...], how: Measure, g_NxD, delta_NxD, labelled_BxT, weight_N, tau
+    names: tuple[str, ...], measure: Measure, g_NxD, delta_NxD, labelled_BxT, weight_N, tau
 ) -> jax.Array:
-    """[len(names)] float32, of STATISTICS.
+    """Returns the named STATISTICS, [len(names)] float32.
 
     "p10", "p50", "p90": quantiles of the utility over labelled tokens; "quantile": that at
-    `how.level`. "frac_below_tau": share of labelled tokens below tau. "delta_norm", "grad_norm":
-    means of |δ| and |g|. "stderr": standard error of the mean utility, sequences being the
-    independent draws. "utility": the weighted mean; "hinge": max(0, tau - utility).
+    `measure.level`. "frac_below_tau": share of labelled tokens below tau. "delta_norm",
+    "grad_norm": means of |δ| and |g|. "stderr": standard error of the mean utility, with sequences
+    as the independent draws. "utility": the weighted mean; "hinge": max(0, tau - utility).
     """
     labelled_N = labelled_BxT.reshape(-1)
-    u_N = token_utilities(how, g_NxD, delta_NxD, labelled_N)
-    levels = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "quantile": how.level}
+    u_N = token_utilities(measure, g_NxD, delta_NxD, labelled_N)
+    levels = {"p10": 0.1, "p50": 0.5, "p90": 0.9, "quantile": measure.level}
     if levels.keys() & set(names):
         ordered_N, count = jnp.sort(jnp.where(labelled_N, u_N, jnp.inf)), labelled_N.sum()
-    made = {
-        **{name: lambda q=q: _weighted_quantile(ordered_N, count, q) for name, q in levels.items()},
+    statistics = {
+        **{name: lambda q=q: _quantile(ordered_N, count, q) for name, q in levels.items()},
         "mean": lambda: masked_mean(u_N, labelled_N),
         "frac_below_tau": lambda: masked_mean((u_N < tau).astype(FLOAT), labelled_N),
         "delta_norm": lambda: masked_mean(safe_norms(delta_NxD), labelled_N),
@@ -174,19 +178,19 @@ def utility_statistics(
         "utility": lambda: (weight_N * u_N).sum(),
         "hinge": lambda: jnp.maximum(0.0, tau - (weight_N * u_N).sum()),
     }
-    return jnp.stack([made[name]() for name in names])
+    return jnp.stack([statistics[name]() for name in names])
 
 
-def _weighted_quantile(ordered_N: jax.Array, count, level: float) -> jax.Array:
-    """Of the first `count` values in order, with linear interpolation between two of them."""
-    at = level * jnp.maximum(count - 1, 0)
-    low = jnp.floor(at).astype(jnp.int32)
+def _quantile(ordered_N: jax.Array, count, level: float) -> jax.Array:
+    """Interpolates linearly in the first `count` values, which are in order."""
+    position = level * jnp.maximum(count - 1, 0)
+    low = jnp.floor(position).astype(jnp.int32)
     high = jnp.minimum(low + 1, jnp.maximum(count - 1, 0))
-    return ordered_N[low] + (at - low) * (ordered_N[high] - ordered_N[low])
+    return ordered_N[low] + (position - low) * (ordered_N[high] - ordered_N[low])
 
 
 def _standard_error(u_BxT: jax.Array, labelled_BxT: jax.Array) -> jax.Array:
-    """Of the mean over labelled tokens, a ratio of sums over sequences."""
+    """Returns the standard error of the mean over labelled tokens, a ratio of sums by sequence."""
     B, count_B = u_BxT.shape[0], labelled_BxT.sum(axis=1)
     total_B, count = jnp.where(labelled_BxT, u_BxT, 0.0).sum(axis=1), jnp.maximum(1, count_B.sum())
     residual_B = total_B - count_B * (total_B.sum() / count)

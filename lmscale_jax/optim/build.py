@@ -1,4 +1,4 @@
-"""The optimizer as one `optax` transformation, its per-parameter factors from the rules' table."""
+"""Builds the optimizer as one `optax` transformation, with factors for each parameter."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from lmscale_jax.optim.layerwise import average_weights, averaged_params
 from lmscale_jax.optim.optimizers import DECAY_MODES, OPTIMIZERS
 from lmscale_jax.optim.rules import UpdateRule, update_rules
 
-# (shrinkage, direction, parameter) -> shrinkage of the entries that decay. "cautious": only those
+# (shrinkage, direction, parameter) -> shrinkage by weight decay. "cautious": only of the entries
 # that the direction moves towards 0 (Chen et al. 2025, arXiv 2510.12402).
 SHRINKING = Modes(
     "optim.decay_where",
@@ -25,13 +25,13 @@ SHRINKING = Modes(
 def build_optimizer(
     config, param_rules: dict, mesh=None, platform: str = "cpu"
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a resolved config: clip, direction, learning rate and decay, block factors.
+    """Builds the optimizer of a resolved config: clip, direction, rate and decay, block factors.
 
-    `update` takes the keyword `step`, the number of batches consumed: the schedule follows the
-    data, also when a step was skipped. Its keyword `block_factors` multiplies the update of each
-    block. Each parameter belongs to the group of its row's `optimizer`. `platform` decides the type
-    of Muon's products; `mesh`, if given, deals its matrices out. Learning rates and weight decay
-    may be traced.
+    `update` takes two keywords. `step` is the number of batches consumed, so the schedule also
+    advances when a step is skipped. `block_factors` [layers] multiplies the update of each block.
+    Each parameter belongs to the group of its rule's `optimizer`. `platform` decides the type of
+    Muon's products; `mesh` distributes its matrices, None keeps them on one device. Learning rates
+    and weight decay may be traced.
     """
     optim, rules = config.optim, update_rules(param_rules, config)
     groups = {
@@ -46,9 +46,9 @@ def build_optimizer(
         )
     clip = [clip_by_global_norm(optim.clip)] if optim.clip else []
     parts = [*clip, inner, scale_and_decay(config, rules)]
-    thaw_L = layerwise.unfreeze_steps(config)
-    if thaw_L is not None:
-        parts = [layerwise.hold_frozen(optax.chain(*parts), thaw_L)]
+    unfreeze_step_L = layerwise.unfreeze_steps(config)
+    if unfreeze_step_L is not None:
+        parts = [layerwise.hold_frozen(optax.chain(*parts), unfreeze_step_L)]
     parts.append(layerwise.scale_blocks(layerwise.block_factors(config)))
     if optim.ema_decay:
         parts.append(average_weights(optim.ema_decay))
@@ -56,23 +56,23 @@ def build_optimizer(
 
 
 def _direction(name: str, config, rules: dict[str, UpdateRule], mesh, platform: str):
-    """One optimizer before learning rate and decay, for the parameters whose row names it."""
+    """Builds one optimizer's direction, before learning rate and decay, for its parameters."""
     optimizer = OPTIMIZERS[name]
-    its_rules = {path: rule for path, rule in rules.items() if rule.optimizer == name}
-    direction = optimizer.direction(config, its_rules, mesh, platform)
+    group_rules = {path: rule for path, rule in rules.items() if rule.optimizer == name}
+    direction = optimizer.direction(config, group_rules, mesh, platform)
     if optimizer.counts_steps and layerwise.unfreeze_steps(config) is not None:
-        # The correction of a block's young moments counts from its own first step.
+        # Adam's bias correction of a block counts from that block's first step.
         direction = layerwise.per_block(direction)
-    if any(rule.eps_factor != 1.0 for rule in its_rules.values()):
+    if any(rule.eps_factor != 1.0 for rule in group_rules.values()):
         return optax.chain(divide_by_eps_factor(rules), direction)
     return direction
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Gradients of a norm above `limit` are scaled down to it.
+    """Scales gradients with a norm above `limit` down to it.
 
-    As optax's transformation of that name, but as a product with one number, which XLA repeats in
-    each loop that reads a gradient; a division it carries out first and stores.
+    optax's transformation of that name divides each gradient, which XLA stores. The product with
+    one number is fused into the loops that read the gradients.
     """
 
     def scaled(grads, _):
@@ -83,7 +83,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 
 def divide_by_eps_factor(rules: dict[str, UpdateRule]) -> optax.GradientTransformation:
-    """An epsilon for each parameter: Adam's update of g / f with eps is that of g with f eps."""
+    """Gives each parameter its epsilon: Adam's update of g / f with eps is that of g with f eps."""
 
     def divided(path, g):
         return g if isinstance(g, optax.MaskedNode) else g / rules[path].eps_factor
@@ -97,21 +97,21 @@ def divide_by_eps_factor(rules: dict[str, UpdateRule]) -> optax.GradientTransfor
 def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTransformationExtraArgs:
     """Turns a direction u into the update -(lr(t) f u + decay(t) p) of each parameter p.
 
-    f is the row's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
+    f is the rule's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
     the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch. The directions of
-    an optimizer that applies its rate itself are passed on.
+    an optimizer that applies its own rate pass unchanged.
     """
     factor = schedules.make_schedule(config)
     optim = config.optim
 
-    # A traced number is never known to be 0.
+    # A traced number may be anything, so only a constant 0 leaves the decay out.
     decays = not (isinstance(optim.weight_decay, float) and optim.weight_decay == 0)
 
     def update(updates, state, params, *, step, **_):
         s = factor(step)
 
         def change_of(path, u):
-            rule, p = rules[path], _factor_at(params, path)
+            rule, p = rules[path], _param_at(params, path)
             optimizer = OPTIMIZERS[rule.optimizer]
             if optimizer.applies_rate:
                 return u
@@ -129,26 +129,26 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
 
 
 def optimizer_choices(config, platform: str) -> dict[str, str]:
-    """What the optimizer of a resolved config chose or drew, by name, for people to read."""
+    """Describes what the optimizer of a resolved config chose or drew: {name: text}."""
     lines = OPTIMIZERS[config.optim.name].described(config, platform)
-    thaw_L = layerwise.unfreeze_steps(config)
-    if thaw_L is not None:
-        begins = ["never" if b == layerwise.NEVER else f"step {b:,}" for b in thaw_L]
+    unfreeze_step_L = layerwise.unfreeze_steps(config)
+    if unfreeze_step_L is not None:
+        begins = ["never" if s == layerwise.NEVER else f"step {s:,}" for s in unfreeze_step_L]
         lines = lines | {"freeze": "blocks learn from: " + ", ".join(begins)}
     return lines
 
 
 def params_to_evaluate(config, params: dict, opt_state) -> tuple[dict, dict | None]:
-    """The parameters to evaluate, and their running mean; None where none is kept."""
+    """Returns the parameters to evaluate, and their running mean; None where none is kept."""
     return OPTIMIZERS[config.optim.name].evaluated(params, opt_state), averaged_params(opt_state)
 
 
-def _factor_at(tree: dict, path: str) -> jax.Array:
+def _param_at(tree: dict, path: str) -> jax.Array:
     for name in path.split("/"):
         tree = tree[name]
     return tree
 
 
 def apply_updates(params, updates):
-    """params + updates, in the parameters' own type."""
+    """Adds updates to params, in the params' types."""
     return jax.tree.map(lambda p, u: jnp.asarray(p + u, p.dtype), params, updates)

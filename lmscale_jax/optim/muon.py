@@ -1,8 +1,8 @@
-"""Muon and NorMuon on stacked blocks: momentum whose every matrix is made orthogonal.
+"""Muon and NorMuon on stacked blocks: the matrices of the momentum are made orthogonal.
 
 Jordan et al. 2024 (Muon), Amsel et al. 2025 (Polar Express, arXiv 2505.16932), Li et al. 2025
-(NorMuon, arXiv 2510.05491). Which axes make a matrix stands in its annotation; scale and learning
-rate come from `model.parametrization`.
+(NorMuon, arXiv 2510.05491). A parameter's annotation tells which axes make a matrix; scale and
+learning rate come from `optim.rules`.
 """
 
 import math
@@ -25,8 +25,8 @@ class Iteration(NamedTuple):
 
     Attributes:
       steps: (a, b, c) of each step X <- a X + (b A + c A A) X with A = X X'.
-      margin: what the Frobenius norm is multiplied by before: Polar Express needs room above the
-        largest singular value.
+      margin: factor of the Frobenius norm that a matrix is divided by; Polar Express needs room
+        above the largest singular value.
     """
 
     steps: tuple[tuple[float, float, float], ...]
@@ -50,7 +50,7 @@ COEFFICIENTS = Modes(
         "stable": Iteration(((2.0, -1.5, 0.5),) * 12, margin=1.0),
     },
 )
-# Spec -> what an orthogonal matrix is multiplied by to be the update of a parameter. "spectral":
+# Spec -> factor from an orthogonal matrix to the update of a parameter. "spectral":
 # the spectral condition (Yang et al. 2023); "kj": Jordan et al. 2024; "moonlight": Liu et al. 2025
 # (arXiv 2502.16982), the root mean square of a typical update by AdamW.
 SCALES = Modes(
@@ -64,10 +64,10 @@ SCALES = Modes(
 
 
 class Unit(NamedTuple):
-    """What is made orthogonal as one matrix.
+    """One choice of optim.muon_unit: what is made orthogonal as one matrix.
 
     Attributes:
-      batch_axes: names of the axes whose every entry has a matrix of its own.
+      batch_axes: names of the axes that count matrices.
       count: Spec -> how many matrices a layer's parameter is cut into.
     """
 
@@ -91,15 +91,15 @@ PRODUCT_DTYPES = Modes(
         "bfloat16": lambda platform: "bfloat16",
     },
 )
-# Far below any gradient's norm; only keeps a gradient of zero from becoming 0 / 0.
+# Far below any gradient's norm; keeps a gradient of zero from becoming 0 / 0.
 TINY = 1e-12
 
 
 class Matrices(NamedTuple):
-    """How one parameter is a batch of matrices [B, m, n] with m <= n.
+    """The layout of one parameter as a batch of matrices [B, m, n] with m <= n.
 
     Attributes:
-      order: its axes as those of the batch, then fan-in, then fan-out.
+      order: its axes, those of the batch first, then fan-in, then fan-out.
       batch: sizes of the batch axes.
       fan_in, fan_out: of each matrix; the larger one is n, for equal ones fan-out.
     """
@@ -113,20 +113,20 @@ class Matrices(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return min(self.fan_in, self.fan_out), max(self.fan_in, self.fan_out)
 
-    def cut(self, x: jax.Array) -> jax.Array:
-        """The parameter's array as [B, m, n]."""
+    def split(self, x: jax.Array) -> jax.Array:
+        """Reshapes the parameter's array to [B, m, n]."""
         x_Bxixo = x.transpose(self.order).reshape(-1, self.fan_in, self.fan_out)
         return x_Bxixo if self.fan_in <= self.fan_out else x_Bxixo.swapaxes(1, 2)
 
     def join(self, x_Bxmxn: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """The inverse of `cut`, for an array of that shape."""
+        """Inverts `split`, for a parameter of that shape."""
         x = x_Bxmxn if self.fan_in <= self.fan_out else x_Bxmxn.swapaxes(1, 2)
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return x.reshape([shape[axis] for axis in self.order]).transpose(back)
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return x.reshape([shape[axis] for axis in self.order]).transpose(inverse)
 
 
 def as_matrices(spec: Spec, unit: str) -> Matrices:
-    """The matrices of an annotation; with unit "head" each head of attention is one of its own."""
+    """Returns the layout of an annotation; with unit "head" each attention head is a matrix."""
     batch = [0] if spec.axes[:1] == ("layers",) else []
     first_out = len(batch) + spec.n_in
     batch += [i for i, axis in enumerate(spec.axes) if axis in UNITS[unit].batch_axes]
@@ -141,12 +141,12 @@ def as_matrices(spec: Spec, unit: str) -> Matrices:
 
 
 def newton_schulz(x_Bxmxn: jax.Array, coefficients: str, dtype) -> jax.Array:
-    """Nearly the orthogonal factor of each matrix of a batch with m <= n, in `dtype`.
+    """Approximates the orthogonal factor of each matrix of a batch with m <= n, in `dtype`.
 
     Singular values end between 0.68 and 1.21 (quintic), 0.85 and 1.15 (polar_express) or at 1
-    (stable) if they are at least 0.002 of the Frobenius norm. A matrix of zeros stays one.
+    (stable) if they are at least 0.002 of the Frobenius norm. A matrix of zeros stays zero.
     """
-    # Norms and sums in float32: the coefficients cancel, so that their rounding to bfloat16 shows.
+    # Norms and sums in float32: the coefficients nearly cancel, so bfloat16 would round too much.
     x = x_Bxmxn.astype(jnp.float32)
     norm = jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True))
     iteration = COEFFICIENTS[coefficients]
@@ -167,9 +167,11 @@ def newton_schulz(x_Bxmxn: jax.Array, coefficients: str, dtype) -> jax.Array:
 
 
 class MuonState(NamedTuple):
-    """Attributes:
-    momentum: like the parameters, float32.
-    squares: {} for Muon; for NorMuon the mean square of each neuron's direction, [*batch, n].
+    """The state of Muon.
+
+    Attributes:
+      momentum: like the parameters, float32.
+      squares: {} for Muon; for NorMuon the mean square of each neuron's direction, [*batch, n].
     """
 
     momentum: dict
@@ -183,11 +185,12 @@ def scale_by_muon(
     platform: str = "cpu",
     beta2: float | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The direction of Muon for the matrices of a resolved config; with `beta2` that of NorMuon.
+    """Builds the direction of Muon for the matrices of a resolved config; NorMuon with `beta2`.
 
-    `beta2` is the decay of the mean square of each neuron's direction (see `even_out`).
-    `update` takes the keyword `step`, for the momentum's warm-up. With a mesh every device makes
-    whole matrices orthogonal: they are dealt out before the iteration and come back after it.
+    `beta2` is the decay of the mean square of each neuron's direction (see `normalize_neurons`).
+    `update` takes the keyword `step`, for the momentum's warm-up. On a mesh the matrices are
+    distributed over the devices before the iteration and gathered after it, so that no product
+    inside communicates.
     """
     optim, decay_at = config.optim, schedules.momentum_schedule(config)
     layouts = {p: as_matrices(r.spec, optim.muon_unit) for p, r in rules.items()}
@@ -202,7 +205,7 @@ def scale_by_muon(
             return MuonState(zeros, {})
 
         def squares(path, p):
-            return p if _nothing(p) else jnp.zeros((*layouts[path].batch, layouts[path].shape[1]))
+            return p if _is_masked(p) else jnp.zeros((*layouts[path].batch, layouts[path].shape[1]))
 
         return MuonState(zeros, map_named(squares, params))
 
@@ -213,64 +216,67 @@ def scale_by_muon(
             return decay * m + (1 - decay) * g
 
         moments = jax.tree.map(blend, state.momentum, grads)
-        ahead = named(jax.tree.map(blend, moments, grads))
-        ahead = {path: x for path, x in ahead.items() if not _nothing(x)}
-        found = orthogonal({p: layouts[p].cut(x) for p, x in ahead.items()}, iterate, mesh)
+        nesterov = named(jax.tree.map(blend, moments, grads))
+        nesterov = {path: x for path, x in nesterov.items() if not _is_masked(x)}
+        stacks = {path: layouts[path].split(x) for path, x in nesterov.items()}
+        factors = orthogonalize(stacks, iterate, mesh)
         squares = named(state.squares)
-        for path in found if squares else ():
-            found[path], squares[path] = even_out(found[path], squares[path], beta2)
+        for path in factors if squares else ():
+            factors[path], squares[path] = normalize_neurons(factors[path], squares[path], beta2)
         directions = {
-            path: layouts[path].join(x, ahead[path].shape) * rules[path].update_scale
-            for path, x in found.items()
+            path: layouts[path].join(x, nesterov[path].shape) * rules[path].update_scale
+            for path, x in factors.items()
         }
-        kept = MuonState(moments, map_named(lambda path, _: squares[path], state.squares))
-        return map_named(lambda path, g: directions.get(path, g), grads), kept
+        new_state = MuonState(moments, map_named(lambda path, _: squares[path], state.squares))
+        return map_named(lambda path, g: directions.get(path, g), grads), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def products_dtype(config, platform: str) -> str:
-    """The type of Newton-Schulz products of a resolved config."""
+    """Returns the dtype of Newton-Schulz products of a resolved config."""
     return PRODUCT_DTYPES[config.optim.muon_dtype](platform)
 
 
-def orthogonal(
+def orthogonalize(
     stacks: dict[str, jax.Array], iterate: Callable, mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-    """`iterate` over every [B, m, n], in one call for all parameters with the same m and n."""
-    found = {}
+    """Applies `iterate` to every [B, m, n], in one call for all with the same m and n."""
+    factors = {}
     for shape in sorted({x.shape[1:] for x in stacks.values()}):
         members = {path: x for path, x in stacks.items() if x.shape[1:] == shape}
         stack = jnp.concatenate(list(members.values()))
         count = len(stack)
         if mesh is not None and mesh.size > 1:
             stack = jnp.pad(stack, ((0, -count % mesh.size), (0, 0), (0, 0)))
-            dealt = NamedSharding(mesh, P(mesh.axis_names))
-            stack = jax.lax.with_sharding_constraint(stack, dealt)
-            done = jax.lax.with_sharding_constraint(iterate(stack), dealt)[:count]
+            spread = NamedSharding(mesh, P(mesh.axis_names))
+            stack = jax.lax.with_sharding_constraint(stack, spread)
+            result = jax.lax.with_sharding_constraint(iterate(stack), spread)[:count]
         else:
-            done = iterate(stack)
-        parts = jax.lax.split(done, [len(x) for x in members.values()])
-        found |= dict(zip(members, parts, strict=True))
-    return found
+            result = iterate(stack)
+        parts = jax.lax.split(result, [len(x) for x in members.values()])
+        factors |= dict(zip(members, parts, strict=True))
+    return factors
 
 
-def even_out(x_Bxmxn: jax.Array, squares: jax.Array, beta2: float) -> tuple[jax.Array, jax.Array]:
-    """NorMuon: every neuron's direction over the root of its running mean square.
+def normalize_neurons(
+    x_Bxmxn: jax.Array, squares: jax.Array, beta2: float
+) -> tuple[jax.Array, jax.Array]:
+    """Divides each neuron's direction by the root of its running mean square, as NorMuon does.
 
     A neuron is an entry of the longer side n, of fan-out where both are equal. The Frobenius norm
-    stays. Returns the new directions and the new means, shaped like `squares`.
+    is kept. Returns the new directions and the new mean squares, shaped like `squares`.
     """
     mean_Bxn = jnp.square(x_Bxmxn).mean(axis=1)
-    now_Bxn = beta2 * squares.reshape(mean_Bxn.shape) + (1 - beta2) * mean_Bxn
-    y_Bxmxn = x_Bxmxn / jnp.sqrt(now_Bxn + TINY**2)[:, None, :]
+    square_Bxn = beta2 * squares.reshape(mean_Bxn.shape) + (1 - beta2) * mean_Bxn
+    y_Bxmxn = x_Bxmxn / jnp.sqrt(square_Bxn + TINY**2)[:, None, :]
 
     def norm(x):
         return jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True))
 
-    return y_Bxmxn * (norm(x_Bxmxn) / (norm(y_Bxmxn) + TINY)), now_Bxn.reshape(squares.shape)
+    return y_Bxmxn * (norm(x_Bxmxn) / (norm(y_Bxmxn) + TINY)), square_Bxn.reshape(squares.shape)
 
 
-def _nothing(x) -> bool:
-    """It belongs to another group of `optax.partition`."""
+def _is_masked(x) -> bool:
+    """Tells whether a leaf belongs to another group of `optax.partition`."""
     return isinstance(x, optax.MaskedNode)

@@ -1,4 +1,4 @@
-"""The optimizers: one entry holds everything that depends on `optim.name`.
+"""The table of optimizers: one entry has everything that depends on `optim.name`.
 
 Sources: AdamW: Loshchilov and Hutter 2019, arXiv 1711.05101. Lion: Chen et al. 2023, arXiv
 2302.06675. The learning-rate factors: see `optim.rules`.
@@ -18,53 +18,54 @@ from lmscale_jax.optim import muon
 
 
 def _lr_per_entry(r: Ratios) -> float:
-    """The learning-rate factor where each entry's update is normalised: Adam, Lion."""
-    of_depth = r.m_L ** (r.a - 1)
-    return {"hidden": of_depth / r.m_in, "vector": of_depth}.get(r.role, 1.0)
+    """Returns the learning-rate factor where each entry's update is normalised: Adam, Lion."""
+    depth_factor = r.m_L ** (r.a - 1)
+    return {"hidden": depth_factor / r.m_in, "vector": depth_factor}.get(r.role, 1.0)
 
 
 def _lr_of_gradient(r: Ratios) -> float:
-    """The learning-rate factor where the update is proportional to the gradient."""
-    of_depth = r.m_L ** (2 * r.a - 1)
+    """Returns the learning-rate factor where the update is proportional to the gradient."""
+    depth_factor = r.m_L ** (2 * r.a - 1)
     return {
         "input": r.m_out,
-        "hidden": of_depth * r.m_out / r.m_in,
+        "hidden": depth_factor * r.m_out / r.m_in,
         "output": r.m_in,
-        "vector": of_depth * r.m_out,
+        "vector": depth_factor * r.m_out,
         "scalar": 1.0,
     }[r.role]
 
 
 def _lr_orthogonal(r: Ratios) -> float:
-    """The learning-rate factor where an update has the spectral norm sqrt(fan_out / fan_in)."""
+    """Returns the learning-rate factor for updates of spectral norm sqrt(fan_out / fan_in)."""
     return r.m_L ** (r.a - 1)
 
 
 def _eps_factor(r: Ratios) -> float:
-    of_depth = r.m_L**-r.a
-    vector = of_depth / r.m_out if r.inside else 1.0
-    return {"hidden": of_depth / r.m_in, "vector": vector}.get(r.role, 1.0)
+    depth_factor = r.m_L**-r.a
+    vector = depth_factor / r.m_out if r.inside else 1.0
+    return {"hidden": depth_factor / r.m_in, "vector": vector}.get(r.role, 1.0)
 
 
 class Optimizer(NamedTuple):
-    """What one optimizer is.
+    """One choice of optim.name.
 
     Attributes:
       direction: (config, rows of its parameters, mesh, platform) -> the optax transformation from
-        gradients to directions; its `update` takes the keyword `step` if it likes.
+        gradients to directions; its `update` may take the keyword `step`.
       lr_factor: Ratios -> factor of the learning rate.
-      moments: float32 arrays of a parameter's size that it keeps.
-      others: optimizer of the parameters that are no hidden matrices; None: itself.
-      peak: key of the group `optim` that holds its peak learning rate.
-      divides_by_eps: it takes optim.eps, and so a factor of it by `_eps_factor`: gradients are
-        divided by the factor before they reach it.
-      counts_steps: its corrections depend on the number of its steps, which under freezing is one
-        for each block.
-      applies_rate: its directions are updates already: learning rate and decay are its own.
-      update_scale, norm: (optim, Spec) -> what its direction is multiplied by, and by how much the
-        spectral norm of an update may exceed sqrt(fan_out / fan_in).
+      moments: number of float32 arrays of a parameter's size in its state.
+      others: optimizer of the parameters other than hidden matrices; None: itself.
+      peak: key of the group `optim` with its peak learning rate.
+      divides_by_eps: it uses optim.eps, scaled by `_eps_factor`: gradients are divided by the
+        factor before they reach it.
+      counts_steps: its bias corrections depend on the number of its steps, which under freezing
+        differs between blocks.
+      applies_rate: its directions are complete updates; it applies learning rate and decay.
+      update_scale: (optim, Spec) -> factor of its direction.
+      norm: (optim, Spec) -> the ratio by which an update's spectral norm may exceed
+        sqrt(fan_out / fan_in).
       evaluated: (params, the optimizer's state) -> parameters to evaluate.
-      described: (config, platform) -> {name: text} for people to read.
+      described: (config, platform) -> {name: text} for the run's choices.
     """
 
     direction: Callable
@@ -81,7 +82,7 @@ class Optimizer(NamedTuple):
     described: Callable = lambda config, platform: {}
 
     def eps_factor(self, ratios: Ratios) -> float:
-        """The factor of epsilon relative to the base size; 1 where it has no epsilon."""
+        """Returns the factor of epsilon relative to the base size; 1 without an epsilon."""
         return _eps_factor(ratios) if self.divides_by_eps else 1.0
 
 
@@ -111,7 +112,7 @@ def _update_scale(optim, spec: Spec) -> float:
 
 
 def _norm(optim, spec: Spec) -> float:
-    """H blocks that are orthogonal each have together at most sqrt(H) times the norm of one."""
+    """Bounds the norm ratio: H orthogonal blocks together have at most sqrt(H) times one's norm."""
     blocks = muon.UNITS[optim.muon_unit].count(spec)
     return _update_scale(optim, spec) / muon.SCALES["spectral"](spec) * math.sqrt(blocks)
 
@@ -121,7 +122,7 @@ def _described(config, platform: str) -> dict[str, str]:
     return {"muon": f"Newton-Schulz {config.optim.muon_coefficients} in {dtype}"}
 
 
-# Of Muon's kind: matrices inside blocks are made orthogonal, adamw takes the rest.
+# Muon and its variants: hidden matrices are made orthogonal, adamw takes the other parameters.
 _orthogonal = functools.partial(
     Optimizer,
     lr_factor=_lr_orthogonal,
@@ -146,10 +147,10 @@ OPTIMIZERS = Modes(
 
 
 class DecayMode(NamedTuple):
-    """How weight decay follows the learning rate.
+    """One choice of optim.decay_mode: how weight decay follows the learning rate.
 
     Attributes:
-      rate: (schedule's factor, learning rate of the parameter) -> what the coefficient multiplies.
+      rate: (schedule's factor, learning rate of the parameter) -> factor of the coefficient.
       wd_factor: learning-rate factor -> factor of the coefficient in PyTorch's form,
         p - lr * wd * p.
     """
@@ -166,7 +167,7 @@ DECAY_MODES = Modes(
     },
 )
 
-# Roles of the parameters that decay.
+# Value of optim.decay_on -> roles of the parameters that decay.
 DECAYING = Modes(
     "optim.decay_on",
     {
@@ -178,6 +179,6 @@ DECAYING = Modes(
 
 
 def optimizer_of(name: str, spec: Spec) -> str:
-    """The name of the optimizer that takes a parameter where optim.name is `name`."""
+    """Returns the name of the optimizer of a parameter where optim.name is `name`."""
     others = OPTIMIZERS[name].others
     return name if others is None or spec.role == "hidden" else others

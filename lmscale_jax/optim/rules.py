@@ -1,6 +1,6 @@
-"""What the optimizer does with each parameter: learning rate, epsilon, decay and update scale.
+"""Derives learning rate, epsilon, decay and update scale of each parameter.
 
-With m_in and m_out the ratios of a matrix's own fans to those at the base size, m_L that of the
+With m_in and m_out the ratios of a matrix's fans to those at the base size, m_L the ratio of the
 depths and a the exponent of the branch multiplier (`model.parametrization`):
 
               learning rate                                     Adam epsilon
@@ -17,8 +17,8 @@ for the difference from sqrt(fan_out / fan_in), relative to the base size, times
 
 Sources: Yang et al. 2022 (arXiv 2203.03466, table 8); Dey et al. 2025 (CompleteP, arXiv 2505.01618,
 table 1) for depth and epsilon; Yang et al. 2023 (arXiv 2310.17813) for spectral norms of updates.
-The depth factor of sgd is our own: a branch's multiplier enters its gradient and its output, and L
-branches add up.
+The depth factor of sgd is derived here: a branch's multiplier enters its gradient and its output,
+and L branches add up.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,7 @@ class UpdateRule(NamedTuple):
       eps_factor: factor of Adam's epsilon.
       decay: 1 where it decays, else 0.
       optimizer: the one that updates it: only hidden matrices are made orthogonal.
-      update_scale: factor of the direction; other than 1 for orthogonal ones only.
+      update_scale: factor of the direction; 1 unless it is orthogonal.
     """
 
     spec: Spec

@@ -12,7 +12,7 @@ from lmscale_jax.config.key import Modes
 
 
 class Schedule(NamedTuple):
-    """The way down from the peak.
+    """One choice of schedule.name: the descent from the peak.
 
     Attributes:
       shape: (array module, x from 0 to 1 over the descent) -> from 1 to 0.
@@ -37,14 +37,14 @@ SCHEDULES = Modes(
 
 
 def cooldown_steps(config) -> int | None:
-    """Length of the descent where the schedule has one of its own, else None."""
+    """Returns the steps of a schedule's cooldown; None where it descends from warm-up on."""
     return SCHEDULES[config.schedule.name].descent(config)
 
 
 def make_schedule(config, xp=None) -> Callable:
-    """Step (from 0) -> factor of the peak. `xp` is numpy to explain it; None: jax.numpy.
+    """Returns step (from 0) -> factor of the peak, computed by `xp`, numpy or (None) jax.numpy.
 
-    Warm-up rises linearly and reaches 1 at its last step, so the first update is not empty; the
+    Warm-up rises linearly and reaches 1 at its last step, so the first update is not zero; the
     last step of a run uses `schedule.final` plus at most one step's descent. The lengths may be
     traced.
     """
@@ -59,14 +59,14 @@ def make_schedule(config, xp=None) -> Callable:
         step = xp.asarray(step, xp.float32)
         rise = xp.minimum(1.0, (step + 1) / xp.maximum(1, warmup))
         descent = xp.clip((step - (total - cooldown)) / xp.maximum(1, cooldown), 0.0, 1.0)
-        # In this form a rate that has not begun to fall is the peak to the bit.
+        # In this form the rate before the descent is the peak to the bit.
         return rise * (1 - (1 - final) * (1 - schedule.shape(xp, descent)))
 
     return factor
 
 
 def momentum_schedule(config) -> Callable:
-    """Step -> decay of Muon's momentum, rising linearly to optim.momentum."""
+    """Returns step -> decay of Muon's momentum, rising linearly to optim.momentum."""
     xp = _jax_numpy()
     optim, length = config.optim, config.optim.momentum_warmup
 

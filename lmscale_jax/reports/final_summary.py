@@ -19,24 +19,24 @@ def show_final_summary(finished, say: Callable[[str], None] = print) -> None:
       finished: the result of training: the record, the run, its parameters.
       say: prints a line.
     """
-    run, setup, params = finished
-    config, data = setup.config, setup.data
-    sample = sample_text(setup, params) if config.eval.sample else ""
+    record, run, params = finished
+    config, data = run.config, run.data
+    sample = sample_text(run, params) if config.eval.sample else ""
     if not distributed.is_first():
         return
     if config.eval.baselines:
         scores = perplexity.baseline_losses(
-            data.train, data.val, config.model.vocab_size, run["final"]["val_tokens"]
+            data.train, data.val, config.model.vocab_size, record["final"]["val_tokens"]
         )
-        run.update(baselines=scores)
-    for path in plots.draw_run(setup.workdir):
+        record.update(baselines=scores)
+    for path in plots.draw_run(run.workdir):
         say(f"plot                 {path}")
     if config.eval.sample:
         say("sample\n" + indent(sample))
     say("")
-    for name, value in (run["baselines"] if config.eval.baselines else {}).items():
+    for name, value in (record["baselines"] if config.eval.baselines else {}).items():
         say(f"{name + ' model':<20} {value:.4f} nats/token, held out")
-    final = run["final"]
+    final = record["final"]
     say(
         f"{'this run':<20} {final['val_loss']:.4f} ± {final['val_loss_sem'] or 0:.4f} nats/token, "
         f"held out ({final['val_tokens']:,} tokens)"
@@ -45,10 +45,10 @@ def show_final_summary(finished, say: Callable[[str], None] = print) -> None:
         say(f"{'running mean':<20} {final['val_loss_ema']:.4f} nats/token, averaged weights")
     if final["bits_per_byte"] is not None:
         say(f"{'bits per byte':<20} {final['bits_per_byte']:.4f}")
-    say(f"{'record and plots':<20} {setup.workdir}/run.json, {setup.workdir}/plots/")
+    say(f"{'record and plots':<20} {run.workdir}/run.json, {run.workdir}/plots/")
 
 
-def sample_text(setup, params, n_tokens: int = 0, prompt: str = "", **options) -> str:
+def sample_text(run, params, n_tokens: int = 0, prompt: str = "", **options) -> str:
     """Samples text from the model; returns the prompt and its continuation.
 
     Args:
@@ -56,7 +56,7 @@ def sample_text(setup, params, n_tokens: int = 0, prompt: str = "", **options) -
       prompt: text to continue; empty: a new document.
       options: further arguments of `sampling.sample`.
     """
-    config, data = setup.config, setup.data
+    config, data = run.config, run.data
     ids = np.zeros(0, int)
     if prompt and data.tokenizer:
         ids = data.tokenizer.encode_batch([prompt])[0]
@@ -65,7 +65,7 @@ def sample_text(setup, params, n_tokens: int = 0, prompt: str = "", **options) -
     if not len(ids):
         ids = data.val.read(0, 1)
     sampled = sampling.sample(
-        setup.model.logits,
+        run.model.logits,
         params,
         ids,
         n_tokens or config.eval.sample,

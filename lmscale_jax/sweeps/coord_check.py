@@ -1,11 +1,7 @@
-"""Runs a coordinate check: every size of a family on one batch, its activations step by step.
+"""Runs a coordinate check: how the size of each activation grows with the size of the model.
 
-One compiled program for each size: a vmap over seeds of a scan over steps.
-
-The coordinate check: how the size of each activation grows with the size of the model.
-
-Protocol: Yang et al. 2022 (arXiv 2203.03466, appendix D.1) and nanoGPT-mup. Works on recorded
-numbers only.
+Every size trains on one batch, as one compiled program: a vmap over seeds of a scan over steps.
+Protocol: Yang et al. 2022 (arXiv 2203.03466, appendix D.1) and nanoGPT-mup.
 """
 
 import json
@@ -32,11 +28,13 @@ from lmscale_jax.train import run_dir
 
 
 class SizeSweep(NamedTuple):
-    """Attributes:
-    sweep: what grows: "width", "head_dim" or "depth".
-    sizes: its values, rising.
-    configs: one for each size, not yet resolved.
-    control: the deliberate mistake in them, or "none".
+    """A model at several sizes.
+
+    Attributes:
+      sweep: the dimension that grows: "width", "head_dim" or "depth".
+      sizes: its values, rising.
+      configs: one for each size, not yet resolved.
+      control: the deliberate mistake in them, or "none".
     """
 
     sweep: str
@@ -48,35 +46,35 @@ class SizeSweep(NamedTuple):
 def plan_sizes(
     config: ConfigDict, sweep: str, sizes: list[int], control: str = "none"
 ) -> SizeSweep:
-    """The configs of a sweep. Raises InputError where a size cannot be made."""
+    """Makes the configs of a sweep. Raises InputError where a size is impossible."""
     validate(config)
     if sweep == "depth" and scheme_of(config).has_base and not scheme_of(config).follows_depth:
         raise InputError(
-            f"config.parametrization.name={config.parametrization.name!r} says nothing of depth; "
-            "--config.parametrization.name=completep with base_depth=2 would work"
+            f"config.parametrization.name={config.parametrization.name!r} does not scale with "
+            "depth; use --config.parametrization.name=completep with base_depth=2"
         )
-    made = [at_size(config, sweep, size) for size in sizes]
-    for one in made:
-        with_mistake(one.parametrization, control)
-        validate(one)
-    return SizeSweep(sweep, sizes, made, control)
+    configs = [at_size(config, sweep, size) for size in sizes]
+    for size_config in configs:
+        with_mistake(size_config.parametrization, control)
+        validate(size_config)
+    return SizeSweep(sweep, sizes, configs, control)
 
 
 def check_coordinates(
     plan: SizeSweep, n_seeds: int, workdir: Path, say: Callable[[str], None]
 ) -> dict:
-    """Measures every size, judges the slopes, and writes coord_check.json and .png.
+    """Measures every size, judges the slopes and writes coord_check.json.
 
     Raises InputError where `workdir` holds another check.
     """
-    asked = {
+    question = {
         "sweep": plan.sweep,
         "sizes": plan.sizes,
         "control": plan.control,
         "seeds": n_seeds,
         "config": plan.configs[0].to_dict(),
     }
-    _refuse_another(workdir, asked)
+    _refuse_another(workdir, question)
     data = prepare.prepare_data(plan.configs[0].data, log=say)
     tensors: dict[str, list] = {}
     for size, config in zip(plan.sizes, plan.configs, strict=True):
@@ -85,17 +83,17 @@ def check_coordinates(
         batch = batches.TrainBatches(
             data, config.data.seq_len, config.train.batch_size, config.data.seed
         ).at(0)
-        found = measure_coordinates(config, batch, list(range(n_seeds)))
+        sizes = measure_coordinates(config, batch, list(range(n_seeds)))
         if plan.sweep == "depth":
-            found = _ends(found, config.model.n_layers)
-        for name, values in found.items():
+            sizes = _stack_ends(sizes, config.model.n_layers)
+        for name, values in sizes.items():
             tensors.setdefault(name, []).append(values)
         say(f"{plan.sweep} {size}: {time.perf_counter() - begin:.1f} s")
     shared = {name: np.stack(v) for name, v in tensors.items()}
     losses = shared.pop("loss")
     slopes = slope_table(plan.sizes, shared)
     failed = slope_failures(slopes, plan.sweep)
-    result = asked | {
+    result = question | {
         "passed": not failed,
         "thresholds": THRESHOLDS,
         "failures": failed,
@@ -112,34 +110,34 @@ def check_coordinates(
     return result
 
 
-def _ends(tensors: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
-    """What every depth has: the ends of the stack, the last block's own as "blocks/last/name".
+def _stack_ends(tensors: dict[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
+    """Selects the tensors that every depth has; the last block's are named "blocks/last/name".
 
-    A block in the middle, or the first, is another share of the way through at every depth.
+    The other blocks are at another fraction of the depth in every model.
     """
-    last, found = f"blocks/{n_layers - 1}/", {}
+    last, common = f"blocks/{n_layers - 1}/", {}
     for name, values in tensors.items():
         if "blocks/" not in name:
-            found[name] = values
+            common[name] = values
         elif last in name:
-            found[name.replace(last, "blocks/last/")] = values
-    return found
+            common[name.replace(last, "blocks/last/")] = values
+    return common
 
 
-def _refuse_another(workdir: Path, asked: dict) -> None:
+def _refuse_another(workdir: Path, question: dict) -> None:
     path = workdir / "coord_check.json"
     if not path.exists():
         return
-    before = json.loads(path.read_text())
-    for name, value in plain_values(asked).items():
-        if before.get(name) != value:
+    earlier = json.loads(path.read_text())
+    for name, value in plain_values(question).items():
+        if earlier.get(name) != value:
             raise InputError(
-                f"--workdir={workdir} holds a check of another {name}; name a new --workdir"
+                f"--workdir={workdir} holds a check of another {name}; use a new --workdir"
             )
 
 
 def measure_coordinates(config, batch, seeds: list[int]) -> dict[str, np.ndarray]:
-    """The mean |x| of every activation and of its change since step 1, [steps, seeds] by tensor.
+    """Measures the mean |x| of every activation and of its change since step 1.
 
     Step t is measured with the parameters of t - 1 updates.
 
@@ -148,7 +146,8 @@ def measure_coordinates(config, batch, seeds: list[int]) -> dict[str, np.ndarray
       batch: the `Batch` that every step repeats.
       seeds: of the initial parameters.
 
-    Tensors are named as in `Model.taps`, those of block l "blocks/l/name"; "loss" is beside them.
+    Returns {tensor: [steps, seeds]}, named as in `Model.taps` with block l as "blocks/l/name", and
+    "loss".
     """
     model = build_model(config, platform=jax.default_backend())
     run = jax.jit(jax.vmap(lambda key: _trajectory(config, model, batch, key), out_axes=1))
@@ -157,7 +156,7 @@ def measure_coordinates(config, batch, seeds: list[int]) -> dict[str, np.ndarray
 
 
 def _trajectory(config, model: Model, batch, key) -> dict[str, jax.Array]:
-    """{tensor: [steps]} of one seed."""
+    """Trains one seed and returns {tensor: [steps]}."""
     transform = optim.build_optimizer(config, model.param_rules, platform=jax.default_backend())
     params = model.init(key)
 
@@ -171,9 +170,9 @@ def _trajectory(config, model: Model, batch, key) -> dict[str, jax.Array]:
     first = taps(params)
 
     def sizes(params):
-        now = taps(params)
-        changes = _mean_sizes(jax.tree.map(jnp.subtract, now, first))
-        return _mean_sizes(now) | {CHANGE + name: x for name, x in changes.items()}
+        current = taps(params)
+        changes = _mean_sizes(jax.tree.map(jnp.subtract, current, first))
+        return _mean_sizes(current) | {CHANGE + name: x for name, x in changes.items()}
 
     def step(carry, t):
         params, state = carry
@@ -186,43 +185,43 @@ def _trajectory(config, model: Model, batch, key) -> dict[str, jax.Array]:
 
 
 def _mean_sizes(taps: dict) -> dict[str, jax.Array]:
-    """The mean |x| of every tap, those of blocks apart for each block."""
-    found = {}
+    """Computes the mean |x| of every tap, for each block separately."""
+    sizes = {}
     for name, x in named(taps).items():
-        where, _, rest = name.partition("/")
-        if where == "blocks":
-            by_layer = jnp.abs(x).reshape(x.shape[0], -1).mean(axis=1)
-            found |= {f"blocks/{layer}/{rest}": one for layer, one in enumerate(by_layer)}
+        group, _, tensor = name.partition("/")
+        if group == "blocks":
+            size_L = jnp.abs(x).reshape(x.shape[0], -1).mean(axis=1)
+            sizes |= {f"blocks/{layer}/{tensor}": size for layer, size in enumerate(size_L)}
         else:
-            found[name] = jnp.abs(x).mean()
-    return found
+            sizes[name] = jnp.abs(x).mean()
+    return sizes
 
 
 def coordinate_summary(result: dict) -> str:
-    """The slopes as a table, and the verdict."""
+    """Formats the slopes as a table, and the verdict."""
     steps = list(next(iter(result["slopes"].values())))
     shown = [s for s in ("1", "2", "5", steps[-1]) if s in steps]
     shown = list(dict.fromkeys(shown))
     lines = [f"{'slope of mean |x| at step':<28}" + "".join(f"{s:>16}" for s in shown)]
     for name, by_step in result["slopes"].items():
-        lines.append(f"{name:<28}" + "".join(f"{_size_config(by_step[s]):>16}" for s in shown))
+        lines.append(f"{name:<28}" + "".join(f"{_slope_text(by_step[s]):>16}" for s in shown))
     lines.append("passed" if result["passed"] else f"{len(result['failures'])} out of bounds")
-    for kind, found in result.get("predicted", {}).items():
-        word = "shown, as predicted" if found["shown"] else "NOT shown"
-        slope = "none" if found["slope"] is None else f"{found['slope']:+.2f}"
-        lines.append(f"{kind}: slope {slope}, predicted beyond {found['beyond']:+}: {word}")
+    for kind, check in result.get("predicted", {}).items():
+        verdict = "shown, as predicted" if check["shown"] else "NOT shown"
+        slope = "none" if check["slope"] is None else f"{check['slope']:+.2f}"
+        lines.append(f"{kind}: slope {slope}, predicted beyond {check['beyond']:+}: {verdict}")
     return "\n".join(lines)
 
 
-def _size_config(entry: dict) -> str:
+def _slope_text(entry: dict) -> str:
     if entry["slope"] is None:
         return "-"
     error = "" if entry["se"] is None else f" ± {entry['se']:.2f}"
     return f"{entry['slope']:+.2f}{error}"
 
 
-# Bounds on |slope| in log-log. "change" is x_t - x_1, which also shows a model that learns too
-# little: there activations stay flat because nothing moves.
+# Bounds on |slope| in log-log. "change" is x_t - x_1. It also detects a model that learns too
+# little, whose activations stay flat because nothing changes.
 THRESHOLDS = {
     "hidden": 0.10,
     "logits": 0.15,
@@ -235,76 +234,80 @@ THRESHOLDS = {
 }
 CHANGE = "change/"
 
-# Where each deliberate mistake must show from step 2 on: {how a tensor's name ends: slope beyond}.
+# Where each deliberate mistake must show from step 2 on: {ending of a tensor's name: least slope}.
 PREDICTED = {
     "sp": {"attention": 0.4, "mlp": 0.4, "logits": 0.4},
 } | {name: control.slopes for name, control in CONTROLS.items() if control.slopes}
 
 
 def coordinate_slopes(sizes, values_WxTxS: np.ndarray) -> list[dict]:
-    """For each step {"slope", "se"} of log2(value) against log2(size); None where a value is 0.
+    """Fits {"slope", "se"} of log2(value) against log2(size) at each step; None where a value is 0.
 
     Args:
       sizes: [W].
-      values_WxTxS: by size, step and seed; seeds are averaged in logs, and the standard error is
-        that of the line through the W means, so curvature counts as noise.
+      values_WxTxS: by size, step and seed. Seeds are averaged in logs. The standard error is that
+        of the line through the W means, so curvature counts as noise.
     """
     x_W = np.log2(np.asarray(sizes, float))
-    found = []
+    slopes = []
     for values_WxS in np.moveaxis(values_WxTxS, 1, 0):
         if not (np.isfinite(values_WxS).all() and (values_WxS > 0).all()):
-            found.append({"slope": None, "se": None})
+            slopes.append({"slope": None, "se": None})
             continue
         y_W = np.log2(values_WxS).mean(axis=1)
         dx_W = x_W - x_W.mean()
         slope = float(dx_W @ y_W / (dx_W @ dx_W))
-        rest_W = y_W - y_W.mean() - slope * dx_W
+        residual_W = y_W - y_W.mean() - slope * dx_W
         freedom = len(x_W) - 2
-        se = float(np.sqrt(rest_W @ rest_W / freedom / (dx_W @ dx_W))) if freedom > 0 else None
-        found.append({"slope": slope, "se": se})
-    return found
+        se = (
+            float(np.sqrt(residual_W @ residual_W / freedom / (dx_W @ dx_W)))
+            if freedom > 0
+            else None
+        )
+        slopes.append({"slope": slope, "se": se})
+    return slopes
 
 
 def slope_table(sizes, tensors: dict[str, np.ndarray]) -> dict[str, dict[str, dict]]:
-    """{tensor: {step: {"slope", "se"}}}, steps from "1"; `tensors` holds [W, T, S] arrays."""
+    """Fits {tensor: {step: {"slope", "se"}}}, steps from "1"; `tensors` has [W, T, S] arrays."""
     return {
-        name: {str(t): found for t, found in enumerate(coordinate_slopes(sizes, values), 1)}
+        name: {str(t): slope for t, slope in enumerate(coordinate_slopes(sizes, values), 1)}
         for name, values in tensors.items()
     }
 
 
 def slope_bound(tensor: str, step: int, sweep: str) -> tuple[float, float] | None:
-    """The interval in which a slope must lie; None where theory promises nothing.
+    """Returns the interval of a correct slope; None where theory does not predict it.
 
-    At step 1 the logits of a readout that is not zero fall as width^-1/2 and are judged by that;
-    until what was learned outgrows them, for some steps, they lie between the two. So do attention
-    scores where heads grow, for as long as queries and keys are little aligned; a scale of
-    1 / sqrt(head_dim) in place of 1 / head_dim shows above.
+    At step 1 the logits of a nonzero readout fall as width^-1/2. For some steps, until the learned
+    part dominates, their slope is between that and 0, and is not judged. The same holds for
+    attention scores where heads grow, while queries and keys are little aligned; a scale of
+    1 / sqrt(head_dim) in place of 1 / head_dim exceeds the interval.
     """
     kind = tensor.removeprefix(CHANGE)
     if sweep == "head_dim" and kind.endswith("scores"):
         if step == 1:
             return tuple(THRESHOLDS["logits_at_step_1"]) if tensor == kind else None
-        late = step >= THRESHOLDS["first_step_of_change"]
-        return tuple(THRESHOLDS["scores_over_head_dim"]) if late or tensor == kind else None
+        judged = tensor == kind or step >= THRESHOLDS["first_step_of_change"]
+        return tuple(THRESHOLDS["scores_over_head_dim"]) if judged else None
     if tensor.startswith(CHANGE):
-        ok, first = THRESHOLDS["change"], THRESHOLDS["first_step_of_change"]
+        bound, first = THRESHOLDS["change"], THRESHOLDS["first_step_of_change"]
     else:
         large = kind == "logits" or kind.endswith("scores")
-        ok = THRESHOLDS["logits" if large else "hidden"]
+        bound = THRESHOLDS["logits" if large else "hidden"]
         first = THRESHOLDS[f"first_step_of_{'logits' if kind == 'logits' else 'hidden'}"]
     if step == 1 and kind == "logits" and tensor == kind and sweep == "width":
         return tuple(THRESHOLDS["logits_at_step_1"])
-    return None if step < first else (-ok, ok)
+    return None if step < first else (-bound, bound)
 
 
-def slope_failures(found: dict[str, dict[str, dict]], sweep: str = "width") -> list[dict]:
-    """Every slope out of its interval, worst first; a slope that does not exist is one.
+def slope_failures(slopes: dict[str, dict[str, dict]], sweep: str = "width") -> list[dict]:
+    """Lists every slope out of its interval or missing, steepest first.
 
-    Only at step 1 may it be missing: a readout that begins at zero has no size there.
+    At step 1 a slope may be missing, because a readout that begins at zero has no size there.
     """
-    out = []
-    for tensor, steps in found.items():
+    failures = []
+    for tensor, steps in slopes.items():
         for step, entry in steps.items():
             interval = slope_bound(tensor, int(step), sweep)
             if interval is None or (entry["slope"] is None and step == "1"):
@@ -312,28 +315,27 @@ def slope_failures(found: dict[str, dict[str, dict]], sweep: str = "width") -> l
             slope = entry["slope"]
             excess = np.inf if slope is None else max(interval[0] - slope, slope - interval[1])
             if excess > 0:
-                out.append({
+                failures.append({
                     "tensor": tensor, "step": int(step), "slope": slope, "bounds": list(interval),
                 })  # fmt: skip
-    centre = {id(f): np.inf if f["slope"] is None else abs(f["slope"]) for f in out}
-    return sorted(out, key=lambda f: -centre[id(f)])
+    return sorted(failures, key=lambda f: -np.inf if f["slope"] is None else -abs(f["slope"]))
 
 
-def compare_with_prediction(found: dict[str, dict[str, dict]], control: str) -> dict[str, dict]:
-    """{kind: {"slope", "beyond", "shown"}}: the steepest slope of each kind at any step from 2.
+def compare_with_prediction(slopes: dict[str, dict[str, dict]], control: str) -> dict[str, dict]:
+    """Finds the steepest slope of each kind from step 2 on: {kind: {"slope", "beyond", "shown"}}.
 
-    Not of the last step alone: once the repeated batch is learnt by heart, growth saturates.
+    All steps count, because growth saturates once the repeated batch is memorized.
     """
-    out = {}
+    checks = {}
     for kind, beyond in PREDICTED[control].items():
         values = [
             entry["slope"]
-            for tensor, steps in found.items()
+            for tensor, steps in slopes.items()
             for step, entry in steps.items()
             if tensor.endswith(kind) and not tensor.startswith(CHANGE) and int(step) >= 2
         ]
-        blown_up = any(v is None for v in values)
+        has_diverged = any(v is None for v in values)
         steepest = max((v for v in values if v is not None), default=None)
-        shown = blown_up or (steepest is not None and steepest > beyond)
-        out[kind] = {"slope": steepest, "beyond": beyond, "shown": bool(shown)}
-    return out
+        shown = has_diverged or (steepest is not None and steepest > beyond)
+        checks[kind] = {"slope": steepest, "beyond": beyond, "shown": bool(shown)}
+    return checks

@@ -1,8 +1,8 @@
-"""Trains runs that differ only in numbers as one compiled program, by `vmap` over its members.
+"""Trains runs that differ only in traced hyperparameters as one program, a `vmap` over members.
 
-The members' configs are the same but for TRACED_HPARAMS, which the program takes as arrays, and for
-the order of the data. A scan takes several steps at a time, so that small models do not wait for
-the host. Member k computes what a run of its own config would, up to rounding.
+The members' configs differ in TRACED_HPARAMS, which the program takes as arrays, and in the order
+of the data. A scan takes several steps at a time, so that small models do not wait for the host.
+Member k computes what a single run of its config would, up to rounding.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.keys import get, keys
-from lmscale_jax.data import batches as pipeline
+from lmscale_jax.data.batches import Batch, TrainBatches, val_batches
 from lmscale_jax.data.prepare import Prepared
 from lmscale_jax.errors import InputError
-from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.build import build_model
+from lmscale_jax.model.mesh import make_mesh
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.layerwise import FREEZING
-from lmscale_jax.train import step as steps
+from lmscale_jax.train import step
 from lmscale_jax.train.step import TRACED_HPARAMS
 
+# Steps of one scan.
 CHUNK = 25
-ORDER = "data.seed"
+DATA_ORDER = "data.seed"
 
 
 def check_members(members: list[ConfigDict]) -> None:
@@ -33,74 +34,77 @@ def check_members(members: list[ConfigDict]) -> None:
     first = members[0]
     for path, key in keys():
         values = {get(member, path) for member in members}
-        if len(values) > 1 and key.identity and path not in (*TRACED_HPARAMS, ORDER):
+        if len(values) > 1 and key.identity and path not in (*TRACED_HPARAMS, DATA_ORDER):
             raise InputError(
-                f"config.{path} is {' and '.join(sorted(map(repr, values)))} in members of one "
-                f"population, which may differ in {', '.join((*TRACED_HPARAMS, ORDER))} only"
+                f"config.{path}={' and '.join(sorted(map(repr, values)))} differs between members "
+                f"of one population; use one value, or vary only "
+                f"{', '.join((*TRACED_HPARAMS, DATA_ORDER))}"
             )
     if first.train.parent:
         raise InputError(
-            f"config.train.parent={first.train.parent!r} cannot begin a population, whose members "
-            f"have initial values of their own; '' with train.parent_step=0 would work"
+            f"config.train.parent={first.train.parent!r} does not support populations, whose "
+            f"members have different initial values; use '' with train.parent_step=0"
         )
     if FREEZING[first.freeze.mode].draws and len({m.seed for m in members}) > 1:
         raise InputError(
-            f"config.freeze.mode={first.freeze.mode!r} draws other blocks for each seed, which one "
-            f"population cannot freeze; 'fixed' would work"
+            f"config.freeze.mode={first.freeze.mode!r} does not support populations with several "
+            f"seeds, for which it draws different blocks; use 'fixed'"
         )
 
 
 class Population:
-    """The program of K members with resolved configs.
+    """The compiled program of K members with resolved configs.
 
     Attributes:
-      config: of the first member, for all that the members share.
-      model: shared by all.
+      config: the first member's, for the keys that all members share.
+      model: the same for all.
     """
 
     def __init__(self, members: list[ConfigDict]):
         check_members(members)
         self.config = members[0]
-        self._mesh = meshes.make_mesh(self.config)
+        self._mesh = make_mesh(self.config)
         self._platform = self._mesh.devices.flat[0].platform
         self.model = build_model(self.config, platform=self._platform)
-        self._numbers = {
+        self._member_hparams = {
             path: np.array([get(member, path) for member in members])
             for path in TRACED_HPARAMS
             if len({get(member, path) for member in members}) > 1
         }
-        self._shared = {
+        self._shared_hparams = {
             path: n
-            for path, n in steps.traced_hparams(self.config).items()
-            if path not in self._numbers
+            for path, n in step.traced_hparams(self.config).items()
+            if path not in self._member_hparams
         }
         self._size = len(members)
         self._run = jax.jit(self._advance, static_argnames="measure", donate_argnums=0)
 
-    def begin(self) -> steps.TrainState:
-        """The members' states before the first step, stacked along a leading axis."""
+    def begin(self) -> step.TrainState:
+        """Initializes the members' states, stacked along a leading axis K."""
 
-        def one(numbers, _):
-            config = steps.with_hparams(self.config, numbers)
-            return steps.initial_state(config, self.model, self._transform(config), config.seed)
+        def initial(hparams, _):
+            config = step.with_hparams(self.config, hparams)
+            return step.initial_state(config, self.model, self._transform(config), config.seed)
 
-        # The second argument gives the axis its length where no number differs.
-        return jax.jit(jax.vmap(one))(self._numbers, np.arange(self._size))
+        # The second argument gives K its length where no hyperparameter differs.
+        return jax.jit(jax.vmap(initial))(self._member_hparams, np.arange(self._size))
 
     def advance(self, state_K, batches_KxSxBxT, measure: tuple[str, ...] = ()):
-        """(states, metrics): S steps of every member; the states given are consumed.
+        """Takes S steps of every member and returns (states, metrics); donates `state_K`.
 
-        Metrics hold "train_loss" and "bad" for each step, [K, S], and under "last" those of the
-        last step, in which `measure` is measured.
+        Metrics have "train_loss" and "bad" of each step, [K, S], and under "last" all metrics of
+        the last step, which takes the measurements `measure`.
         """
-        return self._run(state_K, batches_KxSxBxT, self._numbers, self._shared, measure=measure)
+        return self._run(
+            state_K, batches_KxSxBxT, self._member_hparams, self._shared_hparams, measure=measure
+        )
 
-    def _advance(self, state_K, batches_KxSxBxT, numbers_K, shared, measure):
-        def member(numbers, state, batches_SxBxT):
-            hparams = numbers | shared
-            train_step = steps.make_train_step(self.config, self.model, self._transform, self._mesh)
+    def _advance(self, state_K, batches_KxSxBxT, hparams_K, shared_hparams, measure):
+        def advance_member(member_hparams, state, batches_SxBxT):
+            hparams = member_hparams | shared_hparams
+            train_step = step.make_train_step(self.config, self.model, self._transform, self._mesh)
 
-            def take(state, batch):
+            def scan_step(state, batch):
                 state, metrics = train_step(state, batch, hparams)
                 return state, {name: metrics[name] for name in ("train_loss", "bad")}
 
@@ -108,13 +112,13 @@ class Population:
                 jax.tree.map(lambda x, part=part: x[part], batches_SxBxT)
                 for part in (slice(0, -1), -1)
             )
-            state, each = jax.lax.scan(take, state, early)
+            state, losses = jax.lax.scan(scan_step, state, early)
             state, metrics = train_step(state, last, hparams, measure)
-            return state, {k: jnp.append(v, metrics[k]) for k, v in each.items()} | {
+            return state, {k: jnp.append(v, metrics[k]) for k, v in losses.items()} | {
                 "last": metrics
             }
 
-        return jax.vmap(member)(numbers_K, state_K, batches_KxSxBxT)
+        return jax.vmap(advance_member)(hparams_K, state_K, batches_KxSxBxT)
 
     def _transform(self, config):
         # Without the mesh: a population is one program on one device.
@@ -122,9 +126,11 @@ class Population:
 
 
 class Trained(NamedTuple):
-    """Attributes:
-    train_loss_KxS: nats per token, each step before its update.
-    val_loss_K: over the held-out tokens of eval.tokens; nan where a member diverged.
+    """The losses of a trained population.
+
+    Attributes:
+      train_loss_KxS: nats per token, of each step before its update.
+      val_loss_K: over eval.tokens held-out tokens; nan where a member diverged.
     """
 
     train_loss_KxS: np.ndarray
@@ -132,7 +138,7 @@ class Trained(NamedTuple):
 
 
 def train_population(members: list[ConfigDict], data: Prepared) -> Trained:
-    """Trains members from their first step to their last and keeps nothing but their losses."""
+    """Trains members from their first step to their last and returns their losses only."""
     population, config = Population(members), members[0]
     state, losses = population.begin(), []
     read = batch_reader(members, data)
@@ -146,28 +152,28 @@ def train_population(members: list[ConfigDict], data: Prepared) -> Trained:
     )
 
 
-def batch_reader(members: list[ConfigDict], data: Prepared) -> Callable[[int, int], pipeline.Batch]:
-    """(first, stop) -> the batches of these steps for every member, [K, S, B, T]."""
+def batch_reader(members: list[ConfigDict], data: Prepared) -> Callable[[int, int], Batch]:
+    """Returns (first, stop) -> the batches of these steps for every member, [K, S, B, T]."""
     config = members[0]
     orders = {
-        member.data.seed: pipeline.TrainBatches(
+        member.data.seed: TrainBatches(
             data, config.data.seq_len, config.train.batch_size, member.data.seed
         )
         for member in members
     }
 
-    def read(first: int, stop: int) -> pipeline.Batch:
-        each = {
+    def read(first: int, stop: int) -> Batch:
+        by_seed = {
             seed: jax.tree.map(lambda *x: np.stack(x), *[order.at(t) for t in range(first, stop)])
             for seed, order in orders.items()
         }
-        return jax.tree.map(lambda *x: np.stack(x), *[each[m.data.seed] for m in members])
+        return jax.tree.map(lambda *x: np.stack(x), *[by_seed[m.data.seed] for m in members])
 
     return read
 
 
 def _validate(config, data: Prepared, model, params_K) -> np.ndarray:
-    """[K] mean held-out loss in nats per token."""
+    """Computes the members' mean held-out losses in nats per token, [K]."""
 
     @jax.jit
     def sums(params_K, batch):
@@ -176,7 +182,7 @@ def _validate(config, data: Prepared, model, params_K) -> np.ndarray:
 
     total_K, count = 0.0, 0
     size = config.eval.batch_size or config.train.batch_size
-    for batch in pipeline.val_batches(data, config.data.seq_len, size, config.eval.tokens):
+    for batch in val_batches(data, config.data.seq_len, size, config.eval.tokens):
         nll_K, n = sums(params_K, batch)
         total_K, count = total_K + np.asarray(nll_K, np.float64), count + int(n)
     return total_K / count

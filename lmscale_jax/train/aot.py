@@ -1,8 +1,6 @@
-"""Chips that this machine lacks: what --topology names, and a mesh of them.
+"""Compiles the training step ahead of time and forecasts its memory, messages and time.
 
-Compiles the training step ahead of time, with nothing allocated, and counts its memory.
-
-Bytes, messages and time of a config over a mesh, as sections of the page of --explain.
+--topology names chips that this machine does not have. Nothing is allocated on any device.
 """
 
 import importlib.util
@@ -26,7 +24,7 @@ from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import update_rules
 from lmscale_jax.train import step
 
-USE = "use --topology=v5e:4x4 or --topology=H100:64"
+TOPOLOGY_REMEDY = "use --topology=v5e:4x4 or --topology=H100:64"
 
 
 class Topology(NamedTuple):
@@ -63,7 +61,7 @@ class Topology(NamedTuple):
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"--topology={self.name}: libtpu does not describe it ({reason}); {USE}"
+                f"--topology={self.name}: libtpu does not describe it ({reason}); {TOPOLOGY_REMEDY}"
             ) from None
         return list(description.devices)
 
@@ -97,12 +95,13 @@ def parse_topology(name: str) -> Topology:
     chips_by_name = {chip.lower(): spec for chip, spec in flops.CHIPS.items()}
     if not match or match[1].lower() not in chips_by_name:
         raise InputError(
-            f"--topology={name} is not CHIP:COUNT or CHIP:SHAPE of {', '.join(flops.CHIPS)}; {USE}"
+            f"--topology={name} is not CHIP:COUNT or CHIP:SHAPE of {', '.join(flops.CHIPS)}; "
+            f"{TOPOLOGY_REMEDY}"
         )
     chip, shape = chips_by_name[match[1].lower()], match[2]
     count = math.prod(int(side) for side in shape.split("x"))
     if not count:
-        raise InputError(f"--topology={name} has no chips; {USE}")
+        raise InputError(f"--topology={name} has no chips; {TOPOLOGY_REMEDY}")
     if "x" in shape and chip.platform != "tpu":
         raise InputError(
             f"--topology={name}: {chip.name} has no torus; use --topology={chip.name}:{count}"
@@ -167,16 +166,16 @@ def memory_rows(config, model: build.Model, mesh) -> list[tuple[str, str]]:
 
 
 def optimizer_moments(config, model: build.Model) -> dict[str, int]:
-    """{path: arrays of its size that the optimizer keeps}."""
-    mean = 1 if config.optim.ema_decay else 0
+    """Returns {path: number of arrays of its size that the optimizer keeps}."""
+    n_averages = 1 if config.optim.ema_decay else 0
     rules = update_rules(model.param_rules, config)
-    return {path: OPTIMIZERS[rule.optimizer].moments + mean for path, rule in rules.items()}
+    return {path: OPTIMIZERS[rule.optimizer].moments + n_averages for path, rule in rules.items()}
 
 
 def memory_sizes(
     config, model: build.Model, axes: Mapping[str, int], platform: str
 ) -> dict[str, int]:
-    """`memory.chip_memory` of a model as it was built, by the sizes of the mesh axes."""
+    """Computes `memory.chip_memory` of a built model from the sizes of the mesh axes."""
     return memory.chip_memory(
         config,
         model.specs,
@@ -189,10 +188,10 @@ def memory_sizes(
 
 
 def forecast_step(config, model: build.Model, mesh) -> list[tuple[str, list[tuple]]]:
-    """Sections on a mesh of described chips: whether it fits, messages, roofline, checkpoint."""
+    """Forecasts memory, messages, time and checkpoints on described chips, as titles and rows."""
     chip = mesh.chip
     total = memory_sizes(config, model, mesh.shape, chip.platform)["total"]
-    held = optimizer_moments(config, model)
+    moments = optimizer_moments(config, model)
     sections = [
         (
             "fit",
@@ -200,24 +199,24 @@ def forecast_step(config, model: build.Model, mesh) -> list[tuple[str, list[tupl
         ),
     ]
     if flops.peak_flops(chip.kind, config.model.dtype) is None:
-        why = f"{chip.name} has no sure peak in {config.model.dtype}; bfloat16 has one"
-        sections.append(("time per step (forecast)", [(why,)]))
+        remark = f"{chip.name} has no known peak in {config.model.dtype}; use bfloat16"
+        sections.append(("time per step (forecast)", [(remark,)]))
     else:
-        step = costs.step_cost(config, model.specs, mesh.shape, chip, held)
-        sections.append(("communication per step and chip", _messages(step)))
-        sections.append(("time per step (forecast)", _roofline(config, step, mesh)))
-    size, seconds = costs.checkpoint_cost(model.specs, mesh.size, chip, held)
+        cost = costs.step_cost(config, model.specs, mesh.shape, chip, moments)
+        sections.append(("communication per step and chip", _messages(cost)))
+        sections.append(("time per step (forecast)", _roofline(config, cost, mesh)))
+    size, seconds = costs.checkpoint_cost(model.specs, mesh.size, chip, moments)
     hosts = -(-mesh.size // chip.host)
-    each = f"{costs.WRITE_PER_HOST / 1e9:g} GB/s from each of {hosts} host(s)"
-    sections.append(("checkpoint", [(f"{size / 1e9:.3g} GB in {seconds:.2g} seconds, at {each}",)]))
+    rate = f"{costs.WRITE_PER_HOST / 1e9:g} GB/s from each of {hosts} host(s)"
+    sections.append(("checkpoint", [(f"{size / 1e9:.3g} GB in {seconds:.2g} seconds, at {rate}",)]))
     return sections
 
 
-def _messages(step: costs.StepCost) -> list[tuple]:
-    if not step.messages:
+def _messages(cost: costs.StepCost) -> list[tuple]:
+    if not cost.messages:
         return [("none",)]
     rows = [("kind", "over", "fast links", "network", "messages", "seconds", "of compute", "")]
-    for message in step.messages:
+    for message in cost.messages:
         rows.append(
             (
                 message.kind,
@@ -226,27 +225,27 @@ def _messages(step: costs.StepCost) -> list[tuple]:
                 f"{message.network / 1e9:.3g} GB",
                 f"{message.count:,.0f}",
                 f"{message.seconds:.3g}",
-                f"{message.seconds / step.compute:.0%}",
+                f"{message.seconds / cost.compute:.0%}",
                 "beside products" if message.hidden else "waited for",
             )
         )
     return rows
 
 
-def _roofline(config, step: costs.StepCost, mesh) -> list[tuple]:
+def _roofline(config, cost: costs.StepCost, mesh) -> list[tuple]:
     tokens, chip = tokens_per_step(config), mesh.chip
     return [
-        ("FLOPs per chip", f"{step.chip_flops:.4g}", f"{step.model_flops:.4g} without recomputing"),
-        ("bytes moved per chip", f"{step.moved:.4g}", "to and from memory, products' own left out"),
+        ("FLOPs per chip", f"{cost.chip_flops:.4g}", f"{cost.model_flops:.4g} without recomputing"),
+        ("bytes moved per chip", f"{cost.moved:.4g}", "to and from memory, products' own left out"),
         (
             "compute",
-            f"{step.compute:.3g} s",
+            f"{cost.compute:.3g} s",
             f"products at {costs.PRODUCT_SHARE:.0%} of {chip.peak / 1e12:,.4g} TFLOP/s, then bytes "
             f"at {costs.BANDWIDTH_SHARE:.0%} of {chip.bandwidth / 1e12:.3g} TB/s (shares assumed)",
         ),
-        ("messages beside it", f"{step.hidden:.3g} s", "the step takes the longer of the two"),
-        ("messages waited for", f"{step.exposed:.3g} s", "and these"),
-        ("step", f"{step.seconds:.3g} s", f"{tokens / step.seconds:,.0f} tokens/s"),
-        ("MFU", f"{step.mfu:.1%}", "FLOPs without recomputing / (step x dense bfloat16 peak)"),
-        ("whole run", f"{step.seconds * config.train.steps / 3600:.3g} h", "the steps alone"),
+        ("messages beside it", f"{cost.hidden:.3g} s", "the step takes the longer of the two"),
+        ("messages waited for", f"{cost.exposed:.3g} s", "and these"),
+        ("step", f"{cost.seconds:.3g} s", f"{tokens / cost.seconds:,.0f} tokens/s"),
+        ("MFU", f"{cost.mfu:.1%}", "FLOPs without recomputing / (step x dense bfloat16 peak)"),
+        ("whole run", f"{cost.seconds * config.train.steps / 3600:.3g} h", "the steps alone"),
     ]

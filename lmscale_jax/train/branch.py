@@ -1,4 +1,4 @@
-"""Runs that branch off another one's checkpoint: which they may be, and what they share."""
+"""Checks runs that branch off another run's checkpoint, and splits their costs."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.optim import schedules
 from lmscale_jax.train.checkpoint import Checkpoints
 
-# What a branch may have of its own: how long it is, its rates from there on, and what it reports.
-OWN = (
+# Keys that a branch may change: its length, its later learning rates and its reports.
+BRANCH_KEYS = (
     "train.steps",
     "train.tokens",
     "train.parent",
@@ -25,16 +25,16 @@ OWN = (
     "eval.redundancy_until",
     "eval.redundancy_tokens",
 )
-OWN_GROUPS = ("schedule", "log")
-# But not what decides which arrays a checkpoint holds.
-STATE = ("log.spectral_every",)
+BRANCH_GROUPS = ("schedule", "log")
+# Except keys that decide which arrays a checkpoint holds.
+STATE_KEYS = ("log.spectral_every",)
 
 
 def find_parent(config) -> dict | None:
-    """The parent of a `derived` config as run.json names it, or None where there is none.
+    """Reads the parent of a `derived` config, for run.json; None where there is none.
 
-    {"workdir", "name", "config_hash", "step", "data_fingerprint"}. Raises InputError where it is no
-    run, has no such checkpoint, or would not have come to the same state under this config.
+    Returns {"workdir", "name", "config_hash", "step", "data_fingerprint"}. Raises InputError where
+    the parent is no run, has no such checkpoint, or would have another state under this config.
     """
     workdir, step = Path(config.train.parent), config.train.parent_step
     if not config.train.parent:
@@ -44,20 +44,19 @@ def find_parent(config) -> dict | None:
         parent = ConfigDict(record["config"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
-            f"config.train.parent={str(workdir)!r} holds no run.json; the --workdir of a run would "
-            f"work"
+            f"config.train.parent={str(workdir)!r} holds no run.json; use the --workdir of a run"
         ) from None
     saved = Checkpoints(workdir).steps()
     if step not in saved:
-        work = f"{saved[-1]} would work" if saved else "it has none; train it first"
+        remedy = f"use {saved[-1]}" if saved else "train it first"
         raise InputError(
             f"config.train.parent_step={step} is no checkpoint of {workdir}, which has "
-            f"{saved}; {work} (checkpoint.keep_every keeps more)"
+            f"{saved or 'none'}; {remedy} (checkpoint.keep_every keeps more)"
         )
     if step >= config.train.steps:
         raise InputError(
-            f"config.train.steps={config.train.steps} counts from the beginning of the parent and "
-            f"must be above train.parent_step={step}; {2 * step} would work"
+            f"config.train.steps={config.train.steps} counts from the parent's first step and "
+            f"must be above train.parent_step={step}; use {2 * step}"
         )
     _check_same(config, parent, workdir)
     _check_rates(config, parent, step)
@@ -71,49 +70,49 @@ def find_parent(config) -> dict | None:
 
 
 def _check_same(config, parent, workdir: Path) -> None:
-    """All that decides what was trained must be the same, durations in steps."""
+    """Raises InputError where a key that decided the parent's state differs, durations in steps."""
     for path in differences(parent.to_dict(), config.to_dict(), identity_only=True):
-        if path in OWN or (path.split(".")[0] in OWN_GROUPS and path not in STATE):
+        if path in BRANCH_KEYS or (path.split(".")[0] in BRANCH_GROUPS and path not in STATE_KEYS):
             continue
         raise InputError(
-            f"config.{path}={get(config, path)!r} differs from the parent's: it must be "
-            f"{_value(parent, path)!r} as in {workdir}; a branch may change schedule.* and "
-            f"train.steps"
+            f"config.{path}={get(config, path)!r} differs from the parent's; use "
+            f"{_value(parent, path)!r} as in {workdir} (a branch may change schedule.* and "
+            f"train.steps)"
         )
-    lengths, theirs = steps_of(config), steps_of(parent)
+    steps, parent_steps = steps_of(config), steps_of(parent)
     for path, key in keys():
-        if not key.duration or path in OWN or path.split(".")[0] in OWN_GROUPS:
+        if not key.duration or path in BRANCH_KEYS or path.split(".")[0] in BRANCH_GROUPS:
             continue
-        here, there = lengths[path], theirs[path]
-        if here != there and not _unused(config, key):
+        length, parent_length = steps[path], parent_steps[path]
+        if length != parent_length and not _unused(config, key):
             raise InputError(
-                f"config.{path}={get(config, path)!r} is {here} steps here and {there} in the "
-                f"parent, which ran for another number of steps; name it in steps in both, as "
-                f"'{there}'"
+                f"config.{path}={get(config, path)!r} is {length} steps here and {parent_length} "
+                f"in the parent, which ran for another number of steps; use steps in both, as "
+                f"'{parent_length}'"
             )
 
 
 def _check_rates(config, parent, step: int) -> None:
-    """The schedule up to the branch must be the one that the parent followed."""
+    """Raises InputError where the schedule before the branch differs from the parent's."""
     steps = np.arange(step)
     both = in_steps(config), in_steps(parent)
-    ours, theirs = (np.atleast_1d(schedules.make_schedule(c, np)(steps)) for c in both)
-    wrong = np.flatnonzero(np.abs(ours - theirs) > 1e-6)
+    rates, parent_rates = (np.atleast_1d(schedules.make_schedule(c, np)(steps)) for c in both)
+    wrong = np.flatnonzero(np.abs(rates - parent_rates) > 1e-6)
     if len(wrong):
-        at, schedule = int(wrong[0]), config.schedule
+        first, schedule = int(wrong[0]), config.schedule
         raise InputError(
             f"config.schedule.name={schedule.name!r} with warmup={schedule.warmup!r} has another "
-            f"rate at step {at} ({ours[at]:.4g} of the peak) than the parent had "
-            f"({theirs[at]:.4g}), before train.parent_step={step}; name='wsd' with "
-            f"warmup='{both[1].schedule.warmup}' and "
-            f"cooldown='{config.train.steps - step}' would work off a parent still at its peak"
+            f"rate at step {first} ({rates[first]:.4g} of the peak) than the parent "
+            f"({parent_rates[first]:.4g}), before train.parent_step={step}; use name='wsd' with "
+            f"warmup='{both[1].schedule.warmup}' and cooldown='{config.train.steps - step}' off a "
+            f"parent still at its peak"
         )
 
 
 def branch_costs(config, flops_per_token: float) -> dict[str, float]:
-    """Tokens and FLOPs of a resolved config's run, and which of them were spent by its parent."""
-    each = tokens_per_step(config)
-    shared, total = config.train.parent_step * each, config.train.steps * each
+    """Counts tokens and FLOPs of a resolved config's run, and those that its parent spent."""
+    per_step = tokens_per_step(config)
+    shared, total = config.train.parent_step * per_step, config.train.steps * per_step
     tokens = {"tokens": total, "tokens_own": total - shared, "tokens_shared": shared}
     flops = {k.replace("tokens", "flops"): flops_per_token * n for k, n in tokens.items()}
     return tokens | {"flops_total": flops.pop("flops")} | flops

@@ -1,9 +1,8 @@
-"""What a step can say of its inside, beyond its loss: norms, activations, spectra by layer.
+"""Measures norms, activations and spectral norms by layer in a training step.
 
-Spectral norms of stacked matrices by warm-started power iteration.
-
-Under the spectral condition (Yang et al. 2023, arXiv 2310.17813) the norm of a matrix and of its
-update, times sqrt(fan_in / fan_out), keep their size as the model grows.
+Spectral norms come from a warm-started power iteration on stacked matrices. Under the spectral
+condition (Yang et al. 2023, arXiv 2310.17813) the norm of a matrix and of its update, times
+sqrt(fan_in / fan_out), keep their size as the model grows.
 """
 
 import zlib
@@ -18,8 +17,10 @@ from lmscale_jax.mur.settings import MODES
 
 
 def due_measurements(config, done: int) -> tuple[str, ...]:
-    """What is measured in the step after which `done` steps are done. Lines carry it, so it falls
-    on steps that write one."""
+    """Returns the names of the measurements of step number `done`, counted from 1.
+
+    They are due on steps that write a line of metrics.jsonl.
+    """
     log = config.log
     every = {
         "norms": log.every if log.per_layer else 0,
@@ -31,27 +32,30 @@ def due_measurements(config, done: int) -> tuple[str, ...]:
 
 
 def begin_diagnostics(config, model: Model) -> dict:
-    """What must be remembered from one measurement to the next."""
+    """Returns the start vectors of the spectral measurements; {} without them."""
     return begin_spectral(model.specs) if config.log.spectral_every else {}
 
 
 def take_diagnostics(
-    what: tuple[str, ...], model: Model, batch, grads, params, updates, memory: dict
+    measure: tuple[str, ...], model: Model, batch, grads, params, updates, vectors: dict
 ):
-    """(metrics, memory): {name: scalar or [L]} of everything in `what`."""
+    """Takes the measurements named in `measure`: ({name: scalar or [L]}, new start vectors)."""
     metrics = {}
-    if "norms" in what:
+    if "norms" in measure:
         metrics |= layer_norms(model, grads, params, updates)
-    if "activations" in what:
+    if "activations" in measure:
         metrics |= activation_stats(model, batch, params)
-    if "spectral" in what:
-        found, memory = measure_spectral(model.specs, params, updates, memory)
-        metrics |= found
-    return metrics, memory
+    if "spectral" in measure:
+        spectral, vectors = measure_spectral(model.specs, params, updates, vectors)
+        metrics |= spectral
+    return metrics, vectors
 
 
 def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
-    """Euclidean norms for each block, [L], and of embedding and readout, by what and where."""
+    """Computes Euclidean norms of each block, [L], and of embedding and readout.
+
+    Names are "QUANTITY_norm_PLACE", quantities grad, param and update.
+    """
     n_layers = next(iter(named(model.specs["blocks"]).values())).shape[0]
 
     def blocks(tree):
@@ -61,15 +65,15 @@ def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
         return jnp.sqrt(sum(squares))
 
     metrics = {}
-    for what, tree in (("grad", grads), ("param", params), ("update", updates)):
-        metrics[f"{what}_norm_layers"] = blocks(tree)
-        for where in ("embed", "readout"):
-            metrics[f"{what}_norm_{where}"] = optax.tree.norm(tree[where])
+    for quantity, tree in (("grad", grads), ("param", params), ("update", updates)):
+        metrics[f"{quantity}_norm_layers"] = blocks(tree)
+        for place in ("embed", "readout"):
+            metrics[f"{quantity}_norm_{place}"] = optax.tree.norm(tree[place])
     return metrics
 
 
 def activation_stats(model: Model, batch, params: dict) -> dict:
-    """{"activation/NAME/STATISTIC": scalar or [L]}: mean, rms and largest absolute value."""
+    """Computes {"activation/NAME/STATISTIC": scalar or [L]}: mean, rms, largest absolute value."""
 
     def keep(_, x):
         x = x.astype(jnp.float32)
@@ -82,13 +86,12 @@ def activation_stats(model: Model, batch, params: dict) -> dict:
     return metrics
 
 
-# From a cold start the estimate of a Gaussian matrix is within 2% after these; on the way it is
-# always a lower bound.
+# From a cold start the estimate of a Gaussian matrix is then within 2%. It is always a lower bound.
 ITERATIONS = 40
 
 
 def begin_spectral(specs: dict) -> dict[str, dict[str, jax.Array]]:
-    """Unit start vectors {"weight" and "update": {path: [layers, fan_in]}} of all matrices."""
+    """Draws unit start vectors of all matrices, {"weight", "update": {path: [layers, fan_in]}}."""
 
     def vector(path: str, spec: Spec):
         layers = spec.shape[0] if spec.axes[0] == "layers" else 1
@@ -111,47 +114,47 @@ def _unit(v_LxI: jax.Array) -> jax.Array:
 
 
 def top_singular(w_LxIxO: jax.Array, v_LxI: jax.Array, iterations: int = ITERATIONS):
-    """(sigma [L], v [L, I]): the largest singular value from below, and the vector to go on from.
+    """Estimates (sigma [L], v [L, I]): largest singular value, from below, and its vector.
 
     Power iteration on W W^T. A matrix of zeros gives 0 and keeps its vector.
     """
     w_LxIxO = w_LxIxO.astype(jnp.float32)
 
-    def one(_, v_LxI):
+    def iterate(_, v_LxI):
         u_LxO = jnp.einsum("lio,li->lo", w_LxIxO, v_LxI)
         new_LxI = jnp.einsum("lio,lo->li", w_LxIxO, u_LxO)
         return jnp.where(jnp.any(new_LxI != 0, axis=1, keepdims=True), _unit(new_LxI), v_LxI)
 
-    v_LxI = jax.lax.fori_loop(0, iterations, one, v_LxI)
+    v_LxI = jax.lax.fori_loop(0, iterations, iterate, v_LxI)
     return jnp.linalg.norm(jnp.einsum("lio,li->lo", w_LxIxO, v_LxI), axis=1), v_LxI
 
 
 def measure_spectral(specs: dict, params: dict, updates: dict, vectors: dict) -> tuple[dict, dict]:
-    """What the monitor says of a step, {"spectral/QUANTITY/PATH": [layers]}, and new vectors.
+    """Computes {"spectral/QUANTITY/PATH": [layers]} of a step, and new start vectors.
 
     Quantities: "weight" and "update", sigma times sqrt(fan_in / fan_out); "relative", the ratio of
     the two; "stable_rank" of the weight, its squared Frobenius norm over sigma squared.
 
     Args:
       specs, params, updates: trees with the same paths; params from before the update.
-      vectors: of `begin`, or of the last call.
+      vectors: of `begin_spectral` or of the last call.
     """
-    found, moved = {}, {"weight": {}, "update": {}}
+    metrics, new_vectors = {}, {"weight": {}, "update": {}}
 
-    def one(path: str, spec: Spec):
+    def measure(path: str, spec: Spec):
         if not _is_matrix(spec):
             return
         size = (-1, spec.fan_in, spec.fan_out)
         w, u = (named(tree)[path].reshape(size) for tree in (params, updates))
-        sigma_L, moved["weight"][path] = top_singular(w, vectors["weight"][path])
-        of_update_L, moved["update"][path] = top_singular(u, vectors["update"][path])
+        sigma_L, new_vectors["weight"][path] = top_singular(w, vectors["weight"][path])
+        of_update_L, new_vectors["update"][path] = top_singular(u, vectors["update"][path])
         shape = (spec.fan_in / spec.fan_out) ** 0.5
         square_L = jnp.square(w.astype(jnp.float32)).sum(axis=(1, 2))
         floor_L = jnp.maximum(sigma_L, 1e-30)
-        found[f"spectral/weight/{path}"] = sigma_L * shape
-        found[f"spectral/update/{path}"] = of_update_L * shape
-        found[f"spectral/relative/{path}"] = of_update_L / floor_L
-        found[f"spectral/stable_rank/{path}"] = square_L / jnp.square(floor_L)
+        metrics[f"spectral/weight/{path}"] = sigma_L * shape
+        metrics[f"spectral/update/{path}"] = of_update_L * shape
+        metrics[f"spectral/relative/{path}"] = of_update_L / floor_L
+        metrics[f"spectral/stable_rank/{path}"] = square_L / jnp.square(floor_L)
 
-    map_named(one, specs)
-    return found, moved
+    map_named(measure, specs)
+    return metrics, new_vectors

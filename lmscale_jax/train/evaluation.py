@@ -19,7 +19,7 @@ def evaluate_run(
       workdir: of the run.
       names: of suites.
       step: of the checkpoint; 0: the newest.
-      n_tokens: held-out tokens of redundancy, mur and attention; 0: as eval.tokens.
+      n_tokens: held-out tokens of the suites redundancy, mur and attention; 0: eval.tokens.
       say: prints a line.
 
     Raises:
@@ -27,9 +27,9 @@ def evaluate_run(
         nothing is written.
     """
     loaded = load_run(workdir, step)
-    record, setup = loaded.record, loaded.setup
-    suites.check_suite(names, setup.config.model)
-    status, last = record["status"], setup.config.train.steps
+    record, run = loaded.record, loaded.run
+    suites.check_suite(names, run.config.model)
+    status, last = record["status"], run.config.train.steps
     if status != "finished" or loaded.step != last:
         say(f"{workdir} is {status}: this is its checkpoint after step {loaded.step} of {last}")
     header = {
@@ -39,20 +39,20 @@ def evaluate_run(
         "step": loaded.step,
         "last_step": last,
         "complete": status == "finished" and loaded.step == last,
-        "val_fingerprint": setup.data.val_fingerprint,
+        "val_fingerprint": run.data.val_fingerprint,
         "versions": provenance()["versions"],
     }
     path = workdir / "eval.json"
     earlier = _earlier_evaluation(path, header)
     trained = suites.TrainedModel(
-        config=setup.config,
-        model=setup.model,
-        mesh=setup.mesh,
+        config=run.config,
+        model=run.model,
+        mesh=run.mesh,
         params=loaded.params,
-        held_out=setup.held_out,
-        validate=setup.validate,
+        held_out=run.held_out,
+        validate=run.validate,
     )
-    scores = suites.run_suites(names, trained, n_tokens or setup.config.eval.tokens, say)
+    scores = suites.run_suites(names, trained, n_tokens or run.config.eval.tokens, say)
     write_json(path, earlier | header | scores)
     return path
 

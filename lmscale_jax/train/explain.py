@@ -1,6 +1,6 @@
-"""The page of `--explain`: what a run would do, said before it is done.
+"""Prints the page of `--explain`: what a run would do, before it does it.
 
-Nothing is trained, prepared or allocated: parameters appear as their annotations only.
+Nothing is trained, prepared or allocated: parameters are their annotations only.
 """
 
 import os
@@ -19,19 +19,18 @@ from lmscale_jax.config.resolve import derived, validate
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, flops
-from lmscale_jax.model import mesh as meshes
+from lmscale_jax.model.mesh import make_mesh, mesh_shape, param_splits, start_jax
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json
 from lmscale_jax.train import aot, branch
-from lmscale_jax.train import aot as topologies
 
-# Share of the chip's peak that a training step of this size usually reaches.
+# Share of the chip's peak that a training step usually reaches.
 EFFICIENCY = 0.4
-# The same against the rate of a bare product on a CPU: what is not a product weighs more there, and
-# most beside the matrix units that bfloat16 uses.
+# The same against the rate of a matrix product on a CPU. There other operations take a larger
+# share of the time, the largest beside bfloat16's fast products.
 CPU_EFFICIENCY = {"float32": 0.5, "bfloat16": 0.2}
 PROBE_SECONDS = 0.2
 
@@ -43,15 +42,14 @@ def explain(
     print: Callable = print,
     topology: str = "",
 ) -> None:
-    """Prints the page for a config as it came from its file and the command line; then, once it is
-    compiled, what the step takes.
+    """Prints the page of a config; then compiles the step and prints its memory.
 
     Args:
         config: not yet resolved.
         overrides: {dotted path: value} given on the command line.
         config_file: the value of --config.
         print: takes the text.
-        topology: chips to explain it for, as `aot.parse_topology` takes them; empty: those here.
+        topology: chips to explain it for, as `aot.parse_topology` reads them; empty: those here.
 
     Raises:
         InputError: the config is bad, or does not fit the devices.
@@ -65,68 +63,62 @@ def explain(
             f"many ids they use; set model.vocab_size, for example 50257 for GPT-2's tokenizer"
         )
     branch.find_parent(recorded)
-    chips = topologies.parse_topology(topology) if topology else None
+    chips = aot.parse_topology(topology) if topology else None
     if chips:
-        # Nothing is asked of this machine's devices, which may be busy.
+        # This machine's devices may be busy, and are not used.
         jax.config.update("jax_platforms", "cpu")
         devices = chips.devices() if chips.shape else None
-        mesh = topologies.MeshSizes(meshes.mesh_shape(resolved, chips.count), chips.chip)
+        mesh = aot.MeshSizes(mesh_shape(resolved, chips.count), chips.chip)
     else:
-        meshes.start_jax(resolved)
-        devices, mesh = None, meshes.make_mesh(resolved)
+        start_jax(resolved)
+        devices, mesh = None, make_mesh(resolved)
     platform = mesh.devices.flat[0].platform
     model = build.build_model(resolved, platform=platform, mesh=mesh)
-    where = value_origins(config_file, overrides, config)
+    origins = value_origins(config_file, overrides, config)
     for path, _ in keys():
-        if get(recorded, path) != (given := get(config, path)):
-            where[path] = "derived" if where[path] == "base" else f"{where[path]} gave {given:g}"
-    print(explain_page(resolved, recorded, where, model, mesh, prepare.find_manifest(config.data)))
+        if get(recorded, path) != (explicit := get(config, path)):
+            origin = origins[path]
+            origins[path] = "derived" if origin == "base" else f"{origin} gave {explicit:g}"
+    manifest = prepare.find_manifest(config.data)
+    print(explain_page(resolved, recorded, origins, model, mesh, manifest))
     if devices:
-        mesh = meshes.make_mesh(resolved, devices)
+        mesh = make_mesh(resolved, devices)
         model = build.build_model(resolved, platform=platform, mesh=mesh)
     if devices or not chips:
-        print(
-            sections_text(
-                [
-                    (
-                        "memory per device (compiled)",
-                        aligned_rows(aot.memory_rows(resolved, model, mesh)),
-                    )
-                ]
-            )
-        )
+        rows = aligned_rows(aot.memory_rows(resolved, model, mesh))
+        print(sections_text([("memory per device (compiled)", rows)]))
 
 
 def value_origins(config_file: str, overrides: dict, config) -> dict[str, str]:
-    """{dotted path: "base", the config file, or the flag that set it}, for every key.
+    """Returns {dotted path: "base", the config file, or the flag that set it}, for every key.
 
-    A file that sets a key to its default cannot be told from one that leaves it alone.
+    A file that sets a key to its default counts as one that leaves it alone.
     """
     defaults = base_config()
-    found = {}
+    origins = {}
     for path, _ in keys():
         same = get(config, path) == get(defaults, path)
-        found[path] = "base" if same else os.path.relpath(config_file)
+        origins[path] = "base" if same else os.path.relpath(config_file)
         if path in overrides:
-            found[path] = f"--config.{path}"
-    return found
+            origins[path] = f"--config.{path}"
+    return origins
 
 
 def explain_page(
     config, recorded, origins: dict[str, str], model: build.Model, mesh, manifest: dict | None
 ) -> str:
-    """The whole text.
+    """Formats the page.
 
     Args:
         config: resolved.
-        recorded: the same with the user's durations, which are shown.
-        origins: where the value of each key came from.
+        recorded: the same with the user's durations.
+        origins: as `value_origins` returns them.
         model: as `build.build_model` describes it.
         mesh: the device mesh.
-        manifest: of the prepared data, None where it is not prepared yet.
+        manifest: of the prepared data; None: not prepared yet.
     """
-    chosen = model.choices | optim.optimizer_choices(config, mesh.devices.flat[0].platform)
-    chosen |= mur.mur_choices(config)
+    choices = model.choices | optim.optimizer_choices(config, mesh.devices.flat[0].platform)
+    choices |= mur.mur_choices(config)
     sections = [
         ("config (* set by the config file or a flag)", _config(recorded, origins)),
         ("schedule", _schedule(config)),
@@ -136,9 +128,9 @@ def explain_page(
         ("memory per device (estimate)", _memory(config, model, mesh)),
         ("data", _data_rows(config, model, manifest)),
         ("mesh", _mesh(mesh)),
-        ("choices", [f"{name:<12}{why}" for name, why in chosen.items()]),
+        ("choices", [f"{name:<12}{why}" for name, why in choices.items()]),
     ]
-    if isinstance(mesh, topologies.MeshSizes):
+    if isinstance(mesh, aot.MeshSizes):
         sections += [
             (title, aligned_rows(rows)) for title, rows in aot.forecast_step(config, model, mesh)
         ]
@@ -148,21 +140,21 @@ def explain_page(
 
 
 def sections_text(sections: list[tuple[str, list[str]]]) -> str:
-    """Titles over their lines, an empty line before each."""
+    """Formats titles over their lines, an empty line before each title."""
     return "\n".join("\n".join(["", title, *("  " + x for x in body)]) for title, body in sections)
 
 
 def rate_jumps(config) -> list[tuple[int, int, float, float]]:
-    """Where the learning rate changes faster than in warm-up, as (first, last, before, after).
+    """Finds where the learning rate changes faster than in warm-up: (first, last, before, after).
 
-    Steps first..last each change it by more than one step of warm-up does (without warm-up: by more
-    than 2 % of the peak). `before` and `after` are learning rates. The rate before step 0 is 0.
+    Each of the steps first..last changes it by more than a step of warm-up (without warm-up: by
+    more than 2 % of the peak). `before` and `after` are learning rates; before step 0 it is 0.
     """
     warmup = config.schedule.warmup
-    # The schedule is float32; the last term is its rounding.
+    # The last term covers the rounding of the float32 schedule.
     limit = (1.01 / warmup if warmup > 1 else 0.02) + 5e-7
     factor, total = schedules.make_schedule(config, np), config.train.steps
-    found: list[tuple[int, int, float, float]] = []
+    jumps: list[tuple[int, int, float, float]] = []
     before, block = 0.0, 2**20
     for start in range(0, total, block):
         values = np.atleast_1d(factor(np.arange(start, min(total, start + block))))
@@ -172,16 +164,16 @@ def rate_jumps(config) -> list[tuple[int, int, float, float]]:
                 start + int(i),
                 *(float(x[i]) * config.optim.lr for x in (earlier, values)),
             )
-            if found and found[-1][1] == step - 1:
-                found[-1] = (found[-1][0], step, found[-1][2], high)
+            if jumps and jumps[-1][1] == step - 1:
+                jumps[-1] = (jumps[-1][0], step, jumps[-1][2], high)
             else:
-                found.append((step, step, low, high))
+                jumps.append((step, step, low, high))
         before = float(values[-1])
-    return found
+    return jumps
 
 
 def estimate_seconds(config, model: build.Model, mesh) -> tuple[float, str]:
-    """An estimate of the time of all steps, without evaluation, and what it rests on."""
+    """Estimates the seconds of all steps, without evaluation; also returns the basis as text."""
     device = mesh.devices.flat[0]
     dtype = config.model.dtype
     total = flops.flops_per_token(config, model.specs)["model"] * training_tokens(config)
@@ -193,19 +185,19 @@ def estimate_seconds(config, model: build.Model, mesh) -> tuple[float, str]:
         rate = probe_flops(dtype, 1024 if device.platform == "cpu" else 4096)
         share = CPU_EFFICIENCY[dtype] if device.platform == "cpu" else EFFICIENCY
         basis = f"a {dtype} product measured now, {rate / 1e9:,.0f} GFLOP/s"
-    # Simulated CPU devices share the machine that the probe measured as a whole.
+    # The probe measured the machine, which simulated CPU devices share.
     devices = 1 if device.platform == "cpu" else mesh.size
     each = f" on each of {devices} devices" if devices > 1 else ""
     return total / (rate * share * devices), f"{share:.0%} of {basis}{each}"
 
 
 def training_tokens(config) -> int:
-    """Training tokens of a resolved config."""
+    """Counts the training tokens of a resolved config."""
     return config.train.steps * tokens_per_step(config)
 
 
 def probe_flops(dtype: str, width: int) -> float:
-    """FLOP/s of a square product, measured for a moment."""
+    """Measures the FLOP/s of a square matrix product for PROBE_SECONDS."""
     x = jnp.ones((width, width), dtype)
     product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
     product(x, x).block_until_ready()
@@ -227,7 +219,7 @@ def _config(config, origins: dict[str, str]) -> list[str]:
         shown = repr(value) if isinstance(value, str) else _short_number(value)
         mark = " " if origin in ("base", "derived") else "*"
         unused = any(get(config, other) not in allowed for other, allowed in key.when.items())
-        if unused and origin == "base":  # one that was set has been used, to derive others
+        if unused and origin == "base":  # an explicit value was used to derive others
             origin = "not used here"
         rows.append((f" {mark} {name}", shown, origin))
     return aligned_rows(rows)
@@ -237,46 +229,45 @@ def _schedule(config) -> list[str]:
     schedule, total = config.schedule, config.train.steps
     warmup = schedule.warmup
     factor = schedules.make_schedule(config, np)
-    named = {0: "first", total // 2: "middle", total - 1: "last"}
+    labels = {0: "first", total // 2: "middle", total - 1: "last"}
     if warmup > 1:
-        named[warmup - 1] = "warm-up done"
+        labels[warmup - 1] = "warm-up done"
     cooldown = schedules.cooldown_steps(config)
     if cooldown is not None:
-        named[total - cooldown] = "cooldown begins"
+        labels[total - cooldown] = "cooldown begins"
     lines = [f"{schedule.name}, {total:,} steps of {tokens_per_step(config):,} tokens"]
-    for step in sorted(s for s in named if s < total):
+    for step in sorted(s for s in labels if s < total):
         lines.append(
-            f"step {step:>10,}  lr {config.optim.lr * float(factor(step)):<10.4g} {named[step]}"
+            f"step {step:>10,}  lr {config.optim.lr * float(factor(step)):<10.4g} {labels[step]}"
         )
     peak = OPTIMIZERS[config.optim.name].peak
     if peak != "lr":
         lines.append(f"orthogonal updates: the same with a peak of {config.optim[peak]:.4g}")
     if config.train.parent:
-        begin = config.train.parent_step
-        lines.append(f"steps 0 to {begin - 1:,} are those of {config.train.parent}")
-    found = rate_jumps(config)
-    for first, last, before, after in found:
+        lines.append(
+            f"steps 0 to {config.train.parent_step - 1:,} are those of {config.train.parent}"
+        )
+    jumps = rate_jumps(config)
+    for first, last, before, after in jumps:
         span = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
         lines.append(f"jump at {span}: lr {before:.4g} to {after:.4g}")
-    if not found:
+    if not jumps:
         lines.append("no step changes the learning rate by more than a step of warm-up does")
     return lines
 
 
 def _parameters(model: build.Model, mesh, config) -> list[str]:
-    given = ("path", "axes", "role", "optimizer", "std")
-    rows = [(*given, "fwd x", "lr x", "wd x", "eps x", "update x", "split over")]
-    for entry in rules_as_json(
-        model.param_rules, config, meshes.param_splits(model.param_rules, mesh)
-    ):
+    titles = ("path", "axes", "role", "optimizer", "std")
+    rows = [(*titles, "fwd x", "lr x", "wd x", "eps x", "update x", "split over")]
+    for entry in rules_as_json(model.param_rules, config, param_splits(model.param_rules, mesh)):
         axes = " ".join(f"{a}={n}" for a, n in zip(entry["axes"], entry["shape"], strict=True))
         std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else entry["init"]
-        given = (entry["path"], axes, entry["role"], entry["optimizer"], std)
+        facts = (entry["path"], axes, entry["role"], entry["optimizer"], std)
         names = ("multiplier", "lr_factor", "wd_factor", "eps_factor", "update_scale")
         factors = tuple(f"{entry[name]:.4g}" for name in names)
         split = entry["sharding"]
-        over = " ".join(part or "-" for part in split) if any(split) else "-"
-        rows.append((*given, *factors, over))
+        mesh_axes = " ".join(part or "-" for part in split) if any(split) else "-"
+        rows.append((*facts, *factors, mesh_axes))
     return aligned_rows(rows)
 
 
@@ -288,8 +279,9 @@ def _count_rows(model: build.Model) -> list[str]:
 
 def _flops_rows(config, model: build.Model) -> list[str]:
     rows = [("convention", "per token", "whole run")]
-    for name, each in flops.flops_per_token(config, model.specs).items():
-        rows.append((name, f"{each:.4g}", f"{each * training_tokens(config):.4g}"))
+    for name, per_token in flops.flops_per_token(config, model.specs).items():
+        total = per_token * training_tokens(config)
+        rows.append((name, f"{per_token:.4g}", f"{total:.4g}"))
     return [
         *aligned_rows(rows),
         "model is what run.json and MFU use; lmscale_jax/model/flops.py defines all",
@@ -311,11 +303,11 @@ def _data_rows(config, model: build.Model, manifest: dict | None) -> list[str]:
     if manifest is None:
         rows.append(("epochs", "not known: the data is not prepared yet"))
         return aligned_rows(rows)
-    sides = manifest["splits"]
-    windows = (sides["train"]["tokens"] - 1) // config.data.seq_len
+    splits = manifest["splits"]
+    windows = (splits["train"]["tokens"] - 1) // config.data.seq_len
     epochs = config.train.steps * config.train.batch_size / max(1, windows)
-    rows.append(("prepared, training", f"{sides['train']['tokens']:,} tokens"))
-    rows.append(("prepared, validation", f"{sides['val']['tokens']:,} tokens"))
+    rows.append(("prepared, training", f"{splits['train']['tokens']:,} tokens"))
+    rows.append(("prepared, validation", f"{splits['val']['tokens']:,} tokens"))
     rows.append(("epochs", f"{epochs:.3g}"))
     return aligned_rows(rows)
 
@@ -332,7 +324,7 @@ def _time(config, model: build.Model, mesh) -> list[str]:
 
 
 def readable_seconds(amount: float) -> str:
-    """Seconds in the unit that reads best."""
+    """Formats seconds as days, hours, minutes or seconds."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if amount >= 1.5 * size:
             return f"{amount / size:.3g} {unit}"
@@ -340,12 +332,12 @@ def readable_seconds(amount: float) -> str:
 
 
 def _short_number(value) -> str:
-    # Separators where digits are hard to count, but not in a seed or a year-sized number.
+    # No separators in numbers of the size of a seed or a year.
     return f"{value:,}" if type(value) is int and abs(value) >= 10_000 else f"{value}"
 
 
 def aligned_rows(rows: list[tuple]) -> list[str]:
-    """Rows of text with aligned columns."""
+    """Formats rows of text with aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -1,4 +1,4 @@
-"""One training run, chapter by chapter: open, restore or begin, loop, finish."""
+"""Trains one run: opens it, restores or begins its state, takes its steps, finishes its record."""
 
 import signal
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from lmscale_jax.data import batches as pipeline
+from lmscale_jax.data.batches import prefetch
 from lmscale_jax.errors import RunFailed
 from lmscale_jax.evals import redundancy
 from lmscale_jax.model import flops, mesh
@@ -18,53 +18,58 @@ from lmscale_jax.train.watchdog import SignalHandler, Watchdog
 
 
 class FinishedRun(NamedTuple):
-    """A run that has just ended: its record, what it was made of, and its parameters."""
+    """A run that has just ended: its record, the run itself, and its parameters."""
 
     record: run_dir.RunRecord
-    setup: Run
+    run: Run
     params: dict
 
 
 def train(
     config, workdir: Path, say: Callable[[str], None] | None = None, notes: dict | None = None
 ) -> FinishedRun | None:
-    """Trains the run of a config in `workdir`, going on from its last checkpoint if it has one.
+    """Trains the run of a config in `workdir`, from its last checkpoint if it has one.
 
-    `notes` are further fields of run.json. Returns None if the run was finished before. Of several
-    processes the first one prints and writes; they call this together. Raises InputError on bad
-    input, before anything is written there, and RunFailed where the run diverged or its end could
-    not be saved.
+    `notes` are further fields of run.json. Returns None if the run was finished before. Several
+    processes call this together; the first one prints and writes.
+
+    Raises:
+      InputError: on bad input, before anything is written in `workdir`.
+      RunFailed: the run diverged, or its end could not be saved.
+      SystemExit: a signal stopped the run.
     """
     say = say or (print if distributed.is_first() else lambda line: None)
-    begun = open_run(config, workdir, say, notes)
-    if begun is None:
+    opened = open_run(config, workdir, say, notes)
+    if opened is None:
         return None
-    with recording_failures(begun):
-        setup, run, config = begun.setup, begun.record, begun.setup.config
+    run, record, config = opened.run, opened.record, opened.run.config
+    with recording_failures(opened):
         checkpoints = checkpoint.Checkpoints(
             workdir, config.checkpoint.keep, config.checkpoint.keep_every
         )
-        state, host = restore_or_begin(setup, checkpoints, say)
-        clock, memory = Clock(host.get("clock")), host.get("journal", {})
+        state, host_state = restore_or_begin(run, checkpoints, say)
+        clock, memory = Clock(host_state.get("clock")), host_state.get("journal", {})
         folder = workdir if distributed.is_first() else None
-        journal = MetricLogger(setup.recorded, folder, int(state.step), memory, clock, run.id)
-        stop, watchdog = SignalHandler(), Watchdog(config.log.watchdog)
+        logger = MetricLogger(run.recorded, folder, int(state.step), memory, clock, record.id)
+        signals, watchdog = SignalHandler(), Watchdog(config.log.watchdog)
         try:
-            state, final = train_steps(setup, state, journal, clock, checkpoints, stop, watchdog)
+            state, final = train_steps(run, state, logger, clock, checkpoints, signals, watchdog)
         finally:
             watchdog.stop()
-            journal.close()
-            stop.restore()
-        if stop.agreed and int(state.step) < config.train.steps:
-            _leave_early(run, stop.agreed, int(state.step), config.train.steps, checkpoints, say)
-        finish_run(setup, run, state, final or setup.score(state), clock)
+            logger.close()
+            signals.restore()
+        if signals.agreed and int(state.step) < config.train.steps:
+            _stop_early(
+                record, signals.agreed, int(state.step), config.train.steps, checkpoints, say
+            )
+        finish_run(run, record, state, final or run.score(state), clock)
         checkpoints.close()
-    return FinishedRun(run, setup, state.params)
+    return FinishedRun(record, run, state.params)
 
 
-def _leave_early(run, signal_name: str, done: int, steps: int, checkpoints, say) -> None:
-    """Notes that a signal has stopped the run and raises SystemExit with the status for it."""
-    run.update(interrupted=f"{signal_name} after step {done}")
+def _stop_early(record, signal_name: str, done: int, steps: int, checkpoints, say) -> None:
+    """Records that a signal stopped the run; raises SystemExit with 128 + the signal's number."""
+    record.update(interrupted=f"{signal_name} after step {done}")
     say(
         f"stopped by {signal_name}: step {done} of {steps} is saved; the same command goes on from "
         f"there"
@@ -73,108 +78,117 @@ def _leave_early(run, signal_name: str, done: int, steps: int, checkpoints, say)
     raise SystemExit(128 + signal.Signals[signal_name])
 
 
-def restore_or_begin(setup: Run, checkpoints, say) -> tuple[step.TrainState, dict]:
-    """The state to go on from, placed on the mesh, and what the host remembered with it."""
+def restore_or_begin(run: Run, checkpoints, say) -> tuple[step.TrainState, dict]:
+    """Restores the last checkpoint, else the parent's, else initializes the state.
 
-    def first():
-        return step.initial_state(setup.config, setup.model, setup.transform, setup.config.seed)
+    Returns the state, placed on the mesh, and the state of logger and clock saved with it.
+    """
+
+    def initial():
+        return step.initial_state(run.config, run.model, run.transform, run.config.seed)
 
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(first),
-        setup.placed,
+        jax.eval_shape(initial),
+        run.shardings,
     )
-    found = checkpoints.restore(abstract, say)
-    if found is not None:
-        say(f"going on from step {found[1]['step']}")
-        return found
-    if setup.parent:
-        say(f"branching off step {setup.parent['step']} of {setup.parent['workdir']}")
-        parent = checkpoint.Checkpoints(Path(setup.parent["workdir"]))
-        state, _ = parent.restore_step(setup.parent["step"], abstract)
+    restored = checkpoints.restore(abstract, say)
+    if restored is not None:
+        say(f"going on from step {restored[1]['step']}")
+        return restored
+    if run.parent:
+        say(f"branching off step {run.parent['step']} of {run.parent['workdir']}")
+        parent = checkpoint.Checkpoints(Path(run.parent["workdir"]))
+        state, _ = parent.restore_step(run.parent["step"], abstract)
         parent.close()
         return state, {}
-    return step.begin_state(setup.config, setup.model, setup.transform, setup.placed), {}
+    return step.begin_state(run.config, run.model, run.transform, run.shardings), {}
 
 
 def train_steps(
-    setup: Run, state, journal: MetricLogger, clock: Clock, checkpoints, stop, watchdog
+    run: Run, state, logger: MetricLogger, clock: Clock, checkpoints, signals, watchdog
 ):
-    """Runs the remaining steps. Returns the last state and, if it was reached, its evaluation.
+    """Takes the remaining steps. Returns the state and the last step's evaluation.
 
-    The metrics of a step are read while the next one runs, except where the state is needed. What
-    several processes decide, they decide from the same numbers, and so alike.
+    The evaluation is None where a signal stopped the run before. The metrics of a step are fetched
+    while the next one runs, except where the state itself is needed. All processes decide from the
+    same numbers, and so alike.
     """
-    config, first, last = setup.config, int(state.step), setup.config.train.steps
-    take_step = step.TrainStep(config, setup.model, setup.mesh, setup.placed)
-    stream = pipeline.prefetch(setup.batches.at, first, last, workers=config.data.workers)
-    compiled, pending, final, looks = set(), None, None, redundancy.redundancy_steps(config)
+    config, first, last = run.config, int(state.step), run.config.train.steps
+    take_step = step.TrainStep(config, run.model, run.mesh, run.shardings)
+    stream = prefetch(run.batches.at, first, last, workers=config.data.workers)
+    compiled, pending, final = set(), None, None
+    redundancy_steps = redundancy.redundancy_steps(config)
     for done, batch in enumerate(clock.waiting_for(stream), first + 1):
         measure = diagnostics.due_measurements(config, done)
-        state, metrics = take_step(state, mesh.put_batch(batch, setup.mesh), measure=measure)
+        state, metrics = take_step(state, mesh.put_batch(batch, run.mesh), measure=measure)
         if measure not in compiled:
             compiled.add(measure)
             clock.leave_out()
-        stop.vote()
+        signals.vote()
         if pending:
-            journal.log(*pending)
+            logger.log(*pending)
         watchdog.beat(done - 1)
         pending = (done, metrics)
         evaluate = done == last or is_due(done, config.eval.every)
-        save = done == last or is_due(done, config.checkpoint.every) or stop.agreed
-        if not (evaluate or save or done in looks):
+        save = done == last or is_due(done, config.checkpoint.every) or signals.agreed
+        if not (evaluate or save or done in redundancy_steps):
             continue
         jax.block_until_ready(state)
         with clock.pause():
-            extra = setup.score(state) if evaluate else {}
-            extra |= setup.redundancy(state.params) if done in looks else {}
-        journal.log(*pending, extra)
+            extra = run.score(state) if evaluate else {}
+            extra |= run.redundancy(state.params) if done in redundancy_steps else {}
+        logger.log(*pending, extra)
         pending, final = None, extra if done == last else None
         if evaluate:
-            journal.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")
+            logger.progress.say(f"step {done}: validation loss {extra['val_loss']:.4f}")
         if save:
             with clock.pause():
-                leaving = done == last or stop.agreed is not None
-                _save_checkpoint(checkpoints, done, state, journal, clock, final=leaving)
-        if stop.agreed:
+                ends = done == last or signals.agreed is not None
+                _save_checkpoint(checkpoints, done, state, logger, clock, final=ends)
+        if signals.agreed:
             break
     return state, final
 
 
 def is_due(done: int, every: int) -> bool:
+    """Tells whether `done` is a multiple of `every`; never for 0."""
     return every > 0 and done % every == 0
 
 
 def _save_checkpoint(
-    checkpoints, done: int, state, journal: MetricLogger, clock: Clock, final: bool
+    checkpoints, done: int, state, logger: MetricLogger, clock: Clock, final: bool
 ) -> None:
-    """Saves; what goes wrong is said, and ends the run only if this was its last chance."""
+    """Saves a checkpoint and prints failures; RunFailed only where this is the `final` one."""
 
     def save():
-        checkpoints.save(done, state, {"journal": journal.sync(), "clock": clock.state()})
+        checkpoints.save(done, state, {"journal": logger.sync(), "clock": clock.state()})
         if final:
             checkpoints.wait()
 
-    # What was being written since the last time may have failed in the background.
-    for which, action in ((checkpoints.writing, checkpoints.wait), (done, save)):
+    # The checkpoint before this one was written in the background and may have failed.
+    for number, action in ((checkpoints.writing, checkpoints.wait), (done, save)):
         try:
             action()
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
-            kept = [s for s in checkpoints.steps() if s != which]
-            text = f"checkpoint {which} could not be written ({reason}); kept: {kept or 'none'}"
-            if final and which == done:
+            retained_steps = [s for s in checkpoints.steps() if s != number]
+            text = (
+                f"checkpoint {number} could not be written ({reason}); "
+                f"kept: {retained_steps or 'none'}"
+            )
+            if final and number == done:
                 raise RunFailed(text) from error
-            journal.progress.say(text)
+            logger.progress.say(text)
 
 
-def finish_run(setup: Run, run: run_dir.RunRecord, state, final: dict, clock: Clock) -> None:
-    """Writes the final record."""
+def finish_run(run: Run, record: run_dir.RunRecord, state, final: dict, clock: Clock) -> None:
+    """Writes the record of a finished run: evaluation, speed and skipped steps."""
     speed = clock.tokens_per_second
-    devices = setup.mesh.devices
-    peak = flops.peak_flops(devices.flat[0].device_kind, setup.config.model.dtype)
-    mfu = speed * run["flops_per_token"] / (peak * devices.size) if speed and peak else None
-    run.update(
+    devices = run.mesh.devices
+    peak = flops.peak_flops(devices.flat[0].device_kind, run.config.model.dtype)
+    mfu = speed * record["flops_per_token"] / (peak * devices.size) if speed and peak else None
+    record.update(
         status="finished",
         final=final,
         throughput={"tokens_per_second": speed, "mfu": mfu, "data_wait": clock.data_wait},

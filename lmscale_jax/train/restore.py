@@ -14,8 +14,8 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model import hf, mesh
 from lmscale_jax.model.sharding import AXES
 from lmscale_jax.train import checkpoint, run_dir, step
-from lmscale_jax.train import run as runs
 from lmscale_jax.train.checkpoint import Checkpoints
+from lmscale_jax.train.run import Run, build_run, record_facts
 from lmscale_jax.train.run_dir import read_record
 
 
@@ -24,13 +24,13 @@ class LoadedRun(NamedTuple):
 
     Attributes:
       record: run.json as it is.
-      setup: the run's model, data and mesh, over the devices of this machine.
+      run: the run's model, data and mesh, over the devices of this machine.
       step: of the checkpoint.
       params: verified against their checksums.
     """
 
     record: dict
-    setup: runs.Run
+    run: Run
     step: int
     params: dict
 
@@ -51,21 +51,21 @@ def load_run(workdir: Path, step: int = 0) -> LoadedRun:
             f"--workdir={workdir} holds no checkpoint (status {record['status']!r}); train it first"
         )
     mesh.start_jax(config)
-    setup = runs.build_run(config, workdir, say=lambda line: None)
-    if setup.data.val_fingerprint != record["data"]["val_fingerprint"]:
+    run = build_run(config, workdir, say=lambda line: None)
+    if run.data.val_fingerprint != record["data"]["val_fingerprint"]:
         raise InputError(
             f"config.data.source={config.data.source!r} holds other held-out tokens than "
             f"{workdir} was evaluated on; use the data that it was trained on"
         )
-    shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
+    shardings = mesh.param_shardings(run.model.specs, run.mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(setup.model.init, jax.random.key(0)),
+        jax.eval_shape(run.model.init, jax.random.key(0)),
         shardings,
     )
     step, params = checkpoints.restore_params(abstract, step)
     checkpoints.close()
-    return LoadedRun(record, setup, step, params)
+    return LoadedRun(record, run, step, params)
 
 
 def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[str], None]):
@@ -84,19 +84,19 @@ def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[s
     if workdir.exists() and any(workdir.iterdir()):
         raise InputError(f"--workdir={workdir} is not empty; use a new directory")
     mesh.start_jax(config)
-    setup = runs.build_run(config, workdir, say)
-    params = hf.read_params(source, setup.config.model, setup.model.specs)
-    shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
+    run = build_run(config, workdir, say)
+    params = hf.read_params(source, run.config.model, run.model.specs)
+    shardings = mesh.param_shardings(run.model.specs, run.mesh)
     params = jax.tree.map(jax.device_put, params, shardings)
     lock = run_dir.RunLock(workdir)
     try:
-        run = run_dir.RunRecord(workdir, runs.record_facts(setup) | {"imported_from": source.name})
-        state = step.initial_state(setup.config, setup.model, setup.transform, setup.config.seed)
+        record = run_dir.RunRecord(workdir, record_facts(run) | {"imported_from": source.name})
+        state = step.initial_state(run.config, run.model, run.transform, run.config.seed)
         checkpoints = Checkpoints(workdir)
         checkpoints.save(1, state._replace(params=params, step=state.step + 1), {})
         checkpoints.wait()
         checkpoints.close()
-        run.update(status="finished", final=setup.validate(params), wall_seconds=0.0)
+        record.update(status="finished", final=run.validate(params), wall_seconds=0.0)
     finally:
         lock.release()
-    return run
+    return record

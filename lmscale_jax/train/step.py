@@ -1,4 +1,4 @@
-"""One optimizer step: (state, batch) -> (state, metrics), a pure function under one jit."""
+"""One optimizer step, (state, batch) -> (state, metrics): a pure function under one jit."""
 
 import functools
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.keys import get
-from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.build import Model
+from lmscale_jax.model.mesh import state_shardings
 from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.train import diagnostics
 
-# Keys that are numbers to the program, and decide neither shapes nor what is computed. They and
-# TRACED_DURATIONS are arguments of the compiled step, so that runs that differ in nothing else
-# compile it once: a rung of a ladder at each of its budgets, seeds and learning rates.
+# Keys that decide neither shapes nor operations. They and TRACED_DURATIONS are arguments of the
+# compiled step, so runs that differ in nothing else share one program: all budgets, seeds and
+# learning rates of a ladder's rung.
 TRACED_HPARAMS = (
     "seed",
     "optim.lr",
@@ -43,13 +43,15 @@ TRACED_DURATIONS = (
 
 
 class TrainState(NamedTuple):
-    """Attributes:
-    step: batches consumed, int32.
-    params, opt_state: float32 trees.
-    bad: consecutive steps that were skipped, int32.
-    skipped: all steps that were skipped, int32.
-    memory: what measurements remember (see `diagnostics.begin_diagnostics`).
-    utility: running means of `mur.objective`.
+    """The state of training. The names of its fields are paths in checkpoints.
+
+    Attributes:
+      step: batches consumed, int32.
+      params, opt_state: float32 trees.
+      bad: consecutive steps skipped because loss or gradient was not finite, int32.
+      skipped: all steps skipped, int32.
+      memory: start vectors of the spectral measurements (`diagnostics.begin_diagnostics`).
+      utility: running means of `mur.objective`.
     """
 
     step: jax.Array
@@ -62,27 +64,28 @@ class TrainState(NamedTuple):
 
 
 def initial_state(config, model: Model, transform, seed) -> TrainState:
-    """The state before the first step."""
+    """Initializes the state before the first step."""
     params = model.init(jax.random.key(seed))
     zero = jnp.zeros((), jnp.int32)
-    memory, objective = diagnostics.begin_diagnostics(config, model), mur.make_objective(config)
-    utility = objective.begin() if objective else {}
-    return TrainState(zero, params, transform.init(params), zero, zero, memory, utility)
+    start_vectors = diagnostics.begin_diagnostics(config, model)
+    objective = mur.make_objective(config)
+    means = objective.init_means() if objective else {}
+    return TrainState(zero, params, transform.init(params), zero, zero, start_vectors, means)
 
 
 def train_state_shardings(config, model: Model, transform, mesh: Mesh) -> TrainState:
-    """Shardings of the whole state, without allocating it."""
+    """Returns the shardings of the state, a tree like it, without allocating anything."""
     shapes = jax.eval_shape(lambda: initial_state(config, model, transform, 0))
-    return meshes.state_shardings(shapes, model.specs, mesh)
+    return state_shardings(shapes, model.specs, mesh)
 
 
 class TrainStep(functools.partial):
-    """The jitted `step(state, batch, measure=())`; the state that it gets is consumed.
+    """The jitted `step(state, batch, measure=())`, which donates its state.
 
-    What `lower` compiles to is called with (state, batch, hparams).
+    A program compiled from `lower` is called with (state, batch, hparams).
     """
 
-    def __new__(cls, config, model: Model, mesh: Mesh, placed: TrainState):
+    def __new__(cls, config, model: Model, mesh: Mesh, shardings: TrainState):
         platform = mesh.devices.flat[0].platform
 
         def optimizer(config):
@@ -92,7 +95,7 @@ class TrainStep(functools.partial):
             make_train_step(config, model, optimizer, mesh),
             static_argnames="measure",
             donate_argnums=0,
-            out_shardings=(placed, None),
+            out_shardings=(shardings, None),
         )
         return super().__new__(cls, jitted, hparams=traced_hparams(config))
 
@@ -107,32 +110,32 @@ class TrainStep(functools.partial):
 
 def traced_hparams(config) -> dict[str, int | float]:
     """Returns TRACED_HPARAMS and TRACED_DURATIONS of a resolved config, by path."""
-    # Something that is multiplied by 0 is left out of the program.
+    # A hyperparameter of 0 stays a constant, so that its term is left out of the program.
     nonzero = {path: n for path in TRACED_HPARAMS if (n := get(config, path))}
     return nonzero | {path: get(config, path) for path in TRACED_DURATIONS}
 
 
 def with_hparams(config, hparams: dict) -> ConfigDict:
-    """Returns the config with other values, which may be traced."""
-    changed = ConfigDict(config.to_dict())
-    with changed.ignore_type():
-        changed.update_from_flattened_dict(hparams)
-    return changed
+    """Returns a copy of the config with the values of `hparams`, which may be traced."""
+    traced_config = ConfigDict(config.to_dict())
+    with traced_config.ignore_type():
+        traced_config.update_from_flattened_dict(hparams)
+    return traced_config
 
 
-def begin_state(config, model: Model, transform, placed: TrainState) -> TrainState:
-    """The state before the first step, placed on the mesh; the seed is no part of the program."""
-    first = jax.jit(
-        lambda seed: initial_state(config, model, transform, seed), out_shardings=placed
+def begin_state(config, model: Model, transform, shardings: TrainState) -> TrainState:
+    """Initializes the state on the mesh; one compiled program serves all seeds."""
+    program = jax.jit(
+        lambda seed: initial_state(config, model, transform, seed), out_shardings=shardings
     )
-    return first(config.seed)
+    return program(config.seed)
 
 
 def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Callable:
     """Returns `train_step(state, batch, hparams=None, measure=()) -> (state, metrics)`.
 
-    Metrics also hold what `measure` names (see `diagnostics.due_measurements`). Each combination is
-    compiled apart, so that other steps do not pay for it.
+    Metrics include the measurements that `measure` names (`diagnostics.due_measurements`). Each
+    combination is a program of its own, so that other steps do not pay for it.
 
     Args:
       config: resolved.
@@ -148,40 +151,50 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
         dropout = jax.random.key(traced.seed) if traced.model.dropout else None
         objective = mur.make_objective(traced)
         key = None if dropout is None else jax.random.fold_in(dropout, state.step)
-        asked = objective and objective.ask(state.utility, state.step, measure)
-        n_targets, slots = count_targets(batch), asked.slots if asked else ()
-        gradient = make_gradient(config, model, mesh, n_targets, asked, state.step)
-        loss, (grads, slot_bars) = gradient(state.params, slots, *batch, key)
-        taken = asked.taken(slot_bars) if asked else {}
+        request = objective and objective.request_stats(state.utility, state.step, measure)
+        n_targets, stat_buffers = count_targets(batch), request.stat_buffers if request else ()
+        gradient = make_gradient(config, model, mesh, n_targets, request, state.step)
+        loss, (grads, buffer_grads) = gradient(state.params, stat_buffers, *batch, key)
+        stats = request.read_stats(buffer_grads) if request else {}
         norm = optax.tree.norm(grads)
-        utility, more = state.utility, {"step": state.step}
-        if asked:
-            utility = objective.learn(utility, taken)
+        utility, update_options = state.utility, {"step": state.step}
+        if request:
+            utility = objective.update_means(utility, stats)
             grads, factors = objective.scale(utility, state.step, grads)
-            more |= factors
-        updates, opt_state = transform.update(grads, state.opt_state, state.params, **more)
-        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
+            update_options |= factors
+        updates, opt_state = transform.update(
+            grads, state.opt_state, state.params, **update_options
+        )
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt_state, utility = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old),
+            lambda new, old: jnp.where(is_finite, new, old),
             (optim.apply_updates(state.params, updates), opt_state, utility),
             (state.params, state.opt_state, state.utility),
         )
-        bad = jnp.where(ok, 0, state.bad + 1)
-        skipped = state.skipped + jnp.where(ok, 0, 1)
+        nonfinite_in_a_row = jnp.where(is_finite, 0, state.bad + 1)
+        skipped_steps = state.skipped + jnp.where(is_finite, 0, 1)
         metrics = {
             "train_loss": loss,
             "grad_norm": norm,
             "lr": traced.optim.lr * factor(state.step),
-            "bad": bad,
-            "skipped": skipped,
+            "bad": nonfinite_in_a_row,
+            "skipped": skipped_steps,
         }
-        measured, memory = diagnostics.take_diagnostics(
+        measured, start_vectors = diagnostics.take_diagnostics(
             measure, model, batch, grads, state.params, updates, state.memory
         )
-        if asked and asked.names:
-            measured |= objective.metrics(asked, taken, utility, state.step)
-        after = TrainState(state.step + 1, params, opt_state, bad, skipped, memory, utility)
-        return after, metrics | measured
+        if request and request.names:
+            measured |= objective.metrics(request, stats, utility, state.step)
+        new_state = TrainState(
+            state.step + 1,
+            params,
+            opt_state,
+            nonfinite_in_a_row,
+            skipped_steps,
+            start_vectors,
+            utility,
+        )
+        return new_state, metrics | measured
 
     return train_step
 
@@ -192,37 +205,38 @@ def count_targets(batch) -> jax.Array:
 
 
 def make_gradient(
-    config, model: Model, mesh: Mesh, n_targets: jax.Array, asked=None, step=None
+    config, model: Model, mesh: Mesh, n_targets: jax.Array, request=None, step=None
 ) -> Callable:
-    """Returns (params, slots, tokens_BxT, targets_BxT, key) -> (loss, (gradient, slot_bars)).
+    """Returns a function of (params, stat_buffers, tokens_BxT, targets_BxT, key).
 
-    The loss is the sum over tokens, divided by `n_targets`, those of the whole batch. Micro-batches
-    are added up by a scan, so cutting the batch changes no number. What a
-    `mur.objective.StatRequest` takes out of the backward pass is the "gradient" of its slots, ()
-    without one; in loss mode the gradient is that of its objective, the loss is not.
+    It returns (loss, (gradient, buffer_grads)). The loss is the sum over tokens, divided by
+    `n_targets`, which counts the whole batch. A scan adds up the micro-batches, so their number
+    does not change the result. `request` is a `mur.objective.StatRequest` or None; its statistics
+    are the "gradient" of its stat_buffers, () without one. In its loss mode the gradient includes
+    the hinges, and the loss does not.
     """
-    accum, rows = config.train.accum, NamedSharding(mesh, P(None, *BATCH))
+    accum, micro_sharding = config.train.accum, NamedSharding(mesh, P(None, *BATCH))
 
-    def mean_loss(params, slots, tokens_BxT, targets_BxT, key, index=0):
-        wrapper = asked and asked.around(slots, targets_BxT, n_targets, index)
+    def mean_loss(params, stat_buffers, tokens_BxT, targets_BxT, key, index=0):
+        wrapper = request and request.wrapper(stat_buffers, targets_BxT, n_targets, index)
         nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key, wrapper, step)
         return nll_BxT.sum() / n_targets
 
     gradient = jax.value_and_grad(mean_loss, argnums=(0, 1))
 
-    def cut(x):
+    def split_batch(x):
         micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])
-        return jax.lax.with_sharding_constraint(micro, rows)
+        return jax.lax.with_sharding_constraint(micro, micro_sharding)
 
-    def accumulated(params, slots, tokens_BxT, targets_BxT, key):
+    def accumulated(params, stat_buffers, tokens_BxT, targets_BxT, key):
         def add(total, micro):
             index, parts = micro
             micro_key = None if key is None else jax.random.fold_in(key, index)
-            part = gradient(params, slots, *parts, micro_key, index)
+            part = gradient(params, stat_buffers, *parts, micro_key, index)
             return jax.tree.map(jnp.add, total, part), None
 
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, slots)))
-        parts = jax.tree.map(cut, (tokens_BxT, targets_BxT))
+        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, stat_buffers)))
+        parts = jax.tree.map(split_batch, (tokens_BxT, targets_BxT))
         return jax.lax.scan(add, zero, (jnp.arange(accum), parts))[0]
 
     return gradient if accum == 1 else accumulated

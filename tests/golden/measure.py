@@ -73,13 +73,13 @@ def run(name: str) -> dict:
     record = json.loads((workdir / "run.json").read_text())
     text = (workdir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
-    setup = finished.setup
-    state = step.begin_state(setup.config, setup.model, setup.transform, setup.placed)
+    trained = finished.run
+    state = step.begin_state(trained.config, trained.model, trained.transform, trained.shardings)
     same = ("config_hash", "counts", "flops_per_token", "flops_per_token_by_convention")
     return {
         **{field: record[field] for field in same},
         "data": record["data"],
-        "first_batch": [digest(part) for part in setup.batches.at(0)],
+        "first_batch": [digest(part) for part in trained.batches.at(0)],
         "parametrization": json.loads((workdir / "parametrization.json").read_text()),
         "state": leaves(state, lambda x: f"{x.dtype} {list(x.shape)}"),
         "initial": leaves(state.params, initial),
