@@ -187,7 +187,7 @@ class Pack:
         if evaluate:
             extra |= member.setup.score(_member(state, k))
         if end in self._looks:
-            extra |= member.setup.redundancy(_member(state, k).params)
+            extra |= member.setup.redundancy(_member(state, k))
         try:
             member.take(begin, each, last, extra)
         except Diverged as error:

@@ -7,7 +7,7 @@ import optax
 from lmscale_jax.config.key import Modes
 from lmscale_jax.model.param import map_named
 from lmscale_jax.optim import layerwise, schedules
-from lmscale_jax.optim.layerwise import average_weights, averaged_params
+from lmscale_jax.optim.layerwise import average_weights
 from lmscale_jax.optim.optimizers import DECAY_MODES, OPTIMIZERS
 from lmscale_jax.optim.rules import UpdateRule, update_rules
 
@@ -138,9 +138,14 @@ def optimizer_choices(config, platform: str) -> dict[str, str]:
     return lines
 
 
-def params_to_evaluate(config, params: dict, opt_state) -> tuple[dict, dict | None]:
-    """The parameters to evaluate, and their running mean; None where none is kept."""
-    return OPTIMIZERS[config.optim.name].evaluated(params, opt_state), averaged_params(opt_state)
+def params_to_evaluate(config, params: dict, opt_state) -> dict:
+    """Returns the parameters that stand for a run: those that are evaluated, sampled and exported.
+
+    They are the trained ones but for an optimizer that evaluates another point, as schedule-free
+    ones do. Whatever reads a trained model asks here, most by `train.run.Run.trained_params`.
+    """
+    evaluated = OPTIMIZERS[config.optim.name].evaluated
+    return params if evaluated is None else evaluated(params, opt_state)
 
 
 def _factor_at(tree: dict, path: str) -> jax.Array:

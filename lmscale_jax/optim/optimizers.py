@@ -63,7 +63,8 @@ class Optimizer(NamedTuple):
       applies_rate: its directions are updates already: learning rate and decay are its own.
       update_scale, norm: (optim, Spec) -> what its direction is multiplied by, and by how much the
         spectral norm of an update may exceed sqrt(fan_out / fan_in).
-      evaluated: (params, the optimizer's state) -> parameters to evaluate.
+      evaluated: (params, state of the whole transformation) -> the parameters that are evaluated,
+        sampled and exported (`build.params_to_evaluate`); None: those that are trained.
       described: (config, platform) -> {name: text} for people to read.
     """
 
@@ -77,7 +78,7 @@ class Optimizer(NamedTuple):
     applies_rate: bool = False
     update_scale: Callable = lambda optim, spec: 1.0
     norm: Callable = lambda optim, spec: 1.0
-    evaluated: Callable = lambda params, state: params
+    evaluated: Callable | None = None
     described: Callable = lambda config, platform: {}
 
     def eps_factor(self, ratios: Ratios) -> float:

@@ -18,7 +18,8 @@ from lmscale_jax.train.watchdog import SignalHandler, Watchdog
 
 
 class FinishedRun(NamedTuple):
-    """A run that has just ended: its record, what it was made of, and its parameters."""
+    """A run that has just ended: its record, what it was made of, and the parameters to
+    evaluate."""
 
     record: run_dir.RunRecord
     setup: Run
@@ -59,7 +60,7 @@ def train(
             _leave_early(run, stop.agreed, int(state.step), config.train.steps, checkpoints, say)
         finish_run(setup, run, state, final or setup.score(state), clock)
         checkpoints.close()
-    return FinishedRun(run, setup, state.params)
+    return FinishedRun(run, setup, setup.trained_params(state))
 
 
 def _leave_early(run, signal_name: str, done: int, steps: int, checkpoints, say) -> None:
@@ -75,15 +76,7 @@ def _leave_early(run, signal_name: str, done: int, steps: int, checkpoints, say)
 
 def restore_or_begin(setup: Run, checkpoints, say) -> tuple[step.TrainState, dict]:
     """The state to go on from, placed on the mesh, and what the host remembered with it."""
-
-    def first():
-        return step.initial_state(setup.config, setup.model, setup.transform, setup.config.seed)
-
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(first),
-        setup.placed,
-    )
+    abstract = step.abstract_state(setup.config, setup.model, setup.transform, setup.placed)
     found = checkpoints.restore(abstract, say)
     if found is not None:
         say(f"going on from step {found[1]['step']}")
@@ -127,7 +120,7 @@ def train_steps(
         jax.block_until_ready(state)
         with clock.pause():
             extra = setup.score(state) if evaluate else {}
-            extra |= setup.redundancy(state.params) if done in looks else {}
+            extra |= setup.redundancy(state) if done in looks else {}
         journal.log(*pending, extra)
         pending, final = None, extra if done == last else None
         if evaluate:

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import hf, mesh
 from lmscale_jax.model.sharding import AXES
-from lmscale_jax.train import checkpoint, run_dir, step
+from lmscale_jax.optim.optimizers import OPTIMIZERS
+from lmscale_jax.train import checkpoint, run_dir
 from lmscale_jax.train import run as runs
+from lmscale_jax.train import step as train_step
 from lmscale_jax.train.checkpoint import Checkpoints
 from lmscale_jax.train.run_dir import read_record
 
@@ -26,7 +28,7 @@ class LoadedRun(NamedTuple):
       record: run.json as it is.
       setup: the run's model, data and mesh, over the devices of this machine.
       step: of the checkpoint.
-      params: verified against their checksums.
+      params: those to evaluate, of arrays that were verified against their checksums.
     """
 
     record: dict
@@ -57,15 +59,20 @@ def load_run(workdir: Path, step: int = 0) -> LoadedRun:
             f"config.data.source={config.data.source!r} holds other held-out tokens than "
             f"{workdir} was evaluated on; use the data that it was trained on"
         )
-    shardings = mesh.param_shardings(setup.model.specs, setup.mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(setup.model.init, jax.random.key(0)),
-        shardings,
-    )
-    step, params = checkpoints.restore_params(abstract, step)
+    step, params = _params_to_evaluate(setup, checkpoints, step)
     checkpoints.close()
     return LoadedRun(record, setup, step, params)
+
+
+def _params_to_evaluate(setup: runs.Run, checkpoints: Checkpoints, step: int) -> tuple[int, dict]:
+    """Returns (step, parameters to evaluate) of a checkpoint."""
+    abstract = train_step.abstract_state(setup.config, setup.model, setup.transform, setup.placed)
+    if OPTIMIZERS[setup.config.optim.name].evaluated is None:
+        # The rest of the state is often twice as large.
+        return checkpoints.restore_params(abstract.params, step)
+    step = checkpoints.find_step(step)
+    state, _ = checkpoints.restore_step(step, abstract)
+    return step, setup.trained_params(state)
 
 
 def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[str], None]):
@@ -91,9 +98,14 @@ def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[s
     lock = run_dir.RunLock(workdir)
     try:
         run = run_dir.RunRecord(workdir, runs.record_facts(setup) | {"imported_from": source.name})
-        state = step.initial_state(setup.config, setup.model, setup.transform, setup.config.seed)
+        state = train_step.initial_state(
+            setup.config, setup.model, setup.transform, setup.config.seed
+        )
+        # What the optimizer remembers of parameters is of these.
+        opt_state = setup.transform.init(params)
         checkpoints = Checkpoints(workdir)
-        checkpoints.save(1, state._replace(params=params, step=state.step + 1), {})
+        imported = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+        checkpoints.save(1, imported, {})
         checkpoints.wait()
         checkpoints.close()
         run.update(status="finished", final=setup.validate(params), wall_seconds=0.0)

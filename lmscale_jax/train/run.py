@@ -20,6 +20,7 @@ from lmscale_jax.model import flops, mesh
 from lmscale_jax.model.build import Model, build_model
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
+from lmscale_jax.optim.layerwise import averaged_params
 from lmscale_jax.optim.rules import rules_as_json
 from lmscale_jax.train import branch, distributed, run_dir, step
 from lmscale_jax.train import metrics as writers
@@ -47,11 +48,15 @@ class Run:
     drop_sums: Callable
     parent: dict | None = None
 
+    def trained_params(self, state: step.TrainState) -> dict:
+        """The parameters that a state is evaluated, sampled and exported by."""
+        return optim.params_to_evaluate(self.config, state.params, state.opt_state)
+
     def score(self, state: step.TrainState) -> dict:
         """`validate` of the weights, and val_loss_ema of their running mean where one is kept."""
-        params, mean = optim.params_to_evaluate(self.config, state.params, state.opt_state)
+        mean = averaged_params(state.opt_state)
         beside = {} if mean is None else {"val_loss_ema": self.validate(mean)["val_loss"]}
-        return self.validate(params) | beside
+        return self.validate(self.trained_params(state)) | beside
 
     def validate(self, params) -> dict:
         """Loss and its kin on the held-out tokens."""
@@ -69,11 +74,13 @@ class Run:
         rows = mesh.host_rows(size, self.mesh)
         return pipeline.val_batches(self.data, config.data.seq_len, size, n_tokens, rows)
 
-    def redundancy(self, params) -> dict:
+    def redundancy(self, state: step.TrainState) -> dict:
         """Block Influence and layer drop, for a line of metrics.jsonl."""
         held_out = self.held_out(self.config.eval.redundancy_tokens)
         n_layers = self.config.model.n_layers
-        return redundancy.redundancy_line(self.drop_sums, params, held_out, self.mesh, n_layers)
+        return redundancy.redundancy_line(
+            self.drop_sums, self.trained_params(state), held_out, self.mesh, n_layers
+        )
 
 
 class OpenRun(NamedTuple):
