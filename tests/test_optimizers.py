@@ -10,6 +10,7 @@ import pytest
 from test_parametrization import make
 
 from lmscale_jax.config.optim_keys import OPTIM
+from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import map_named, named
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
@@ -135,3 +136,48 @@ def test_the_factors_of_the_table_are_applied(name):
     for path, rule in rules.items():
         wanted = rule.lr_factor * plain[rule.eps_factor][path]
         np.testing.assert_allclose(updates[path], wanted, rtol=1e-3, atol=1e-9, err_msg=path)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_decays_what_its_rules_say(name):
+    updates = {}
+    for decay in (0.0, 0.1):
+        config, model = configured(name, optim__weight_decay=decay, schedule__warmup="1")
+        grads, transform = gradients(model), optim.build_optimizer(config, model.rows)
+        params = jax.tree.map(jnp.ones_like, grads)
+        update = jax.jit(transform.update)
+        updates[decay] = named(update(grads, transform.init(params), params, step=0)[0])
+    for path, rule in update_rules(model.rows, config).items():
+        shrinkage = updates[0.0][path] - updates[0.1][path]
+        np.testing.assert_allclose(shrinkage, 0.1 * rule.decay, atol=1e-6, err_msg=path)
+
+
+def test_what_is_around_gets_whole_updates(monkeypatch):
+    """Rates, factors and decay are in what an optimizer wraps; clipping comes before."""
+
+    def doubled(inner, config):
+        def update(grads, state, params=None, **more):
+            updates, state = inner.update(grads, state, params, **more)
+            return jax.tree.map(lambda u: 2 * u, updates), state
+
+        return optax.GradientTransformationExtraArgs(inner.init, update)
+
+    updates = []
+    for around in (None, doubled):
+        monkeypatch.setitem(OPTIMIZERS, "adamw", OPTIMIZERS["adamw"]._replace(around=around))
+        config, model = configured("adamw", optim__weight_decay=0.1, optim__clip=1.0)
+        grads, transform = gradients(model), optim.build_optimizer(config, model.rows)
+        updates.append(transform.update(grads, transform.init(grads), grads, step=0)[0])
+    jax.tree.map(lambda u, twice: np.testing.assert_allclose(twice, 2 * u, rtol=1e-6), *updates)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optim__block_lr_decay": 0.9}, {"mur__mode": "update", "train__steps": 40}],
+)
+def test_what_is_around_goes_with_no_factors_of_blocks(monkeypatch, changes):
+    entry = OPTIMIZERS["adamw"]._replace(around=lambda inner, config: inner)
+    monkeypatch.setitem(OPTIMIZERS, "adamw", entry)
+    config, model = configured("adamw", **changes)
+    with pytest.raises(InputError, match=r"multiplies updates, and those of optim\.name='adamw'"):
+        optim.build_optimizer(config, model.rows)

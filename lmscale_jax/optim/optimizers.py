@@ -60,9 +60,10 @@ class Optimizer(NamedTuple):
         divided by the factor before they reach it.
       counts_steps: its corrections depend on the number of its steps, which under freezing is one
         for each block.
-      applies_rate: its directions are updates already: learning rate and decay are its own.
       update_scale, norm: (optim, Spec) -> what its direction is multiplied by, and by how much the
         spectral norm of an update may exceed sqrt(fan_out / fan_in).
+      around: (transformation to updates, learning rate and decay included; config) -> one to other
+        updates, which averages steps, say; None: updates are those of the first.
       evaluated: (params, state of the whole transformation) -> the parameters that are evaluated,
         sampled and exported (`build.params_to_evaluate`); None: those that are trained.
       described: (config, platform) -> {name: text} for people to read.
@@ -75,7 +76,7 @@ class Optimizer(NamedTuple):
     peak: str = "lr"
     divides_by_eps: bool = False
     counts_steps: bool = False
-    applies_rate: bool = False
+    around: Callable | None = None
     update_scale: Callable = lambda optim, spec: 1.0
     norm: Callable = lambda optim, spec: 1.0
     evaluated: Callable | None = None
