@@ -93,23 +93,33 @@ def test_an_entry_says_whether_its_direction_counts_steps(name):
 def test_a_key_belongs_to_the_optimizers_that_read_it(name):
     """A key's `when` names an optimizer if and only if its value is in the optimizer's program."""
 
-    def program(each: str, config, model) -> str:
-        function, grads = two_steps(each, config, model)
-        return function.lower(*grads).as_text()
+    def program(config) -> str:
+        grads, transform = gradients(model), optim.build_optimizer(config, model.rows)
+        update = jax.jit(lambda *args: transform.update(*args, step=0))
+        state = jax.eval_shape(transform.init, grads)
+        return update.lower(grads, state, grads).as_text()
 
-    used, (config, model) = set(), configured(name)
-    for each in filter(None, (name, OPTIMIZERS[name].others)):
-        before = program(each, config, model)
-        for key in OF_SOME:
-            changed = config.copy_and_resolve_references()
-            with changed.unlocked():
-                changed.optim[key] = 0.5 * config.optim[key]
-            depends = program(each, changed, model) != before
-            used |= {key} if depends else set()
-            if key == "eps":
-                assert OPTIMIZERS[each].divides_by_eps == depends, "Optimizer.divides_by_eps"
+    config, model = configured(name)
+    before, used = program(config), set()
+    for key in OF_SOME:
+        changed = config.copy_and_resolve_references()
+        with changed.unlocked():
+            changed.optim[key] = 0.5 * config.optim[key]
+        used |= {key} if program(changed) != before else set()
     declared = {key for key in OF_SOME if name in OPTIM[key].when["optim.name"]}
     assert used == declared, "`when` in config/optim_keys.py"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_entry_says_whether_its_direction_divides_by_epsilon(name):
+    config, model = configured(name)
+    programs = []
+    for eps in (1e-8, 1e-3):
+        with config.unlocked():
+            config.optim.eps = eps
+        function, grads = two_steps(name, config, model)
+        programs.append(function.lower(*grads).as_text())
+    assert OPTIMIZERS[name].divides_by_eps == (programs[0] != programs[1])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
