@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
+from lmscale_jax.config.keys import keys
 from lmscale_jax.config.optim_keys import OPTIM
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
 from lmscale_jax.model import parametrization as rules
-from lmscale_jax.model.parametrization import Ratios
+from lmscale_jax.model.parametrization import SCHEMES, Ratios
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json, update_rules
@@ -185,6 +186,26 @@ def test_epsilon_has_its_factor():
         wanted = lr * row.lr_factor / (1 + row.eps_factor)
         assert by_path[path] == pytest.approx(wanted, rel=1e-4), path
     assert rows["blocks/mlp/up/weight"].eps_factor == 0.5
+
+
+def named_schemes(path: str) -> set[str]:
+    """The parametrizations with which a key is used."""
+    return set(dict(keys())[path].when["parametrization.name"])
+
+
+def test_the_sizes_of_a_base_are_used_by_the_schemes_that_need_them():
+    for name in ("base_width", "base_depth"):
+        needing = {scheme for scheme, entry in SCHEMES.items() if name in entry.base_keys}
+        assert named_schemes(f"parametrization.{name}") == needing, "`when` in config/keys.py"
+    relative = {scheme for scheme, entry in SCHEMES.items() if entry.has_base}
+    for name in ("base_head_dim", "base_d_ff", "embed_scale", "output_scale", "control"):
+        assert named_schemes(f"parametrization.{name}") == relative, name
+
+
+def test_a_scheme_whose_base_is_not_used_is_refused(monkeypatch):
+    monkeypatch.setitem(SCHEMES, "sp", SCHEMES["mup"])
+    with pytest.raises(InputError, match=r"base_width=0 must be given for 'sp'.*config/keys\.py"):
+        make("sp")
 
 
 BAD = {

@@ -192,7 +192,7 @@ class Pack:
         if evaluate:
             extra |= member.run.score(_member_state(state, k))
         if end in self._redundancy_steps:
-            extra |= member.run.redundancy(_member_state(state, k).params)
+            extra |= member.run.redundancy(_member_state(state, k))
         try:
             member.log(begin, series, last, extra)
         except Diverged as error:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import Spec, map_named, named
 
 
@@ -194,10 +195,20 @@ class ParamRule(NamedTuple):
 
 
 def base_model(config):
-    """Returns the model group of a resolved config at its base size; a copy if it has no base."""
+    """Returns the model group of a resolved config at its base size; a copy if it has no base.
+
+    Raises InputError where the parametrization needs a size of the base that is not used with it.
+    """
     model, base = ConfigDict(config.model.to_dict()), config.parametrization
     if not scheme_of(config).has_base:
         return model
+    for name in scheme_of(config).base_keys:
+        if not base[name]:
+            raise InputError(
+                f"config.parametrization.{name}=0 must be given for {base.name!r}, which SCHEMES "
+                f"says is relative to it; its `when` in lmscale_jax/config/keys.py must name "
+                f"{base.name!r} too"
+            )
     group = model.n_heads // model.n_kv_heads
     model.d_model, model.d_ff = base.base_width, base.base_d_ff
     model.head_dim, model.n_heads = base.base_head_dim, base.base_width // base.base_head_dim

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import optax
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.config.keys import is_used
+from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import map_named
 from lmscale_jax.optim import layerwise, schedules
-from lmscale_jax.optim.layerwise import average_weights, averaged_params
+from lmscale_jax.optim.layerwise import average_weights
 from lmscale_jax.optim.optimizers import DECAY_MODES, OPTIMIZERS
 from lmscale_jax.optim.rules import UpdateRule, update_rules
 
@@ -45,7 +47,11 @@ def build_optimizer(
             groups, lambda tree: map_named(lambda path, _: rules[path].optimizer, tree)
         )
     clip = [clip_by_global_norm(optim.clip)] if optim.clip else []
-    parts = [*clip, inner, scale_and_decay(config, rules)]
+    parts = [inner, scale_and_decay(config, rules)]
+    if around := OPTIMIZERS[optim.name].around:
+        _check_block_factors(config)
+        parts = [around(optax.chain(*parts), config)]
+    parts = [*clip, *parts]
     unfreeze_step_L = layerwise.unfreeze_steps(config)
     if unfreeze_step_L is not None:
         parts = [layerwise.hold_frozen(optax.chain(*parts), unfreeze_step_L)]
@@ -53,6 +59,20 @@ def build_optimizer(
     if optim.ema_decay:
         parts.append(average_weights(optim.ema_decay))
     return optax.chain(*parts)
+
+
+def _check_block_factors(config) -> None:
+    """Raises InputError where factors of blocks meet updates that are not proportional to steps."""
+    optim, mur = config.optim, config.mur
+    for name, value, plain in (
+        ("optim.block_lr_decay", optim.block_lr_decay, 1.0),
+        ("mur.apply_to", mur.apply_to if is_used(config, "mur.apply_to") else "grads", "grads"),
+    ):
+        if value != plain:
+            raise InputError(
+                f"config.{name}={value!r} multiplies updates, and those of optim.name="
+                f"{optim.name!r} follow from what it averages; {plain!r} would work"
+            )
 
 
 def _direction(name: str, config, rules: dict[str, UpdateRule], mesh, platform: str):
@@ -98,8 +118,7 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
     """Turns a direction u into the update -(lr(t) f u + decay(t) p) of each parameter p.
 
     f is the rule's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
-    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch. The directions of
-    an optimizer that applies its own rate pass unchanged.
+    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch.
     """
     factor = schedules.make_schedule(config)
     optim = config.optim
@@ -112,10 +131,7 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
 
         def change_of(path, u):
             rule, p = rules[path], _param_at(params, path)
-            optimizer = OPTIMIZERS[rule.optimizer]
-            if optimizer.applies_rate:
-                return u
-            rate = s * (optim[optimizer.peak] * rule.lr_factor)
+            rate = s * (optim[OPTIMIZERS[rule.optimizer].peak] * rule.lr_factor)
             decay = DECAY_MODES[optim.decay_mode].rate(s, rate)
             change = rate * u
             if rule.decay and decays:
@@ -138,9 +154,14 @@ def optimizer_choices(config, platform: str) -> dict[str, str]:
     return lines
 
 
-def params_to_evaluate(config, params: dict, opt_state) -> tuple[dict, dict | None]:
-    """Returns the parameters to evaluate, and their running mean; None where none is kept."""
-    return OPTIMIZERS[config.optim.name].evaluated(params, opt_state), averaged_params(opt_state)
+def params_to_evaluate(config, params: dict, opt_state) -> dict:
+    """Returns the parameters that stand for a run: those that are evaluated, sampled and exported.
+
+    They are the trained ones but for an optimizer that evaluates another point, as schedule-free
+    ones do. Whatever reads a trained model asks here, most by `train.run.Run.trained_params`.
+    """
+    evaluated = OPTIMIZERS[config.optim.name].evaluated
+    return params if evaluated is None else evaluated(params, opt_state)
 
 
 def _param_at(tree: dict, path: str) -> jax.Array:

@@ -60,11 +60,13 @@ class Optimizer(NamedTuple):
         factor before they reach it.
       counts_steps: its bias corrections depend on the number of its steps, which under freezing
         differs between blocks.
-      applies_rate: its directions are complete updates; it applies learning rate and decay.
       update_scale: (optim, Spec) -> factor of its direction.
       norm: (optim, Spec) -> the ratio by which an update's spectral norm may exceed
         sqrt(fan_out / fan_in).
-      evaluated: (params, the optimizer's state) -> parameters to evaluate.
+      around: (transformation to updates, with learning rate and decay; config) -> another one, such
+        as an average of steps; None: the updates stay as they are.
+      evaluated: (params, state of the whole transformation) -> the parameters that are evaluated,
+        sampled and exported (`build.params_to_evaluate`); None: those that are trained.
       described: (config, platform) -> {name: text} for the run's choices.
     """
 
@@ -75,10 +77,10 @@ class Optimizer(NamedTuple):
     peak: str = "lr"
     divides_by_eps: bool = False
     counts_steps: bool = False
-    applies_rate: bool = False
+    around: Callable | None = None
     update_scale: Callable = lambda optim, spec: 1.0
     norm: Callable = lambda optim, spec: 1.0
-    evaluated: Callable = lambda params, state: params
+    evaluated: Callable | None = None
     described: Callable = lambda config, platform: {}
 
     def eps_factor(self, ratios: Ratios) -> float:

@@ -5,6 +5,7 @@ of the data. A scan takes several steps at a time, so that small models do not w
 Member k computes what a single run of its config would, up to rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ def train_population(members: list[ConfigDict], data: Prepared) -> Trained:
         losses.append(metrics["train_loss"])
     return Trained(
         np.concatenate([np.asarray(x) for x in losses], axis=1),
-        _validate(config, data, population.model, state.params),
+        _validate(config, data, population.model, state),
     )
 
 
@@ -172,7 +173,7 @@ def batch_reader(members: list[ConfigDict], data: Prepared) -> Callable[[int, in
     return read
 
 
-def _validate(config, data: Prepared, model, params_K) -> np.ndarray:
+def _validate(config, data: Prepared, model, state_K: step.TrainState) -> np.ndarray:
     """Computes the members' mean held-out losses in nats per token, [K]."""
 
     @jax.jit
@@ -180,6 +181,8 @@ def _validate(config, data: Prepared, model, params_K) -> np.ndarray:
         nll_KxBxT = jax.vmap(model.losses, in_axes=(0, None, None))(params_K, *batch)
         return nll_KxBxT.sum(axis=(1, 2)), (batch.targets_BxT >= 0).sum()
 
+    evaluated = jax.vmap(functools.partial(optim.params_to_evaluate, config))
+    params_K = evaluated(state_K.params, state_K.opt_state)
     total_K, count = 0.0, 0
     size = config.eval.batch_size or config.train.batch_size
     for batch in val_batches(data, config.data.seq_len, size, config.eval.tokens):

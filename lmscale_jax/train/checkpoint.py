@@ -147,6 +147,18 @@ class Checkpoints:
         (self._directory / str(step)).rename(target)
         self.manager.reload()
 
+    def find_step(self, step: int = 0) -> int:
+        """Returns the step of a checkpoint, by default of the newest.
+
+        Raises InputError if there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise InputError(f"{self._directory} holds no checkpoint; train the run first")
+        if step and step not in steps:
+            raise InputError(f"{self._directory} holds no checkpoint {step}; use one of {steps}")
+        return step or steps[-1]
+
     def restore_params(self, abstract, step: int = 0):
         """Returns (step, params) of a checkpoint, by default of the newest; moves nothing.
 
@@ -154,12 +166,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        steps = self.steps()
-        if not steps:
-            raise InputError(f"{self._directory} holds no checkpoint; train the run first")
-        if step and step not in steps:
-            raise InputError(f"{self._directory} holds no checkpoint {step}; use one of {steps}")
-        step = step or steps[-1]
+        step = self.find_step(step)
         try:
             items = self.manager.restore(
                 step,
@@ -170,7 +177,7 @@ class Checkpoints:
             sums = {f".params{k}": int(v) for k, v in self._checksums(items.params).items()}
             _compare_checksums(sums, items.host["checksums"])
         except Exception as error:
-            others = [s for s in steps if s != step]
+            others = [s for s in self.steps() if s != step]
             raise InputError(
                 f"{self._directory / str(step)} cannot be read ({_read_error(error)}); "
                 f"other checkpoints: {others or 'none'}"

@@ -18,7 +18,7 @@ from lmscale_jax.train.watchdog import SignalHandler, Watchdog
 
 
 class FinishedRun(NamedTuple):
-    """A run that has just ended: its record, the run itself, and its parameters."""
+    """A run that has just ended: its record, the run itself, and the parameters to evaluate."""
 
     record: run_dir.RunRecord
     run: Run
@@ -64,7 +64,7 @@ def train(
             )
         finish_run(run, record, state, final or run.score(state), clock)
         checkpoints.close()
-    return FinishedRun(record, run, state.params)
+    return FinishedRun(record, run, run.trained_params(state))
 
 
 def _stop_early(record, signal_name: str, done: int, steps: int, checkpoints, say) -> None:
@@ -83,15 +83,7 @@ def restore_or_begin(run: Run, checkpoints, say) -> tuple[step.TrainState, dict]
 
     Returns the state, placed on the mesh, and the state of logger and clock saved with it.
     """
-
-    def initial():
-        return step.initial_state(run.config, run.model, run.transform, run.config.seed)
-
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(initial),
-        run.shardings,
-    )
+    abstract = step.abstract_state(run.config, run.model, run.transform, run.shardings)
     restored = checkpoints.restore(abstract, say)
     if restored is not None:
         say(f"going on from step {restored[1]['step']}")
@@ -137,7 +129,7 @@ def train_steps(
         jax.block_until_ready(state)
         with clock.pause():
             extra = run.score(state) if evaluate else {}
-            extra |= run.redundancy(state.params) if done in redundancy_steps else {}
+            extra |= run.redundancy(state) if done in redundancy_steps else {}
         logger.log(*pending, extra)
         pending, final = None, extra if done == last else None
         if evaluate:

@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import hf, mesh
 from lmscale_jax.model.sharding import AXES
-from lmscale_jax.train import checkpoint, run_dir, step
+from lmscale_jax.optim.optimizers import OPTIMIZERS
+from lmscale_jax.train import checkpoint, run_dir
 from lmscale_jax.train.checkpoint import Checkpoints
 from lmscale_jax.train.run import Run, build_run, record_facts
 from lmscale_jax.train.run_dir import read_record
+from lmscale_jax.train.step import abstract_state, initial_state
 
 
 class LoadedRun(NamedTuple):
@@ -26,7 +28,7 @@ class LoadedRun(NamedTuple):
       record: run.json as it is.
       run: the run's model, data and mesh, over the devices of this machine.
       step: of the checkpoint.
-      params: verified against their checksums.
+      params: those to evaluate, of arrays that were verified against their checksums.
     """
 
     record: dict
@@ -57,15 +59,20 @@ def load_run(workdir: Path, step: int = 0) -> LoadedRun:
             f"config.data.source={config.data.source!r} holds other held-out tokens than "
             f"{workdir} was evaluated on; use the data that it was trained on"
         )
-    shardings = mesh.param_shardings(run.model.specs, run.mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(run.model.init, jax.random.key(0)),
-        shardings,
-    )
-    step, params = checkpoints.restore_params(abstract, step)
+    step, params = _params_to_evaluate(run, checkpoints, step)
     checkpoints.close()
     return LoadedRun(record, run, step, params)
+
+
+def _params_to_evaluate(run: Run, checkpoints: Checkpoints, step: int) -> tuple[int, dict]:
+    """Returns (step, parameters to evaluate) of a checkpoint."""
+    abstract = abstract_state(run.config, run.model, run.transform, run.shardings)
+    if OPTIMIZERS[run.config.optim.name].evaluated is None:
+        # The rest of the state is often twice as large.
+        return checkpoints.restore_params(abstract.params, step)
+    step = checkpoints.find_step(step)
+    state, _ = checkpoints.restore_step(step, abstract)
+    return step, run.trained_params(state)
 
 
 def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[str], None]):
@@ -91,9 +98,12 @@ def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[s
     lock = run_dir.RunLock(workdir)
     try:
         record = run_dir.RunRecord(workdir, record_facts(run) | {"imported_from": source.name})
-        state = step.initial_state(run.config, run.model, run.transform, run.config.seed)
+        state = initial_state(run.config, run.model, run.transform, run.config.seed)
+        # Averages and other memory of the parameters are of these.
+        opt_state = run.transform.init(params)
         checkpoints = Checkpoints(workdir)
-        checkpoints.save(1, state._replace(params=params, step=state.step + 1), {})
+        imported = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+        checkpoints.save(1, imported, {})
         checkpoints.wait()
         checkpoints.close()
         record.update(status="finished", final=run.validate(params), wall_seconds=0.0)

@@ -20,6 +20,7 @@ from lmscale_jax.model import flops, mesh
 from lmscale_jax.model.build import Model, build_model
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
+from lmscale_jax.optim.layerwise import averaged_params
 from lmscale_jax.optim.rules import rules_as_json
 from lmscale_jax.train import branch, distributed, run_dir, step
 from lmscale_jax.train.metrics import Diverged, check_writers
@@ -51,11 +52,15 @@ class Run:
     drop_sums: Callable
     parent: dict | None = None
 
+    def trained_params(self, state: step.TrainState) -> dict:
+        """Returns the parameters by which a state is evaluated, sampled and exported."""
+        return optim.params_to_evaluate(self.config, state.params, state.opt_state)
+
     def score(self, state: step.TrainState) -> dict:
         """Validates the weights; adds val_loss_ema, of their running mean, where one is kept."""
-        params, mean = optim.params_to_evaluate(self.config, state.params, state.opt_state)
-        averaged = {} if mean is None else {"val_loss_ema": self.validate(mean)["val_loss"]}
-        return self.validate(params) | averaged
+        mean = averaged_params(state.opt_state)
+        of_mean = {} if mean is None else {"val_loss_ema": self.validate(mean)["val_loss"]}
+        return self.validate(self.trained_params(state)) | of_mean
 
     def validate(self, params) -> dict:
         """Evaluates `perplexity.evaluate_loss` on the held-out tokens."""
@@ -73,11 +78,13 @@ class Run:
         rows = mesh.host_rows(size, self.mesh)
         return val_batches(self.data, config.data.seq_len, size, n_tokens, rows)
 
-    def redundancy(self, params) -> dict:
+    def redundancy(self, state: step.TrainState) -> dict:
         """Measures Block Influence and layer drop, for a line of metrics.jsonl."""
         held_out = self.held_out(self.config.eval.redundancy_tokens)
         n_layers = self.config.model.n_layers
-        return redundancy.redundancy_line(self.drop_sums, params, held_out, self.mesh, n_layers)
+        return redundancy.redundancy_line(
+            self.drop_sums, self.trained_params(state), held_out, self.mesh, n_layers
+        )
 
 
 class OpenRun(NamedTuple):

@@ -79,6 +79,14 @@ def train_state_shardings(config, model: Model, transform, mesh: Mesh) -> TrainS
     return state_shardings(shapes, model.specs, mesh)
 
 
+def abstract_state(config, model: Model, transform, placed: TrainState) -> TrainState:
+    """Describes the whole state, with its shardings, for a checkpoint to be read into."""
+    shapes = jax.eval_shape(lambda: initial_state(config, model, transform, config.seed))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    )
+
+
 class TrainStep(functools.partial):
     """The jitted `step(state, batch, measure=())`, which donates its state.
 
