@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,19 @@ from lmscale_jax.configs import base
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("email", "json", "logging", "unittest", "xml")
+
+
+def pytest_configure(config):
+    """Lets all processes of this session share their compiled programs, however short they took.
+
+    JAX_COMPILATION_CACHE_DIR, if set, keeps them from session to session as well. Workers of xdist
+    and commands that tests start inherit what is set here; JAX reads it when it is imported.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 
 
 @pytest.fixture(scope="session")

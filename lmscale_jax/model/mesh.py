@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import platform
 from pathlib import Path
 
@@ -28,10 +29,17 @@ def start_jax(config, cpu_devices: int = 0) -> None:
 
     Of CPU devices there are `mesh.cpu_devices`, or `cpu_devices`, or as many as the mesh asks for.
     One on all cores is mostly as fast as one a core and holds the parameters once
-    (docs/performance.md).
+    (docs/performance.md). Compiled programs are kept beside the prepared data, or where
+    JAX_COMPILATION_CACHE_DIR says.
     """
-    jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compile_cache = {
+        "jax_compilation_cache_dir": str(_compile_cache(config)),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    for name, value in compile_cache.items():
+        # Whoever sets JAX's own variable has chosen already.
+        if not os.environ.get(name.upper()):
+            jax.config.update(name, value)
     wanted = config.mesh.cpu_devices
     try:
         asked = math.prod(n for n in (config.mesh[name] for name in AXES) if n > 0)
