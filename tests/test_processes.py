@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import simulated
-from conftest import ROOT, finish, flags, record, start, wait_until
+from conftest import ROOT, finish, flags, record, start_training, wait_until
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -38,7 +38,7 @@ def begin(settings, workdir, index: int, count: int, port: int, **changes) -> su
     values = settings | STEPS | {"mesh.cpu_devices": 1} | changes
     cluster = ("--cluster=hosts", f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}")
     arguments = (f"--process_id={index}", "--config=configs/base.py", f"--workdir={workdir}")
-    return start("main", *cluster, *arguments, *flags(values))
+    return start_training(*cluster, *arguments, *flags(values))
 
 
 def together(settings, workdir, count: int, **changes) -> list[subprocess.Popen]:
@@ -87,7 +87,7 @@ def alone(settings, tmp_path_factory):
     """The same run in one process on one device."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     values = settings | STEPS | SHARDED | {"mesh.cpu_devices": 1, "mesh.fsdp": 1}
-    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(values))
+    process = start_training("--config=configs/base.py", f"--workdir={workdir}", *flags(values))
     status, _, err = finish(process)
     assert status == 0, err
     return workdir
@@ -139,7 +139,7 @@ def test_the_number_of_processes_changes_on_the_way(settings, alone, tmp_path):
         assert f"step {saved} of 12 is saved" in printed and saved > before
         before = saved
     values = settings | STEPS | SHARDED | {"mesh.cpu_devices": 2}
-    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(values))
+    process = start_training("--config=configs/base.py", f"--workdir={workdir}", *flags(values))
     status, out, err = finish(process)
     assert status == 0 and f"going on from step {before}" in out, err
     alike(workdir, alone)
