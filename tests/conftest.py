@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +15,43 @@ import pytest
 from lmscale_jax.configs import base
 
 ROOT = Path(__file__).parents[1]
+# A program that is a file has its own directory as the first of its paths, not the working one.
+PATHS = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 PACKAGES = ("email", "json", "logging", "unittest", "xml")
+
+
+def pytest_configure(config):
+    """Lets all processes of this session share their compiled programs, however short they took.
+
+    JAX_COMPILATION_CACHE_DIR, if set, keeps them from session to session as well. Workers of xdist
+    and commands that tests start inherit what is set here; JAX reads it when it is imported.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = tempfile.TemporaryDirectory(prefix="compiled-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
+
+
+# Files whose tests stand on what a new JAX, Flax, Optax, Orbax, Grain or Python may change. The
+# others compute with the same calls, or with numpy alone.
+VERSIONS = {
+    "test_config", "test_convert", "test_data_pipeline", "test_data_pretrained", "test_data_tables",
+    "test_data_tokenizers", "test_devices", "test_evals", "test_explain", "test_files",
+    "test_flops", "test_golden", "test_hf", "test_house", "test_kernels", "test_model",
+    "test_mur_utility", "test_muon", "test_muon_devices", "test_ops", "test_optim", "test_pack",
+    "test_processes", "test_resume", "test_sharding", "test_spectral", "test_structure",
+    "test_train",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of VERSIONS."""
+    absent = [name for name in VERSIONS if not (ROOT / "tests" / f"{name}.py").exists()]
+    assert not absent, f"tests/conftest.py names files that are not there: {absent}"
+    for item in items:
+        if item.path.stem in VERSIONS:
+            item.add_marker(pytest.mark.versions)
 
 
 @pytest.fixture(scope="session")
@@ -87,14 +124,25 @@ def flags(overrides: dict) -> list[str]:
 
 def start(module: str, *arguments, **environment) -> subprocess.Popen:
     """A command as its own process."""
+    return start_program(["-m", f"lmscale_jax.{module}"], *arguments, **environment)
+
+
+def start_program(program: list[str], *arguments, **environment) -> subprocess.Popen:
+    """A program as its own process: Python's arguments that name it, and the program's."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"lmscale_jax.{module}", *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
         env=os.environ | environment,
     )
+
+
+def start_training(*arguments, **environment) -> subprocess.Popen:
+    """The command `main` as its own process, without the plots at its end."""
+    program = [str(ROOT / "tests" / "train_without_plots.py")]
+    return start_program(program, *arguments, **({"PYTHONPATH": PATHS} | environment))
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -109,12 +157,12 @@ def run(module: str, *arguments, **environment) -> tuple[int, str, str]:
 
 @pytest.fixture
 def train(settings):
-    """Starts training runs of the small config as processes."""
+    """Starts training runs of the small config as processes, which end without plots."""
 
     def begin(workdir, **changes) -> subprocess.Popen:
         named = {k.replace("__", "."): v for k, v in changes.items()}
-        return start(
-            "main", "--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)
+        return start_training(
+            "--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)
         )
 
     return begin

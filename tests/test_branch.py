@@ -30,18 +30,6 @@ MUON = {"optim__name": "muon", "optim__momentum_warmup": "3"}
 silent = {"say": lambda line: None}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same step is compiled again by every run of this file; keep it on disk meanwhile."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture
 def make(small, monkeypatch):
     """Configs of this file; every run takes one device, whatever this process has."""

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from conftest import finish
 
 from lmscale_jax.configs import base
 from lmscale_jax.data import prepare
 from lmscale_jax.data.batches import TrainBatches
 from lmscale_jax.data.order import MixturePattern, WindowOrder
 from lmscale_jax.errors import InputError
+from lmscale_jax.train import loop
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +95,10 @@ def test_what_is_no_mixture_is_refused(folders):
 
 
 @pytest.mark.slow
-def test_a_run_trains_from_it(folders, train, tmp_path):
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_run_trains_from_it(folders, small, tmp_path):
     path = f"{folders / 'low'}=2,{folders / 'high'}=1"
     gone = {"data__tokenizer": "bpe", "data__val_fraction": 0.05}
-    status, _, err = finish(
-        train(tmp_path / "run", data__source="mixture", data__path=path, train__steps=4, **gone)
-    )
-    assert status == 0, err
+    config = small(data__source="mixture", data__path=path, train__steps=4, **gone)
+    loop.train(config, tmp_path / "run", say=lambda line: None)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"

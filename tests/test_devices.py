@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.sharding import AXES, partition
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 GRIDS = {
     "data, in two micro-batches": {"mesh__data": 4, "mesh__cpu_devices": 4, "train__accum": 2},
     "fsdp": {"mesh__data": 1, "mesh__fsdp": 8},
@@ -29,13 +31,13 @@ SIZES |= {"log__spectral_every": 2, "log__activations_every": 2}
 
 @pytest.fixture(scope="module")
 def single(settings, tmp_path_factory):
-    from conftest import flags, start
+    from conftest import flags, start_training
 
     workdir = tmp_path_factory.mktemp("runs") / "single"
     named = {k.replace("__", "."): v for k, v in SIZES.items()}
     changes = settings | named | {"mesh.cpu_devices": 1}
     status, _, err = finish(
-        start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(changes))
+        start_training("--config=configs/base.py", f"--workdir={workdir}", *flags(changes))
     )
     assert status == 0, err
     return workdir

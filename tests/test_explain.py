@@ -274,7 +274,9 @@ def test_estimate_of_memory_is_near_the_compilers(small, dtype):
 def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
     cache = tmp_path / "cache"
     common = settings | {"data.cache": str(cache), "mesh.cpu_devices": 1, "log.per_layer": False}
-    status, _, err = run("main", "--config=configs/base.py", "--explain", *flags(common))
+    # Not where the tests of a session share their programs, but where runs do.
+    apart = {"JAX_COMPILATION_CACHE_DIR": ""}
+    status, _, err = run("main", "--config=configs/base.py", "--explain", *flags(common), **apart)
     assert (status, err) == (0, "")
     steps = sorted(path.name for path in cache.rglob("jit_step-*-cache"))
     assert len(steps) == 1
@@ -283,6 +285,8 @@ def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
     others |= {"train.steps": common["train.steps"] + 3, "schedule.warmup": "40%"}
     for name, changes in (("one", {}), ("another", others)):
         workdir = f"--workdir={tmp_path / name}"
-        status, _, err = run("main", "--config=configs/base.py", workdir, *flags(common | changes))
+        status, _, err = run(
+            "main", "--config=configs/base.py", workdir, *flags(common | changes), **apart
+        )
         assert status == 0, err
         assert sorted(path.name for path in cache.rglob("jit_step-*-cache")) == steps

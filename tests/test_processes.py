@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simulated
-from conftest import ROOT, finish, flags, record, start, wait_until
+from conftest import ROOT, finish, flags, record, start_training, wait_until
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -38,7 +39,7 @@ def begin(settings, workdir, index: int, count: int, port: int, **changes) -> su
     values = settings | STEPS | {"mesh.cpu_devices": 1} | changes
     cluster = ("--cluster=hosts", f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}")
     arguments = (f"--process_id={index}", "--config=configs/base.py", f"--workdir={workdir}")
-    return start("main", *cluster, *arguments, *flags(values))
+    return start_training(*cluster, *arguments, *flags(values))
 
 
 def together(settings, workdir, count: int, **changes) -> list[subprocess.Popen]:
@@ -87,7 +88,7 @@ def alone(settings, tmp_path_factory):
     """The same run in one process on one device."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     values = settings | STEPS | SHARDED | {"mesh.cpu_devices": 1, "mesh.fsdp": 1}
-    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(values))
+    process = start_training("--config=configs/base.py", f"--workdir={workdir}", *flags(values))
     status, _, err = finish(process)
     assert status == 0, err
     return workdir
@@ -139,7 +140,7 @@ def test_the_number_of_processes_changes_on_the_way(settings, alone, tmp_path):
         assert f"step {saved} of 12 is saved" in printed and saved > before
         before = saved
     values = settings | STEPS | SHARDED | {"mesh.cpu_devices": 2}
-    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(values))
+    process = start_training("--config=configs/base.py", f"--workdir={workdir}", *flags(values))
     status, out, err = finish(process)
     assert status == 0 and f"going on from step {before}" in out, err
     alike(workdir, alone)
@@ -223,7 +224,7 @@ def test_processes_must_be_alike(settings, tmp_path):
 
 
 HOLD = """
-import resource
+import ctypes
 from pathlib import Path
 from lmscale_jax.train import distributed
 
@@ -234,8 +235,15 @@ config = resolve(config, 64)
 meshes.start_jax(config)
 
 
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def forget_peak():
+    # What was freed and glibc keeps is no part of what comes next.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 launch = distributed.Launch("hosts", f"127.0.0.1:{port}", 4, index)
@@ -245,22 +253,27 @@ with distributed.join_processes(launch, config, {}):
     first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)
     first = first.lower().compile()
     checkpoint.Checkpoints(Path(folder)).manager  # what importing Orbax takes
-    peaks = {"before": peak(), "total": 4 * sum(x.size for x in jax.tree.leaves(state))}
+    forget_peak()
+    before = resident("VmRSS")
+    peaks = {"total": 4 * sum(x.size for x in jax.tree.leaves(state))}
     state_here = jax.block_until_ready(first())
-    peaks["begin"] = peak()
+    peaks["begin"] = resident("VmHWM") - before
+    forget_peak()
     saved = checkpoint.Checkpoints(Path(folder))
     saved.save(1, state_here, {})
     saved.wait()
-    peaks["save"] = peak()
+    peaks["save"] = resident("VmHWM") - before
     del state_here
+    forget_peak()
     restored, _ = checkpoint.Checkpoints(Path(folder)).restore(state, print)
     jax.block_until_ready(restored)
-    peaks["restore"] = peak()
+    peaks["restore"] = resident("VmHWM") - before
     print(json.dumps(peaks))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no peak can be forgotten")
 def test_no_process_ever_holds_the_whole_state(tmp_path):
     """Peak memory of four processes that begin, save and read back a state of 600 MB."""
     changes = SHARDED | {
@@ -283,8 +296,10 @@ def test_no_process_ever_holds_the_whole_state(tmp_path):
         status, out, err = finish(process)
         assert status == 0, err[-2000:]
         peaks = json.loads(out.splitlines()[-1])
-        total, before = peaks.pop("total"), peaks.pop("before")
+        total = peaks.pop("total")
         assert total > 550e6
-        # A quarter is its own; reading and writing need room beside it.
-        grown = {name: (size - before) / total for name, size in peaks.items()}
-        assert 0.2 < grown["begin"] < 0.5 and max(grown.values()) < 0.8, grown
+        # A quarter is its own. Reading has it up to three times at once: as on the disk, decoded
+        # and in place (0.72 to 0.81 measured). The whole state would be 4 quarters beside its own.
+        grown = {name: size / total for name, size in peaks.items()}
+        assert 0.2 < grown["begin"] < 0.5 and grown["save"] < 0.7, grown
+        assert grown["restore"] < 3.5 / 4, grown

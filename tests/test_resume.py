@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, finish, record, wait_until
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
+
 STEPS = {"train__steps": 40, "checkpoint__every": 5, "eval__every": 10}
 
 
@@ -46,12 +48,12 @@ def same(a: Path, b: Path) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory) -> Path:
     """A run that nobody disturbs."""
-    from conftest import flags, start
+    from conftest import flags, start_training
 
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
     named = {k.replace("__", "."): v for k, v in STEPS.items()}
-    process = start(
-        "main", "--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)
+    process = start_training(
+        "--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)
     )
     status, _out, err = finish(process)
     assert status == 0, err

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import platform
 from pathlib import Path
 
@@ -27,11 +28,19 @@ def start_jax(config, cpu_devices: int = 0) -> None:
     mesh axes. One device on all cores is mostly as fast as one device per core, and holds the
     parameters once (docs/performance.md).
 
+    Compiled programs are kept with the prepared data, or where JAX_COMPILATION_CACHE_DIR says.
+
     Raises InputError if devices are in use already, as in a notebook, and mesh.cpu_devices is not
     their number; with mesh.cpu_devices=0 they remain.
     """
-    jax.config.update("jax_compilation_cache_dir", str(_compile_cache(config)))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    compile_cache = {
+        "jax_compilation_cache_dir": str(_compile_cache(config)),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    for name, value in compile_cache.items():
+        # Whoever sets JAX's own variable has chosen already.
+        if not os.environ.get(name.upper()):
+            jax.config.update(name, value)
     explicit = config.mesh.cpu_devices
     try:
         axes = (config.mesh[name] for name in AXES)
