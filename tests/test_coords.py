@@ -156,7 +156,7 @@ BAD = {
     "depth of mup": (("depth", [2, 4], {}), ["parametrization.name='mup'", "completep"]),
     "two scales": (
         ("width", [64, 128], {"model.logit_scale": "inverse_sqrt_width"}),
-        ["model.logit_scale", "twice", "use 'one'"],
+        ["model.logit_scale", "does already", "use 'one'"],
     ),
     "no base": (("width", [64, 128], {"parametrization.base_width": 0}), ["base_width=0", "256"]),
 }
