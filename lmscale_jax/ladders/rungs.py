@@ -1,4 +1,4 @@
-"""Derives the shapes of rungs from their sizes, and the tokens of a run from the amounts."""
+"""Derives the shapes of a rung from its size, and the tokens of a run from the amounts."""
 
 import math
 from collections.abc import Callable
