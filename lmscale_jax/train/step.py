@@ -165,14 +165,12 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
         loss, (grads, buffer_grads) = gradient(state.params, stat_buffers, *batch, key)
         stats = request.read_stats(buffer_grads) if request else {}
         norm = optax.tree.norm(grads)
-        utility, update_options = state.utility, {"step": state.step}
+        utility, options = state.utility, {"step": state.step}
         if request:
             utility = objective.update_means(utility, stats)
             grads, factors = objective.scale(utility, state.step, grads)
-            update_options |= factors
-        updates, opt_state = transform.update(
-            grads, state.opt_state, state.params, **update_options
-        )
+            options |= factors
+        updates, opt_state = transform.update(grads, state.opt_state, state.params, **options)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt_state, utility = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old),
@@ -193,15 +191,8 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
         )
         if request and request.names:
             measured |= objective.metrics(request, stats, utility, state.step)
-        new_state = TrainState(
-            state.step + 1,
-            params,
-            opt_state,
-            nonfinite_in_a_row,
-            skipped_steps,
-            start_vectors,
-            utility,
-        )
+        counts = nonfinite_in_a_row, skipped_steps
+        new_state = TrainState(state.step + 1, params, opt_state, *counts, start_vectors, utility)
         return new_state, metrics | measured
 
     return train_step
