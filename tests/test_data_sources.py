@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lmscale_jax.config.keys import SPEC
 from lmscale_jax.configs.base import get_config
 from lmscale_jax.data import sources
 from lmscale_jax.errors import InputError
@@ -123,3 +124,16 @@ def test_nothing_found_names_the_item(path, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(InputError, match=r"data\.path='.*': no text file there; name"):
         documents(source="text", path=path)
+
+
+@pytest.mark.parametrize("name", [n for n, entry in sources.SOURCES.items() if entry.documents])
+def test_prepared_data_is_named_by_all_that_chooses_documents(name):
+    """What a key of some sources says is in `Source.keys`, or another value would find old data."""
+    texts = {source for source, entry in sources.SOURCES.items() if entry.documents}
+    some = {
+        key_name
+        for key_name, key in SPEC["data"].items()
+        if name in key.when.get("data.source", ()) and not texts <= set(key.when["data.source"])
+    }
+    # The files that are read are noted themselves, wherever they are.
+    assert some - {"path", "directory"} <= set(sources.SOURCES[name].keys), "SOURCES"
