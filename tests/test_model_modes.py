@@ -72,3 +72,13 @@ def test_gates_without_bounds_are_refused(monkeypatch):
     monkeypatch.setitem(attention.ACTIVATIONS, "sigmoid", identity)
     with pytest.raises(InputError, match="gate_activation='sigmoid' have no bounds"):
         suites.check_suite(["attention"], make(attn_gate="headwise")[0].model)
+
+
+@pytest.mark.parametrize("name", attention.ACTIVATIONS)
+def test_gates_fill_the_range_that_their_entry_declares(name):
+    """Statistics of gates count nothing outside of it."""
+    entry = attention.ACTIVATIONS[name]
+    gates = np.asarray(entry.apply(jnp.linspace(-30, 30, 601)))
+    for end, bound in ((gates.min(), entry.low), (gates.max(), entry.high)):
+        assert math.isinf(bound) or end == pytest.approx(bound, abs=0.01)
+    assert entry.low <= gates.min() and gates.max() <= entry.high
