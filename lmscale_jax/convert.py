@@ -27,10 +27,13 @@ def main() -> None:
         )
     if TO.value:
         from lmscale_jax.model import hf
+        from lmscale_jax.model.parametrization import multiplied_params
         from lmscale_jax.train import restore
 
         loaded = restore.load_run(Path(WORKDIR.value))
-        hf.write_hf(Path(TO.value), loaded.run.config, loaded.params)
+        # What the forward pass reads.
+        params = multiplied_params(loaded.run.model.param_rules, loaded.params)
+        hf.write_hf(Path(TO.value), loaded.run.config, params)
         print(f"written {TO.value}, from the checkpoint after step {loaded.step}")
         return
     from lmscale_jax.train import restore
