@@ -33,15 +33,13 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
 
 
-# Files whose tests stand on what a new JAX, Flax, Optax, Orbax, Grain or Python may change. The
-# others compute with the same calls, or with numpy alone.
+# Files whose tests call what a new Python, JAX, Flax, Optax, Orbax or Grain may change. The other
+# files make the same calls for other ends, or compute with numpy alone.
 VERSIONS = {
-    "test_config", "test_convert", "test_data_pipeline", "test_data_pretrained", "test_data_tables",
-    "test_data_tokenizers", "test_devices", "test_evals", "test_explain", "test_files",
-    "test_flops", "test_golden", "test_hf", "test_house", "test_kernels", "test_model",
-    "test_mur_utility", "test_muon", "test_muon_devices", "test_ops", "test_optim", "test_pack",
-    "test_processes", "test_resume", "test_sharding", "test_spectral", "test_structure",
-    "test_train",
+    "test_config", "test_data_pipeline", "test_data_pretrained", "test_data_tables",
+    "test_data_tokenizers", "test_evals", "test_explain", "test_files", "test_flops", "test_golden",
+    "test_hf", "test_house", "test_kernels", "test_model", "test_ops", "test_optim",
+    "test_processes", "test_resume", "test_sharding", "test_structure", "test_train",
 }  # fmt: skip
 
 

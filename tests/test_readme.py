@@ -55,6 +55,7 @@ def test_every_command_of_the_readme(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable}
     environment |= {"LMSCALE_CACHE": str(tmp_path / "cache")}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of the time goes to compiling
     for command in COMMANDS:
         text = " ".join(command).removeprefix("python -m ")
         more = next((m for begins, m in SMALLER.items() if text.startswith(begins)), [])
