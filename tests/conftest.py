@@ -1,5 +1,6 @@
 """Shared by the tests: a small real corpus, a small config, and commands as real processes."""
 
+import copy
 import json
 import os
 import shutil
@@ -100,6 +101,24 @@ def quick_compiler():
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def planned_once():
+    """Plans each ladder of a file once: to find the shapes takes most of the time of a test."""
+    from lmscale_jax.ladders import grid
+
+    cells_by_config, make_cells = {}, grid.make_cells
+
+    def remembered(config, vocab_size):
+        text = repr((config.to_dict(), vocab_size))
+        if text not in cells_by_config:
+            cells_by_config[text] = make_cells(config, vocab_size)
+        return copy.deepcopy(cells_by_config[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grid, "make_cells", remembered)
+        yield
 
 
 @pytest.fixture

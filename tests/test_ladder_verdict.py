@@ -1,6 +1,5 @@
 """A ladder whose losses follow a known law: plan, forecast, score and verdict without training."""
 
-import copy
 import functools
 import json
 
@@ -9,21 +8,12 @@ import pytest
 
 from lmscale_jax.configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.ladders import (
-    executors,
-    forecasts,
-    grid,
-    plan,
-    results,
-    scheduler,
-    verdict,
-    worker,
-)
+from lmscale_jax.ladders import executors, forecasts, plan, results, scheduler, verdict, worker
 from lmscale_jax.ladders.executors import EndedJob
 from lmscale_jax.ladders.run import run_ladder
 from lmscale_jax.reports import ladder_report as page
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
+pytestmark = pytest.mark.usefixtures("quick_compiler", "planned_once")
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
 REPORT = functools.partial(page.write_ladder_report, argv=["--config=x"])
@@ -86,22 +76,6 @@ def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("".join(chr(32 + i * i % 90) for i in range(20_000)))
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def planned_once():
-    """Plans each ladder of this file once: to find the shapes takes most of the time of a test."""
-    cells_by_config, make_cells = {}, grid.make_cells
-
-    def remembered(config, vocab_size):
-        text = repr((config.to_dict(), vocab_size))
-        if text not in cells_by_config:
-            cells_by_config[text] = make_cells(config, vocab_size)
-        return copy.deepcopy(cells_by_config[text])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid, "make_cells", remembered)
-        yield
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simulated
-from conftest import ROOT, finish, flags, record, start_training, wait_until
+from conftest import ROOT, finish, flags, record, start, start_training, wait_until
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -88,7 +88,7 @@ def alone(settings, tmp_path_factory):
     """The same run in one process on one device."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
     values = settings | STEPS | SHARDED | {"mesh.cpu_devices": 1, "mesh.fsdp": 1}
-    process = start_training("--config=configs/base.py", f"--workdir={workdir}", *flags(values))
+    process = start("main", "--config=configs/base.py", f"--workdir={workdir}", *flags(values))
     status, _, err = finish(process)
     assert status == 0, err
     return workdir

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from lmscale_jax.config.key import TABLES, Modes
 from lmscale_jax.model import (
@@ -56,9 +55,7 @@ class Model(NamedTuple):
     choices: dict[str, str]
 
 
-def build_model(
-    config, *, platform: str, bos_id: int | None = None, mesh: Mesh | None = None
-) -> Model:
+def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) -> Model:
     """Builds the model of a resolved config.
 
     Args:
