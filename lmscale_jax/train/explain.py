@@ -25,7 +25,7 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json
-from lmscale_jax.train import aot, branch
+from lmscale_jax.train import aot, branch, gpu_report
 from lmscale_jax.train import aot as topologies
 
 # Share of the chip's peak that a training step of this size usually reaches.
@@ -69,7 +69,7 @@ def explain(
     if chips:
         # Nothing is asked of this machine's devices, which may be busy.
         jax.config.update("jax_platforms", "cpu")
-        devices = chips.devices() if chips.shape else None
+        devices = chips.devices() if chips.is_compiled_for else None
         mesh = topologies.MeshSizes(meshes.mesh_shape(resolved, chips.count), chips.chip)
     else:
         meshes.start_jax(resolved)
@@ -85,16 +85,21 @@ def explain(
         mesh = meshes.make_mesh(resolved, devices)
         model = build.build_model(resolved, platform=platform, mesh=mesh)
     if devices or not chips:
-        print(
-            sections_text(
-                [
-                    (
-                        "memory per device (compiled)",
-                        aligned_rows(aot.memory_rows(resolved, model, mesh)),
-                    )
-                ]
-            )
-        )
+        print(compiled_sections(resolved, model, mesh, chips))
+
+
+def compiled_sections(
+    config, model: build.Model, mesh, chips: topologies.Topology | None = None
+) -> str:
+    """Compiles the training step and returns what the program takes.
+
+    `chips` are those of --topology, None where the mesh is of this machine's devices.
+    """
+    if chips and chips.chip.platform == "gpu":
+        sections = gpu_report.gpu_sections(config, model, mesh, chips.chip)
+    else:
+        sections = [("memory per device (compiled)", aot.memory_rows(config, model, mesh))]
+    return sections_text([(title, aligned_rows(rows)) for title, rows in sections])
 
 
 def value_origins(config_file: str, overrides: dict, config) -> dict[str, str]:

@@ -32,8 +32,10 @@ def target_number(target: str, name: str) -> float:
 def described_gpus(chip: Chip, count: int, name: str) -> list:
     """Returns `count` devices that JAX can compile for and nothing can run on.
 
-    Whole domains become hosts of their own. Raises InputError, which names the --topology `name`,
-    where XLA does not take the description.
+    Whole domains become hosts of their own. Where there is no GPU, JAX's option jax_platforms must
+    be "cpu" before anything asks JAX for a device: without it the plugin looks for one and leaves.
+
+    Raises InputError, which names the --topology `name`, where XLA does not take the description.
     """
     from jax.experimental import topologies
 

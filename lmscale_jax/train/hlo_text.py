@@ -129,11 +129,11 @@ def parse_program(text: str) -> Program:
 
 
 def _operands(rest: str) -> tuple[str, ...]:
-    depth = 1
-    for end, character in enumerate(rest):
-        depth += (character == "(") - (character == ")")
-        if not depth:
-            break
+    """The names up to the parenthesis that closes the operands."""
+    depth, end = 1, 0
+    while depth and end < len(rest):
+        depth += (rest[end] == "(") - (rest[end] == ")")
+        end += 1
     return tuple(re.findall(r"%([\w.\-]+)", rest[:end]))
 
 
