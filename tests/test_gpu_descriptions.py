@@ -45,7 +45,7 @@ COMPILE_PRODUCTS = """
 import jax, jax.numpy as jnp
 jax.config.update("jax_platforms", "cpu")
 from lmscale_jax.model import flops
-from lmscale_jax.train import gpu_descriptions, gpu_report
+from lmscale_jax.train import gpu_descriptions, gpu_report, hlo_text
 for chip in flops.CHIPS.values():
     if chip.platform == "gpu":
         device = gpu_descriptions.described_gpus(chip, 16, chip.name)[9]
@@ -55,7 +55,7 @@ for chip in flops.CHIPS.values():
         x = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16, sharding=on_device)
         lowered = jax.jit(lambda x: x @ x).lower(x)
         compiled = lowered.compile(compiler_options=gpu_report.COMPILER_OPTIONS)
-        (kernel,) = gpu_report.estimate_step(compiled.as_text(), chip)
+        (kernel,) = gpu_report.estimate_step(hlo_text.parse_program(compiled.as_text()), chip)
         assert kernel.flops == {"bf16": 2 * 1024**3}
         assert 2 * 1024**3 / chip.peak < kernel.seconds < 1e-4
         print(chip.name)

@@ -228,6 +228,10 @@ ENTRY %main (x: f32[100000000], i: s32[]) -> f32[100000000] {
     assert kernels["turn"].times == 7
     assert kernels["turn"].seconds == pytest.approx(7 * 8e8 / MEMORY)
     assert kernels["major"].seconds == pytest.approx(8e8 / MEMORY)
+    assert roofline.unknown_loops(hlo_text.parse_program(text)) == 0
+    unknown = text.replace("known_trip_count", "other")
+    assert roofline.unknown_loops(hlo_text.parse_program(unknown)) == 1
+    assert kernels_of(unknown)["turn"].times == 1
 
 
 ATTENTION = """

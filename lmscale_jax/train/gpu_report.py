@@ -28,27 +28,28 @@ def gpu_sections(config, model: build.Model, mesh, chip: Chip) -> list[tuple[str
         (title, rows of equally many texts) of each section.
     """
     compiled = aot.lower_step(config, model, mesh).compile(compiler_options=COMPILER_OPTIONS)
-    kernels = estimate_step(compiled.as_text(), chip)
+    program = hlo_text.parse_program(compiled.as_text())
+    kernels = estimate_step(program, chip)
+    times = time_rows(config, model, mesh.size, kernels, chip)
+    if loops := roofline.unknown_loops(program):
+        times.append(("too little", f"{loops} loops", "of unknown length, counted as one turn"))
     return [
         ("memory per device (compiled)", aot.compiled_memory_rows(compiled)),
         ("kernels per step (compiled)", kernel_rows(kernels)),
         ("collectives per step and device (compiled)", collective_rows(kernels)),
-        (
-            "time per step (roofline of the compiled program, not measured)",
-            time_rows(config, model, mesh.size, kernels, chip),
-        ),
+        ("time per step (roofline of the compiled program, not measured)", times),
     ]
 
 
-def estimate_step(text: str, chip: Chip) -> list[roofline.TimedKernel]:
-    """Returns the kernels of an optimised program on one GPU, with their estimated times."""
+def estimate_step(program: hlo_text.Program, chip: Chip) -> list[roofline.TimedKernel]:
+    """Returns the kernels of a program on one GPU of this kind, with their estimated times."""
     target = gpu_target(chip)
     cores = target_number(target, "core_count")
     # A lane multiplies and adds once a cycle.
     per_cycle = 2 * cores * target_number(target, "fpus_per_core")
     scalar_flops = per_cycle * target_number(target, "clock_rate_ghz") * 1e9
     gpu = roofline.Gpu(chip, int(cores), scalar_flops)
-    return roofline.estimate_kernels(hlo_text.parse_program(text), gpu)
+    return roofline.estimate_kernels(program, gpu)
 
 
 def kernel_rows(kernels: list[roofline.TimedKernel]) -> list[tuple]:

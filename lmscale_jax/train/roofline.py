@@ -45,6 +45,7 @@ ATTENTION_HALF_LENGTH, ATTENTION_BACKWARD = 700, 0.75
 ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_TRIP_COUNT = re.compile(r'known_trip_count"?:\s*\{"n":"?(\d+)')
 # No kernel of their own. Copies to and from the host's memory run beside the kernels.
 FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "partition-id",
@@ -178,8 +179,17 @@ def _kernel(
 
 def trip_count(loop: Instruction) -> int:
     """Returns how often a while loop turns; 1 where the compiler does not know."""
-    match = re.search(r'known_trip_count"?:\s*\{"n":"?(\d+)', loop.text)
+    match = _TRIP_COUNT.search(loop.text)
     return int(match[1]) if match else 1
+
+
+def unknown_loops(program: Program) -> int:
+    """Returns the number of while loops whose turns the compiler does not know."""
+    return sum(
+        instruction.opcode == "while" and not _TRIP_COUNT.search(instruction.text)
+        for computation in program.computations.values()
+        for instruction in computation.values()
+    )
 
 
 def _called(instruction: Instruction) -> list[str]:
