@@ -1,4 +1,4 @@
-"""Installation; tool settings stand in pyproject.toml."""
+"""Installation; tool settings are in pyproject.toml."""
 
 import re
 from pathlib import Path

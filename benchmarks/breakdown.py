@@ -4,9 +4,9 @@
 
 Each shape and type is a process of its own, in which the parts take turns: the forward pass alone;
 forward and backward; the whole step; a batch read by the pipeline; the same put on the devices; and
-the loop of train/loop.py, which reads ahead, puts, steps and keeps the journal. Backward pass,
+the loop of train/loop.py, which reads ahead, puts, steps and logs metrics. Backward pass,
 optimizer and host are differences of turns of the same round; they can come out below 0 where what
-is looked for is smaller than the noise. A line of the journal with norms by layer is a matter of
+is looked for is smaller than the noise. A line of metrics with norms by layer is a matter of
 overheads.py: here log.per_layer is off.
 """
 

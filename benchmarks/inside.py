@@ -8,7 +8,7 @@ from benchmarks.interleave import Turns
 
 @dataclasses.dataclass
 class Program:
-    """A config's model, optimizer and placement over some devices, and random batches."""
+    """A config's model, optimizer and shardings over some devices, and random batches."""
 
     config: object
     grid: object

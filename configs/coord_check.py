@@ -20,11 +20,11 @@ def get_config(family: str = "llama"):
     c.model.n_layers, c.model.d_model, c.model.n_heads = 2, 256, 8
     c.parametrization.name, c.parametrization.base_width = "mup", 256
     c.parametrization.residual_init = "plain"
-    # The residual stream must not be re-made by one update: embeddings of std 0.4 where the first
+    # One update must not replace the residual stream: embeddings have a std of 0.4, and the first
     # updates add about as much.
     c.parametrization.embed_scale = 20.0
-    # Few tokens: an update is coherent with each of them by 1 / sqrt(tokens), and that must beat
-    # the 1 / sqrt(width) of what is not coherent at the smallest width.
+    # Few tokens: an update is coherent with each of them by 1 / sqrt(tokens), and that must exceed
+    # the incoherent part, 1 / sqrt(width), at the smallest width.
     c.data.vocab_size, c.data.seq_len = 1024, 16
     c.optim.lr = 3e-3
     c.schedule.name, c.schedule.warmup = "constant", "0"

@@ -1,4 +1,4 @@
-"""Muon beside AdamW in a few minutes on a CPU; benchmarks/optimizer_sweep.py sweeps its rates."""
+"""Muon in a few minutes on a CPU; benchmarks/optimizer_sweep.py sweeps its rates and AdamW's."""
 
 from lmscale_jax.configs import base
 

@@ -15,8 +15,8 @@ FAMILIES = {
     "transformer_pp": recipes.transformer_pp,
 }
 
-# The middle third, where the original looked for redundancy; its tau, s and λ. Its 1000 and 2000
-# steps of warm-up and ramp belonged to runs of 61,000: the same shares here.
+# The middle third, where the original looked for redundancy, with its tau, s and λ. Its warm-up and
+# ramp of 1000 and 2000 steps were for runs of 61,000: the same shares here.
 _ACTING = {"tau": 0.1, "start": 0.33, "end": 0.67, "warmup": "2%", "ramp": "3%"}
 MODES = {
     "baseline": {},

@@ -2,7 +2,7 @@
 
     python -m lmscale_jax.main --config=configs/mur_small.py:update --workdir=runs/small_update
 
-The arms differ in `mur.*` alone; benchmarks/mur_study.py runs them all over several seeds.
+The arms differ only in `mur.*`; benchmarks/mur_study.py runs them all over several seeds.
 """
 
 from lmscale_jax.configs import base

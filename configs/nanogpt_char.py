@@ -13,8 +13,8 @@ from lmscale_jax.configs.base import get_config as base
 def get_config():
     config = base()
     data, model, optim = config.data, config.model, config.optim
-    # The name under which tiny Shakespeare is handed around. Without such a file here, the run ends
-    # by saying that data.path is to name one.
+    # The usual file name of tiny Shakespeare. Without such a file the run ends with an error that
+    # asks for data.path.
     data.source, data.path = "text", "input.txt"
     data.tokenizer = "char"
     data.split, data.val_fraction = "tail", 0.1

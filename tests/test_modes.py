@@ -78,7 +78,7 @@ REFUSED = {
 }
 # Keys with several tables, and why.
 SEVERAL_TABLES = {
-    "data.source": "reading documents (sources.py) and opening shards (prepared.py) are two layers",
+    "data.source": "reading documents (sources.py) and opening shards (prepare.py) are two layers",
     **dict.fromkeys(
         ("model.gelu", "model.mlp", "model.positions"),
         "hf.py has the names that Hugging Face uses",

@@ -3,10 +3,9 @@
 The source is streamed several times instead of being held, so memory stays bounded by the largest
 file. Each pass reads the same documents in the same order.
 
-Measures how much of the validation text also stands in the training text, by runs of tokens.
-
-Exact repetitions of whole documents are dropped before. What remains are pages that quote each
-other, boilerplate, and copies with small changes. Runs are compared by 64-bit hashes: of n tokens
+`measure_overlap` measures how much of the validation text is in the training text too, by runs of
+tokens. Exact repetitions of whole documents are dropped before; pages that quote each other,
+boilerplate, and copies with small changes remain. Runs are compared by 64-bit hashes: of n tokens
 t_0 ... t_n-1 the sum of (t_i + 1) b^i modulo 2^64, then mixed (SplitMix64's last step).
 """
 

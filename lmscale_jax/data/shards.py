@@ -1,10 +1,10 @@
-"""Token shards: the `.bin` files of nanoGPT speedruns, written atomically and read by memory map.
+"""Writes token shards atomically, reads them by memory map, and verifies them by manifest.json.
+
+Shards are the `.bin` files of nanoGPT speedruns.
 
 A shard is a header of 256 int32 (magic, version, number of tokens, zeros) and then the tokens,
 little-endian. Version 1, of the speedruns, has uint16 tokens. Version 2 is ours, for vocabularies
 of more than 65,536 entries, and differs only in its uint32 tokens.
-
-Reads manifest.json and checks that prepared shards are still the files that it lists.
 """
 
 import bisect

@@ -1,6 +1,6 @@
-"""Makes results.csv, one row a run, from the records; selects the rows that compare the arms.
+"""Makes results.csv, one row a run, from the records of a ladder's cells.
 
-Reads the cells' run records, and reads and writes the log of failed attempts.
+Also selects the rows that compare the arms, and keeps the log of failed attempts.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""What the size of a rung and the amounts of tokens mean: shapes, and tokens of a run."""
+"""Derives the shapes of a rung from its size, and the tokens of a run from the amounts."""
 
 import math
 from collections.abc import Callable

@@ -1,8 +1,7 @@
-"""Groups cells of equal shape into packs, which train as one program.
+"""Schedules the cells of a plan: starts those that can start, notes failures, shows progress.
 
-Shows the progress of a ladder: a table that redraws itself, or plain lines.
-
-Schedules the cells of a plan: starts those that can start, notes failures, shows progress.
+Cells of equal shape are grouped into packs, which train as one program. Progress is a table that
+redraws itself on a terminal, and plain lines elsewhere.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""The process that trains cells of a ladder: one run, or several as a pack.
+"""Trains cells of a ladder that has a plan: one run, or several as a pack.
 
-Trains cells of a ladder that has a plan; the executors start it as a process of its own:
+The executors start it as a separate process:
 
 python -m lmscale_jax.ladders.worker --workdir=runs/ladder --ids=ID,ID
 """

@@ -1,6 +1,6 @@
-"""Plots a run from its run.json and metrics.jsonl; holds the style that all figures share.
+"""Plots a run, the profiles of its blocks, and the losses of two arms, from records.
 
-Plots quantities of each block: utility, Block Influence, layer drop; losses of two arms.
+Also holds the style that all figures share.
 """
 
 import json

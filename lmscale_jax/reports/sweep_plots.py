@@ -1,7 +1,4 @@
-"""Plots a coordinate check from its JSON.
-
-Plots a learning-rate sweep over widths from its JSON.
-"""
+"""Plots a coordinate check, and a learning-rate sweep over widths, each from its JSON."""
 
 import re
 from pathlib import Path
