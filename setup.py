@@ -72,7 +72,7 @@ setup(
     python_requires=">=3.11",
     # configs/ is packaged as lmscale_jax.configs, through the link lmscale_jax/configs.
     packages=find_namespace_packages(include=["lmscale_jax", "lmscale_jax.*"]),
-    package_data={"lmscale_jax.scaling": ["tables/*"]},
+    package_data={"lmscale_jax.scaling": ["tables/*"], "lmscale_jax.train": ["gpu_targets/*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -163,15 +163,21 @@ def test_the_command_explains_a_named_config():
     assert line_of(out, "total").split()[1] == "119,947,008"
 
 
-# Explains a config in a process without libtpu.
+# Explains a config in a process without compilers for other chips.
 WITHOUT = """
 import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "libtpu" else find(name, *rest)
+find, hidden = importlib.util.find_spec, ("libtpu", "jax_cuda13_plugin")
+importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
 sys.argv = ["main", *sys.argv[1:]]
 from lmscale_jax import cli, main
 cli.run_command(main.main)
 """
+
+
+def run_without_compilers(*arguments: str) -> tuple[int, str, str]:
+    command = [sys.executable, "-c", WITHOUT, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -208,17 +214,16 @@ cli.run_command(main.main)
     ],
 )
 def test_what_cannot_be_explained_is_said_in_one_line(arguments, message):
-    command = [sys.executable, "-c", WITHOUT, "--config=configs/base.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {message}\n"
+    status, out, err = run_without_compilers("--config=configs/base.py", *arguments)
+    assert (status, out, err) == (2, "", f"error: {message}\n")
 
 
 def test_chips_that_are_not_here_are_explained_by_arithmetic():
     arguments = ["--explain", "--topology=H100:64", "--config.mesh.fsdp=16"]
     batch = ["--config.train.batch_size=1024", "--config.train.accum=2"]
-    status, out, err = run("main", "--config=configs/llama_300m.py", *arguments, *batch)
+    status, out, err = run_without_compilers("--config=configs/llama_300m.py", *arguments, *batch)
     assert (status, err) == (0, "")
+    assert "pip install 'lmscale_jax[cuda13]'" in line_of(out, "shares")
     titles = [line.split()[0] for line in out.splitlines() if line and line[0] != " "]
     assert titles[-5:] == ["choices", "fit", "communication", "time", "checkpoint"]
     assert "replica 1, data 4, fsdp 16, sequence 1, tensor 1: 64 gpu device(s)" in out
@@ -231,7 +236,8 @@ def test_chips_that_are_not_here_are_explained_by_arithmetic():
     assert float(line_of(out, "MFU").split()[1].rstrip("%")) < 75
 
 
-def test_float32_products_have_no_forecast(small):
+def test_float32_products_have_no_forecast(small, monkeypatch):
+    monkeypatch.setattr(aot.gpu_descriptions, "gpu_compiler_installed", lambda: False)
     lines = []
     config = small(train__batch_size=64)
     explain.explain(config, {}, "configs/base.py", print=lines.append, topology="H100:64")
@@ -278,7 +284,7 @@ def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
     apart = {"JAX_COMPILATION_CACHE_DIR": ""}
     status, _, err = run("main", "--config=configs/base.py", "--explain", *flags(common), **apart)
     assert (status, err) == (0, "")
-    steps = sorted(path.name for path in cache.rglob("jit_step-*-cache"))
+    steps = sorted(path.name for path in cache.rglob("jit_train_step-*-cache"))
     assert len(steps) == 1
     # So do runs of equal shape: only numbers differ, that of the steps among them.
     others = {"seed": 3, "optim.lr": 2e-3, "optim.weight_decay": 0.2, "data.seed": 4}
@@ -289,4 +295,4 @@ def test_training_starts_with_what_explaining_compiled(settings, tmp_path):
             "main", "--config=configs/base.py", workdir, *flags(common | changes), **apart
         )
         assert status == 0, err
-        assert sorted(path.name for path in cache.rglob("jit_step-*-cache")) == steps
+        assert sorted(path.name for path in cache.rglob("jit_train_step-*-cache")) == steps

@@ -22,7 +22,7 @@ from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import update_rules
-from lmscale_jax.train import step
+from lmscale_jax.train import gpu_descriptions, step
 
 TOPOLOGY_REMEDY = "use --topology=v5e:4x4 or --topology=H100:64"
 
@@ -42,11 +42,19 @@ class Topology(NamedTuple):
     count: int
     shape: str = ""
 
+    @property
+    def is_compiled_for(self) -> bool:
+        """Whether --explain compiles the step for these chips, besides its arithmetic."""
+        on_gpu = self.chip.platform == "gpu"
+        return gpu_descriptions.gpu_compiler_installed() if on_gpu else bool(self.shape)
+
     def devices(self) -> list:
         """Returns descriptions of the chips, for which JAX can compile without having any.
 
         Raises InputError where libtpu is missing or does not know the topology.
         """
+        if self.chip.platform == "gpu":
+            return gpu_descriptions.described_gpus(self.chip, self.count, self.name)
         need_libtpu(self.name)
         # Without these libtpu asks the metadata server of a cloud machine, for minutes, and lets
         # only one process load it, as if it used real chips.
@@ -158,8 +166,13 @@ def compiled_memory(compiled) -> dict[str, int] | None:
 
 
 def memory_rows(config, model: build.Model, mesh) -> list[tuple[str, str]]:
-    """Compiles the training step and formats its `compiled_memory` as (name, MiB) rows."""
-    sizes = compiled_memory(lower_step(config, model, mesh).compile())
+    """Compiles the training step and returns its `compiled_memory_rows`."""
+    return compiled_memory_rows(lower_step(config, model, mesh).compile())
+
+
+def compiled_memory_rows(compiled) -> list[tuple[str, str]]:
+    """Formats the `compiled_memory` of a program as (name, MiB) rows."""
+    sizes = compiled_memory(compiled)
     if sizes is None:
         return [("not known", "this platform's compiler does not count memory")]
     return [(name, f"{size / 2**20:,.1f} MiB") for name, size in sizes.items()]
@@ -198,18 +211,31 @@ def forecast_step(config, model: build.Model, mesh) -> list[tuple[str, list[tupl
             [(f"{total / chip.memory:.0%} of the {chip.memory / 1e9:.4g} GB of one {chip.name}",)],
         ),
     ]
-    if flops.peak_flops(chip.kind, config.model.dtype) is None:
-        remark = f"{chip.name} has no known peak in {config.model.dtype}; use bfloat16"
-        sections.append(("time per step (forecast)", [(remark,)]))
-    else:
-        cost = costs.step_cost(config, model.specs, mesh.shape, chip, moments)
-        sections.append(("communication per step and chip", _messages(cost)))
-        sections.append(("time per step (forecast)", _roofline(config, cost, mesh)))
+    # The program that is compiled for a GPU says more: gpu_report.gpu_sections.
+    if chip.platform != "gpu" or not gpu_descriptions.gpu_compiler_installed():
+        sections += _assumed_time(config, model, mesh, moments)
     size, seconds = costs.checkpoint_cost(model.specs, mesh.size, chip, moments)
     hosts = -(-mesh.size // chip.host)
     rate = f"{costs.WRITE_PER_HOST / 1e9:g} GB/s from each of {hosts} host(s)"
     sections.append(("checkpoint", [(f"{size / 1e9:.3g} GB in {seconds:.2g} seconds, at {rate}",)]))
     return sections
+
+
+def _assumed_time(config, model: build.Model, mesh, moments: dict[str, int]) -> list[tuple]:
+    """Sections of messages and time, from data sheets and assumed shares of them."""
+    chip = mesh.chip
+    if flops.peak_flops(chip.kind, config.model.dtype) is None:
+        remark = f"{chip.name} has no known peak in {config.model.dtype}; use bfloat16"
+        return [("time per step (forecast)", [(remark,)])]
+    cost = costs.step_cost(config, model.specs, mesh.shape, chip, moments)
+    rows = _roofline(config, cost, mesh)
+    if chip.platform == "gpu":
+        remark = "would compile the step for these GPUs here, without one, and read its time off it"
+        rows.append(("shares assumed", f"pip install '{gpu_descriptions.EXTRA}'", remark))
+    return [
+        ("communication per step and chip", _messages(cost)),
+        ("time per step (forecast)", rows),
+    ]
 
 
 def _messages(cost: costs.StepCost) -> list[tuple]:

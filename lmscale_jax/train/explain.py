@@ -25,7 +25,7 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json
-from lmscale_jax.train import aot, branch
+from lmscale_jax.train import aot, branch, gpu_report
 
 # Share of the chip's peak that a training step usually reaches.
 EFFICIENCY = 0.4
@@ -67,7 +67,7 @@ def explain(
     if chips:
         # This machine's devices may be busy, and are not used.
         jax.config.update("jax_platforms", "cpu")
-        devices = chips.devices() if chips.shape else None
+        devices = chips.devices() if chips.is_compiled_for else None
         mesh = aot.MeshSizes(mesh_shape(resolved, chips.count), chips.chip)
     else:
         start_jax(resolved)
@@ -85,8 +85,19 @@ def explain(
         mesh = make_mesh(resolved, devices)
         model = build.build_model(resolved, platform=platform, mesh=mesh)
     if devices or not chips:
-        rows = aligned_rows(aot.memory_rows(resolved, model, mesh))
-        print(sections_text([("memory per device (compiled)", rows)]))
+        print(compiled_sections(resolved, model, mesh, chips))
+
+
+def compiled_sections(config, model: build.Model, mesh, chips: aot.Topology | None = None) -> str:
+    """Compiles the training step and returns what the program takes.
+
+    `chips` are those of --topology, None where the mesh is of this machine's devices.
+    """
+    if chips and chips.chip.platform == "gpu":
+        sections = gpu_report.gpu_sections(config, model, mesh, chips.chip)
+    else:
+        sections = [("memory per device (compiled)", aot.memory_rows(config, model, mesh))]
+    return sections_text([(title, aligned_rows(rows)) for title, rows in sections])
 
 
 def value_origins(config_file: str, overrides: dict, config) -> dict[str, str]:
