@@ -97,15 +97,32 @@ def splash(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext, interpret: 
     return o_BxHxTxd.transpose(0, 2, 1, 3).astype(q_BxTxHxd.dtype)
 
 
-def sharded(kernel):
-    """Returns a kernel on what each device holds: its rows, its heads, and of a row split over
-    `sequence` its queries, while keys and values are gathered."""
+class Kernel(NamedTuple):
+    """A kernel of attention.
+
+    Attributes:
+      attend: (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context) -> o_BxTxHxd.
+      unable: (config, platform) -> why it cannot serve, or None; for kernels with limits.
+      keeps_probabilities: for the backward pass; others compute them again.
+      partitions_itself: its lowering asks how each operand is split over the mesh, which JAX cannot
+        tell it where some axes are local (manual) and others are not.
+    """
+
+    attend: Callable
+    unable: Callable | None = None
+    keeps_probabilities: bool = True
+    partitions_itself: bool = False
+
+
+def sharded(kernel: Kernel) -> Callable:
+    """Returns `attend` of a kernel on what each device holds: its rows, its heads, and of a row
+    split over `sequence` its queries, while keys and values are gathered."""
 
     def run(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
         sharding = context.sharding
         # What is dropped must not depend on the mesh, so those draws are left to the partitioner.
         if sharding.mesh is None or (context.dropout_rate and context.key is not None):
-            return kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context)
+            return kernel.attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context)
         (H, K), t = (q_BxTxHxd.shape[2], k_BxTxKxd.shape[2]), sharding.size("tensor")
         if H % t == 0 and K % t:
             k_BxTxKxd, v_BxTxKxd = (jnp.repeat(x, H // K, axis=2) for x in (k_BxTxKxd, v_BxTxKxd))
@@ -123,13 +140,14 @@ def sharded(kernel):
             here = on_device.replace(
                 batch=B, length=T, first=first, segments_BxT=segments_BxT, window=window
             )
-            return kernel(q, k, v, here)
+            return kernel.attend(q, k, v, here)
 
         # A fixed window stays a number, which some kernels want.
         window, rest = context.window, P(ROWS, None)
         if not isinstance(window, jax.Array):
             local, window = functools.partial(_with_window, local, window), None
-        run_local = sharding.shard(local, (layout, layout, layout, rest, P()), layout)
+        axes = sharding.mesh.axis_names if kernel.partitions_itself else None
+        run_local = sharding.shard(local, (layout, layout, layout, rest, P()), layout, axes)
         return run_local(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context.segments_BxT, window)
 
     return run
@@ -137,20 +155,6 @@ def sharded(kernel):
 
 def _with_window(local, window, q, k, v, segments_BxT, _):
     return local(q, k, v, segments_BxT, window)
-
-
-class Kernel(NamedTuple):
-    """A kernel of attention.
-
-    Attributes:
-      attend: (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context) -> o_BxTxHxd.
-      unable: (config, platform) -> why it cannot serve, or None; for kernels with limits.
-      keeps_probabilities: for the backward pass; others compute them again.
-    """
-
-    attend: Callable
-    unable: Callable | None = None
-    keeps_probabilities: bool = True
 
 
 def _unable_cudnn(config, platform: str) -> str | None:
@@ -181,7 +185,7 @@ KERNELS = {
     "plain": Kernel(_head_major(_plain_attention)),
     "saved": Kernel(_head_major(_keeping_probabilities)),
     "xla": Kernel(_xla),
-    "cudnn": Kernel(_cudnn, _unable_cudnn, keeps_probabilities=False),
+    "cudnn": Kernel(_cudnn, _unable_cudnn, keeps_probabilities=False, partitions_itself=True),
     "splash": Kernel(splash, _unable_splash, keeps_probabilities=False),
 }
 

@@ -13,13 +13,13 @@ elementwise between them follows their layout. On one device there is none of it
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.param import Spec
@@ -29,7 +29,6 @@ AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 ROWS = ("replica", "data", "fsdp")
 TOKENS = ("sequence", *ROWS)
 BATCH = P(ROWS, "sequence")
-_AUTO = (AxisType.Auto,) * len(AXES)
 
 # Which mesh axis splits which named axis of a parameter, the more important first.
 RULES = (
@@ -130,24 +129,30 @@ class ShardingContext(NamedTuple):
 
         return self.shard(local, (stream, P(*parts)), stream)(h_BxTxD, table_PxD)
 
-    def shard(self, function: Callable, ins, outs) -> Callable:
-        """`function` of what each device holds; collectives inside are its own business.
+    def shard(self, function: Callable, ins, outs, axes: Collection[str] | None = None) -> Callable:
+        """Returns `function` of what each device holds; collectives inside are its own business.
 
-        Axes of one device are left out: sums over them would be programs that do nothing.
+        Every program has this one mesh: JAX refuses to lower kernels that partition themselves,
+        as cuDNN's do, where it meets two.
+
+        Args:
+          function: of local arrays.
+          ins, outs: PartitionSpecs of the arguments and of the results.
+          axes: mesh axes that `function` is local along; None: those of more than one device. The
+            others are left out, because sums over them would be programs that do nothing.
         """
-        used = {name: size for name, size in self.mesh.shape.items() if size > 1}
-        mesh = Mesh(
-            self.mesh.devices.reshape(tuple(used.values())),
-            tuple(used),
-            axis_types=_AUTO[: len(used)],
-        )
+        if axes is None:
+            axes = [name for name, size in self.mesh.shape.items() if size > 1]
 
         def layout(spec: P) -> P:
             names = [(part,) if isinstance(part, str) else part or () for part in spec]
-            return P(*(tuple(n for n in several if n in used) or None for several in names))
+            return P(*(tuple(n for n in several if n in axes) or None for several in names))
 
         ins, outs = jax.tree.map(layout, (ins, outs), is_leaf=lambda x: isinstance(x, P))
-        return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names=set(axes),
+            check_vma=False,
+        )  # fmt: skip
 
 
 def gathered(w: jax.Array, parts: tuple) -> jax.Array:
