@@ -1,5 +1,6 @@
 """What eight simulated devices say to each other, what each holds, and what opens on which mesh."""
 
+import importlib.util
 import json
 import math
 import re
@@ -209,3 +210,46 @@ def test_a_kernel_that_partitions_itself_lowers_on_every_mesh(tmp_path):
         MESHES, json.loads(simulated.run(STAND_IN, grids)), strict=True
     ):
         assert stand_in == plain and sum(plain) > 0, grid
+
+
+DESCRIBED_GPUS = """
+from lmscale_jax.train import aot
+
+jax.config.update("jax_platforms", "cpu")
+devices = aot.parse_topology("H100:8").devices()
+programs = []
+for changes in argument:
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    config = resolve(config, 64)
+    grid = meshes.make_mesh(config, devices)
+    model = build_model(config, platform=devices[0].platform, mesh=grid)
+    assert model.choices["attention"].startswith("cudnn"), model.choices
+    # There is no device to try several forms of a kernel on.
+    options = {"xla_gpu_autotune_level": 0}
+    programs.append(aot.lower_step(config, model, grid).compile(options).as_text())
+print(json.dumps(programs))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax_cuda13_plugin, which compiles for GPUs without one, is not installed",
+)
+def test_attention_of_cudnn_compiles_for_eight_gpus(tmp_path):
+    """A step for eight described H100, none of which is here, and what the devices say in it."""
+    base = SIZES | {
+        "mesh.cpu_devices": 0, "model.dtype": "bfloat16", "model.attention": "auto",
+        "model.n_layers": 2, "data.cache": str(tmp_path),
+    }  # fmt: skip
+    fsdp = {"all-gather", "reduce-scatter", "all-reduce"}
+    kinds = [
+        ({"fsdp": 8}, fsdp), ({"data": 8}, {"all-reduce"}), ({"fsdp": 4, "tensor": 2}, fsdp)
+    ]  # fmt: skip
+    changes = [base | {f"mesh.{axis}": n for axis, n in grid.items()} for grid, _ in kinds]
+    texts = json.loads(simulated.run(DESCRIBED_GPUS, changes))
+    for (grid, wanted), text in zip(kinds, texts, strict=True):
+        calls = re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax(Backward)?"', text)
+        assert set(calls) == {"", "Backward"}, grid
+        assert set(collectives(text)) == wanted, grid
