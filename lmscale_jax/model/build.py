@@ -77,7 +77,8 @@ def build_model(
     base_specs = _declare(parametrization.base_model(config), kernel)[1]
     rows = parametrization.param_rules(specs, base_specs, config)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
-    fixed, head = model_context(config, platform, sharding), HEADS[model.head]
+    device = None if mesh is None else mesh.devices.flat[0]
+    fixed, head = model_context(config, platform, sharding, device), HEADS[model.head]
     unsharded = fixed.replace(sharding=ShardingContext())
     begin = functools.partial(_begin, defs=defs, config=config, bos_id=bos_id)
     run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
@@ -112,7 +113,7 @@ def build_model(
         return stored | {"logits": keep("logits", z_NxV)}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
-    choices |= _described(config, specs, platform)
+    choices |= _described(config, specs, platform, device)
     return Model(specs, rows, functools.partial(_init, specs, rows), logits, losses, taps, choices)
 
 
@@ -138,8 +139,8 @@ def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id,
     return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)
 
 
-def _described(config, specs: dict, platform: str) -> dict[str, str]:
-    matmul = fp8.choose_fp8(config.model, platform).described
+def _described(config, specs: dict, platform: str, device) -> dict[str, str]:
+    matmul = fp8.choose_fp8(config.model, platform, device).described
     lines = {"matmul": matmul} if matmul else {}
     return (
         lines
@@ -210,12 +211,15 @@ def _init(specs: dict, rows: dict[str, parametrization.ParamRule], key: jax.Arra
     return param.map_named(draw, specs)
 
 
-def model_context(config, platform: str, sharding: ShardingContext) -> ForwardContext:
-    """Returns what all forward passes of a model have in common."""
+def model_context(config, platform: str, sharding: ShardingContext, device=None) -> ForwardContext:
+    """Returns what all forward passes of a model have in common.
+
+    `device` is one of those that it runs on, which may be described only; None: the first one here.
+    """
     own_ops = primitives.SETS["cpu" if platform == "cpu" else "plain"]
     return ForwardContext(
         ops=own_ops,
-        product=fp8.choose_fp8(config.model, platform).product or own_ops.dense,
+        product=fp8.choose_fp8(config.model, platform, device).product or own_ops.dense,
         sharding=sharding,
         dtype=DTYPES[config.model.dtype],
         scales=parametrization.forward_scales(config),

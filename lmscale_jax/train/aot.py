@@ -84,7 +84,11 @@ class MeshSizes(NamedTuple):
     @property
     def devices(self) -> np.ndarray:
         """An array of one entry: `devices.flat[0]` has the attributes of every device."""
-        device = types.SimpleNamespace(platform=self.chip.platform, device_kind=self.chip.kind)
+        device = types.SimpleNamespace(
+            platform=self.chip.platform,
+            device_kind=self.chip.kind,
+            compute_capability=self.chip.capability,
+        )
         return np.array([device], dtype=object)
 
 
