@@ -26,6 +26,7 @@ from lmscale_jax.model import (
 )
 from lmscale_jax.model.context import DTYPES, ForwardContext
 from lmscale_jax.model.loss import token_losses
+from lmscale_jax.model.mesh import describe_mesh
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.model.stack import STACKS, run_blocks
 from lmscale_jax.model.transformer import HEADS, Block, Embed, Readout
@@ -77,8 +78,7 @@ def build_model(
     base_specs = _declare(parametrization.base_model(config), kernel)[1]
     rows = parametrization.param_rules(specs, base_specs, config)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
-    device = None if mesh is None else mesh.devices.flat[0]
-    fixed, head = model_context(config, platform, sharding, device), HEADS[model.head]
+    fixed, head = model_context(config, platform, sharding, mesh), HEADS[model.head]
     unsharded = fixed.replace(sharding=ShardingContext())
     begin = functools.partial(_begin, defs=defs, config=config, bos_id=bos_id)
     run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
@@ -113,7 +113,7 @@ def build_model(
         return stored | {"logits": keep("logits", z_NxV)}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
-    choices |= _described(config, specs, platform, device)
+    choices |= _described(config, specs, platform, mesh)
     return Model(specs, rows, functools.partial(_init, specs, rows), logits, losses, taps, choices)
 
 
@@ -139,11 +139,12 @@ def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id,
     return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)
 
 
-def _described(config, specs: dict, platform: str, device) -> dict[str, str]:
-    matmul = fp8.choose_fp8(config.model, platform, device).described
+def _described(config, specs: dict, platform: str, mesh) -> dict[str, str]:
+    matmul = fp8.choose_fp8(config.model, platform, _first_device(mesh)).described
     lines = {"matmul": matmul} if matmul else {}
     return (
         lines
+        | ({} if mesh is None else describe_mesh(config, mesh))
         | attention.describe_gate(config.model, specs)
         | skip_connections.describe_skips(config)
     )
@@ -211,18 +212,29 @@ def _init(specs: dict, rows: dict[str, parametrization.ParamRule], key: jax.Arra
     return param.map_named(draw, specs)
 
 
-def model_context(config, platform: str, sharding: ShardingContext, device=None) -> ForwardContext:
+def model_context(
+    config, platform: str, sharding: ShardingContext, mesh: Mesh | None = None
+) -> ForwardContext:
     """Returns what all forward passes of a model have in common.
 
-    `device` is one of those that it runs on, which may be described only; None: the first one here.
+    Args:
+      config: resolved.
+      platform: that the model runs on, as JAX names it.
+      sharding: how arrays lie on the mesh.
+      mesh: of the devices that it runs on, which may only be described; None: those here.
     """
     own_ops = primitives.SETS["cpu" if platform == "cpu" else "plain"]
+    matmul = fp8.choose_fp8(config.model, platform, _first_device(mesh))
     return ForwardContext(
         ops=own_ops,
-        product=fp8.choose_fp8(config.model, platform, device).product or own_ops.dense,
+        product=matmul.product or own_ops.dense,
         sharding=sharding,
         dtype=DTYPES[config.model.dtype],
         scales=parametrization.forward_scales(config),
         window_block=config.model.window_block,
         dropout_rate=config.model.dropout,
     )
+
+
+def _first_device(mesh: Mesh | None):
+    return None if mesh is None else mesh.devices.flat[0]

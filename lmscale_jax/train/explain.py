@@ -70,7 +70,7 @@ def explain(
         # Nothing is asked of this machine's devices, which may be busy.
         jax.config.update("jax_platforms", "cpu")
         devices = chips.devices() if chips.shape else None
-        mesh = topologies.MeshSizes(meshes.mesh_shape(resolved, chips.count), chips.chip)
+        mesh = topologies.mesh_sizes(resolved, chips, devices)
     else:
         meshes.start_jax(resolved)
         devices, mesh = None, meshes.make_mesh(resolved)
