@@ -4,7 +4,8 @@ Arrays are flat in tokens, N = B*T and sequence-major, and attention is flat in 
 major, so that every product has one contracting dimension: with [B, T, D] activations XLA's CPU
 backend makes a transposed copy of each of them for the weight gradient, at twice the step time.
 
-`plain` is the definition of every primitive and leaves derivatives to JAX. `cpu` computes the same
+`plain` is the definition of every primitive and leaves derivatives to JAX, but for the type of a
+weight's gradient. `cpu` computes the same
 values with its own backward rules where they were measured to pay (docs/performance.md). They do
 not keep what can be recomputed in one pass, and they arrange weight gradients for the fast kernels.
 Everything is a pure function of arrays and works under jit, vmap, scan, checkpoint and sharding;
@@ -35,12 +36,27 @@ class Primitives(NamedTuple):
 # --- Plain definitions --------------------------------------------------------------------------
 
 
+@jax.custom_vjp
 def dense(x_NxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
     """x w, [N, O], computed in x's type from w cast to it; sums are kept in float32.
 
-    The gradient of w has w's type; here it is rounded to x's type on the way.
+    The gradient of w is float32 before it gets w's type. JAX would round it to x's type on the way,
+    once for each micro-batch that is added up.
     """
     return x_NxI @ w_IxO.astype(x_NxI.dtype)
+
+
+def _dense_forward(x_NxI, w_IxO):
+    return dense(x_NxI, w_IxO), (x_NxI, w_IxO)
+
+
+def _dense_backward(saved, dy_NxO):
+    x_NxI, w_IxO = saved
+    dx_NxI = lax.dot_general(dy_NxO, w_IxO.astype(dy_NxO.dtype), (((1,), (1,)), ((), ())))
+    return dx_NxI, _cast_product(x_NxI, dy_NxO, ((0,), (0,))).astype(w_IxO.dtype)
+
+
+dense.defvjp(_dense_forward, _dense_backward)
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float):
@@ -152,15 +168,15 @@ def _iota(shape: tuple[int, ...], axis: int):
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-# --- Rules for CPU ------------------------------------------------------------------------------
-
-
 def _cast_product(a, b, contract: tuple, batch: tuple = ((), ())):
     """A product of operands of one type with float32 sums and result.
 
     XLA's CPU kernels for bfloat16 are several times faster to a float32 result.
     """
     return lax.dot_general(a, b, (contract, batch), preferred_element_type=FLOAT)
+
+
+# --- Rules for CPU ------------------------------------------------------------------------------
 
 
 def _transposed_product(a_BxNxI, b_BxNxO):
@@ -187,7 +203,7 @@ def _transposed_product(a_BxNxI, b_BxNxO):
 
 @jax.custom_vjp
 def _cpu_dense(x_NxI, w_IxO):
-    """As `dense`, but the gradient of w is float32 before it gets w's type."""
+    """As `dense`; the gradient of w in a form that CPU's fast kernels take."""
     w_IxO, contract = w_IxO.astype(x_NxI.dtype), (((1,), (0,)), ((), ()))
     return lax.dot_general(x_NxI, w_IxO, contract, preferred_element_type=FLOAT).astype(x_NxI.dtype)
 
