@@ -46,17 +46,17 @@ def dense(x_NxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
     return x_NxI @ w_IxO.astype(x_NxI.dtype)
 
 
-def _dense_forward(x_NxI, w_IxO):
+def _plain_dense_forward(x_NxI, w_IxO):
     return dense(x_NxI, w_IxO), (x_NxI, w_IxO)
 
 
-def _dense_backward(saved, dy_NxO):
+def _plain_dense_backward(saved, dy_NxO):
     x_NxI, w_IxO = saved
     dx_NxI = lax.dot_general(dy_NxO, w_IxO.astype(dy_NxO.dtype), (((1,), (1,)), ((), ())))
     return dx_NxI, _cast_product(x_NxI, dy_NxO, ((0,), (0,))).astype(w_IxO.dtype)
 
 
-dense.defvjp(_dense_forward, _dense_backward)
+dense.defvjp(_plain_dense_forward, _plain_dense_backward)
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float):
