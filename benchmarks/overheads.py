@@ -64,7 +64,7 @@ def unable(label: str, config, devices: list) -> str | None:
     from lmscale_jax.model import fp8
 
     if label == "fp8":
-        matmul = fp8.choose_fp8(config.model, devices[0].platform)
+        matmul = fp8.choose_fp8(config.model, devices[0].platform, devices[0])
         if matmul.product is None:
             return f"not here: {matmul.description}"
     if label == A_CORE and (machine.accelerated() or len(devices) == 1):

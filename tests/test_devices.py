@@ -8,6 +8,10 @@ import pytest
 from conftest import finish, record
 from jax.sharding import PartitionSpec as P
 
+from lmscale_jax.config.resolve import resolve
+from lmscale_jax.configs import base
+from lmscale_jax.model import build, param
+from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.sharding import AXES, partition
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -76,10 +80,6 @@ def test_eight_devices_train_alike(train, single, tmp_path, grid):
 
 def test_parameters_are_split_as_annotated():
     """From the sizes of a mesh alone, without devices."""
-    from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.configs import base
-    from lmscale_jax.model import build, param
-
     config = base.get_config()
     config.model.head, config.model.value_embeddings = "untied", 2
     model = build.build_model(resolve(config, 50257), platform="cpu")
@@ -93,3 +93,44 @@ def test_parameters_are_split_as_annotated():
     assert partitions["embed/tokens"] == P(None, "fsdp")
     assert partitions["embed/values"] == P(None, None, "tensor", "fsdp")
     assert partitions["readout/weight"] == P("fsdp", None)
+
+
+class Described:
+    """A device that is not here, as far as a mesh asks."""
+
+    client = None
+
+    def __init__(self, platform: str, index: int, host: int):
+        self.platform, self.device_kind = platform, f"a {platform}"
+        self.id, self.process_index = index, host
+        self.coords, self.core_on_chip = (index % 4, index // 4, 0), 0
+
+
+@pytest.mark.parametrize(
+    ("platform", "hosts", "changes", "axis"),
+    [
+        ("gpu", 1, {}, "fsdp"),
+        ("tpu", 1, {}, "fsdp"),
+        ("cpu", 1, {}, "data"),
+        ("gpu", 2, {}, "data"),
+        ("gpu", 1, {"data": 8}, "data"),
+        ("gpu", 1, {"tensor": 8, "data": 1}, "tensor"),
+        ("gpu", 1, {"data": 1, "replica": -1}, "replica"),
+    ],
+)
+def test_devices_go_to_fsdp_by_default_on_one_node_of_accelerators(platform, hosts, changes, axis):
+    config = base.get_config()
+    config.mesh.update(changes)
+    devices = [Described(platform, i, i // (8 // hosts)) for i in range(8)]
+    mesh = meshes.make_mesh(config, devices)
+    assert dict(mesh.shape) == dict.fromkeys(AXES, 1) | {axis: 8}
+    resolved = resolve(config, 64)
+    choices = build.build_model(resolved, platform=platform, mesh=mesh).choices
+    line = "fsdp: default on one node of accelerators; mesh.data=8 splits the batch alone"
+    assert choices.get("mesh") == (line if axis == "fsdp" else None)
+
+
+def test_one_accelerator_has_nothing_to_split():
+    mesh = meshes.make_mesh(base.get_config(), [Described("gpu", 0, 0)])
+    assert set(mesh.shape.values()) == {1}
+    assert meshes.describe_mesh(base.get_config(), mesh) == {}

@@ -161,6 +161,8 @@ def test_the_command_explains_a_named_config():
     status, out, err = run("main", *arguments)
     assert (status, err) == (0, "")
     assert line_of(out, "total").split()[1] == "119,947,008"
+    assert "replica 1, data 1, fsdp 8, sequence 1, tensor 1: 8 gpu device(s)" in out
+    assert "\n  mesh        fsdp: default on one node of accelerators; mesh.data=8 splits" in out
 
 
 # Explains a config in a process without compilers for other chips.

@@ -9,8 +9,9 @@ from ml_dtypes import float8_e4m3fn, float8_e5m2
 from test_model import make
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.model import build, fp8, kernels
-from lmscale_jax.model.sharding import ShardingContext
+from lmscale_jax.model import build, flops, fp8, kernels
+from lmscale_jax.model.sharding import AXES, ShardingContext
+from lmscale_jax.train import aot
 
 
 def context_of(length: int, segments=None, window=None):
@@ -119,3 +120,16 @@ def test_a_gradient_of_zero_stays_zero():
 def test_without_float8_it_says_so():
     model = make(matmul="fp8")[1]
     assert model.choices["matmul"] == "float32, not fp8: no float8 products on cpu"
+
+
+@pytest.mark.parametrize(
+    ("chip", "wanted"),
+    [
+        ("H100", "fp8, current scaling"),
+        ("A100", "float32, not fp8: compute capability 8.0 is below 8.9"),
+    ],
+)
+def test_float8_is_chosen_for_the_mesh_not_for_this_machine(chip, wanted):
+    mesh = aot.MeshSizes(dict.fromkeys(AXES, 1), flops.CHIPS[chip])
+    model = build.build_model(make(matmul="fp8")[0], platform="gpu", mesh=mesh)
+    assert model.choices["matmul"] == wanted

@@ -1,5 +1,6 @@
 """What eight simulated devices say to each other, what each holds, and what opens on which mesh."""
 
+import importlib.util
 import json
 import math
 import re
@@ -156,3 +157,99 @@ def test_a_checkpoint_opens_on_another_mesh(tmp_path):
     names = ["adamw", "sgd", "lion", "muon", "normuon"]
     done = [line.split() for line in simulated.run(MOVE, [grids, names]).splitlines()]
     assert [line[0] for line in done] == names and all(line[2] == "3" for line in done)
+
+
+STAND_IN = """
+from jax.experimental.custom_partitioning import custom_partitioning
+from lmscale_jax.model import kernels
+from lmscale_jax.train import aot
+
+passed = custom_partitioning(lambda x: x * 1)
+passed.def_partition(
+    infer_sharding_from_operands=lambda mesh, shapes, result: shapes[0].sharding,
+    partition=lambda mesh, shapes, result: (
+        mesh, lambda x: x * 1, result.sharding, (shapes[0].sharding,)
+    ),
+    sharding_rule="... -> ...",
+)
+through = jax.custom_vjp(passed)
+through.defvjp(lambda x: (passed(x), None), lambda _, dy: (passed(dy),))
+plain = kernels.KERNELS["plain"]
+
+
+def attend(q, k, v, context):
+    return through(plain.attend(through(q), k, v, context))
+
+
+stand_in = kernels.KERNELS["cudnn"]._replace(attend=attend, unable=None)
+counts = []
+for changes in argument:
+    texts = []
+    for kernels.KERNELS["plain"] in (plain, stand_in):
+        config, grid, model, *_ = setup(changes)
+        texts.append(aot.lower_step(config, model, grid).as_text())
+    # In a program of all devices such an operation is left for XLA's partitioner to call back.
+    assert "CustomSPMDPartitioning" not in texts[1], changes
+    kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
+    counts.append([[text.count(f"stablehlo.{kind}") for kind in kinds] for text in texts])
+print(json.dumps(counts))
+"""
+MESHES = [
+    {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"sequence": 8}, {"replica": 8},
+    {"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 4}, {"data": 2, "sequence": 4},
+    {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "sequence": 2, "tensor": 2},
+]  # fmt: skip
+
+
+def test_a_kernel_that_partitions_itself_lowers_on_every_mesh(tmp_path):
+    """As cuDNN's attention, which needs a GPU: JAX lowers such operations only in a program of one
+    mesh, and cuDNN's only where all its axes are local."""
+    base = SIZES | {"model.n_layers": 1, "model.attention": "plain", "data.cache": str(tmp_path)}
+    grids = [base | {f"mesh.{axis}": n for axis, n in grid.items()} for grid in MESHES]
+    for grid, (plain, stand_in) in zip(
+        MESHES, json.loads(simulated.run(STAND_IN, grids)), strict=True
+    ):
+        assert stand_in == plain and sum(plain) > 0, grid
+
+
+DESCRIBED_GPUS = """
+from lmscale_jax.train import aot
+
+jax.config.update("jax_platforms", "cpu")
+devices = aot.parse_topology("H100:8").devices()
+programs = []
+for changes in argument:
+    config = base.get_config()
+    config.update_from_flattened_dict(changes)
+    config = resolve(config, 64)
+    grid = meshes.make_mesh(config, devices)
+    model = build_model(config, platform=devices[0].platform, mesh=grid)
+    assert model.choices["attention"].startswith("cudnn"), model.choices
+    # There is no device to try several forms of a kernel on.
+    options = {"xla_gpu_autotune_level": 0}
+    programs.append(aot.lower_step(config, model, grid).compile(options).as_text())
+print(json.dumps(programs))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax_cuda13_plugin, which compiles for GPUs without one, is not installed",
+)
+def test_attention_of_cudnn_compiles_for_eight_gpus(tmp_path):
+    """A step for eight described H100, none of which is here, and what the devices say in it."""
+    base = SIZES | {
+        "mesh.cpu_devices": 0, "model.dtype": "bfloat16", "model.attention": "auto",
+        "model.n_layers": 2, "data.cache": str(tmp_path),
+    }  # fmt: skip
+    fsdp = {"all-gather", "reduce-scatter", "all-reduce"}
+    kinds = [
+        ({"fsdp": 8}, fsdp), ({"data": 8}, {"all-reduce"}), ({"fsdp": 4, "tensor": 2}, fsdp)
+    ]  # fmt: skip
+    changes = [base | {f"mesh.{axis}": n for axis, n in grid.items()} for grid, _ in kinds]
+    texts = json.loads(simulated.run(DESCRIBED_GPUS, changes))
+    for (grid, wanted), text in zip(kinds, texts, strict=True):
+        calls = re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax(Backward)?"', text)
+        assert set(calls) == {"", "Backward"}, grid
+        assert set(collectives(text)) == wanted, grid

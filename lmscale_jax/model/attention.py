@@ -29,7 +29,7 @@ class Attention(nnx.Module):
     def __init__(self, model, kernel: str):
         width, size = {"embed": model.d_model}, model.head_dim
         self.heads, self.kv_heads, self.size = model.n_heads, model.n_kv_heads, size
-        self.kernel = shard_kernel(KERNELS[kernel].attend)
+        self.kernel = shard_kernel(KERNELS[kernel])
         kv_heads = {"kv_heads": model.n_kv_heads, "head_dim": size}
         self.query = Dense(width, {"heads": model.n_heads, "head_dim": size}, model.bias)
         self.key = Dense(width, kv_heads, model.bias)

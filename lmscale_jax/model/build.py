@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from lmscale_jax.config.key import TABLES, Modes
 from lmscale_jax.model import (
@@ -25,6 +26,7 @@ from lmscale_jax.model import (
 )
 from lmscale_jax.model.context import DTYPES, ForwardContext
 from lmscale_jax.model.loss import token_losses
+from lmscale_jax.model.mesh import describe_mesh
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.model.stack import STACKS, run_blocks
 from lmscale_jax.model.transformer import HEADS, Block, Embed, Readout
@@ -76,7 +78,7 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     base_specs = _declare(parametrization.base_model(config), kernel)[1]
     param_rules = parametrization.param_rules(specs, base_specs, config)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
-    fixed, head = model_context(config, platform, sharding), HEADS[model.head]
+    fixed, head = model_context(config, platform, sharding, mesh), HEADS[model.head]
     unsharded = fixed.replace(sharding=ShardingContext())
     begin = functools.partial(_begin, defs=defs, config=config, bos_id=bos_id)
     run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
@@ -111,7 +113,7 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
         return stored | {"logits": keep("logits", z_NxV)}
 
     choices = {"attention": f"{kernel}: {why}", "blocks": stack, "remat": model.remat}
-    choices |= _descriptions(config, specs, platform)
+    choices |= _descriptions(config, specs, platform, mesh)
     init = functools.partial(_init, specs, param_rules)
     return Model(specs, param_rules, init, logits, losses, taps, choices)
 
@@ -138,10 +140,11 @@ def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id,
     return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)
 
 
-def _descriptions(config, specs: dict, platform: str) -> dict[str, str]:
-    matmul = fp8.choose_fp8(config.model, platform).description
+def _descriptions(config, specs: dict, platform: str, mesh) -> dict[str, str]:
+    matmul = fp8.choose_fp8(config.model, platform, _first_device(mesh)).description
     return (
         ({"matmul": matmul} if matmul else {})
+        | ({} if mesh is None else describe_mesh(config, mesh))
         | attention.describe_gate(config.model, specs)
         | skip_connections.describe_skips(config)
     )
@@ -212,15 +215,28 @@ def _init(specs: dict, param_rules: dict[str, parametrization.ParamRule], key: j
     return param.map_named(draw, specs)
 
 
-def model_context(config, platform: str, sharding: ShardingContext) -> ForwardContext:
-    """Returns the context that all forward passes of a model share."""
+def model_context(
+    config, platform: str, sharding: ShardingContext, mesh: Mesh | None = None
+) -> ForwardContext:
+    """Returns the context that all forward passes of a model share.
+
+    Args:
+      config: resolved.
+      platform: JAX's name of the platform that runs the model.
+      sharding: how arrays are split over the mesh.
+      mesh: of the devices that run the model, which may only be described; None: those here.
+    """
     ops = primitives.SETS["cpu" if platform == "cpu" else "plain"]
     return ForwardContext(
         ops=ops,
-        product=fp8.choose_fp8(config.model, platform).product or ops.dense,
+        product=fp8.choose_fp8(config.model, platform, _first_device(mesh)).product or ops.dense,
         sharding=sharding,
         dtype=DTYPES[config.model.dtype],
         scales=parametrization.forward_scales(config),
         window_block=config.model.window_block,
         dropout_rate=config.model.dropout,
     )
+
+
+def _first_device(mesh: Mesh | None):
+    return None if mesh is None else mesh.devices.flat[0]

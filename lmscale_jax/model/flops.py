@@ -125,6 +125,7 @@ class Chip(NamedTuple):
       domain: chips that such links connect: a node of GPUs, a pod of TPUs.
       network: bytes a second and chip between domains, in one direction.
       host: chips per host.
+      capability: CUDA compute capability, as JAX's devices report it; "0" for other chips.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Chip(NamedTuple):
     domain: int
     network: float
     host: int
+    capability: str = "0"
 
     @property
     def peak(self) -> float:
@@ -147,22 +149,23 @@ class Chip(NamedTuple):
 # GPUs: NVIDIA's data sheets of the chip (memory, its bandwidth; NVLink, which they give for both
 # directions together, so halved here) and of the DGX with eight of them (one network port of
 # ConnectX for each GPU, in bits). TPUs: the page of each version in Google's Cloud TPU
-# documentation ("System architecture"); its inter-chip bandwidth is for both directions.
+# documentation ("System architecture"); its inter-chip bandwidth is for both directions. Compute
+# capability: NVIDIA's list of "CUDA GPUs".
 CHIPS = {
     chip.name: chip
     for chip in (
         # H100 data sheet, SXM: 80 GB, 3.35 TB/s, NVLink 900 GB/s. DGX H100: 400 Gb/s a GPU.
         Chip("H100", "NVIDIA H100 80GB HBM3", r"H100 80GB HBM3", "gpu",
-             80 * GB, 3.35 * TB, 450 * GB, 8, 50 * GB, 8),
+             80 * GB, 3.35 * TB, 450 * GB, 8, 50 * GB, 8, "9.0"),
         # H200 data sheet, SXM: 141 GB, 4.8 TB/s, NVLink 900 GB/s. DGX H200: 400 Gb/s a GPU.
         Chip("H200", "NVIDIA H200", r"\bH200\b", "gpu",
-             141 * GB, 4.8 * TB, 450 * GB, 8, 50 * GB, 8),
+             141 * GB, 4.8 * TB, 450 * GB, 8, 50 * GB, 8, "9.0"),
         # DGX B200 data sheet: 1,440 GB and 64 TB/s for eight, NVLink 14.4 TB/s for eight, 400 Gb/s.
         Chip("B200", "NVIDIA B200", r"\bB200\b", "gpu",
-             180 * GB, 8 * TB, 900 * GB, 8, 50 * GB, 8),
+             180 * GB, 8 * TB, 900 * GB, 8, 50 * GB, 8, "10.0"),
         # A100 80GB data sheet, SXM: 2,039 GB/s, NVLink 600 GB/s. DGX A100: 200 Gb/s.
         Chip("A100", "NVIDIA A100-SXM4-80GB", r"A100-SXM4-80GB", "gpu",
-             80 * GB, 2.039 * TB, 300 * GB, 8, 25 * GB, 8),
+             80 * GB, 2.039 * TB, 300 * GB, 8, 25 * GB, 8, "8.0"),
         # "TPU v5e": 16 GB, 819 GB/s, links 400 GB/s, pods of 256 with 6.4 Tb/s outwards.
         Chip("v5e", "TPU v5 lite", r"TPU v5( lite|e)", "tpu",
              16 * GIB, 819 * GB, 200 * GB, 256, 6400 / 256 / 8 * GB, 8),

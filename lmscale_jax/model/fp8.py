@@ -74,23 +74,23 @@ class Matmul(NamedTuple):
     description: str
 
 
-def _fp8_if_supported(model, platform: str) -> Matmul:
+def _fp8_if_supported(model, platform: str, device) -> Matmul:
     if platform not in ("gpu", "cuda"):
         return Matmul(None, f"{model.dtype}, not fp8: no float8 products on {platform}")
-    capability = str(getattr(jax.devices()[0], "compute_capability", "0"))
+    capability = str(getattr(device or jax.devices()[0], "compute_capability", "0"))
     if float(capability) < LEAST_CAPABILITY:
         reason = f"compute capability {capability} is below {LEAST_CAPABILITY}"
         return Matmul(None, f"{model.dtype}, not fp8: {reason}")
     return Matmul(fp8_dense, "fp8, current scaling")
 
 
-# (model, platform) -> Matmul.
+# (model, platform, device) -> Matmul.
 MATMULS = Modes(
     "model.matmul",
-    {"dtype": lambda model, platform: Matmul(None, ""), "fp8": _fp8_if_supported},
+    {"dtype": lambda model, platform, device: Matmul(None, ""), "fp8": _fp8_if_supported},
 )
 
 
-def choose_fp8(model, platform: str) -> Matmul:
-    """Returns the product of model.matmul on a platform."""
-    return MATMULS[model.matmul](model, platform)
+def choose_fp8(model, platform: str, device=None) -> Matmul:
+    """Returns the product of model.matmul on a platform's `device`; None: the first one here."""
+    return MATMULS[model.matmul](model, platform, device)

@@ -98,8 +98,26 @@ def splash(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext, interpret: 
     return o_BxHxTxd.transpose(0, 2, 1, 3).astype(q_BxTxHxd.dtype)
 
 
-def shard_kernel(kernel):
-    """Wraps a kernel so that each device runs it on its rows and heads.
+class Kernel(NamedTuple):
+    """An attention kernel.
+
+    Attributes:
+      attend: (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context) -> o_BxTxHxd.
+      unsupported: (config, platform) -> the setting that it does not support, or None; None for a
+        kernel that supports everything.
+      keeps_probabilities: stores them for the backward pass; others recompute them.
+      partitions_itself: its lowering asks how each operand is split over the mesh, which JAX cannot
+        answer where some axes are local (manual) and others are not.
+    """
+
+    attend: Callable
+    unsupported: Callable | None = None
+    keeps_probabilities: bool = True
+    partitions_itself: bool = False
+
+
+def shard_kernel(kernel: Kernel) -> Callable:
+    """Wraps a kernel's `attend` so that each device runs it on its rows and heads.
 
     If `sequence` splits rows, a device has a part of the queries; keys and values are gathered.
     """
@@ -108,7 +126,7 @@ def shard_kernel(kernel):
         sharding = context.sharding
         # Dropout masks must not depend on the mesh, so the partitioner handles their draws.
         if sharding.mesh is None or (context.dropout_rate and context.key is not None):
-            return kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context)
+            return kernel.attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context)
         (H, K), t = (q_BxTxHxd.shape[2], k_BxTxKxd.shape[2]), sharding.size("tensor")
         if H % t == 0 and K % t:
             k_BxTxKxd, v_BxTxKxd = (jnp.repeat(x, H // K, axis=2) for x in (k_BxTxKxd, v_BxTxKxd))
@@ -126,13 +144,15 @@ def shard_kernel(kernel):
             local_context = on_device.replace(
                 batch=B, length=T, first=first, segments_BxT=segments_BxT, window=window
             )
-            return kernel(q, k, v, local_context)
+            return kernel.attend(q, k, v, local_context)
 
         # A fixed window remains a Python int, which some kernels need.
         window, segments = context.window, P(ROWS, None)
         if not isinstance(window, jax.Array):
             local, window = functools.partial(_with_window, local, window), None
-        run_local = sharding.shard(local, (layout, layout, layout, segments, P()), layout)
+        axes = sharding.mesh.axis_names if kernel.partitions_itself else None
+        layouts = (layout, layout, layout, segments, P())
+        run_local = sharding.shard(local, layouts, layout, axes)
         return run_local(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context.segments_BxT, window)
 
     return run
@@ -140,21 +160,6 @@ def shard_kernel(kernel):
 
 def _with_window(local, window, q, k, v, segments_BxT, _):
     return local(q, k, v, segments_BxT, window)
-
-
-class Kernel(NamedTuple):
-    """An attention kernel.
-
-    Attributes:
-      attend: (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context) -> o_BxTxHxd.
-      unsupported: (config, platform) -> the setting that it does not support, or None; None for a
-        kernel that supports everything.
-      keeps_probabilities: stores them for the backward pass; others recompute them.
-    """
-
-    attend: Callable
-    unsupported: Callable | None = None
-    keeps_probabilities: bool = True
 
 
 def _unsupported_by_cudnn(config, platform: str) -> str | None:
@@ -185,7 +190,9 @@ KERNELS = {
     "plain": Kernel(_head_major(_plain_attention)),
     "saved": Kernel(_head_major(_keeping_probabilities)),
     "xla": Kernel(_xla),
-    "cudnn": Kernel(_cudnn, _unsupported_by_cudnn, keeps_probabilities=False),
+    "cudnn": Kernel(
+        _cudnn, _unsupported_by_cudnn, keeps_probabilities=False, partitions_itself=True
+    ),
     "splash": Kernel(splash, _unsupported_by_splash, keeps_probabilities=False),
 }
 

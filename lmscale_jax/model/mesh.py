@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmscale_jax.config.keys import is_used
+from lmscale_jax.config.keys import SPEC, is_used
 from lmscale_jax.data.prepare import cache_root
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import map_named, named
@@ -78,7 +78,7 @@ def make_mesh(config, devices: list | None = None) -> Mesh:
     divide the batch.
     """
     devices = list(jax.devices()) if devices is None else list(devices)
-    sizes = mesh_shape(config, len(devices))
+    sizes = mesh_shape(config, len(devices), devices[0].platform, count_hosts(devices))
     # Only `replica` crosses the slow network between slices.
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     types = (AxisType.Auto,) * len(AXES)
@@ -97,9 +97,20 @@ def make_mesh(config, devices: list | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
-def mesh_shape(config, count: int) -> dict[str, int]:
-    """Returns the size of each mesh axis over `count` devices. Raises InputError as `make_mesh`."""
+def count_hosts(devices: list) -> int:
+    """Returns how many processes hold these devices: one for each host, or for less of it."""
+    return len({device.process_index for device in devices})
+
+
+def mesh_shape(config, count: int, platform: str, hosts: int) -> dict[str, int]:
+    """Returns the size of each mesh axis over `count` devices of a platform on that many hosts.
+
+    Raises InputError as `make_mesh` does.
+    """
     sizes = {name: config.mesh[name] for name in AXES}
+    if _is_default(config) and platform != "cpu" and hosts == 1:
+        # Scattered sums of gradients hide behind products where whole ones would be waited for.
+        sizes |= {"data": 1, "fsdp": -1}
     fixed = math.prod(size for size in sizes.values() if size > 0)
     free = [name for name, size in sizes.items() if size == -1]
     if 0 in sizes.values():
@@ -118,6 +129,23 @@ def mesh_shape(config, count: int) -> dict[str, int]:
         )
     _check_batch(config, sizes)
     return sizes
+
+
+def _is_default(config) -> bool:
+    """Whether a config leaves every axis of the mesh as it is."""
+    spec = SPEC["mesh"]
+    return all(config.mesh[name] == spec[name].default for name in AXES)
+
+
+def describe_mesh(config, mesh: Mesh) -> dict[str, str]:
+    """Returns the line of --explain and run.json where the devices were not asked for axis by
+    axis and did not go to `data`."""
+    if not _is_default(config) or mesh.shape["fsdp"] == 1:
+        return {}
+    return {
+        "mesh": f"fsdp: default on one node of accelerators; mesh.data={mesh.size} splits the "
+        f"batch alone"
+    }
 
 
 def _check_batch(config, sizes: dict[str, int]) -> None:

@@ -4,7 +4,8 @@ Tokens are flat, N = B*T, sequence-major; attention is flat in heads, B*H with B
 product has one contracting dimension: with [B, T, D] activations XLA's CPU backend makes transposed
 copies for the weight gradients, at twice the step time.
 
-`plain` defines every primitive and leaves derivatives to JAX. `cpu` computes the same values, with
+`plain` defines every primitive and leaves derivatives to JAX, except the type of a weight's
+gradient. `cpu` computes the same values, with
 custom backward rules where measurements favour them (docs/performance.md): they do not store what
 one pass recomputes, and they arrange weight gradients for XLA's fast kernels. All are pure
 functions of arrays and work under jit, vmap, scan, checkpoint and sharding; the CPU rules have
@@ -35,12 +36,27 @@ class Primitives(NamedTuple):
 # --- Plain definitions --------------------------------------------------------------------------
 
 
+@jax.custom_vjp
 def dense(x_NxI: jax.Array, w_IxO: jax.Array) -> jax.Array:
     """Computes x w, [N, O], in x's type with w cast to it; sums are float32.
 
-    The gradient of w has w's type; here it is rounded to x's type on the way.
+    The gradient of w is float32 before it gets w's type. JAX would round it to x's type on the way,
+    once for each micro-batch that is added up.
     """
     return x_NxI @ w_IxO.astype(x_NxI.dtype)
+
+
+def _plain_dense_forward(x_NxI, w_IxO):
+    return dense(x_NxI, w_IxO), (x_NxI, w_IxO)
+
+
+def _plain_dense_backward(saved, dy_NxO):
+    x_NxI, w_IxO = saved
+    dx_NxI = lax.dot_general(dy_NxO, w_IxO.astype(dy_NxO.dtype), (((1,), (1,)), ((), ())))
+    return dx_NxI, _cast_product(x_NxI, dy_NxO, ((0,), (0,))).astype(w_IxO.dtype)
+
+
+dense.defvjp(_plain_dense_forward, _plain_dense_backward)
 
 
 def layer_norm(x_NxD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float):
@@ -153,15 +169,15 @@ def _iota(shape: tuple[int, ...], axis: int):
     return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-# --- Rules for CPU ------------------------------------------------------------------------------
-
-
 def _cast_product(a, b, contract: tuple, batch: tuple = ((), ())):
     """Multiplies operands of one type, with float32 sums and result.
 
     XLA's CPU kernels for bfloat16 are several times faster with a float32 result.
     """
     return lax.dot_general(a, b, (contract, batch), preferred_element_type=FLOAT)
+
+
+# --- Rules for CPU ------------------------------------------------------------------------------
 
 
 def _transposed_product(a_BxNxI, b_BxNxO):
@@ -188,7 +204,7 @@ def _transposed_product(a_BxNxI, b_BxNxO):
 
 @jax.custom_vjp
 def _cpu_dense(x_NxI, w_IxO):
-    """Computes `dense`; the gradient of w is float32 before it is cast to w's type."""
+    """Computes `dense`; the gradient of w in a form that the fast CPU kernels take."""
     w_IxO, contract = w_IxO.astype(x_NxI.dtype), (((1,), (0,)), ((), ()))
     return lax.dot_general(x_NxI, w_IxO, contract, preferred_element_type=FLOAT).astype(x_NxI.dtype)
 

@@ -13,13 +13,13 @@ collectives.
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lmscale_jax.model.param import Spec
@@ -29,7 +29,6 @@ AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 ROWS = ("replica", "data", "fsdp")
 TOKENS = ("sequence", *ROWS)
 BATCH = P(ROWS, "sequence")
-_AUTO = (AxisType.Auto,) * len(AXES)
 
 # (named axis of a parameter, the mesh axis that splits it), the more important first.
 RULES = (
@@ -133,24 +132,30 @@ class ShardingContext(NamedTuple):
 
         return self.shard(local, (stream, P(*parts)), stream)(h_BxTxD, table_PxD)
 
-    def shard(self, function: Callable, ins, outs) -> Callable:
+    def shard(self, function: Callable, ins, outs, axes: Collection[str] | None = None) -> Callable:
         """Maps a function, which may use collectives, over the devices' parts of its arguments.
 
-        Axes of size 1 are omitted: collectives over them would be programs that do nothing.
+        Every program has this one mesh: JAX refuses to lower kernels that partition themselves,
+        such as cuDNN's, if it finds two.
+
+        Args:
+          function: of local arrays.
+          ins, outs: PartitionSpecs of the arguments and of the results.
+          axes: mesh axes along which arrays are local; None: those of size above 1. Collectives
+            over the others would be programs that do nothing.
         """
-        used = {name: size for name, size in self.mesh.shape.items() if size > 1}
-        mesh = Mesh(
-            self.mesh.devices.reshape(tuple(used.values())),
-            tuple(used),
-            axis_types=_AUTO[: len(used)],
-        )
+        if axes is None:
+            axes = [name for name, size in self.mesh.shape.items() if size > 1]
 
         def layout(spec: P) -> P:
             names = [(part,) if isinstance(part, str) else part or () for part in spec]
-            return P(*(tuple(n for n in axes if n in used) or None for axes in names))
+            return P(*(tuple(n for n in group if n in axes) or None for group in names))
 
         ins, outs = jax.tree.map(layout, (ins, outs), is_leaf=lambda x: isinstance(x, P))
-        return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=ins, out_specs=outs, axis_names=set(axes),
+            check_vma=False,
+        )  # fmt: skip
 
 
 def gathered(w: jax.Array, parts: tuple) -> jax.Array:

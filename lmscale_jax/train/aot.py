@@ -18,6 +18,7 @@ from lmscale_jax.config.durations import tokens_per_step
 from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, costs, flops, memory
+from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
@@ -90,8 +91,19 @@ class MeshSizes(NamedTuple):
     @property
     def devices(self) -> np.ndarray:
         """An array of one entry: `devices.flat[0]` has the attributes of every device."""
-        device = types.SimpleNamespace(platform=self.chip.platform, device_kind=self.chip.kind)
+        device = types.SimpleNamespace(
+            platform=self.chip.platform,
+            device_kind=self.chip.kind,
+            compute_capability=self.chip.capability,
+        )
         return np.array([device], dtype=object)
+
+
+def mesh_sizes(config, chips: Topology, devices: list | None) -> MeshSizes:
+    """Returns the mesh of a config over chips, of which JAX's `devices` may know more."""
+    hosts = meshes.count_hosts(devices) if devices else -(-chips.count // chips.chip.host)
+    shape = meshes.mesh_shape(config, chips.count, chips.chip.platform, hosts)
+    return MeshSizes(shape, chips.chip)
 
 
 def parse_topology(name: str) -> Topology:

@@ -19,7 +19,7 @@ from lmscale_jax.config.resolve import derived, validate
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, flops
-from lmscale_jax.model.mesh import make_mesh, mesh_shape, param_splits, start_jax
+from lmscale_jax.model.mesh import make_mesh, param_splits, start_jax
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
@@ -68,7 +68,7 @@ def explain(
         # This machine's devices may be busy, and are not used.
         jax.config.update("jax_platforms", "cpu")
         devices = chips.devices() if chips.is_compiled_for else None
-        mesh = aot.MeshSizes(mesh_shape(resolved, chips.count), chips.chip)
+        mesh = aot.mesh_sizes(resolved, chips, devices)
     else:
         start_jax(resolved)
         devices, mesh = None, make_mesh(resolved)
