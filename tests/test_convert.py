@@ -136,7 +136,7 @@ def test_what_transformers_does_not_have_is_refused_by_name():
 def test_a_directory_in_use_is_left_alone(written):
     directory, params = written("gpt2")
     before = (directory / hf.WEIGHTS).read_bytes()
-    with pytest.raises(InputError, match="is not empty; name a new directory"):
+    with pytest.raises(InputError, match="is not empty; use a new directory"):
         hf.write_hf(directory, resolved(**GPT2), params)
     assert (directory / hf.WEIGHTS).read_bytes() == before
 

@@ -130,7 +130,7 @@ def test_time_follows_the_peak_of_a_known_chip(small, monkeypatch):
     config = resolve(small(), 256)
     model = build.build_model(config, platform="cpu")
     mesh = make_mesh(config)
-    monkeypatch.setattr(explain.flops, "peak", lambda kind, dtype: 1e12)
+    monkeypatch.setattr(explain.flops, "peak_flops", lambda kind, dtype: 1e12)
     total = explain.flops.flops_per_token(config, model.specs)["model"] * 12 * 8 * 32
     seconds, basis = explain.estimate_seconds(config, model, mesh)
     assert seconds == pytest.approx(total / (1e12 * explain.EFFICIENCY))

@@ -70,7 +70,7 @@ def test_gates_below_0_are_measured(monkeypatch):
 def test_gates_without_bounds_are_refused(monkeypatch):
     identity = attention.Activation(lambda x: x, -math.inf, math.inf)
     monkeypatch.setitem(attention.ACTIVATIONS, "sigmoid", identity)
-    with pytest.raises(InputError, match="gate_activation='sigmoid' have no bounds"):
+    with pytest.raises(InputError, match="gate_activation='sigmoid', whose gates have no bounds"):
         suites.check_suite(["attention"], make(attn_gate="headwise")[0].model)
 
 

@@ -181,7 +181,7 @@ def attend(q, k, v, context):
     return through(plain.attend(through(q), k, v, context))
 
 
-stand_in = kernels.KERNELS["cudnn"]._replace(attend=attend, unable=None)
+stand_in = kernels.KERNELS["cudnn"]._replace(attend=attend, unsupported=None)
 counts = []
 for changes in argument:
     texts = []
