@@ -2,7 +2,7 @@
 
     python -m benchmarks.fits_reference --data=DIR
 
-DIR contains epoch_chinchilla/, isoflops/ and seed_runs/, as for tests/test_science_reference.py,
+DIR contains epoch_chinchilla/, isoflops/ and seed_runs/, as for tests/test_scaling_reference.py,
 which compares the numbers with the known ones.
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import run
 from synthetic import CHINCHILLA, grid, surface, two_arms
-from test_science_forecast import made_budgets
+from test_scaling_forecast import made_budgets
 
 from lmscale_jax.errors import InputError
 

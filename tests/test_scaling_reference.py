@@ -226,7 +226,7 @@ def test_known_comparisons_of_the_original_runs():
 
 @pytest.mark.slow
 def test_held_out_coverage_over_the_folds():
-    from test_science_forecast import _coverage
+    from test_scaling_forecast import _coverage
 
     tables = [isoflops(name) for name in ISOFLOPS] + [chinchilla()]
     folds = [c for table in tables for c in _coverage(table)]
