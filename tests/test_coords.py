@@ -117,7 +117,7 @@ def test_depths_are_compared_at_the_ends():
         names = [f"blocks/{i}/mlp" for i in range(n_layers)] + ["change/blocks/1/mlp", "final"]
         return {name: name for name in names}
 
-    two, four = (coord_check._ends(tensors(n), n) for n in (2, 4))
+    two, four = (coord_check._stack_ends(tensors(n), n) for n in (2, 4))
     assert two == {"blocks/last/mlp": "blocks/1/mlp", "final": "final",
                    "change/blocks/last/mlp": "change/blocks/1/mlp"}  # fmt: skip
     assert four == {"blocks/last/mlp": "blocks/3/mlp", "final": "final"}

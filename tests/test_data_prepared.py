@@ -302,7 +302,7 @@ def test_a_directory_that_was_tampered_with_is_refused(tmp_path):
         ([""], {}, "no text there"),
         (["one\n"], {"document": "file"}, "data.split=tail or data.document=paragraph"),
         (["one\n"], {}, "documents: 1, characters: 4"),
-        (["o"], {"split": "tail"}, "give more text"),
+        (["o"], {"split": "tail"}, "use more text"),
         (DOCUMENTS, {"tokenizer": "bpe", "vocab_size": 99999}, "is enough"),
     ],
 )
