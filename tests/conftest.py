@@ -44,13 +44,18 @@ VERSIONS = {
 }  # fmt: skip
 
 
+# Files that mostly wait or take longest: started first, they do not keep the others waiting.
+FIRST = ("test_launch_processes", "test_keys_read", "test_golden")
+
+
 def pytest_collection_modifyitems(items):
-    """Marks the tests of VERSIONS."""
+    """Marks the tests of VERSIONS, and begins with the longest files."""
     absent = [name for name in VERSIONS if not (ROOT / "tests" / f"{name}.py").exists()]
     assert not absent, f"tests/conftest.py names files that are not there: {absent}"
     for item in items:
         if item.path.stem in VERSIONS:
             item.add_marker(pytest.mark.versions)
+    items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 @pytest.fixture(scope="session")
