@@ -176,7 +176,7 @@ def test_a_process_that_hangs_ends_the_others(settings, tmp_path):
     assert status == 1, err
     assert "process 0 on " in err and "has been silent for 6 s; the run ends here" in err
     # Before that the watchdog has shown where the step stands.
-    assert "no step has finished since step" in err and "in loop" in err
+    assert "no step has finished since step" in err and "in train_steps" in err
 
 
 def test_processes_that_do_not_come_are_named(settings, tmp_path):
