@@ -232,7 +232,7 @@ changes, folder, port, index = argument
 config = base.get_config()
 config.update_from_flattened_dict(changes)
 config = resolve(config, 64)
-meshes.start_jax(config)
+start_jax(config)
 
 
 def resident(name):
