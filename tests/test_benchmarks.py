@@ -217,7 +217,7 @@ def test_a_start_has_parts_that_add_up(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is not told")
 def test_more_steps_hold_no_more_memory():
     """The temporaries of a step are given back, or used again by the next."""
-    program = [sys.executable, "-m", "benchmarks.worker_jax", "--shape=2", "--devices=2"]
+    program = [sys.executable, "-m", "benchmarks.worker_jax", "--shape=1", "--devices=2"]
     worker = interleave.Worker("ours", program)
     worker.wait()
 

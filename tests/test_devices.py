@@ -18,9 +18,6 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 GRIDS = {
     "data, in two micro-batches": {"mesh__data": 4, "mesh__cpu_devices": 4, "train__accum": 2},
-    "fsdp": {"mesh__data": 1, "mesh__fsdp": 8},
-    "tensor": {"mesh__data": 2, "mesh__fsdp": 1, "mesh__tensor": 4},
-    "sequence": {"mesh__data": 2, "mesh__sequence": 4},
     "replicas": {"mesh__replica": 2, "mesh__data": 1, "mesh__fsdp": -1},
     "rows and their pieces": {"mesh__data": 1, "mesh__fsdp": 2, "mesh__sequence": 2,
                               "mesh__tensor": 2, "train__accum": 2},
@@ -73,9 +70,11 @@ def test_eight_devices_train_alike(train, single, tmp_path, grid):
     for ours_line, theirs_line in zip(ours, theirs, strict=True):
         assert ours_line.keys() == theirs_line.keys()
         for name, value in ours_line.items():
-            # Norms and spreads of small differences carry more relative rounding than losses.
-            bound = 2e-6 if name in ("train_loss", "val_loss") else 2e-4
-            np.testing.assert_allclose(value, theirs_line[name], rtol=bound, err_msg=name)
+            # Norms and spreads of small differences carry more rounding than losses, and means of
+            # scores nearly cancel.
+            loss = name in ("train_loss", "val_loss")
+            rtol, atol = (2e-6, 0) if loss else (2e-4, 1e-7)
+            np.testing.assert_allclose(value, theirs_line[name], rtol, atol, err_msg=name)
 
 
 def test_parameters_are_split_as_annotated():

@@ -38,7 +38,6 @@ def trained(settings, workdir, **changes):
         # The iteration's part of these is in test_no_collective_inside_newton_schulz.
         pytest.param("muon", "all three", marks=pytest.mark.slow),
         pytest.param("normuon", "fsdp", marks=pytest.mark.slow),
-        pytest.param("muon", "data", marks=pytest.mark.slow),
         pytest.param("muon", "fsdp", marks=pytest.mark.slow),
     ],
 )

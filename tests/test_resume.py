@@ -45,6 +45,36 @@ def same(a: Path, b: Path) -> None:
     assert record(a)["final"] == record(b)["final"]
 
 
+LEFT_BEHIND = """
+import asyncio, sys
+from pathlib import Path
+from lmscale_jax.train.checkpoint import Checkpoints
+Checkpoints(Path(sys.argv[1])).manager
+source = '''
+async def read():
+    try:
+        await asyncio.Future(loop=loop)
+    finally:
+        raise ValueError("cannot read " + __name__)
+'''
+loop = asyncio.new_event_loop()
+for name in ("orbax", "other"):
+    names = {"asyncio": asyncio, "loop": loop, "__name__": name}
+    exec(compile(source, name + "/serialization.py", "exec"), names)
+    names["read"]().send(None)  # dropped while it waits, so closed by Python
+for text in ("Event loop is closed", "other loop"):
+    sys.excepthook(RuntimeError, RuntimeError(text), None)
+"""
+
+
+def test_reads_that_orbax_left_behind_are_not_shown(tmp_path):
+    program = [sys.executable, "-c", LEFT_BEHIND, str(tmp_path)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "cannot read other" in done.stderr and "other loop" in done.stderr
+    assert "orbax" not in done.stderr and "Event loop" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory) -> Path:
     """A run that nobody disturbs."""

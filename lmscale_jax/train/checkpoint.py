@@ -4,7 +4,9 @@ Each holds three items: `params`, `rest` (the other fields of the train state) a
 host remembers, and a checksum of every array). A kill at any moment leaves the earlier ones intact.
 """
 
+import functools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +40,7 @@ class Checkpoints:
         if self._manager is None:
             import orbax.checkpoint as ocp
 
-            # What it logs as an error it also raises, sometimes from several tasks at once.
-            for name in ("absl", "asyncio"):
-                logging.getLogger(name).setLevel(logging.CRITICAL)
+            _silence_errors_raised_twice()
             options = ocp.CheckpointManagerOptions(**self._options, create=True)
             self._manager = ocp.CheckpointManager(self._directory, options=options)
         return self._manager
@@ -187,6 +187,30 @@ class Checkpoints:
     def close(self) -> None:
         if self._manager is not None:
             self._manager.close()
+
+
+@functools.cache
+def _silence_errors_raised_twice() -> None:
+    """Keeps stderr free of what Orbax raises too.
+
+    It logs errors; when one array cannot be read it leaves the reads of the others behind, whose
+    coroutines Python closes, and whose threads call a closed event loop, with tracebacks of their
+    own.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show_ignored, show = sys.unraisablehook, sys.excepthook
+
+    def show_other_ignored(unraisable) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if code is None or "orbax" not in code.co_filename:
+            show_ignored(unraisable)
+
+    def show_other(kind, error, traceback) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            show(kind, error, traceback)
+
+    sys.unraisablehook, sys.excepthook = show_other_ignored, show_other
 
 
 def _split_state(state) -> tuple[dict, dict]:
