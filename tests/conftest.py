@@ -38,8 +38,8 @@ def pytest_configure(config):
 # files make the same calls for other ends, or compute with numpy alone.
 VERSIONS = {
     "test_data_pipeline", "test_data_pretrained", "test_data_tables", "test_data_tokenizers",
-    "test_evals", "test_explain", "test_golden", "test_hf", "test_kernels", "test_model", "test_ops",
-    "test_optim", "test_resume", "test_sharding", "test_train",
+    "test_evals", "test_explain", "test_golden", "test_hf", "test_kernels", "test_model",
+    "test_ops", "test_optim", "test_resume", "test_sharding", "test_train",
 }  # fmt: skip
 
 
