@@ -151,7 +151,7 @@ def main() -> None:
 
     config = config_of({})
     mesh.start_jax(config)
-    data = prepare.prepare_data(config.data, log=print)
+    data = prepare.prepare_data(config.data, config.model.vocab_size)
     ratios = step_ratio(data)
     result = {"machine": machine.facts(None, machine.asked("seeds", "steps")), "arms": {}}
     result["step_time_ratio"] = {

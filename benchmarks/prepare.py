@@ -52,7 +52,7 @@ def ours(path: Path, folder: Path):
     from lmscale_jax.data import prepare
 
     start = time.perf_counter()
-    data = prepare.prepare_data(config_of(path, folder), log=lambda line: None)
+    data = prepare.prepare_data(config_of(path, folder), 0, log=lambda line: None)
     return time.perf_counter() - start, data
 
 

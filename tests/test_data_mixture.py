@@ -64,7 +64,7 @@ def test_one_part_alone_is_the_order_of_the_seed(folders):
 
 
 def test_windows_come_from_both_by_weight(folders):
-    mixed = prepare.prepare_data(data_of(folders, f"{folders / 'low'}=3, {folders / 'high'}=1"))
+    mixed = prepare.prepare_data(data_of(folders, f"{folders / 'low'}=3, {folders / 'high'}=1"), 0)
     batches = TrainBatches(mixed, 16, 10, seed=0)
     high = np.concatenate([(batches.at(t).tokens_BxT >= ord("x")) for t in range(100)])
     high = high & (np.concatenate([batches.at(t).tokens_BxT for t in range(100)]) < 256)
@@ -73,7 +73,9 @@ def test_windows_come_from_both_by_weight(folders):
     assert mixed.val.n_tokens == low.val.n_tokens + other.val.n_tokens
     windows = (low.train.n_tokens - 1) // 16
     assert batches.epochs(100) == pytest.approx(750 / windows)
-    reweighted = prepare.prepare_data(data_of(folders, f"{folders / 'low'}=1,{folders / 'high'}=1"))
+    reweighted = prepare.prepare_data(
+        data_of(folders, f"{folders / 'low'}=1,{folders / 'high'}=1"), 0
+    )
     assert (
         reweighted.fingerprint != mixed.fingerprint
         and reweighted.val_fingerprint == mixed.val_fingerprint
@@ -91,7 +93,7 @@ def test_what_is_no_mixture_is_refused(folders):
         (f"{folders / 'low'},{folders / 'nowhere'}", "not a manifest"),
     ):
         with pytest.raises(InputError, match=message):
-            prepare.prepare_data(data_of(folders, path))
+            prepare.prepare_data(data_of(folders, path), 0)
 
 
 @pytest.mark.slow

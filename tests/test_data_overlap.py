@@ -52,6 +52,6 @@ def test_preparing_reports_it(tmp_path):
     data.source, data.path, data.document = "text", str(tmp_path / "a.txt"), "paragraph"
     data.tokenizer, data.cache, data.overlap = "bytes", str(tmp_path / "cache"), 20
     lines = []
-    data = prepare.prepare_data(data, log=lines.append)
+    data = prepare.prepare_data(data, 0, log=lines.append)
     assert 0.5 < data.manifest["overlap"]["shared"] < 1
     assert any("validation runs of 20 tokens" in line for line in lines)

@@ -13,7 +13,12 @@ import pytest
 
 from lmscale_jax.configs.base import get_config
 from lmscale_jax.data import encode, tokenizers
-from lmscale_jax.data.prepare import prepare_data, prepare_directory, vocab_size_of
+from lmscale_jax.data.prepare import (
+    find_manifest,
+    prepare_data,
+    prepare_directory,
+    vocab_size_of,
+)
 from lmscale_jax.data.shards import ShardWriter
 from lmscale_jax.data.tokenizers import BytePairs
 from lmscale_jax.errors import InputError
@@ -48,7 +53,7 @@ def documents_of(prepared, side):
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_hash_split_loses_and_shares_nothing(tmp_path, tokenizer):
     cfg = lines_config(tmp_path, tokenizer=tokenizer, vocab_size=270)
-    prepared = prepare_data(cfg, log=quiet)
+    prepared = prepare_data(cfg, 0, log=quiet)
     train, val = documents_of(prepared, "train"), documents_of(prepared, "val")
     assert sorted(train + val) == sorted(DOCUMENTS)
     assert 1 <= len(val) <= 40  # 15 are expected
@@ -61,18 +66,18 @@ def test_hash_split_loses_and_shares_nothing(tmp_path, tokenizer):
 
 
 def test_split_depends_neither_on_order_nor_on_other_documents(tmp_path):
-    first = prepare_data(lines_config(tmp_path), log=quiet)
+    first = prepare_data(lines_config(tmp_path), 0, log=quiet)
     shuffled = list(np.random.default_rng(0).permutation(DOCUMENTS))
-    second = prepare_data(lines_config(tmp_path, shuffled), log=quiet)
-    fewer = prepare_data(lines_config(tmp_path, DOCUMENTS[:200]), log=quiet)
+    second = prepare_data(lines_config(tmp_path, shuffled), 0, log=quiet)
+    fewer = prepare_data(lines_config(tmp_path, DOCUMENTS[:200]), 0, log=quiet)
     assert set(documents_of(first, "val")) == set(documents_of(second, "val"))
     assert set(documents_of(fewer, "val")) == set(documents_of(first, "val")) & set(DOCUMENTS[:200])
     assert first.fingerprint != second.fingerprint
 
 
 def test_exact_duplicates_are_dropped_and_counted(tmp_path):
-    once = prepare_data(lines_config(tmp_path), log=quiet)
-    twice = prepare_data(lines_config(tmp_path, DOCUMENTS + DOCUMENTS[50:]), log=quiet)
+    once = prepare_data(lines_config(tmp_path), 0, log=quiet)
+    twice = prepare_data(lines_config(tmp_path, DOCUMENTS + DOCUMENTS[50:]), 0, log=quiet)
     assert twice.manifest["source"]["duplicates_dropped"] == 250
     assert twice.fingerprint == once.fingerprint
     assert twice.val_fingerprint == once.val_fingerprint
@@ -85,7 +90,9 @@ def place(text):
 
 def test_bpe_is_trained_on_the_training_documents_only(tmp_path):
     strange = [text for i in range(1000) if place(text := f"{'zq' * 40}{i}\n") < 0.05]
-    prepared = prepare_data(lines_config(tmp_path, DOCUMENTS + strange, tokenizer="bpe"), log=quiet)
+    prepared = prepare_data(
+        lines_config(tmp_path, DOCUMENTS + strange, tokenizer="bpe"), 0, log=quiet
+    )
     expected = [text for text in DOCUMENTS if place(text) < 0.05] + strange
     assert documents_of(prepared, "val") == expected
     assert "zq" not in prepared.tokenizer.vocab
@@ -98,7 +105,7 @@ def test_tail_split_of_one_text_is_nanogpts(tmp_path, n):
     (tmp_path / "input.txt").write_text(data)
     cfg = config(tmp_path, path=str(tmp_path / "input.txt"), tokenizer="char")
     cfg.update(split="tail", val_fraction=0.1)
-    prepared = prepare_data(cfg, log=quiet)
+    prepared = prepare_data(cfg, 0, log=quiet)
     chars = sorted(set(data))
     train = [chars.index(c) for c in data[: int(n * 0.9)]]
     val = [chars.index(c) for c in data[int(n * 0.9) :]]
@@ -109,7 +116,7 @@ def test_tail_split_of_one_text_is_nanogpts(tmp_path, n):
 
 
 def test_tail_split_cuts_across_documents(tmp_path):
-    prepared = prepare_data(lines_config(tmp_path, split="tail", val_fraction=0.25), log=quiet)
+    prepared = prepare_data(lines_config(tmp_path, split="tail", val_fraction=0.25), 0, log=quiet)
     text = "".join(DOCUMENTS)
     cut = int(len(text) * 0.75)
     assert "".join(documents_of(prepared, "train")) == text[:cut]
@@ -119,15 +126,15 @@ def test_tail_split_cuts_across_documents(tmp_path):
 def test_the_cache_is_reused_until_source_or_settings_change(tmp_path):
     cfg = lines_config(tmp_path)
     lines = []
-    first = prepare_data(cfg, log=lines.append)
+    first = prepare_data(cfg, 0, log=lines.append)
     assert any("prepared in" in line for line in lines)
-    assert prepare_data(cfg, log=pytest.fail).manifest == first.manifest
+    assert prepare_data(cfg, 0, log=pytest.fail).manifest == first.manifest
     cfg.val_fraction = 0.2
     lines.clear()
-    assert prepare_data(cfg, log=lines.append).val.n_tokens > first.val.n_tokens
+    assert prepare_data(cfg, 0, log=lines.append).val.n_tokens > first.val.n_tokens
     assert lines
     lines.clear()
-    prepare_data(lines_config(tmp_path, [*DOCUMENTS, "new\n"]), log=lines.append)
+    prepare_data(lines_config(tmp_path, [*DOCUMENTS, "new\n"]), 0, log=lines.append)
     assert lines
     assert len(shown(tmp_path / "cache")) == 3
 
@@ -146,10 +153,10 @@ def test_the_same_documents_give_the_same_shards_bit_for_bit(tmp_path):
 
 def test_a_damaged_cache_is_made_again(tmp_path):
     cfg = lines_config(tmp_path)
-    first = prepare_data(cfg, log=quiet)
+    first = prepare_data(cfg, 0, log=quiet)
     shard = first.train.paths[0]
     shard.write_bytes(shard.read_bytes()[:-10])
-    again = prepare_data(cfg, log=quiet)
+    again = prepare_data(cfg, 0, log=quiet)
     assert again.train.scan() == again.manifest["splits"]["train"]["fingerprint"]
 
 
@@ -160,7 +167,7 @@ from lmscale_jax.data.prepare import prepare_data
 data = get_config().data
 data.update(source="text", path=sys.argv[1], cache=sys.argv[2], document="line", vocab_size=300)
 print("go", flush=True)
-print(prepare_data(data, log=lambda line: print(line, flush=True)).fingerprint)
+print(prepare_data(data, 0, log=lambda line: print(line, flush=True)).fingerprint)
 """
 
 
@@ -213,18 +220,42 @@ def test_prepare_to_fills_only_an_empty_directory(tmp_path):
 def test_a_prepared_directory_is_a_bin_source(tmp_path):
     shards = prepare_directory(lines_config(tmp_path), tmp_path / "out", log=quiet)
     cfg = config(tmp_path, source="bin", path=str(tmp_path / "out"))
-    data = prepare_data(cfg, log=quiet)
+    data = prepare_data(cfg, 0, log=quiet)
     assert data.fingerprint == shards.fingerprint
     assert data.tokenizer.name == "bytes" and data.vocab_size == vocab_size_of(cfg) == 257
-    bare = prepare_data(
-        config(tmp_path, source="bin", path=f"{tmp_path}/out/*.bin"), 300, log=quiet
-    )
-    assert bare.val_fingerprint == shards.val_fingerprint
-    assert (bare.tokenizer, bare.token_bytes, bare.boundary) == (None, None, None)
-    assert bare.vocab_size == 300
-    cfg.val_path = "x.bin"
-    with pytest.raises(InputError, match=r"leave data\.val_path empty"):
-        prepare_data(cfg, log=quiet)
+    for name, value in (("val_path", "val.bin"), ("document_mark", 256)):
+        with pytest.raises(InputError, match=rf"data\.{name}={value}: .* use data\.{name}=(''|-1)"):
+            prepare_data(
+                config(tmp_path, source="bin", path=str(tmp_path / "out"), **{name: value}), 0
+            )
+
+
+def test_a_glob_of_prepared_shards_finds_their_manifest_or_is_refused(tmp_path):
+    shards = prepare_directory(lines_config(tmp_path), tmp_path / "out", log=quiet)
+    cfg = config(tmp_path, source="bin", path=f"{tmp_path}/out/*.bin")
+    data = prepare_data(cfg, 0, log=quiet)
+    assert data.fingerprint == shards.fingerprint and data.vocab_size == vocab_size_of(cfg) == 257
+    assert (data.tokenizer.name, data.boundary) == ("bytes", 256)
+    assert data.token_bytes is not None and find_manifest(cfg) == shards.manifest
+    write_shard(tmp_path, "web_train", [1, 2, 3])
+    for path, counts in (
+        (f"{tmp_path}/out/train*.bin", "1 of the 2 shards .* 0 other files"),
+        (f"{tmp_path}/out/*.bin,{tmp_path}/web_train*.bin", "2 of the 2 shards .* 1 other files"),
+        (str(tmp_path), "2 of the 2 shards .* 1 other files"),
+    ):
+        with pytest.raises(InputError, match=rf"names {counts}.*use data\.path={tmp_path}/out"):
+            prepare_data(config(tmp_path, source="bin", path=path), 1000, log=quiet)
+
+
+def test_bare_shards_say_their_tokens_and_their_mark(tmp_path):
+    write_shard(tmp_path, "web_train", np.arange(900))
+    write_shard(tmp_path, "web_val", np.arange(50))
+    cfg = config(tmp_path, source="bin", path=f"{tmp_path}/web_*.bin", document_mark=7)
+    assert prepare_data(cfg, 1000, log=quiet).boundary == 7
+    assert find_manifest(cfg)["splits"]["train"]["tokens"] == 900
+    cfg.document_mark = 1000
+    with pytest.raises(InputError, match=r"document_mark=1000 is not below model\.vocab_size=1000"):
+        prepare_data(cfg, 1000, log=quiet)
 
 
 def write_shard(directory, prefix, tokens):
@@ -254,7 +285,7 @@ def test_bad_bin_sources(tmp_path):
     write_shard(tmp_path, "train", [1, 2, 3])
     cfg = config(tmp_path, source="bin", path=str(tmp_path))
     with pytest.raises(InputError, match=r"model\.vocab_size=0: .*for example 50257"):
-        prepare_data(cfg, log=quiet)
+        prepare_data(cfg, 0, log=quiet)
     with pytest.raises(InputError, match=r"set data\.val_path"):
         prepare_data(cfg, 1000, log=quiet)
     cfg.val_path = str(tmp_path / "train_000000.bin")
@@ -277,23 +308,23 @@ def test_a_directory_that_was_tampered_with_is_refused(tmp_path):
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(InputError, match="format 99, not 1"):
-        prepare_data(cfg, log=quiet)
+        prepare_data(cfg, 0, log=quiet)
     manifest["splits"]["train"]["tokens"] += 1
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="train shards are not the manifest's"):
-        prepare_data(cfg, log=quiet)
+        prepare_data(cfg, 0, log=quiet)
     manifest["splits"]["train"]["tokens"] -= 1
     (out / "manifest.json").write_text(json.dumps(manifest))
-    prepare_data(cfg, log=quiet)
+    prepare_data(cfg, 0, log=quiet)
     shard = out / "val_000000.bin"
     body = bytearray(shard.read_bytes())
     body[-2] ^= 1
     shard.write_bytes(body)
     with pytest.raises(InputError, match=r"val_000000\.bin: changed since its manifest"):
-        prepare_data(cfg, log=quiet)
+        prepare_data(cfg, 0, log=quiet)
     (out / "tokenizer.json").write_text('{"name": "char", "characters": "ab"}')
     with pytest.raises(InputError, match=r"tokenizer\.json is not the manifest's"):
-        prepare_data(cfg, log=quiet)
+        prepare_data(cfg, 0, log=quiet)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +339,7 @@ def test_a_directory_that_was_tampered_with_is_refused(tmp_path):
 )
 def test_a_bad_source_is_one_line_and_leaves_nothing(tmp_path, documents, keys, expected):
     with pytest.raises(InputError) as caught:
-        prepare_data(lines_config(tmp_path, documents, **keys), log=quiet)
+        prepare_data(lines_config(tmp_path, documents, **keys), 0, log=quiet)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -325,12 +356,12 @@ def test_a_cache_that_cannot_be_written_names_itself(tmp_path):
     (tmp_path / "file").write_text("in the way")
     cfg.cache = str(tmp_path / "file")
     with pytest.raises(InputError, match=r"cannot be written .*set data\.cache"):
-        prepare_data(cfg, log=quiet)
+        prepare_data(cfg, 0, log=quiet)
 
 
 def test_cache_directory_comes_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LMSCALE_CACHE", str(tmp_path / "elsewhere"))
-    prepare_data(lines_config(tmp_path, cache=""), log=quiet)
+    prepare_data(lines_config(tmp_path, cache=""), 0, log=quiet)
     (directory,) = shown(tmp_path / "elsewhere")
     assert directory.name.startswith("text-bytes-")
 

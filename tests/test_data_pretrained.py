@@ -81,7 +81,7 @@ def test_data_is_prepared_with_it_and_again_when_it_changes(folder, corpus, tmp_
     config.data.source, config.data.path, config.data.tokenizer = "text", str(corpus), "hf"
     config.data.tokenizer_path, config.data.cache = str(folder), str(tmp_path)
     config.data.val_fraction = 0.2
-    data = prepare.prepare_data(config.data, log=lambda line: None)
+    data = prepare.prepare_data(config.data, 0, log=lambda line: None)
     ours = hf_tokenizers.load_pretrained(folder)
     assert data.vocab_size == ours.vocab_size == prepare.vocab_size_of(config.data)
     resolved = resolve(config, data.vocab_size)

@@ -125,10 +125,10 @@ def test_documents_are_those_that_were_written(kind, folder, tmp_path):
         data.limit = 7
         assert list(sources.documents(data)) == documents[:7]
     tokens = prepare.prepare_data(
-        data_of(written_dataset(folder, kind), tmp_path), log=lambda line: None
+        data_of(written_dataset(folder, kind), tmp_path), 0, log=lambda line: None
     )
     reopened = prepare.prepare_data(
-        data_of(written_dataset(folder, kind), tmp_path), log=pytest.fail
+        data_of(written_dataset(folder, kind), tmp_path), 0, log=pytest.fail
     )
     assert reopened.fingerprint == tokens.fingerprint
     assert tokens.train.n_tokens + tokens.val.n_tokens == 300 + sum(
@@ -149,7 +149,7 @@ def test_a_run_trains_from_it(kind, folder, small, tmp_path):
 
 def refused(data, message):
     with pytest.raises(InputError, match=message) as caught:
-        prepare.prepare_data(data, log=lambda line: None)
+        prepare.prepare_data(data, 0, log=lambda line: None)
     assert "\n" not in str(caught.value)
 
 
@@ -212,11 +212,11 @@ def test_shards_in_tokens(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
     data = data_of({"data.source": "fineweb10B_gpt2", "data.shards": 2}, tmp_path)
-    shards_data = prepare.prepare_data(data, log=lambda line: None)
+    shards_data = prepare.prepare_data(data, 0, log=lambda line: None)
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert downloads == names and shards_data.vocab_size == 50_257
     assert (shards_data.train.n_tokens, shards_data.val.n_tokens) == (6000, 3000)
-    prepare.prepare_data(data, log=lambda line: None)
+    prepare.prepare_data(data, 0, log=lambda line: None)
     assert downloads == names
     refused(data_of({"data.source": "fineweb10B_gpt2", "data.path": str(tmp_path)}, tmp_path),
             "has no fineweb_val_000000.bin")  # fmt: skip
@@ -253,7 +253,7 @@ def test_a_published_tokenizer_by_name(folder, tmp_path, monkeypatch):
     named = {"data.tokenizer": "hf", "data.tokenizer_path": "gpt2"}
     data = data_of(written_dataset(folder, "parquet") | named, tmp_path)
     assert prepare.vocab_size_of(data) == 281
-    prepared_data = prepare.prepare_data(data, log=lambda line: None)
+    prepared_data = prepare.prepare_data(data, 0, log=lambda line: None)
     assert prepared_data.vocab_size == 281 and prepared_data.tokenizer.boundary == 280
     repo_name = "openai-community/gpt2"
     assert downloads == [(repo_name, "tokenizer_config.json"), (repo_name, "tokenizer.json")]

@@ -58,7 +58,7 @@ def test_nothing_is_prepared_written_or_allocated(small, tmp_path):
 
 def test_epochs_are_counted_where_the_data_is_prepared(small):
     config = small()
-    data = prepare.prepare_data(config.data, log=lambda line: None)
+    data = prepare.prepare_data(config.data, 0, log=lambda line: None)
     page = explained(config)
     windows = (data.train.n_tokens - 1) // 32
     assert float(line_of(page, "epochs").split()[1]) == pytest.approx(12 * 8 / windows, rel=1e-2)

@@ -108,7 +108,7 @@ def test_every_key_is_read(reads, small, tmp_path, quick_compiler):
     )  # fmt: skip
     explain.explain(child, {}, "configs/base.py", print=lambda text: None)
     divided = small(data__tokenizer="bpe", data__vocab_size=300, data__overlap=13)
-    prepare.prepare_data(divided.data, log=lambda line: None)
+    prepare.prepare_data(divided.data, 0, log=lambda line: None)
     for changes in SOURCES:
         config = base.get_config()
         config.data.cache = str(tmp_path / "none")

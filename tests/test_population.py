@@ -120,7 +120,7 @@ def test_wider_is_better_under_mup(tmp_path):
 
     config = lr_transfer.get_config()
     config.train.steps, config.optim.lr = 120, 2.0**-8
-    data = prepare.prepare_data(config.data, log=print)
+    data = prepare.prepare_data(config.data, 0, log=print)
     losses = []
     for width in (32, 64, 128):
         resolved = resolve(at_size(config, "width", width), data.vocab_size)

@@ -193,6 +193,13 @@ SPEC = {
             "validation shards; empty: the shards of data.path with 'val' in their name",
             when={"data.source": ("bin",)},
         ),
+        "document_mark": Key(
+            -1,
+            "bare shards: the id with which every document begins, 50256 in GPT-2's; -1: unknown. "
+            "A prepared directory says its own",
+            low=-1,
+            when={"data.source": ("bin",)},
+        ),
         "overlap": Key(
             0,
             "length in tokens of the n-grams whose overlap is reported: the fraction of those in "

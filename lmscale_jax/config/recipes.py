@@ -11,6 +11,7 @@ embedded corpus, larger ones on shards.
 
 import dataclasses
 import math
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -21,6 +22,8 @@ from lmscale_jax.errors import InputError
 # Corpora: FineWeb-Edu from the hub, or the source of Python's standard library. The latter is 30 MB
 # of text on every machine; these budgets are many epochs of it, which `--explain` counts.
 WEB, EMBEDDED = "fineweb_edu", "embedded"
+# The id of <|endoftext|>, with which the speedruns' shards begin every document.
+GPT2_MARK = 50_256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,10 +172,15 @@ def small_decoder() -> ConfigDict:
 def on_shards(run: ConfigDict, path: str, vocab_size: int = 50_257) -> ConfigDict:
     """Sets .bin shards as the run's data; those with "val" in their name are held out.
 
-    `vocab_size` is that of the shards' tokenizer, by default GPT-2's.
+    A prepared directory, or a glob of its shards, says its vocabulary and document mark itself.
+    Bare shards are taken for GPT-2's; `vocab_size` are the rows of the model's tables for them.
     """
     run.data.source, run.data.path = "bin", path
     run.data.tokenizer, run.data.vocab_size = "bpe", 4096
-    run.model.vocab_size = vocab_size
+    first = Path(path.partition(",")[0]).expanduser()
+    if ((first if first.is_dir() else first.parent) / "manifest.json").is_file():
+        run.model.vocab_size = 0
+    else:
+        run.model.vocab_size, run.data.document_mark = vocab_size, GPT2_MARK
     run.eval.every, run.eval.tokens, run.eval.sample = 0, 2_000_000, 0
     return run

@@ -31,7 +31,7 @@ TOKENIZERS = {
 }
 # FineWeb in GPT-2's tokens, in shards of 100M, as the nanoGPT speedruns use it.
 SHARDS, SHARDS_REPO = "fineweb10B_gpt2", "kjj0/fineweb10B-gpt2"
-SHARDS_VOCAB, SHARDS_TRAIN = 50_257, 103
+SHARDS_VOCAB, SHARDS_MARK, SHARDS_TRAIN = 50_257, 50_256, 103
 
 
 def plain_source(data_cfg, cache: Path):
@@ -57,7 +57,7 @@ def plain_source(data_cfg, cache: Path):
             )
         folder = _shard_folder(data_cfg, cache)
         names = ",".join(str(folder / name) for name in _shard_names(data_cfg))
-        return _changed(data_cfg, source="bin", path=names, val_path="")
+        return _changed(data_cfg, source="bin", path=names, val_path="", document_mark=SHARDS_MARK)
     if data_cfg.source not in CORPORA:
         return data_cfg
     corpus = CORPORA[data_cfg.source]
@@ -72,6 +72,14 @@ def corpus_vocab_size(data_cfg) -> int:
     return SHARDS_VOCAB if data_cfg.source == SHARDS else 0
 
 
+def missing_shards(data_cfg, cache: Path) -> list[str]:
+    """Lists the files of a corpus that is published as tokens that are not here; [] for others."""
+    if data_cfg.source != SHARDS:
+        return []
+    folder = _shard_folder(data_cfg, cache)
+    return [name for name in _shard_names(data_cfg) if not (folder / name).exists()]
+
+
 def fetch_shards(data_cfg, cache: Path, log) -> None:
     """Fetches the missing shards of a corpus that is published as tokens, one after the other.
 
@@ -80,10 +88,7 @@ def fetch_shards(data_cfg, cache: Path, log) -> None:
     Raises:
         InputError: the hub cannot be reached, or a shard is missing in data.path.
     """
-    if data_cfg.source != SHARDS:
-        return
-    folder = _shard_folder(data_cfg, cache)
-    missing = [name for name in _shard_names(data_cfg) if not (folder / name).exists()]
+    folder, missing = _shard_folder(data_cfg, cache), missing_shards(data_cfg, cache)
     if missing and data_cfg.path:
         raise InputError(
             f"config.data.path={data_cfg.path} has no {missing[0]}; leave data.path empty to "

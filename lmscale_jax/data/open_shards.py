@@ -12,6 +12,7 @@ import numpy as np
 from lmscale_jax.data import sources, tokenizers
 from lmscale_jax.data.shards import (
     FORMAT,
+    MANIFEST,
     SIDES,
     Shards,
     file_state,
@@ -30,9 +31,10 @@ class Prepared:
     """Training and validation tokens with their manifest and tokenizer.
 
     Attributes:
-      tokenizer, token_bytes, boundary: the tokenizer, the UTF-8 bytes of each id (int32
-        [vocab_size]) and the id of the document mark. All are None for bare shards; `boundary`
-        also for characters.
+      tokenizer, token_bytes: the tokenizer and the UTF-8 bytes of each id (int32 [vocab_size]);
+        None for bare shards.
+      boundary: the id of the document mark, the tokenizer's or that of bare shards
+        (data.document_mark); None where documents have none.
       val_fingerprint: SHA-256 (hex) of the validation tokens.
       fingerprint: SHA-256 (hex) of training tokens, validation tokens and tokenizer.
       mixture: training shards and weight of each part of a mixture.
@@ -44,14 +46,11 @@ class Prepared:
     tokenizer: tokenizers.Tokenizer | None
     vocab_size: int
     mixture: tuple[tuple[Shards, float], ...] = ()
+    boundary: int | None = None
 
     @property
     def token_bytes(self) -> np.ndarray | None:
         return self.tokenizer and self.tokenizer.token_bytes
-
-    @property
-    def boundary(self) -> int | None:
-        return self.tokenizer and self.tokenizer.boundary
 
     @property
     def val_fingerprint(self) -> str:
@@ -86,7 +85,10 @@ def open_directory(directory: Path, notes: Path) -> Prepared:
         if shards[side].n_tokens != manifest["splits"][side]["tokens"]:
             raise InputError(f"{directory}: {side} shards are not the manifest's; prepare again")
     verify_shards(directory, manifest, notes)
-    return Prepared(shards["train"], shards["val"], manifest, tokenizer, tokenizer.vocab_size)
+    return Prepared(
+        shards["train"], shards["val"], manifest, tokenizer, tokenizer.vocab_size,
+        boundary=tokenizer.boundary,
+    )  # fmt: skip
 
 
 def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
@@ -94,31 +96,65 @@ def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
 
     Raises InputError where they are damaged, or vocab_size is missing for bare files.
     """
-    directory = Path(data_cfg.path).expanduser()
-    if (directory / "manifest.json").is_file():
-        if data_cfg.val_path:
-            raise InputError(
-                f"data.val_path={data_cfg.val_path}: the prepared data.path={data_cfg.path} has "
-                f"its own validation shards; leave data.val_path empty"
-            )
+    if directory := _prepared_directory(data_cfg):
         return open_directory(directory, cache)
     if vocab_size <= 0:
         raise InputError(
             f"model.vocab_size={vocab_size}: bare shards (data.path={data_cfg.path}) do not say "
             f"how many ids they use; set model.vocab_size, for example 50257 for GPT-2's tokenizer"
         )
+    mark = None if data_cfg.document_mark < 0 else data_cfg.document_mark
+    if mark is not None and mark >= vocab_size:
+        raise InputError(
+            f"data.document_mark={mark} is not below model.vocab_size={vocab_size}; use the id "
+            f"with which every document begins, for example 50256 for GPT-2's tokenizer, or -1"
+        )
+    sides, manifest = _bare_shards(data_cfg, vocab_size)
+    for side, shards in sides.items():
+        manifest["splits"][side]["fingerprint"] = _scan_cached(shards, cache, log)
+    return Prepared(sides["train"], sides["val"], manifest, None, vocab_size, boundary=mark)
+
+
+def _prepared_directory(data_cfg) -> Path | None:
+    """Finds the prepared directory that data.path names, as such or by its shards; None: bare ones.
+
+    Raises:
+        InputError: some of its shards are named and others are not, or data.val_path or
+            data.document_mark say what its manifest says.
+    """
+    directory = Path(data_cfg.path).expanduser()
+    if not (directory / MANIFEST).is_file():
+        paths = sources.find_files(data_cfg.path, "data.path", (".bin",))
+        if data_cfg.val_path:
+            paths += sources.find_files(data_cfg.val_path, "data.val_path", (".bin",))
+        paths = {path.resolve() for path in paths}
+        directory = next((p.parent for p in sorted(paths) if (p.parent / MANIFEST).is_file()), None)
+        if directory is None:
+            return None
+        splits = read_manifest(directory)["splits"].values()
+        listed = {directory / shard["name"] for split in splits for shard in split["shards"]}
+        if paths != listed:
+            raise InputError(
+                f"data.path={data_cfg.path} names {len(paths & listed)} of the {len(listed)} "
+                f"shards of the prepared directory {directory} and {len(paths - listed)} other "
+                f"files, so its manifest does not hold; use data.path={directory}"
+            )
+    for name, unset in (("val_path", ""), ("document_mark", -1)):
+        if data_cfg[name] != unset:
+            raise InputError(
+                f"data.{name}={data_cfg[name]}: the prepared data.path={data_cfg.path} has its own "
+                f"validation shards and document mark; use data.{name}={unset!r}"
+            )
+    return directory
+
+
+def _bare_shards(data_cfg, vocab_size: int) -> tuple[dict[str, Shards], dict]:
+    """Opens bare .bin files. Returns the shards of each side, and a manifest without hashes."""
     sides = {side: Shards(paths, vocab_size) for side, paths in _bin_paths(data_cfg).items()}
-    splits = {
-        side: {"tokens": shards.n_tokens, "fingerprint": _scan_cached(shards, cache, log)}
-        for side, shards in sides.items()
-    }
-    manifest = {
-        "format": FORMAT,
-        "source": data_cfg.path,
-        "tokenizer": None,
-        "splits": splits,
-    }
-    return Prepared(sides["train"], sides["val"], manifest, None, vocab_size)
+    splits = {side: {"tokens": shards.n_tokens} for side, shards in sides.items()}
+    return sides, {
+        "format": FORMAT, "source": data_cfg.path, "tokenizer": None, "splits": splits,
+    }  # fmt: skip
 
 
 def _bin_paths(data_cfg) -> dict[str, list[Path]]:
@@ -158,9 +194,14 @@ def _scan_cached(shards: Shards, cache: Path, log: Log) -> str:
 
 def manifest_in(directory: Path) -> dict | None:
     """Reads the manifest in a directory; None if there is none."""
-    return read_manifest(directory) if (directory / "manifest.json").is_file() else None
+    return read_manifest(directory) if (directory / MANIFEST).is_file() else None
 
 
-def bin_manifest(data_cfg, cache: Path) -> dict | None:
-    """Reads the manifest at data.path; None for bare .bin files."""
-    return manifest_in(Path(data_cfg.path).expanduser())
+def bin_manifest(data_cfg, cache: Path) -> dict:
+    """Reads the manifest of data.path; for bare .bin files only the tokens of each side.
+
+    Raises:
+        InputError: there are no shards, or they are damaged.
+    """
+    directory = _prepared_directory(data_cfg)
+    return read_manifest(directory) if directory else _bare_shards(data_cfg, 0)[1]

@@ -26,14 +26,14 @@ from lmscale_jax.data.open_shards import (
     open_bin,
     open_directory,
 )
-from lmscale_jax.data.shards import FORMAT, file_state, read_manifest, short_hash
+from lmscale_jax.data.shards import FORMAT, MANIFEST, file_state, read_manifest, short_hash
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
 
 Log = Callable[[str], object]
 
 
-def prepare_data(data_cfg, vocab_size: int = 0, log: Log = print) -> Prepared:
+def prepare_data(data_cfg, vocab_size: int, log: Log = print) -> Prepared:
     """Opens the data that the config names, after preparing it in the cache if necessary.
 
     Args:
@@ -65,6 +65,8 @@ def find_manifest(data_cfg) -> dict | None:
         InputError: data.path does not exist.
     """
     cache = cache_root(data_cfg)
+    if corpora.missing_shards(data_cfg, cache):
+        return None
     data_cfg = corpora.plain_source(data_cfg, cache)
     return PREPARATIONS[data_cfg.source].find_manifest(data_cfg, cache)
 
@@ -204,7 +206,7 @@ def _build(directory: Path, data_cfg, settings: dict, log: Log) -> None:
     try:
         manifest = {"format": FORMAT, "key": key, "settings": settings}
         manifest |= encode.write_shards(temporary, data_cfg, log)
-        write_json(temporary / "manifest.json", manifest)
+        write_json(temporary / MANIFEST, manifest)
         (temporary / key).unlink()
         if directory.exists():
             shutil.rmtree(directory)  # empty or damaged
@@ -227,8 +229,8 @@ def _open_text(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
 
 
 def _bin_vocab_size(data_cfg, cache: Path) -> int:
-    manifest = bin_manifest(data_cfg, cache)
-    return manifest["tokenizer"]["vocab_size"] if manifest else 0
+    tokenizer = bin_manifest(data_cfg, cache)["tokenizer"]
+    return tokenizer["vocab_size"] if tokenizer else 0
 
 
 class Preparation(NamedTuple):

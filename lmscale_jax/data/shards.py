@@ -223,7 +223,7 @@ def _open(path: Path) -> np.ndarray:
     return np.asarray(np.memmap(path, token_type, "r", _HEADER_BYTES, (n_tokens,)))
 
 
-FORMAT = 1
+FORMAT, MANIFEST = 1, "manifest.json"
 SIDES = ("train", "val")
 
 
@@ -233,7 +233,7 @@ def read_manifest(directory: Path) -> dict:
     Raises:
         InputError: it is missing, not JSON, or of another format version.
     """
-    path = directory / "manifest.json"
+    path = directory / MANIFEST
     try:
         manifest = read_json(path)
         version = manifest["format"]

@@ -82,7 +82,8 @@ def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
     grid.check_ladder(ladder)
     vocab_size = prepare.vocab_size_of(ladder.run.data)
     if not vocab_size:
-        vocab_size = prepare.prepare_data(ladder.run.data, log=say).vocab_size
+        data, model = ladder.run.data, ladder.run.model
+        vocab_size = prepare.prepare_data(data, model.vocab_size, say).vocab_size
     return LadderPlan(
         _plain_config(ladder.to_dict()), grid.make_cells(ladder, vocab_size), vocab_size
     )

@@ -75,7 +75,8 @@ def check_coordinates(
         "config": plan.configs[0].to_dict(),
     }
     _refuse_another(workdir, question)
-    data = prepare.prepare_data(plan.configs[0].data, log=say)
+    first = plan.configs[0]
+    data = prepare.prepare_data(first.data, first.model.vocab_size, say)
     tensors: dict[str, list] = {}
     for size, config in zip(plan.sizes, plan.configs, strict=True):
         begin = time.perf_counter()

@@ -43,7 +43,7 @@ def sweep_rates(
     say: Callable[[str], None],
 ) -> dict:
     """Trains every cell and writes lr_transfer.json, after each width."""
-    data = prepare.prepare_data(config.data, log=say)
+    data = prepare.prepare_data(config.data, config.model.vocab_size, say)
     seeds, log_lrs = range(n_seeds), np.asarray(log2_lrs, float)
     result = {
         "widths": widths, "log2_lr": list(log2_lrs), "seeds": n_seeds,

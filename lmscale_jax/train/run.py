@@ -182,8 +182,9 @@ def build_run(config, workdir: Path, say: Callable[[str], None]) -> Run:
     if config.model.mask == "document" and data.boundary is None:
         raise InputError(
             f"config.model.mask='document' needs document marks, which data.source="
-            f"{config.data.source} with data.tokenizer={config.data.tokenizer} does not have; "
-            f"use 'causal'"
+            f"{config.data.source} with data.tokenizer={config.data.tokenizer} and "
+            f"data.document_mark={config.data.document_mark} does not have; use 'causal', or for "
+            f"bare shards of GPT-2's tokens data.document_mark=50256"
         )
     grid = mesh.make_mesh(config)
     platform = grid.devices.flat[0].platform
