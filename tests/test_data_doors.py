@@ -66,10 +66,14 @@ def train(form, tmp_path):
         vocab_size=257,
     )  # fmt: skip
     scores = json.loads((tmp_path / "run" / "eval.json").read_text())
-    rows = [
-        line for line in pages[0].split("\n") if line.strip().startswith(("epochs", "prepared"))
-    ]
-    return record(tmp_path / "run")["final"]["val_loss"], scores["val_loss"], list(ids), rows
+    return record(tmp_path / "run")["final"]["val_loss"], scores["val_loss"], list(ids)
+
+
+def page(form, tmp_path):
+    """The tokens and epochs of --explain."""
+    pages = []
+    explain.explain(make(base.get_config(), form), {}, "configs/base.py", print=pages.append)
+    return [row for row in pages[0].split("\n") if row.strip().startswith(("epochs", "prepared"))]
 
 
 def check(form, tmp_path):
@@ -106,7 +110,7 @@ def ladder(form, tmp_path):
 COMMANDS = [
     train,
     ladder,
-    *(pytest.param(f, marks=pytest.mark.slow) for f in (check, sweep, packed)),
+    *(pytest.param(f, marks=pytest.mark.slow) for f in (page, check, sweep, packed)),
 ]
 
 
