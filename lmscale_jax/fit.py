@@ -16,15 +16,16 @@ from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 INPUT = flags.DEFINE_string(
-    "input", None, "CSV file, directory of runs or of curves, or name of a bundled table"
+    "input", None, "table file, directory of runs or of curves, or name of a bundled table"
 )
 LAW = flags.DEFINE_string("law", "chinchilla", "chinchilla, power, power_floor or isoflop")
 DELTA = flags.DEFINE_float("delta", None, "width of Huber's loss in ln L; default: from residuals")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; a plot FILE.png is written too")
-COLUMNS = flags.DEFINE_list("columns", [], "OUR_NAME:FILE_NAME, such as n:params,d:tokens")
+COLUMNS = flags.DEFINE_list("columns", [], "OUR_NAME:FILE_NAME, such as n:params, or n:1")
 WHERE = flags.DEFINE_list("where", [], "rows to use, column:value")
 VARIANT = flags.DEFINE_string("variant", None, "fits only the rows of this variant")
 POINTS = flags.DEFINE_string("points", "final", "final: last row of each run; curve: all rows")
+BEST = flags.DEFINE_bool("best", False, "uses only the lowest loss of each n and d, as of sweeps")
 SKIP = flags.DEFINE_float("skip", 0.0, "with --points=curve, per cent to omit at the start of runs")
 FLOOR = flags.DEFINE_float("floor", None, "pins E, nats per token")
 REPETITION = flags.DEFINE_string("repetition", None, "R* of repeated data, or fit")
@@ -56,7 +57,8 @@ def main() -> None:
 
     paths = _paths()
     pairs = {"columns": _pairs("columns", COLUMNS.value), "where": _pairs("where", WHERE.value)}
-    table = read.read_table(INPUT.value, points=POINTS.value, skip=SKIP.value, **pairs)
+    points = "best" if BEST.value else POINTS.value
+    table = read.read_table(INPUT.value, points=points, skip=SKIP.value, **pairs)
     if VARIANT.value is not None:
         table = table.arm(VARIANT.value)
     if COMPARE.value is not None:
@@ -94,7 +96,8 @@ def _pairs(flag: str, values: list[str]) -> dict:
         name, colon, theirs = value.partition(":")
         if not colon:
             raise InputError(f"--{flag}={value} must be NAME:VALUE; use --{flag}=n:params")
-        pairs[name] = theirs
+        # Without a header a position may stand first, as in 1:n.
+        pairs |= {theirs: name} if flag == "columns" and name.isdigit() else {name: theirs}
     return pairs
 
 

@@ -1,16 +1,19 @@
-"""Reads tables from CSV files, directories of runs, bundled tables and named data sets."""
+"""Reads tables from files, directories of runs, bundled tables and named data sets."""
 
-import csv
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.scaling.table import FLOPS_FACTOR, NUMBERS, TEXTS, Table, as_table, fit_warning
+from lmscale_jax.scaling.table_file import parse_columns, read_columns
 
 # Accepted column names in files, in order of preference; case is ignored.
 ALIASES = {
@@ -33,6 +36,10 @@ RECORD_PATHS = {
     "variant": "variant",
     "seed": "seed",
 }
+# A column of such a name holds exp(loss).
+PERPLEXITY = re.compile(r"ppl|perplexity", re.IGNORECASE)
+# Names of tables in a directory, also with .gz behind.
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".parquet")
 # Columns that identify a curve file of the original scaling analysis, one file per run.
 CURVE_COLUMNS = ("tokens", "theoretical_flops")
 
@@ -122,9 +129,12 @@ def read_table(
     records = sorted(path.rglob("run.json"))
     if records:
         return as_table(_records(records, path, columns), points, skip, str(path))
-    files = sorted(path.glob("*.csv"))
+    files = sorted(f for f in path.iterdir() if f.name.removesuffix(".gz").endswith(TABLE_ENDINGS))
     if not files:
-        raise InputError(f"--input={source} has no run.json and no CSV; use a directory of runs")
+        raise InputError(
+            f"--input={source} has no run.json and no table ({', '.join(TABLE_ENDINGS)}); use a "
+            "directory of runs"
+        )
     return read_curves(files, columns, where, points, skip, str(path))
 
 
@@ -168,71 +178,103 @@ def _check_columns(columns: dict) -> None:
 def _bundled(name: str, columns: dict, where: dict, points: str, skip: float) -> Table:
     bundled = BUNDLED[name]
     text = (resources.files("lmscale_jax.scaling") / "tables" / bundled.file).read_text()
-    rows = [
-        row
-        for row in csv.DictReader(text.splitlines())
-        if not any(part in row.get("run", "") for part in bundled.without)
-    ]
-    picked = _pick_columns(rows, bundled.columns | columns, where, name)
+    content = parse_columns(text, bundled.file)
+    if bundled.without:
+        rows = [not any(part in run for part in bundled.without) for run in content["run"]]
+        content = {k: list(compress(values, rows)) for k, values in content.items()}
+    content = _select_rows(content, where, name)
+    picked = _pick_columns(content, bundled.columns | columns, name)
     return as_table(picked, points, skip, name)
 
 
 def read_curves(
     files: Sequence[Path], columns: dict, where: dict, points: str, skip: float, name: str
 ) -> Table:
-    """Merges CSV files into one table; without a run column each file is one run."""
+    """Merges table files into one table; without a run column each file is one run."""
     parts: list[dict] = []
     empty = []
+    unused: dict[str, list] = {}
     for file in files:
-        rows = _rows(file)
-        if not rows:
+        content = read_columns(file)
+        if not any(map(len, content.values())):
             empty.append(file.name)
             continue
-        if set(CURVE_COLUMNS) <= set(rows[0]):
-            part = _curve(rows, columns, file)
+        if set(CURVE_COLUMNS) <= set(content):
+            part = _curve(content, columns, file)
         else:
-            part = _pick_columns(rows, columns, where, file.name)
+            content = _select_rows(content, where, file.name)
+            part = _pick_columns(content, columns, file.name)
+            for column, values in content.items():
+                if not any(values is used for used in part.values()):
+                    unused.setdefault(column, []).extend(values)
         if len(files) > 1 and "run_id" not in part:
             part["run_id"] = [file.stem] * len(part["loss"])
         parts.append(part)
     if not parts:
-        raise InputError(f"{name} has no rows; a CSV needs a header and one row per run")
+        raise InputError(f"{name} has no rows; a table needs a header and one row per run")
     common = set.intersection(*(set(p) for p in parts))
+    if not common:
+        # Without one of ours the table's own names say what there is to map.
+        return as_table(unused, points, skip, name)
     merged = {k: [x for p in parts for x in p[k]] for k in common}
     table = as_table(merged, points, skip, name)
-    if not empty:
-        return table
-    note = fit_warning(
-        "empty_files",
-        f"{len(empty)} files without rows are omitted: {', '.join(empty[:4])}; those runs never "
-        "logged a loss",
-    )
-    return replace(table, notes=(*table.notes, note))
+    notes = [] if points == "best" else _pooled_settings(unused, merged, name)
+    if empty:
+        names = ", ".join(empty[:4])
+        notes.append(
+            fit_warning(
+                "empty_files",
+                f"{len(empty)} files without rows are omitted: {names}; those runs never logged a "
+                "loss",
+            )
+        )
+    return replace(table, notes=(*table.notes, *notes))
 
 
-def _rows(path: Path) -> list[dict]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--input={path} cannot be read as CSV ({error})") from None
+def _pooled_settings(unused: dict[str, list], picked: dict, name: str) -> list[dict]:
+    """Warns of unused columns that differ between runs of equal variant, n and d.
+
+    Such runs are taken for seeds of one cell. A column of which most values are distinct is a
+    measurement or a name, not a setting.
+    """
+    size = len(picked["loss"])
+    keys = [picked[k] for k in ("variant", "n", "d", "c") if k in picked][:3]
+    pooled = []
+    for column, values in unused.items():
+        texts = [str(v) for v in values]
+        if len(texts) != size or not 1 < len(set(texts)) <= size / 2:
+            continue
+        cells = set(zip(*keys, strict=True))
+        if len(set(zip(*keys, texts, strict=True))) > len(cells):
+            pooled.append(column)
+    if not pooled:
+        return []
+    first = pooled[0]
+    return [
+        fit_warning(
+            "pooled_settings",
+            f"{_list(pooled)} of {name} take several values at equal n and d, and those runs are "
+            f"fitted as if they were seeds of one setting; use --best for the lowest loss of each "
+            f"n and d, --columns=variant:{first}, or --where={first}:VALUE",
+        )
+    ]
 
 
-def _curve(rows: list[dict], columns: dict, file: Path) -> dict:
+def _curve(content: dict[str, list], columns: dict, file: Path) -> dict:
     """Reads the columns of a curve file: n follows from FLOPs, rows of equal step are averaged.
 
     The file's FLOPs are 6 n tokens with n all parameters, rounded to three digits; the median over
     rows reduces the rounding error.
     """
     loss_name = columns.get("loss") or "validation_loss"
-    if loss_name not in rows[0]:
+    if loss_name not in content:
         raise InputError(
             f"column {loss_name!r} is missing in {file}; use --columns=loss:training_loss"
         )
     names = ("step", "tokens", "theoretical_flops", loss_name)
     try:
         # A missing value becomes NaN; `as_table` omits the row and names it.
-        read_R = np.array([[float(row.get(k) or "nan") for k in names] for row in rows])
+        read_R = np.array([[float(x or "nan") for x in content[k]] for k in names]).T
     except ValueError as error:
         raise InputError(f"--input={file}: {error}; its columns must hold numbers") from None
     read_R = read_R[~(read_R[:, 1] <= 0)]
@@ -248,17 +290,26 @@ def _curve(rows: list[dict], columns: dict, file: Path) -> dict:
     return {"n": n.tolist(), "d": d.tolist(), "c": c.tolist(), "loss": loss.tolist(), "run_id": run}
 
 
-def _pick_columns(rows: list[dict], columns: dict, where: dict, name: str) -> dict:
-    """Picks our columns from a file's rows, by the mapping first and by ALIASES second."""
-    header = list(rows[0])
+def _select_rows(content: dict[str, list], where: dict, name: str) -> dict[str, list]:
+    """Selects the rows that `where` asks for and whose status is not that of an unfinished run."""
     for column in where:
-        if column not in header:
-            raise InputError(f"--where={column}:... is no column of {name}; use {_list(header)}")
-    rows = [r for r in rows if all(str(r[k]) == v for k, v in where.items())]
-    if "status" in header:
-        rows = [r for r in rows if r["status"] in ("finished", "success", "")]
-    if not rows:
+        if column not in content:
+            raise InputError(
+                f"--where={column}:... is no column of {name}; use {_list(list(content))}"
+            )
+    rows = np.ones(len(next(iter(content.values()))), bool)
+    for column, value in where.items():
+        rows &= [str(x) == value for x in content[column]]
+    if "status" in content:
+        rows &= [x in ("finished", "success", "", None) for x in content["status"]]
+    if not rows.any():
         raise InputError(f"--where matches no row of {name}; check the values")
+    return {k: list(compress(values, rows)) for k, values in content.items()}
+
+
+def _pick_columns(content: dict[str, list], columns: dict, name: str) -> dict:
+    """Picks our columns from a file's, by the mapping first and by ALIASES second."""
+    header = list(content)
     lower = {h.strip().lower(): h for h in header if h}
     picked = {}
     for ours, aliases in ALIASES.items():
@@ -271,7 +322,9 @@ def _pick_columns(rows: list[dict], columns: dict, where: dict, name: str) -> di
         else:
             theirs = next((lower[a] for a in aliases if a in lower), "")
         if theirs:
-            picked[ours] = [r[theirs] for r in rows]
+            picked[ours] = content[theirs]
+        if ours == "loss" and PERPLEXITY.search(theirs):
+            picked[ours] = [_log(x) for x in content[theirs]]
     # A missing d follows from the FLOPs, as in tables digitised from figures.
     if "d" not in picked and {"n", "c"} <= set(picked) and "d" not in columns:
         picked["d"] = [_token_column(c, n) for c, n in zip(picked["c"], picked["n"], strict=True)]
@@ -279,6 +332,14 @@ def _pick_columns(rows: list[dict], columns: dict, where: dict, name: str) -> di
     if "c" not in columns and lower.get("budget") and not {"c", "flops"} & set(lower):
         picked.pop("c")
     return picked
+
+
+def _log(value) -> float:
+    """Takes the logarithm of a perplexity; NaN where that is impossible."""
+    try:
+        return math.log(float(value))
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _token_column(c, n) -> float:

@@ -17,6 +17,12 @@ TEXTS = ("run_id", "variant", "seed")
 # For the smallest models FLOPs with attention and a large readout reach about ten times 6 n d; a
 # wrong unit makes a factor of a thousand or more.
 MAX_FLOPS_RATIO = 100.0
+# Rows of a table: see `as_table`.
+POINTS = ("final", "curve", "best")
+# Below these no language model is trained, and above that none trained has so high a loss: it is
+# that of a uniform guess among 440,000 tokens.
+MIN_PARAMETERS, MIN_TOKENS, MAX_LOSS = 1e3, 1e5, 13.0
+MAX_TOKENS_PER_PARAMETER = 1e5
 # FLOPs per parameter and token: 2 forward, 4 backward (Kaplan et al. 2020).
 FLOPS_FACTOR = 6.0
 FLOPS_TOLERANCE = 0.02
@@ -97,7 +103,8 @@ def as_table(source, points: str = "final", skip: float = 0.0, name: str = "tabl
 
     Args:
         source: see above; unknown columns are ignored.
-        points: "final" keeps the last row of each run, "curve" keeps all rows.
+        points: "final" keeps the last row of each run, "curve" keeps all rows, "best" keeps the
+            lowest of the last rows at each variant, n and d (or c), as of sweeps.
         skip: with "curve", the percentage of rows to omit at the start of each run.
 
     Raises:
@@ -112,12 +119,14 @@ def as_table(source, points: str = "final", skip: float = 0.0, name: str = "tabl
         source = {k: [row.get(k) for row in rows] for k in names}
     columns = {k: _column(k, v) for k, v in source.items() if k in (*NUMBERS, *TEXTS)}
     if not columns:
-        raise InputError(f"{name} has no rows; a row has n, d and loss")
+        names = f"only the columns {', '.join(map(str, source))}" if source else "no rows"
+        raise InputError(f"{name} has {names}; a row has n, d and loss (see --columns)")
     _check_shape(columns, name)
     notes: list[dict] = []
     columns = _keep_points(columns, points, skip, notes)
     columns = _drop_missing(columns, name, notes)
     _check_signs(columns, name)
+    _check_magnitudes(columns, name)
     columns = _drop_copies(columns, notes)
     return _finish(columns, notes, name, points)
 
@@ -159,8 +168,8 @@ def _check_shape(columns: dict, name: str) -> None:
 
 def _keep_points(columns: dict, points: str, skip: float, notes: list) -> dict:
     """Selects the last row of each run, or all rows after the first `skip` per cent."""
-    if points not in ("final", "curve"):
-        raise InputError(f"--points={points} is unknown; use final or curve")
+    if points not in POINTS:
+        raise InputError(f"--points={points} is unknown; use {', '.join(POINTS)}")
     if not 0.0 <= skip < 100.0:
         raise InputError(f"--skip={skip} must be a percentage from 0 to below 100; use 10")
     progress = columns.get("d", columns.get("c"))
@@ -189,10 +198,30 @@ def _keep_points(columns: dict, points: str, skip: float, notes: list) -> dict:
                 )
             )
     rows = np.array(sorted(i for run_rows in rows_by_run for i in run_rows), int)
+    selected = {k: v[rows] for k, v in columns.items()}
+    return _keep_best(selected, notes) if points == "best" else selected
+
+
+def _keep_best(columns: dict, notes: list) -> dict:
+    """Selects the lowest loss of each variant, n and d (or c), and says what that does."""
+    names = [k for k in ("variant", "n", "d", "c") if k in columns][:3]
+    groups = _group_rows(list(zip(*(columns[k] for k in names), strict=True)))
+    loss = np.where(np.isfinite(columns["loss"]), columns["loss"], np.inf)
+    rows = np.array(sorted(min(group, key=loss.__getitem__) for group in groups), int)
+    most = max(len(group) for group in groups)
+    if most > 1:
+        notes.append(
+            fit_warning(
+                "best_points",
+                f"the lowest of up to {most} losses of each {' and '.join(names)} is used, "
+                f"{len(groups)} of {len(loss)} runs: a lowest one is low by luck too, so repeat "
+                "the best settings with other seeds for an unbiased law",
+            )
+        )
     return {k: v[rows] for k, v in columns.items()}
 
 
-def _group_rows(labels: np.ndarray) -> list[list[int]]:
+def _group_rows(labels: Iterable) -> list[list[int]]:
     """Groups row numbers by label, in order of first appearance."""
     rows_by_label: dict = {}
     for i, label in enumerate(labels):
@@ -233,6 +262,31 @@ def _check_signs(columns: dict, name: str) -> None:
                 f"column {key!r} of {name} is {columns[key][i]:g} at {columns['run_id'][i]!r}; "
                 "it must be positive because the law takes its logarithm; delete a failed row"
             )
+
+
+def _check_magnitudes(columns: dict, name: str) -> None:
+    """Raises InputError where values can only be of other units."""
+    loss = float(np.median(columns["loss"]))
+    if loss > MAX_LOSS:
+        raise InputError(
+            f"column 'loss' of {name} is typically {loss:.4g} nats per token, more than a uniform "
+            f"guess; if it holds perplexities, name the column perplexity and use "
+            "--columns=loss:perplexity, which takes logarithms"
+        )
+    if "c" in columns:
+        return  # it tells the units of n and d
+    n, d = columns["n"], columns["d"]
+    for key, values, least in (("n", n, MIN_PARAMETERS), ("d", d, MIN_TOKENS)):
+        if values.max() < least:
+            raise InputError(
+                f"column {key!r} of {name} is at most {values.max():.4g}; is it in millions or "
+                "billions? It must be a number of parameters or tokens, such as 1.2e8"
+            )
+    if (ratio := float(np.median(d) / np.median(n))) > MAX_TOKENS_PER_PARAMETER:
+        raise InputError(
+            f"column 'd' of {name} is typically {ratio:.3g} times n; is n in millions or "
+            "billions? It must be a number of parameters, such as 1.2e8"
+        )
 
 
 def _drop_copies(columns: dict, notes: list) -> dict:
