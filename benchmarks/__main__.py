@@ -9,16 +9,13 @@ from the JSON.
 """
 
 import dataclasses
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 from absl import flags
 
 from benchmarks import machine, readme, tables
+from benchmarks.children import Outcome, carry_out
 from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
@@ -27,7 +24,6 @@ LENGTH = flags.DEFINE_enum(
     "length", "short", ["short", "full"], "short: under half an hour on two quiet cores"
 )
 TABLES = flags.DEFINE_bool("tables", False, "only make the README's tables of the results anew")
-ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,43 +71,10 @@ APART = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    name: str
-    seconds: float
-    fault: str
-    written: tuple[str, ...]
-
-
 def command_of(run: Run) -> list[str]:
     shared = [f"--{n}={flags.FLAGS[n].value}" for n in ("results", "torch_python", "others")]
     more = run.short if LENGTH.value == "short" else ()
     return [sys.executable, "-m", f"benchmarks.{run.module}", *run.always, *more, *shared]
-
-
-def carry_out(name: str, program: list[str], limit_s: float, results: Path) -> Outcome:
-    """Runs one benchmark; its output goes where ours goes."""
-    print(f"\n## {name}\n\n{' '.join(program[1:])}\n", flush=True)
-    begin, wall = time.perf_counter(), time.time()
-    # A group of its own, so that its processes end with it.
-    process = subprocess.Popen(program, cwd=ROOT, start_new_session=True)
-    fault = ""
-    try:
-        status = process.wait(limit_s)
-        fault = f"exit status {status}" if status else ""
-    except subprocess.TimeoutExpired:
-        fault = f"stopped after {limit_s:.0f} s"
-    finally:
-        _end(process)
-    # Clocks of file systems are coarse.
-    new = [p.name for p in sorted(results.glob("*.json")) if p.stat().st_mtime > wall - 0.1]
-    return Outcome(name, time.perf_counter() - begin, fault, tuple(new))
-
-
-def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def summary(outcomes: list[Outcome], results: Path) -> str:

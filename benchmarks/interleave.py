@@ -69,6 +69,10 @@ class Worker:
         ms, loss = self.answer()
         return Chunk(ms, watch.clean()), loss
 
+    def kill(self) -> None:
+        """Ends it now; whoever reads from it gets a RunFailed."""
+        self._process.kill()
+
     def close(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -78,9 +82,12 @@ class Worker:
         for line in self._process.stdout:
             if wanted(line):
                 return line
+        raise RunFailed(f"the process of {self.label!r} died: {self.last_words()}")
+
+    def last_words(self) -> str:
+        """The last line of its stderr."""
         self._errors.seek(0)
-        errors = self._errors.read().strip().splitlines() or ["nothing on stderr"]
-        raise RunFailed(f"the process of {self.label!r} died: {errors[-1]}")
+        return (self._errors.read().strip().splitlines() or ["nothing on stderr"])[-1]
 
     def cpu_seconds(self) -> float:
         """Seconds of processor time since its start."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
 from shapes import SHAPES, whole
 from turns import serve
@@ -55,14 +56,31 @@ def rotate(x, tables):
     return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
 
 
-class Block(nn.Module):
-    """q, k and v are one product, and so are the gate and the hidden values of a gated MLP."""
+def block_mask(shape, window):
+    """FlexAttention's mask within documents and a window in units of tokens, as ours has them."""
+    unit, document, T = shape["unit"], shape["document"], shape["T"]
 
-    def __init__(self, shape):
+    def visible(b, h, q, k):
+        near = q // unit - k // unit < window
+        return (q >= k) & near & (q // document == k // document)
+
+    return flex.create_block_mask(visible, None, None, T, T, device=DEVICE)
+
+
+class Block(nn.Module):
+    """q, k and v are one product, and so are the gate and the hidden values of a gated MLP.
+
+    `window`: units of tokens that a query sees, of shapes that have "windows"; then attention is
+    FlexAttention.
+    """
+
+    def __init__(self, shape, window=None):
         super().__init__()
         D, H, K, hidden, bias = (shape[name] for name in ("D", "H", "K", "F", "bias"))
         self.H, self.K, self.gated = H, K, shape["mlp"] == "swiglu"
         self.gelu = {"erf": "none"}.get(shape["gelu"], shape["gelu"])
+        self.squared = shape["mlp"] == "relu2"
+        self.mask = None if window is None else block_mask(shape, window)
         self.sizes = [D, D // H * K, D // H * K]
         self.ln_1, self.ln_2 = norm(shape), norm(shape)
         self.qkv, self.out = nn.Linear(D, sum(self.sizes), bias=bias), nn.Linear(D, D, bias=bias)
@@ -75,12 +93,19 @@ class Block(nn.Module):
         q, k, v = (a.view(B, T, -1, D // self.H).transpose(1, 2) for a in heads)
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.K != self.H)
+        grouped = self.K != self.H
+        if self.mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            y = flex.flex_attention(q, k, v, block_mask=self.mask, enable_gqa=grouped)
         x = x + self.out(y.transpose(1, 2).contiguous().view(B, T, D))
         hidden = self.up(self.ln_2(x))
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
+        elif self.squared:
+            hidden = F.relu(hidden).square()
         else:
             hidden = F.gelu(hidden, approximate=self.gelu)
         return x + self.down(hidden)
@@ -97,7 +122,8 @@ class Decoder(nn.Module):
         learned = shape["positions"] == "learned"
         self.positions = nn.Embedding(shape["P"], D) if learned else None
         self.tables = None if learned else rope(shape["T"], D // shape["H"])
-        self.blocks = nn.ModuleList([Block(shape) for _ in range(L)])
+        windows = shape.get("windows") or [None] * L
+        self.blocks = nn.ModuleList([Block(shape, window) for window in windows])
         self.ln = norm(shape)
         self.readout = nn.Linear(D, V, bias=False) if shape["head"] == "untied" else None
         for name, p in self.named_parameters():
@@ -155,7 +181,9 @@ class Trainer:
 def facts() -> dict:
     gpu = DEVICE.type == "cuda"
     kind = torch.cuda.get_device_name() if gpu else "cpu"
-    return {"device": {"platform": DEVICE.type, "kind": kind, "count": 1}}
+    peak = torch.cuda.max_memory_allocated() / 2**30 if gpu else None
+    device = {"platform": DEVICE.type, "kind": kind, "count": 1}
+    return {"device": device, "memory": {"peak": peak}, "torch": torch.__version__}
 
 
 # --- Steps on random tokens, driven by interleave.py --------------------------------------------
@@ -184,7 +212,7 @@ def time_steps(args) -> None:
             done += 1
         return float(loss)
 
-    serve(run, facts())
+    serve(run, facts)
 
 
 def time_product(args) -> None:
@@ -201,7 +229,7 @@ def time_product(args) -> None:
             torch.matmul(a, b, out=out)
         return float(out[0, 0])
 
-    serve(run, facts() | {"flops": 2 * args.size**3})
+    serve(run, lambda: facts() | {"flops": 2 * args.size**3})
 
 
 def print_loss(args) -> None:

@@ -1,4 +1,4 @@
-"""K runs in one program against one run at a time: tokens a second, all together, on one core.
+"""K runs in one program against one at a time: tokens a second, on one core or accelerator.
 
     python -m benchmarks.population
 
@@ -27,6 +27,7 @@ WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128", "256"], "model.d_
 COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8", "16"], "members")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "turns of each", lower_bound=1)
 TURN = flags.DEFINE_float("turn_ms", 400.0, "milliseconds of one turn at the least")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "model.dtype")
 BATCH = flags.DEFINE_integer("batch", 8, "sequences a step of each member, 128 tokens each")
 
 
@@ -36,7 +37,8 @@ def config_of(width: int) -> ConfigDict:
     c.model.norm, c.model.mlp, c.model.positions = "rmsnorm", "swiglu", "rope"
     c.data.vocab_size, c.data.seq_len = 1024, 128
     c.train.steps, c.train.batch_size = 10_000, BATCH.value
-    c.log.every, c.mesh.cpu_devices = 10, 1
+    c.model.dtype, c.log.every = DTYPE.value, 10
+    c.mesh.cpu_devices = 0 if machine.accelerated() else 1
     return c
 
 
@@ -99,11 +101,11 @@ def measure(width: int) -> dict:
 
 
 def main() -> None:
-    if hasattr(os, "sched_setaffinity"):
+    if hasattr(os, "sched_setaffinity") and not machine.accelerated():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     mesh.start_jax(config_of(16))
     np.random.seed(0)
-    asked = machine.asked("widths", "counts", "rounds", "turn_ms", "batch")
+    asked = machine.asked("widths", "counts", "rounds", "turn_ms", "batch", "dtype")
     result = machine.facts(None, asked) | {"sizes": []}
     for width in WIDTHS.value:
         result["sizes"].append(measure(int(width)))

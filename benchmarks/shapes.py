@@ -14,6 +14,9 @@ SHAPES = {
 # Those that pieces.py takes apart.
 GPT2_WITHOUT_READOUT = (1, 2)
 
+# Tokens of each document where attention stays within documents.
+DOCUMENT = 1024
+
 # What a shape is where it does not say.
 _DEFAULTS = {
     "gelu": "tanh",

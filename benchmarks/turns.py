@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable
 
 
-def serve(run: Callable[[int], float], facts: dict | None = None) -> None:
+def serve(run: Callable[[int], float], facts: Callable[[], dict] = dict) -> None:
     """Warms up, says "ready" with some facts as JSON, then for each number of steps read prints ms
     a step and the loss.
 
-    `run(n)` makes n steps, waits for them and returns the last loss.
+    `run(n)` makes n steps, waits for them and returns the last loss; `facts()` is asked for after
+    the warm-up.
     """
     begin = time.perf_counter()
     run(3)
-    facts = (facts or {}) | {"first_steps_s": round(time.perf_counter() - begin, 3)}
-    print("ready", json.dumps(facts), flush=True)
+    first_steps_s = round(time.perf_counter() - begin, 3)
+    print("ready", json.dumps(facts() | {"first_steps_s": first_steps_s}), flush=True)
     for line in sys.stdin:
         run(1)  # wakes the threads and fills the caches; not measured
         begin = time.perf_counter()

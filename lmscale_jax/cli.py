@@ -153,7 +153,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
         missing = "--config must" in str(error) or "flag 'config." in str(error)
         message = "--config is missing; use --config=configs/quickstart.py"
         return message if missing else str(error)
-    config, fault = _load(argument)
+    config, fault = load_config(argument)
     return fault or _override_fault(config, argv, str(error)) or str(error)
 
 
@@ -174,7 +174,7 @@ def _config_argument(argv: list[str]) -> str | None:
     return None
 
 
-def _load(argument: str) -> tuple[ConfigDict | None, str | None]:
+def load_config(argument: str) -> tuple[ConfigDict | None, str | None]:
     """Loads the file of a --config value. Returns (config, None), or (None, message with line)."""
     path, colon, name = argument.partition(":")
     if not os.path.isfile(path):
