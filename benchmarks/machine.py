@@ -1,7 +1,6 @@
 """What a table of times must say about where it was made; how results are written."""
 
 import datetime
-import importlib.util
 import json
 import os
 import platform
@@ -44,11 +43,10 @@ def torch_version(python: str) -> str | None:
 
 
 def accelerated() -> bool:
-    """Whether JAX has a backend beside CPU installed. Asks no device: a process that did would
-    hold it."""
-    from lmscale_jax.model import mesh
+    """Whether JAX has an accelerator here. Asks no device: a process that did would hold it."""
+    from lmscale_jax.ladders import executors
 
-    return any(importlib.util.find_spec(name) for name in mesh.ACCELERATORS)
+    return not executors.runs_on_cpu()
 
 
 def cores() -> int:

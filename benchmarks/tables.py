@@ -205,6 +205,29 @@ def population(result: dict) -> str:
     return table(head, rows)
 
 
+def packs_compiled(result: dict) -> str:
+    """packs_compiled.json: estimated microseconds alone, and the gain of a pack."""
+    counts = result["asked"]["counts"]
+    head = [
+        "ladder, parameters",
+        "type",
+        "alone, μs a step",
+        "kernels",
+        *(f"K = {n}" for n in counts),
+    ]
+    rows = [
+        [
+            f"{row['ladder']}, {row['size']:,.0f}",
+            row["dtype"],
+            f"{row['alone_us']:.0f}",
+            f"{row['kernels']:,}",
+            *(f"{row['faster'][n]:.1f}" for n in counts),
+        ]
+        for row in result["rows"]
+    ]
+    return table(head, rows)
+
+
 def attention(*results: dict) -> str:
     """attention_*.json of one or several types, side by side."""
     head, rows = ["length", "kernel"], {}

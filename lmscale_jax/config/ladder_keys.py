@@ -62,6 +62,12 @@ LADDER = {
             choices=("own", "shared"),
         ),
     },
+    "dtype": Key(
+        "auto",
+        "type of products of all runs; run: run.model.dtype; auto: bfloat16 where the runs go to "
+        "accelerators and no arm or tuned value sets model.dtype, else run.model.dtype",
+        choices=("auto", "run"),
+    ),
     "seeds": Key(2, "runs per cell; run s adds s to both seed and data.seed", low=1),
     "fit": {
         "n": Key(

@@ -56,9 +56,20 @@ def _slots_here(settings) -> int:
     return workers
 
 
+# Which a machine with a GPU has: NVIDIA's, the same under WSL, AMD's.
+_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
 def runs_on_cpu() -> bool:
-    """Returns whether no JAX plugin of an accelerator is installed. Does not start JAX."""
-    return not any(importlib.util.find_spec(name) for name in ACCELERATORS)
+    """Returns whether this machine has no accelerator that JAX could use. Does not start JAX.
+
+    The plugins for GPUs also compile where there is none, so they alone do not mean a GPU.
+    """
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        return True
+    has_gpu = any(os.path.exists(path) for path in _GPU_FILES)
+    installed = [name for name in ACCELERATORS if importlib.util.find_spec(name)]
+    return not any(name == "libtpu" or has_gpu for name in installed)
 
 
 def available_cores() -> int:

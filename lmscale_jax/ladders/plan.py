@@ -14,17 +14,19 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from lmscale_jax.config.key import Modes
 from lmscale_jax.config.keys import keys
 from lmscale_jax.config.resolve import apply_overrides
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
-from lmscale_jax.ladders import grid
+from lmscale_jax.ladders import executors, grid
 from lmscale_jax.ladders.grid import Cell
 
 # Keys that may differ from those of the plan in the same directory.
 GROWING_KEYS = (
     "seeds", "rungs.sizes", "tokens.amounts", "tokens.held_out", "question", "max_hours", "switch",
+    "dtype",
 )  # fmt: skip
 GROWING_GROUPS = ("tune", "arms", "per_rung", "executor", "pack", "fit")
 
@@ -45,7 +47,8 @@ class LadderPlan(NamedTuple):
     @property
     def id(self) -> str:
         """Returns 12 hex digits that identify the cells and the settings of their comparison."""
-        machine = ("executor", "pack", "max_hours")
+        # The type of products that `dtype` chose is in `run`.
+        machine = ("executor", "pack", "max_hours", "dtype")
         identity = {k: v for k, v in self.ladder.items() if k not in machine}
         text = json.dumps([identity, [cell.id for cell in self.cells]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -74,12 +77,29 @@ def cell_dir(workdir: Path, name: str) -> Path:
     return workdir / "runs" / name
 
 
+def _dtype_of_hardware(ladder: ConfigDict) -> str:
+    """Returns bfloat16 for runs on accelerators, unless the ladder varies model.dtype itself."""
+    varied = [ladder.per_rung, *ladder.arms.values(), *ladder.tune.values()]
+    if any("model.dtype" in grid.flat_overrides(group) for group in varied):
+        return ladder.run.model.dtype
+    on_accelerators = ladder.executor.gpus > 0 or not executors.runs_on_cpu()
+    return "bfloat16" if on_accelerators else ladder.run.model.dtype
+
+
+# ladder -> model.dtype of its runs.
+RUN_DTYPES = Modes(
+    "dtype", {"auto": _dtype_of_hardware, "run": lambda ladder: ladder.run.model.dtype}
+)
+
+
 def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
-    """Makes the plan of a ladder's config.
+    """Makes the plan of a ladder's config, whose runs have the model.dtype that RUN_DTYPES gives.
 
     Prepares the data where its vocabulary size is unknown: parameter counts depend on it.
     """
     grid.check_ladder(ladder)
+    ladder = ConfigDict(ladder.to_dict())
+    ladder.run.model.dtype = RUN_DTYPES[ladder.dtype](ladder)
     vocab_size = prepare.vocab_size_of(ladder.run.data)
     if not vocab_size:
         data, model = ladder.run.data, ladder.run.model
@@ -128,9 +148,12 @@ def check_plan(plan: LadderPlan, workdir: Path) -> LadderPlan | None:
     ours, theirs = _fixed(plan.ladder), _fixed(previous.ladder)
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
+            # Where `dtype` chooses it, another machine may choose another one.
+            kept = f"--config.dtype=run --config.{key}={theirs.get(key)}, or "
             raise InputError(
                 f"--workdir={workdir} holds a ladder that disagrees: {key} is {theirs.get(key)!r} "
-                f"there and {ours.get(key)!r} here; use a new --workdir"
+                f"there and {ours.get(key)!r} here; use "
+                f"{kept if key == 'run.model.dtype' else ''}a new --workdir"
             )
     for arm in plan.ladder["arms"].keys() & previous.ladder["arms"].keys():
         if plan.ladder["arms"][arm] != previous.ladder["arms"][arm]:

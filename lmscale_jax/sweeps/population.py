@@ -61,10 +61,12 @@ class Population:
       model: the same for all.
     """
 
-    def __init__(self, members: list[ConfigDict]):
+    def __init__(self, members: list[ConfigDict], mesh: jax.sharding.Mesh | None = None):
+        """Raises the InputError of `check_members`. `mesh`: one device, by default of those here,
+        which may be only described, to `lower` for."""
         check_members(members)
         self.config = members[0]
-        self._mesh = make_mesh(self.config)
+        self._mesh = mesh or make_mesh(self.config)
         self._platform = self._mesh.devices.flat[0].platform
         self.model = build_model(self.config, platform=self._platform)
         self._member_hparams = {
@@ -99,6 +101,11 @@ class Population:
         return self._run(
             state_K, batches_KxSxBxT, self._member_hparams, self._shared_hparams, measure=measure
         )
+
+    def lower(self, state_K, batches_KxSxBxT):
+        """Lowers `advance` for descriptions of arrays."""
+        hparams = self._member_hparams, self._shared_hparams
+        return self._run.lower(state_K, batches_KxSxBxT, *hparams, measure=())
 
     def _advance(self, state_K, batches_KxSxBxT, hparams_K, shared_hparams, measure):
         def advance_member(member_hparams, state, batches_SxBxT):
