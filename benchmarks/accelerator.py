@@ -40,6 +40,8 @@ HERE = Path(__file__).parent
 OURS, THEIRS = "ours", "torch, compiled"
 # Seconds of turns, and of one turn in milliseconds.
 TURNS_S, TURN_MS, ROUNDS = 12.0, 400.0, 8
+# Of the time of a part, that compiling may take; who has not finished is left out of the turns.
+READY_SHARE = 0.75
 # Several processes share the accelerator.
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 TINY_KEYS = {
@@ -54,6 +56,7 @@ class Model:
     config: as --config takes it.
     rows: sequences of a step, without accumulation.
     keys: changes of the config, by dotted path.
+    tiny: further changes with --tiny.
     apart: ours and the peer's do not fit on the device together.
     remark: what the peer leaves out.
     """
@@ -61,6 +64,7 @@ class Model:
     config: str
     rows: int
     keys: dict = dataclasses.field(default_factory=dict)
+    tiny: dict = dataclasses.field(default_factory=dict)
     apart: bool = False
     remark: str = ""
 
@@ -74,6 +78,7 @@ MODELS = {
         8,
         # The windows of the end, the widest.
         {"model.window_growth": "0"},
+        {"model.value_embeddings": 1},
         apart=True,
         remark="The peer of record26 has its width, depth, tokens, documents and windows, in "
         "FlexAttention; not its embeddings of values, skips, norm of queries and keys, softcap "
@@ -95,8 +100,7 @@ LARGER = (("llama_100m", 4), ("gpt2_100m", 4), ("llama_300m", 4))
 # A model whose losses a CPU can follow: 50 steps of 2,048 tokens.
 FOLLOWED_KEYS = {
     "model.n_layers": 4, "model.d_model": 256, "model.n_heads": 4, "model.d_ff": 704,
-    "model.vocab_size": 4096, "data.vocab_size": 4096, "data.seq_len": 256, "train.steps": 50,
-    "schedule.warmup": "10%",
+    "model.vocab_size": 4096, "data.vocab_size": 4096, "data.seq_len": 256,
 }  # fmt: skip
 # Nats by which losses may differ over the 50 steps. float32 products are not rounded to TF32.
 ALLOWED = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -125,11 +129,14 @@ def workers(limit_s: float) -> Iterator[Callable[..., interleave.Worker]]:
         timer.cancel()
 
 
+def keys_of(model: Model) -> dict:
+    """The changes of a model's config, with --tiny of its size too."""
+    return model.keys | (TINY_KEYS | model.tiny if TINY.value else {})
+
+
 def worker_command(model: Model, rows: int, keys: dict, report: Path, *more: str) -> list[str]:
     """The command of our step, which leaves its facts in `report`."""
-    sized = TINY_KEYS if TINY.value else {}
-    changed = model.keys | sized | keys
-    assigned = [f"--config.{key}={value}" for key, value in changed.items()]
+    assigned = [f"--config.{key}={value}" for key, value in (keys_of(model) | keys).items()]
     program = [sys.executable, "-m", "benchmarks.worker_jax", f"--config={model.config}"]
     return [*program, *assigned, f"--batch={rows}", f"--report={report}", *more]
 
@@ -142,9 +149,7 @@ def resolved(model: Model, rows: int):
     config, fault = cli.load_config(str(HERE.parent / path) + (f":{argument}" if argument else ""))
     if fault:
         raise InputError(fault)
-    sized = TINY_KEYS if TINY.value else {}
-    sizes = {"train.batch_size": rows, "train.accum": 1}
-    config = apply_overrides(config, model.keys | sized | sizes)
+    config = apply_overrides(config, keys_of(model) | {"train.batch_size": rows, "train.accum": 1})
     return resolve(config, config.model.vocab_size or config.data.vocab_size)
 
 
@@ -178,7 +183,8 @@ def follow_losses(limit_s: float, results: dict) -> dict:
     with workers(limit_s) as start:
         for dtype in ALLOWED:
             for place, environment in places.items():
-                keys = ({} if TINY.value else FOLLOWED_KEYS) | {"model.dtype": dtype}
+                sizes = {"train.steps": steps, "schedule.warmup": "10%", "model.dtype": dtype}
+                keys = sizes if TINY.value else FOLLOWED_KEYS | sizes
                 report = folder / f"{dtype}.{place}"
                 command = worker_command(model, 8, keys, report, f"--losses={steps}")
                 exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"} if dtype == "float32" else {}
@@ -237,15 +243,29 @@ def _time_group(programs: dict, limit_s: float, chunks: dict, failed: dict, fact
     """Has the programs take turns; adds what came out to the last three."""
     with workers(limit_s) as start:
         running = {label: start(label, command) for label, command in programs.items()}
+        ready_by = time.perf_counter() + READY_SHARE * limit_s
         for label, worker in list(running.items()):
             try:
-                worker.wait()
+                _wait(worker, ready_by - time.perf_counter())
                 facts[label] = worker.facts
             except RunFailed as error:
                 failed[label] = str(error)
                 del running[label]
         rounds, turn_ms = (1, 1.0) if TINY.value else (ROUNDS, TURN_MS)
         chunks |= interleave.measure(list(running.values()), rounds, turn_ms, TURNS_S, failed)[0]
+
+
+def _wait(worker: interleave.Worker, seconds: float) -> None:
+    """Until it is warmed up. Raises RunFailed where it is not in time, and ends it."""
+    timer = threading.Timer(max(1.0, seconds), worker.kill)
+    timer.start()
+    try:
+        worker.wait()
+    except RunFailed as error:
+        late = "" if timer.is_alive() else f"not ready after {seconds:.0f} s; "
+        raise RunFailed(f"{late}{error}") from None
+    finally:
+        timer.cancel()
 
 
 def _side(side: str, chunks: dict, facts: dict, report: dict | None, tokens: int) -> dict:
@@ -313,7 +333,7 @@ def compare_changes(limit_s: float, results: dict) -> dict:
     return {"model": f"{CHANGED}, {rows} sequences", "rows": lines}
 
 
-def run_module(module: str, table: str, arguments: list[str], limit_s: float, results: dict):
+def run_module(module: str, arguments: list[str], limit_s: float) -> dict:
     """The rows of another benchmark, in a process of its own."""
     folder = Path(tempfile.mkdtemp())
     program = [sys.executable, "-m", f"benchmarks.{module}", *arguments, f"--results={folder}"]
@@ -321,21 +341,21 @@ def run_module(module: str, table: str, arguments: list[str], limit_s: float, re
     if not outcome.written:
         raise RunFailed(outcome.fault or "it wrote nothing")
     result = json.loads((folder / outcome.written[-1]).read_text())
-    return {"table": table, "result": result, "fault": outcome.fault}
+    return result | {"fault": outcome.fault}
 
 
 def time_attention(limit_s: float, results: dict) -> dict:
-    sizes = ["--lengths=16", "--tokens=32", "--heads=1", "--head_dim=8", "--rounds=1", "--turn=0"]
+    sizes = ["--lengths=16", "--tokens=128", "--heads=1", "--head_dim=8", "--rounds=1", "--turn=0"]
     if not TINY.value:
         sizes = ["--lengths=512,1024,4096,8192", "--tokens=16384", "--heads=12", "--rounds=3"]
-    return run_module("attention", "attention", [*sizes, "--dtype=bfloat16"], limit_s, results)
+    return run_module("attention", [*sizes, "--dtype=bfloat16"], limit_s)
 
 
 def time_packs(limit_s: float, results: dict) -> dict:
     sizes = ["--widths=16", "--counts=2", "--rounds=1", "--turn_ms=1"]
     if not TINY.value:
         sizes = ["--widths=64,128", "--counts=8,32", "--rounds=3"]
-    return run_module("population", "population", [*sizes, "--dtype=bfloat16"], limit_s, results)
+    return run_module("population", [*sizes, "--dtype=bfloat16"], limit_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,7 +363,7 @@ class Part:
     """Attributes:
     run: (seconds it may take, all results so far) -> its result.
     show: name of its table in accelerator_tables.SHOW.
-    least: seconds without which it does not begin.
+    least: seconds without which it does not begin; 0: it needs none.
     most: seconds after which its processes are killed.
     """
 
@@ -360,9 +380,9 @@ PARTS = {
         for name, m in MODELS.items()
     },
     "profile": Part(profile_slowest, "profile", 0, 10),
-    "attention": Part(time_attention, "module", 30, 90),
+    "attention": Part(time_attention, "attention", 30, 90),
     "changes": Part(compare_changes, "ratios", 60, 150),
-    "packs": Part(time_packs, "module", 30, 90),
+    "packs": Part(time_packs, "packs", 30, 90),
     **{
         f"{name}, {n} times": Part(
             functools.partial(time_model, name, factor=n), "steps", 60, 150
@@ -378,7 +398,7 @@ def run_parts(names: list[str], results: dict, end: float, save: Callable[[], No
     for name in names:
         part, left = PARTS[name], end - time.perf_counter()
         entry = results["parts"][name] = {"show": part.show}
-        if left < part.least:
+        if part.least and left < part.least:
             entry["skipped"] = f"{left:.0f} s are left, and it takes {part.least:.0f} at the least"
         else:
             started = time.perf_counter()

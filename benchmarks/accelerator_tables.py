@@ -122,14 +122,31 @@ def ratios(result: dict) -> str:
     return "\n\n".join([f"{result['model']}", table(head, rows), *errors])
 
 
-def module(result: dict) -> str:
-    """Rows of another benchmark, whose tables.py has its table."""
-    return getattr(tables, result["table"])(result["result"])
+def attention(result: dict) -> str:
+    """Attention kernels by length, in hundredths of a millisecond unlike on a CPU."""
+    head = ["length", "kernel", "ms", "/ xla", "temporaries, MiB"]
+    rows = [
+        [
+            str(row["length"]),
+            row["kernel"],
+            f"{row['ms']:.2f}",
+            f"{row['over_xla']:.2f}",
+            f"{row['temporary_bytes'] / 2**20:.0f}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(head, rows)
+
+
+def packs(result: dict) -> str:
+    """Members of one program over one run."""
+    return tables.population(result)
 
 
 # Name in the result of a part: what makes its text.
 SHOW = {
-    "losses": losses, "steps": steps, "profile": profile, "ratios": ratios, "module": module,
+    "losses": losses, "steps": steps, "profile": profile, "ratios": ratios, "attention": attention,
+    "packs": packs,
 }  # fmt: skip
 
 

@@ -17,10 +17,11 @@ from lmscale_jax.errors import InputError
 
 CHIP = flags.DEFINE_string("chip", "H100", "a GPU of --topology")
 COUNTS = flags.DEFINE_list("counts", ["8", "16"], "members")
-LADDERS = flags.DEFINE_list("ladders", ["quickstart", "gelu_vs_swiglu"], "of configs/ladders")
+LADDERS = flags.DEFINE_list(
+    "ladders", ["quickstart", "muon_vs_adamw", "gelu_vs_swiglu"], "of configs/ladders"
+)
+DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "model.dtype")
 SIZES = flags.DEFINE_integer("sizes", 2, "anchors of each ladder", lower_bound=1)
-# Ids of a tokenizer that need not be trained to compile a program.
-VOCAB = {"quickstart": 1024}
 # Steps of a scan: enough to make it a loop.
 STEPS = 5
 
@@ -34,7 +35,7 @@ def anchors(name: str, dtype: str) -> list:
 
     ladder = importlib.import_module(f"lmscale_jax.configs.ladders.{name}").get_config()
     ladder.run = apply_overrides(ladder.run, {"model.dtype": dtype})
-    vocab = VOCAB.get(name, ladder.run.model.vocab_size)
+    vocab = ladder.run.model.vocab_size or ladder.run.data.vocab_size
     cells = plan.LadderPlan(ladder.to_dict(), grid.make_cells(ladder, vocab), vocab)
     chosen = {
         cell.size: cell
@@ -56,11 +57,16 @@ def estimated_us(compiled, chip) -> tuple[float, int]:
 
 
 def compiled_alone(config, mesh):
+    """(a step, its FLOPs)."""
+    from lmscale_jax.config.durations import tokens_per_step
+    from lmscale_jax.model import flops
     from lmscale_jax.model.build import build_model
     from lmscale_jax.train import aot, gpu_report
 
     model = build_model(config, platform="gpu", mesh=mesh)
-    return aot.lower_step(config, model, mesh).compile(gpu_report.COMPILER_OPTIONS)
+    program = aot.lower_step(config, model, mesh).compile(gpu_report.COMPILER_OPTIONS)
+    per_token = flops.flops_per_token(config, model.specs)["model"]
+    return program, per_token * tokens_per_step(config)
 
 
 def compiled_pack(config, mesh, count: int):
@@ -92,9 +98,10 @@ def compiled_pack(config, mesh, count: int):
 def measure(name: str, dtype: str, mesh, chip) -> list[dict]:
     rows = []
     for size, config in anchors(name, dtype):
-        alone, kernels = estimated_us(compiled_alone(config, mesh), chip)
-        row = {"ladder": name, "size": size, "dtype": dtype, "alone_us": alone}
-        row |= {"kernels": kernels, "faster": {}}
+        program, flops = compiled_alone(config, mesh)
+        alone, kernels = estimated_us(program, chip)
+        row = {"ladder": name, "size": size, "dtype": dtype, "flops": flops}
+        row |= {"alone_us": alone, "kernels": kernels, "faster": {}}
         for count in COUNTS.value:
             pack = estimated_us(compiled_pack(config, mesh, int(count)), chip)[0] / STEPS
             row["faster"][count] = int(count) * alone / pack
@@ -116,7 +123,7 @@ def main() -> None:
     devices = gpu_descriptions.described_gpus(chip, 1, f"{chip.name}:1")
     result = machine.facts(None, machine.asked("chip", "counts", "ladders")) | {"rows": []}
     for name in LADDERS.value:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in DTYPES.value:
             grid = mesh.make_mesh(anchors(name, dtype)[0][1], devices)
             result["rows"] += measure(name, dtype, grid, chip)
             machine.save("packs_compiled", result)

@@ -35,7 +35,8 @@ def config_of(width: int) -> ConfigDict:
     c = base.get_config()
     c.model.n_layers, c.model.d_model, c.model.n_heads = 2, width, max(1, width // 16)
     c.model.norm, c.model.mlp, c.model.positions = "rmsnorm", "swiglu", "rope"
-    c.data.vocab_size, c.data.seq_len = 1024, 128
+    # Bytes need no tokenizer to be trained; the model has the ids of a small one.
+    c.model.vocab_size, c.data.tokenizer, c.data.seq_len = 1024, "bytes", 128
     c.train.steps, c.train.batch_size = 10_000, BATCH.value
     c.model.dtype, c.log.every = DTYPE.value, 10
     c.mesh.cpu_devices = 0 if machine.accelerated() else 1

@@ -219,7 +219,8 @@ def packs_compiled(result: dict) -> str:
         [
             f"{row['ladder']}, {row['size']:,.0f}",
             row["dtype"],
-            f"{row['alone_us']:.0f}",
+            f"{row['flops'] / 1e9:,.2f}",
+            f"{row['alone_us']:,.0f}",
             f"{row['kernels']:,}",
             *(f"{row['faster'][n]:.1f}" for n in counts),
         ]
