@@ -66,6 +66,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[..., str]]] = {
     "optimizers": (("optimizers",), lambda result: tables.optimizers(result["sizes"])),
     "nanogpt_char": (("nanogpt_char",), lambda result: tables.whole_runs(result["runs"])),
     "population": (("population",), tables.population),
+    "packs_compiled": (("packs_compiled",), tables.packs_compiled),
     "attention": (("attention_cpu_float32", "attention_cpu_bfloat16"), tables.attention),
     "fits": (("fits",), tables.fits),
     "prepare": (("prepare",), tables.prepare),

@@ -208,13 +208,8 @@ def population(result: dict) -> str:
 def packs_compiled(result: dict) -> str:
     """packs_compiled.json: estimated microseconds alone, and the gain of a pack."""
     counts = result["asked"]["counts"]
-    head = [
-        "ladder, parameters",
-        "type",
-        "alone, μs a step",
-        "kernels",
-        *(f"K = {n}" for n in counts),
-    ]
+    head = ["ladder, parameters", "type", "GFLOPs a step", "alone, μs a step", "kernels"]
+    head += [f"K = {n}" for n in counts]
     rows = [
         [
             f"{row['ladder']}, {row['size']:,.0f}",

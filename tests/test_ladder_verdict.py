@@ -388,7 +388,8 @@ def test_runs_on_accelerators_compute_in_bfloat16(ladder, monkeypatch, tmp_path)
         if arms:
             config.arms, config.baseline, config.switch = arms, "float32", ("model.dtype",)
         ladder_plan = plan.make_plan(config, print)
-        assert ladder_plan.ladder["dtype"] == config.dtype
+        chosen = f"products in {ladder_plan.ladder['run']['model']['dtype']}"
+        assert plan.describe_dtype(ladder_plan) == f"{chosen} (config.dtype={config.dtype!r})"
         configs = {c.arm: resolve(ladder_plan.config(c, tmp_path)) for c in ladder_plan.cells}
         return {arm: config.model.dtype for arm, config in configs.items()}
 
@@ -437,3 +438,9 @@ def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
     assert lengths(2, "always") == {16: 8, 32: 8, 64: 8}
     assert lengths(24) == {16: 2, 32: 2, 64: 1}
     assert lengths(2, "never") == {16: 1, 32: 1, 64: 1}
+
+    # On an accelerator those whose steps are short: all of these, and none of longer steps.
+    monkeypatch.setattr(executors, "runs_on_cpu", lambda: False)
+    assert lengths(2) == {16: 8, 32: 8, 64: 8}
+    ladder_plan.ladder["run"]["train"]["batch_size"] = 2**18
+    assert lengths(2) == {16: 1, 32: 1, 64: 1}

@@ -92,6 +92,12 @@ RUN_DTYPES = Modes(
 )
 
 
+def describe_dtype(plan: LadderPlan) -> str:
+    """Says in which type the runs multiply, and which choice that follows from."""
+    chosen = plan.ladder["run"]["model"]["dtype"]
+    return f"products in {chosen} (config.dtype={plan.ladder.get('dtype', 'run')!r})"
+
+
 def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
     """Makes the plan of a ladder's config, whose runs have the model.dtype that RUN_DTYPES gives.
 

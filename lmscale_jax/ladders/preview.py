@@ -9,7 +9,7 @@ from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.ladders import executors, results
 from lmscale_jax.ladders.grid import HELD_OUT, Cell, short_count
-from lmscale_jax.ladders.plan import LadderPlan
+from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import build_model
 from lmscale_jax.train import aot, explain
@@ -46,6 +46,7 @@ def preview_table(plan: LadderPlan, cells: list[Cell], workdir: Path, slots: int
         f"{sum(c.role != HELD_OUT for c in cells)} runs before the forecast, {anchors:.3g} FLOPs; "
         f"{count_runs([c for c in cells if c.role == HELD_OUT])} held out, {held_out:.3g} FLOPs"
     )
+    lines.append(describe_dtype(plan))
     duration = explain.readable_seconds((anchors + held_out) / rate / slots)
     lines.append(f"here: about {duration} in {slots} process(es), at {basis}")
     for name in ACCELERATORS:

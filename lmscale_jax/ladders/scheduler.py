@@ -24,8 +24,9 @@ from lmscale_jax.train.run_dir import is_locked
 # Largest d_model and number of runs at which packs were measured to be faster on CPU
 # (benchmarks/README.md, "Populations"): one larger model already keeps a core busy.
 CPU_WIDTH, CPU_MOST = 32, 4
-# Not measured: smaller models are assumed to leave an accelerator idle for most of a step.
-ACCELERATOR_PARAMETERS = 3e7
+# FLOPs of a step up to which packs pay on accelerators. Not measured: by the programs compiled for
+# an H100, launching kernels takes most of such a step (benchmarks/README.md, "Populations").
+ACCELERATOR_FLOPS = 2e10
 
 
 def pack_jobs(plan: LadderPlan, cells: list[Cell], slots: int) -> list[list[str]]:
@@ -37,7 +38,7 @@ def pack_jobs(plan: LadderPlan, cells: list[Cell], slots: int) -> list[list[str]
     mode = PACK_MODES[settings["mode"]]
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        alone = cell.needs or not mode.takes(cell)
+        alone = cell.needs or not mode.takes(plan, cell)
         groups.setdefault(cell.id if alone else pack_key(plan, cell), []).append(cell)
     size = max(1, min(mode.most(settings["most"]), len(cells) // slots))
     packs = []
@@ -54,18 +55,20 @@ def pack_key(plan: LadderPlan, cell: Cell) -> str:
     return f"{cell.role} {pack.pack_signature(resolve(config))}"
 
 
-def packing_pays(cell: Cell) -> bool:
+def packing_pays(plan: LadderPlan, cell: Cell) -> bool:
     """Returns whether packs of such models are faster than single runs on this kind of machine."""
     if executors.runs_on_cpu():
         return cell.shape["d_model"] <= CPU_WIDTH
-    return cell.counts["total"] <= ACCELERATOR_PARAMETERS
+    run = plan.ladder["run"]
+    tokens = run["train"]["batch_size"] * run["data"]["seq_len"]
+    return tokens * cell.flops_per_token <= ACCELERATOR_FLOPS
 
 
 class PackMode(NamedTuple):
     """Which cells share a program.
 
     Attributes:
-      takes: cell -> whether it may be packed.
+      takes: (plan, cell) -> whether it may be packed.
       most: pack.most -> the runs in one program.
     """
 
@@ -77,11 +80,11 @@ PACK_MODES = Modes(
     "pack.mode",
     {
         "auto": PackMode(
-            lambda cell: packing_pays(cell),
+            packing_pays,
             lambda most: min(most, CPU_MOST) if executors.runs_on_cpu() else most,
         ),
-        "always": PackMode(lambda cell: True),
-        "never": PackMode(lambda cell: False),
+        "always": PackMode(lambda plan, cell: True),
+        "never": PackMode(lambda plan, cell: False),
     },
 )
 

@@ -177,7 +177,10 @@ def _add_settings(page: Page, plan: LadderPlan, verdict: dict) -> None:
     ]
     page.table(["arm", "key", "value"], rows, kind="wide")
     switch = ", ".join(plan.ladder["switch"])
-    page.say(f"The switch is {switch}. Everything else is the same for all arms of a size.")
+    page.say(
+        f"The switch is {switch}. Everything else is the same for all arms of a size: "
+        f"{describe_dtype(plan)}."
+    )
 
 
 def _add_reproduction(
