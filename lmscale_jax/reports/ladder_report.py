@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lmscale_jax.ladders import results
 from lmscale_jax.ladders.grid import short_count
-from lmscale_jax.ladders.plan import LadderPlan
+from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
 from lmscale_jax.ladders.verdict import NOT_ENOUGH
 from lmscale_jax.reports import ladder_plots as figures
 from lmscale_jax.reports.page import Page
