@@ -29,11 +29,15 @@ BEST = flags.DEFINE_bool("best", False, "uses only the lowest loss of each n and
 SKIP = flags.DEFINE_float("skip", 0.0, "with --points=curve, per cent to omit at the start of runs")
 FLOOR = flags.DEFINE_float("floor", None, "pins E, nats per token")
 REPETITION = flags.DEFINE_string("repetition", None, "R* of repeated data, or fit")
-CLUSTER = flags.DEFINE_string("cluster", "run", "resampling unit: run, size or row")
-BOOTSTRAP = flags.DEFINE_integer("bootstrap", 2000, "draws; 0: no intervals", lower_bound=0)
+CLUSTER = flags.DEFINE_string("cluster", "run", "resampling unit: run, cell, size or row")
+BOOTSTRAP = flags.DEFINE_integer(
+    "bootstrap", 2000, "draws; 0: no intervals; of the test of --compare at most 499", lower_bound=0
+)
 LEVEL = flags.DEFINE_float("level", 0.95, "level of the intervals and of the test")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the bootstrap")
-COMPARE = flags.DEFINE_list("compare", None, "two variants: exponent shift or constant offset?")
+COMPARE = flags.DEFINE_list(
+    "compare", None, "two variants: does one gain with scale, or by a constant factor?"
+)
 EFFECT = flags.DEFINE_float("effect", 0.1, "smallest relative change of the exponent that matters")
 TARGET_C = flags.DEFINE_float("target_c", None, "further FLOPs at which --compare reports the gain")
 FORECAST_N = flags.DEFINE_float("forecast_n", None, "parameters of the run to predict")
@@ -44,6 +48,13 @@ BUDGET = flags.DEFINE_float("budget", None, "FLOPs for which to compute the opti
 ADVISE = flags.DEFINE_float("advise", None, "FLOPs for new runs that improve the forecast most")
 DATASETS = flags.DEFINE_string("datasets", None, "directory of the named data sets")
 DATASET = flags.DEFINE_list("dataset", None, "list, all, or names of data sets under --datasets")
+# What the test of two arms cannot follow, and why.
+NOT_IN_COMPARISON = {
+    "delta": "whose test is by least squares",
+    "cluster": "whose unit is the cell, all seeds of one size in one arm",
+    "repetition": "which takes the compute of a run and not its distinct tokens",
+}
+TEST_DRAWS = 499
 
 
 def main() -> None:
@@ -81,6 +92,13 @@ def _check_flags() -> None:
     if single_flags and (COMPARE.value is not None or LAW.value == "isoflop"):
         other = "--compare" if COMPARE.value is not None else "--law=isoflop"
         raise InputError(f"{single_flags[0]} does nothing with {other}; remove one of them")
+    if COMPARE.value is not None:
+        for name, why in NOT_IN_COMPARISON.items():
+            if flags.FLAGS[name].present:
+                raise InputError(
+                    f"--{name}={flags.FLAGS[name].value} does nothing with --compare, {why}; "
+                    f"remove it, or fit one arm with --variant={COMPARE.value[0]}"
+                )
     if ADVISE.value is not None and not any(name.startswith("--forecast") for name in single_flags):
         raise InputError(
             f"--advise={ADVISE.value:g} needs a run to predict; add --forecast_n and --forecast_d"
@@ -186,7 +204,9 @@ def _compare_arms(table):
         level=LEVEL.value,
         effect=EFFECT.value,
         target_c=TARGET_C.value,
+        bootstrap=min(BOOTSTRAP.value, TEST_DRAWS),
         seed=SEED.value,
+        floor=FLOOR.value,
     )
     print("\n".join(describe.verdict_lines(verdict)))
     # The arms of a ladder lie on one curve in C, which does not identify the default law.

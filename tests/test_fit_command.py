@@ -127,6 +127,18 @@ def test_two_arms_get_a_verdict(tmp_path, call):
     assert (tmp_path / "v.png").exists()
 
 
+def test_a_floor_is_pinned_in_the_test_and_in_the_fits(tmp_path, call):
+    table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.4, seeds=2))
+    out = tmp_path / "v.json"
+    status, printed, err = call(f"--input={table}", "--compare=A,B", "--law=power_floor",
+                            "--bootstrap=0", "--floor=1.7", f"--out={out}")  # fmt: skip
+    assert status == 0, err
+    written = json.loads(out.read_text())
+    assert written["shift"]["baseline"] == "floor" and written["shift"]["p_bootstrap"] is None
+    assert written["shift"]["floor"] == written["params"]["E"] == 1.7
+    assert "would have shown" in printed and "joint laws" in printed
+
+
 def test_three_anchors_in_two_arms_are_compared_without_naming_a_law(tmp_path, call):
     table = write(
         tmp_path / "t.csv", two_arms(0.0, tau=0.3, sizes=3, seeds=2, span=30.0, noise=0.02)
@@ -207,6 +219,9 @@ BAD = {
     "arms": (["--input=kyo_takano", "--compare=a"], "--compare=a must name two"),
     "no arm": (["--input=kyo_takano", "--compare=a,b"], "variant 'a' is not in"),
     "idle": (["--input=kyo_takano", "--compare=a,b", "--forecast_n=1"], "does nothing"),
+    "width": (["--input=x.csv", "--compare=a,b", "--delta=1e-3"], "test is by least squares"),
+    "cells": (["--input=x.csv", "--compare=a,b", "--cluster=size"], "whose unit is the cell"),
+    "repeats": (["--input=x.csv", "--compare=a,b", "--repetition=fit"], "and not its distinct"),
     "no n": (["--input=kyo_takano", "--forecast_d=1e9", "--bootstrap=0"], "--forecast_n"),
     "floor": (["--input=kyo_takano", "--floor=9"], "--floor=9.0 is not below"),
     "points": (["--input=kyo_takano", "--points=all"], "--points=all is unknown"),

@@ -142,7 +142,7 @@ def test_curves_are_resampled_by_run():
         fit_law(table, points="curve", cluster="column")
     runs = fit_law(table, points="curve", bootstrap=300)
     rows = fit_law(table, points="curve", bootstrap=300, cluster="row")
-    assert runs.draws.clusters == 6 and runs.draws.kind == "wild"
+    assert runs.draws.clusters == 6 and runs.draws.kind == "student"
     width = {k: np.diff(r.intervals["alpha"])[0] for k, r in (("run", runs), ("row", rows))}
     assert width["run"] > 3 * width["row"]
     codes = {w["code"] for w in rows.warnings}

@@ -12,17 +12,20 @@ NOT_ENOUGH, ONE_ARM = "not enough data", "one arm"
 WIDE = 100.0
 # Verdicts of `scaling.compare_arms` that a ladder words differently.
 WORDS = {"undetermined": NOT_ENOUGH}
+# What a change with scale is due to.
+READINGS = {"exponent shift": "its exponent", "changes with scale": "its exponent or its floor"}
 
 
 def judge_ladder(plan: LadderPlan, workdir: Path, rows: list[dict], forecast: dict | None) -> dict:
     """Compares every arm with the baseline over all finished runs.
 
     Returns:
-      A dict with `question`, `answer` (a sentence), `verdict` ("exponent shift", "constant
-      offset", "no detectable difference", "not enough data"; {arm: verdict} where several arms
-      are compared), `comparisons` (as `scaling.compare_arms` returns them, one for each arm but
-      the baseline), `forecast` (its scores), `runs` ({status: number}), `left_out`, `differences`
-      between the arms, `warnings`, `next_runs`, `plan` (its id) and `made` (the time).
+      A dict with `question`, `answer` (a sentence), `verdict` ("exponent shift", "changes with
+      scale", "constant offset", "no detectable difference", "not enough data"; {arm: verdict}
+      where several arms are compared), `comparisons` (as `scaling.compare_arms` returns them, one
+      for each arm but the baseline), `forecast` (its scores), `runs` ({status: number}),
+      `left_out`, `differences` between the arms, `warnings`, `next_runs`, `plan` (its id) and
+      `made` (the time).
     """
     best_rows, warnings = results.choose_tuned(results.finished_rows(rows))
     ladder = plan.ladder
@@ -79,7 +82,8 @@ def _compare(ladder: dict, rows: list[dict], arm: str) -> dict:
     except InputError as error:
         comparison = {
             "arms": [baseline, arm], "verdict": "undetermined", "reason": str(error), "shift": None,
-            "gain": [], "detectable": None, "checks": [], "next_runs": [], "warnings": [],
+            "gain": [], "detectable": None, "power": None, "checks": [], "nested": None,
+            "next_runs": [], "warnings": [],
         }  # fmt: skip
     return comparison | {"verdict": WORDS.get(comparison["verdict"], comparison["verdict"])}
 
@@ -92,19 +96,24 @@ def comparison_sentence(comparison: dict) -> str:
     last = max(comparison["gain"], key=lambda row: row["c"])
     factor = f"{last['k']:.2f} ({last['low']:.2f} to {last['high']:.2f})"
     scale = f"at {last['c']:.2g} FLOPs"
-    if comparison["verdict"] == "exponent shift":
-        trend = "grows" if comparison["shift"]["s"] > 0 else "shrinks"
+    if comparison["verdict"] in READINGS:
+        trend = "gains on" if comparison["shift"]["s"] > 0 else "loses to"
+        by_floor = (comparison["nested"] or {}).get("reading") == "floors"
+        reading = "its floor" if by_floor else READINGS[comparison["verdict"]]
         return (
-            f"The advantage of {second} over {first} {trend} with scale: {scale}, {first} needs "
-            f"{factor} times the compute of {second} for the same loss, and the factor changes "
-            f"with compute."
+            f"With scale, {second} {trend} {first}, by {reading}: {scale}, {first} needs {factor} "
+            f"times the compute of {second} for the same loss."
         )
     if comparison["verdict"] == "constant offset":
         return (
             f"A constant offset: {first} needs {factor} times the compute of {second} for the same "
-            f"loss, at every scale that was tried."
+            f"loss, from {comparison['gain'][0]['c']:.2g} to {last['c']:.2g} FLOPs."
         )
     if comparison["verdict"] == NOT_ENOUGH:
+        if comparison["detectable"] <= comparison["effect"]:
+            return f"These runs do not say how {second} compares with {first} at scale: " + (
+                f"{comparison['reason']}."
+            )
         start = f"Not enough data to say how {second} compares with {first} at scale: "
         if last["high"] > WIDE * last["low"] or comparison["detectable"] > 1:
             return start + "these runs could not have shown any difference of usual size."

@@ -113,10 +113,11 @@ def _add_comparisons(page: Page, verdict: dict, folder: Path) -> None:
             page.table(["FLOPs", f"compute of {first} / of {second}", "low", "high"], rows)
         if comparison["checks"]:
             rows = [
-                [c["check"], c.get("s"), c.get("se"), c.get("p"), "yes" if c["holds"] else "NO"]
+                [c["check"], c.get("s"), c.get("se"), c.get("p"), c.get("claim", ""),
+                 "yes" if c["holds"] else "NO"]
                 for c in comparison["checks"]
-            ]
-            page.table(["check", "shift", "standard error", "p", "holds"], rows)
+            ]  # fmt: skip
+            page.table(["check", "shift", "standard error", "p", "claim", "holds"], rows)
 
 
 def _add_next_runs(page: Page, verdict: dict) -> None:

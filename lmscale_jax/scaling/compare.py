@@ -1,21 +1,21 @@
-"""Tests whether two arms differ in the exponent or only by a constant factor of compute."""
+"""Tests whether two arms differ with scale or only by a constant factor of compute."""
 
 from dataclasses import replace
 
 import numpy as np
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.scaling import second_views, shift
+from lmscale_jax.scaling import second_views, shift, verdicts
 from lmscale_jax.scaling.shift import ShiftEstimate, TwoArms
 from lmscale_jax.scaling.summary import plain
 from lmscale_jax.scaling.table import Table, as_table, fit_warning
+from lmscale_jax.scaling.verdicts import smallest_shift
 
-EXPONENT, OFFSET = "exponent shift", "constant offset"
-NOTHING, UNDETERMINED = "no detectable difference", "undetermined"
 # Smallest relative change of the exponent that matters by default.
 EFFECT = 0.1
-POWER = 0.8
 MAX_OPTIONS = 3
+# Largest numbers of sizes and seeds that are suggested to be added.
+MORE_SIZES, MORE_SEEDS = 4, 12
 
 
 def compare_arms(
@@ -27,38 +27,57 @@ def compare_arms(
     target_c: float | None = None,
     bootstrap: int = 499,
     seed: int = 0,
+    floor: float | None = None,
 ) -> dict:
-    """Tests whether the second arm changes the exponent of the first, or only a constant.
+    """Tests whether the second arm gains on the first with scale, or by a constant factor.
 
     Args:
         table: see `as_table`; the arms are values of its column `variant`.
-        level: level of the test and of the intervals.
+        level: level of the tests, both together, and of the intervals.
         effect: smallest relative change of the exponent that matters. If the data could not have
             shown it, the verdict is "undetermined".
         target_c: further FLOPs at which to report the gain.
         bootstrap: number of draws of the wild bootstrap; 0: none.
+        floor: pins E, nats/token; the common curve is then the power law above it.
 
     Returns:
-        `verdict`: "exponent shift", "constant offset", "no detectable difference" or
-        "undetermined"; `reason`: a sentence; `shift`: s, se, interval, p, ...; `gain`: rows of c,
-        k, low, high, with k the factor of compute that the first arm needs more than the second for
-        equal loss; `detectable`; `checks`; `floors`; `nested`; `next_runs`; `warnings`.
+        `verdict`: "exponent shift", "changes with scale", "constant offset", "no detectable
+        difference" or "undetermined"; `reason`: a sentence; `shift`: s, se, interval, p, p_both,
+        ...; `gain`: rows of c, k, low, high, with k the factor of compute that the first arm needs
+        more than the second for equal loss; `detectable`; `power`: the smallest `shift` and
+        relative `offset` that would have shown; `checks`; `floors`; `nested`; `next_runs`;
+        `warnings`.
 
     Raises:
-        InputError: an arm is not in the table or has too few sizes.
+        InputError: an arm is not in the table or has too few sizes, or the floor cannot be pinned.
     """
     table = as_table(table)
-    data, warnings = _arm_rows(table, first, second, effect, level)
+    warnings = _check_arms(table, first, second, effect, level)
+    data = shift.two_arms(table, first, second, _checked_floor(table, first, second, floor))
     fits = _fits(data)
     main = _select_estimate(fits, table, first, second)
     p_wild = shift.wild_bootstrap(main, data, bootstrap, seed) if bootstrap else None
-    checks = [*_checks(fits, main, data, level), second_views.check_floors(data, main, level)]
-    checks = [c for c in checks if c is not None]
-    detectable = smallest_shift(main, level)
-    verdict, reason = _verdict(main, checks, level, effect, detectable, p_wild, (first, second))
+    floors = second_views.shifts_at_floors(data, level)
+    checks = verdicts.judge_checks(_checks(fits, main, data), floors, main, level)
+    overlap = _overlap_warnings(data, first, second)
+    nested = second_views.nested_laws(table, first, second, floor)
+    evidence = verdicts.Evidence(
+        arms=(first, second),
+        main=main,
+        checks=checks,
+        level=level,
+        effect=effect,
+        p_wild=p_wild,
+        reading=None if nested is None else nested["reading"],
+        models=None if nested is None else nested["models"],
+        c_range=tuple(np.exp(data.ln_c0 + x) for x in (data.x.min(), data.x.max())),
+        obstacle=_obstacle(data, overlap),
+    )
+    verdict, reason = verdicts.decide(evidence)
     x = _gain_points(data, target_c)
     ln_k, low, high = main.log_gain(x, level)
     rows = np.stack([np.exp(x + data.ln_c0), np.exp(ln_k), np.exp(low), np.exp(high)], axis=1)
+    detectable = smallest_shift(main, level)
     return plain(
         {
             "arms": [first, second],
@@ -69,11 +88,12 @@ def compare_arms(
             "target_c": target_c,
             "effect": effect,
             "detectable": detectable,
+            "power": {"shift": detectable, "offset": verdicts.smallest_offset(main, level)},
             "checks": checks,
-            "floors": second_views.shifts_at_floors(data, level),
-            "nested": second_views.nested_laws(table, first, second),
+            "floors": floors,
+            "nested": nested,
             "next_runs": settling_runs(main, data, effect, level),
-            "warnings": [*warnings, *_compute_overlap(data, first, second)],
+            "warnings": [*warnings, *overlap],
         }
     )
 
@@ -85,19 +105,34 @@ def _shift(main: ShiftEstimate, data: TwoArms, level: float, p_wild) -> dict:
         "se": main.se,
         "interval": main.interval(level),
         "p": main.p,
+        "p_both": main.p_both,
         "p_bootstrap": p_wild,
         "level": level,
         "tau": main.tau,
         "at_c": float(np.exp(data.ln_c0)),
         "baseline": main.baseline,
-        "unit": main.unit,
+        "floor": None if data.ln_floor is None else float(np.exp(data.ln_floor)),
+        "unit": "cells" if data.seeds.max() > 1 else "runs",
         "degrees_of_freedom": main.degrees,
-        "n_runs": len(data),
+        "n_runs": int(data.seeds.sum()),
     }
 
 
-def _arm_rows(table: Table, first: str, second: str, effect, level) -> tuple[TwoArms, list[dict]]:
-    """Checks the request and collects the arms with the warnings that precede any estimate."""
+def _checked_floor(table: Table, first: str, second: str, floor: float | None) -> float | None:
+    """Checks that a floor is below the losses of both arms."""
+    if floor is None:
+        return None
+    least = min(table.arm(arm).loss.min() for arm in (first, second))
+    if not 0 < floor < least:
+        raise InputError(
+            f"--floor={floor} must be positive and below the smallest loss, {least:.4f}; "
+            f"use {0.8 * least:.2f}"
+        )
+    return floor
+
+
+def _check_arms(table: Table, first: str, second: str, effect, level) -> list[dict]:
+    """Checks the request; lists the warnings that precede any estimate."""
     if first == second:
         raise InputError(f"--compare={first},{second} names one arm twice; use two different arms")
     if not effect > 0 or not 0 < level < 1:
@@ -129,12 +164,17 @@ def _arm_rows(table: Table, first: str, second: str, effect, level) -> tuple[Two
             "learning rate; tune it at every size in both arms",
         )
     )
-    return shift.two_arms(table, first, second), warnings
+    return warnings
 
 
 def _fits(data: TwoArms) -> dict[str, ShiftEstimate]:
     """Estimates the shift under each baseline; on a surface if L is no function of C."""
     if shift.is_off_curve(data):
+        if data.ln_floor is not None:
+            raise InputError(
+                f"--floor={np.exp(data.ln_floor):g} pins E of a law in c, and the tokens per "
+                "parameter of these arms vary at equal c; leave --floor out"
+            )
         kinds = ["surface"]
     else:
         kinds = ["quadratic", "cubic", "floor"]
@@ -143,6 +183,9 @@ def _fits(data: TwoArms) -> dict[str, ShiftEstimate]:
     if not fits:
         linear = shift.estimate_shift("power", data)
         fits = {} if linear is None else {"power": linear}
+    if data.ln_floor is not None and "floor" in fits:
+        # A pinned floor is the curve that was asked for; the others are checks.
+        fits = {"floor": fits.pop("floor"), **fits}
     return fits
 
 
@@ -154,77 +197,41 @@ def _select_estimate(fits: dict, table: Table, first: str, second: str) -> Shift
     """
     if not fits:
         raise InputError(
-            f"arms {first} and {second} of {table.name} have too few runs for the test; train at "
-            "least 3 compute budgets and 6 runs over both arms"
+            f"arms {first} and {second} of {table.name} have too few cells for the test; train at "
+            "least 3 compute budgets in each arm; seeds of one cell count once"
         )
+    if next(iter(fits)) == "floor":
+        return fits["floor"]
     shapes = [fits[k] for k in ("quadratic", "cubic") if k in fits] or list(fits.values())
     return min(shapes, key=lambda e: e.aicc)
 
 
-def smallest_shift(main: ShiftEstimate, level: float) -> float:
-    """Computes the smallest |s| that the test detects with a power of 80 %."""
-    from scipy.stats import t
-
-    return (main.t(level) + float(t.ppf(POWER, main.degrees))) * main.se
-
-
-def _checks(fits: dict, main: ShiftEstimate, data: TwoArms, level: float) -> list[dict]:
+def _checks(fits: dict, main: ShiftEstimate, data: TwoArms) -> dict[str, ShiftEstimate]:
     """Repeats the estimate with other baselines and without the smallest and the largest size."""
-    checks = []
-    for name, refit in fits.items():
-        if refit is not main:
-            holds = refit.s * main.s > 0 and refit.p < 2 * (1 - level)
-            checks.append(_check_arms(f"{name} baseline", refit, holds))
+    checks = {f"{name} baseline": refit for name, refit in fits.items() if refit is not main}
     # With n in the table its sizes are held out, otherwise its budgets.
     size = data.ln_n if data.ln_n is not None else data.x
     ends = {"without the smallest size": size > size.min() + 0.05,
             "without the largest size": size < size.max() - 0.05}  # fmt: skip
     for name, rows in ends.items():
-        if main.baseline == "surface" or shift.arm_budgets(data.take(rows)) >= 3:
-            kind = main.baseline if main.baseline in ("surface", "power") else "quadratic"
-            refit = shift.estimate_shift(kind, data.take(rows))
-        else:
-            refit = shift.estimate_shift("power", data.take(rows))
-        if refit is not None:
-            checks.append(_check_arms(name, refit, refit.s * main.s > 0))
-    return checks
+        part = data.take(rows)
+        kind = "quadratic" if main.baseline == "cubic" else main.baseline
+        if kind != "surface" and min(part.budgets()) < 3:
+            kind = "power"
+        checks[name] = shift.estimate_shift(kind, part)
+    return {name: refit for name, refit in checks.items() if refit is not None}
 
 
-def _check_arms(name: str, refit: ShiftEstimate, holds: bool) -> dict:
-    return {"check": name, "s": refit.s, "se": refit.se, "p": refit.p, "holds": bool(holds)}
-
-
-def _verdict(main, checks, level, effect, detectable, p_wild, names) -> tuple[str, str]:
-    """Decides the verdict and the sentence that gives the reason."""
-    alpha = 1 - level
-    low, high = main.interval(level)
-    finding = (
-        f"the exponent ratio is 1 {main.s:+.3f} ({100 * level:g} % interval {low:+.3f} to "
-        f"{high:+.3f}, p = {main.p:.2g})"
-    )
-    failed = [c["check"] for c in checks if not c["holds"]]
-    significant = main.p < alpha and (p_wild is None or p_wild < 2 * alpha)
-    if significant and not failed:
-        gains = "gains" if main.s > 0 else "loses"
-        return EXPONENT, f"{names[1]} {gains} with scale: {finding}, and every check agrees"
-    if main.p < alpha:
-        why = f"not {', not '.join(failed)}" if failed else f"not by bootstrap (p = {p_wild:.2g})"
-        return UNDETERMINED, f"{finding}, but not every check agrees: {why}"
-    if detectable > effect:
-        return UNDETERMINED, (
-            f"{finding}; these runs can detect a shift of {detectable:.2g} or more, but not the "
-            f"requested {effect:.2g}; next_runs lists runs that can"
-        )
-    ln_k, k_low, k_high = (float(v) for v in main.log_gain(np.array(0.0), level))
-    factor = f"{np.exp(ln_k):.3g} ({np.exp(k_low):.3g} to {np.exp(k_high):.3g})"
-    if k_low > 0 or k_high < 0:
-        return OFFSET, (
-            f"{names[0]} needs {factor} times the compute of {names[1]} at every scale; {finding}, "
-            f"and a shift of {detectable:.2g} would have been detected"
-        )
-    return NOTHING, (
-        f"compute factor {factor} and {finding}; {detectable:.2g} would have been detected"
-    )
+def _obstacle(data: TwoArms, overlap: list[dict]) -> str | None:
+    """Says why these runs cannot show that a factor is the same at every scale, or None."""
+    if min(data.budgets()) < 3:
+        return "an arm has fewer than 3 compute budgets"
+    codes = {w["code"] for w in overlap}
+    if "disjoint_compute" in codes:
+        return "the arms hardly share a range of compute"
+    if "little_overlap" in codes:
+        return "the arms' losses hardly overlap"
+    return None
 
 
 def _gain_points(data: TwoArms, target_c: float | None) -> np.ndarray:
@@ -237,54 +244,67 @@ def _gain_points(data: TwoArms, target_c: float | None) -> np.ndarray:
     return np.append(x, np.log(target_c) - data.ln_c0)
 
 
-def _compute_overlap(data: TwoArms, first: str, second: str) -> list[dict]:
-    """Warns if the arms' losses hardly overlap, so that the shift is extrapolated."""
-    y0, y1 = data.y[data.z == 0], data.y[data.z == 1]
-    shared = min(y0.max(), y1.max()) - max(y0.min(), y1.min())
-    if shared > 0.5 * min(np.ptp(y0), np.ptp(y1)):
-        return []
-    return [
-        fit_warning(
-            "little_overlap",
-            f"the losses of {first} ({np.exp(y0.min()):.3g} to {np.exp(y0.max()):.3g}) and "
-            f"{second} ({np.exp(y1.min()):.3g} to {np.exp(y1.max()):.3g}) hardly overlap, so their "
-            "compute factor is extrapolated; train the better arm at less compute",
+def _overlap_warnings(data: TwoArms, first: str, second: str) -> list[dict]:
+    """Warns if the arms' losses or budgets hardly overlap, so that the shift is extrapolated."""
+    warnings = []
+    losses, share = _spans(data, data.y)
+    if share <= 0.5:
+        warnings.append(
+            fit_warning(
+                "little_overlap",
+                f"the losses of {first} ({losses[0]}) and {second} ({losses[1]}) hardly overlap, "
+                "so their compute factor is extrapolated; train the better arm at less compute",
+            )
         )
-    ]
+    budgets, share = _spans(data, data.x + data.ln_c0)
+    if share <= 0.5:
+        warnings.append(
+            fit_warning(
+                "disjoint_compute",
+                f"the FLOPs of {first} ({budgets[0]}) and {second} ({budgets[1]}) hardly overlap, "
+                "so nothing is known about both at one scale; train both at the same budgets",
+            )
+        )
+    return warnings
+
+
+def _spans(data: TwoArms, logs: np.ndarray) -> tuple[list[str], float]:
+    """Formats the range of each arm, and computes the shared part of the shorter one."""
+    arms = [logs[data.z == arm] for arm in (0.0, 1.0)]
+    shared = min(a.max() for a in arms) - max(a.min() for a in arms)
+    words = [f"{np.exp(a.min()):.3g} to {np.exp(a.max()):.3g}" for a in arms]
+    return words, shared / max(min(np.ptp(a) for a in arms), 1e-300)
 
 
 def settling_runs(main: ShiftEstimate, data: TwoArms, effect: float, level: float) -> list[dict]:
     """Lists the three cheapest sets of runs after which a shift of `effect` would be detectable.
 
     Candidates are further seeds of every cell and up to four larger sizes, each with twice the
-    compute of the previous one, in both arms. The variance of a run is assumed to stay. [] if the
-    shift is detectable already.
+    compute of the previous one, in both arms. [] if the shift is detectable already.
     """
     if smallest_shift(main, level) <= effect:
         return []
-    target_se = effect / (main.t(level) + 0.84)
-    base = shift.fisher_information(main, data)
-    per_seed = shift.fisher_information(main, _run_per_cell(data))
-    cost = float(np.exp(_run_per_cell(data).x + data.ln_c0).sum())
+    cost = float(np.exp(data.x + data.ln_c0).sum())
+    before = shift.shift_error(main, [(data, 0)])
     options = []
-    for sizes in range(5):
+    for sizes in range(MORE_SIZES + 1):
         larger = _larger_budgets(data, sizes)
-        per_larger = shift.fisher_information(main, larger) if sizes else np.zeros_like(base)
-        larger_cost = float(np.exp(larger.x + data.ln_c0).sum()) if sizes else 0.0
-        for seeds in range(13):
+        larger_cost = float(np.exp(larger.x + data.ln_c0).sum())
+        # Each new size is two further cells.
+        enough = replace(main, degrees=main.degrees + 2 * sizes)
+        for seeds in range(MORE_SEEDS + 1):
             # New sizes get one run, plus as many seeds as are added to the other cells.
-            repeats = 1 + seeds
-            total = base + seeds * per_seed + repeats * per_larger
-            se = float(np.sqrt(np.linalg.pinv(total)[-1, -1]))
-            if se > target_se or (main.unit == "cells" and seeds):
-                continue
-            flops = seeds * cost + repeats * larger_cost
-            options.append(_option(data, sizes, seeds, se, flops, main, level))
-            break
+            parts = [(data, seeds), *([(larger, seeds)] if sizes else [])]
+            se = shift.shift_error(main, parts) * main.se / before
+            detectable = smallest_shift(enough, level) * se / main.se
+            if detectable <= effect:
+                flops = seeds * cost + (1 + seeds) * larger_cost
+                options.append(_option(data, sizes, seeds, detectable, flops))
+                break
     return sorted(options, key=lambda o: o["flops"])[:MAX_OPTIONS]
 
 
-def _option(data, sizes, seeds, se, flops, main, level) -> dict:
+def _option(data: TwoArms, sizes: int, seeds: int, detectable: float, flops: float) -> dict:
     """Describes one set of further runs, its cost and the shift that it makes detectable."""
     top = float(np.exp(data.x.max() + data.ln_c0))
     words = []
@@ -293,23 +313,17 @@ def _option(data, sizes, seeds, se, flops, main, level) -> dict:
     if sizes:
         grown = ", ".join(f"{top * 2 ** (i + 1):.3g}" for i in range(sizes))
         words.append(f"{1 + seeds} run{'s' * (seeds > 0)} an arm at {grown} FLOPs")
-    runs = seeds * len(set(data.cell)) + sizes * 2 * (1 + seeds)
-    detectable = se * smallest_shift(main, level) / main.se
+    runs = seeds * len(data) + sizes * 2 * (1 + seeds)
     return {"add": " and ".join(words), "runs": runs, "flops": flops, "detectable": detectable}
 
 
-def _run_per_cell(data: TwoArms) -> TwoArms:
-    """Selects one run of each cell."""
-    return data.take(np.unique(data.cell, return_index=True)[1])
-
-
 def _larger_budgets(data: TwoArms, sizes: int) -> TwoArms:
-    """Adds one run per arm at each larger budget, with n and d growing equally."""
+    """Makes one run an arm at each larger budget, with n and d growing equally."""
     top = int(data.x.argmax())
-    rows = np.full(2 * max(sizes, 1), top)
-    step = np.repeat(np.arange(1, max(sizes, 1) + 1), 2) * np.log(2.0)
-    larger = data.take(rows)
-    grown = {"x": larger.x + step, "z": np.tile([0.0, 1.0], max(sizes, 1))}
+    step = np.repeat(np.arange(1, sizes + 1), 2) * np.log(2.0)
+    larger = data.take(np.full(2 * sizes, top))
+    grown = {"x": larger.x + step, "z": np.tile([0.0, 1.0], sizes)}
+    grown["seeds"] = np.ones(2 * sizes, int)
     if larger.ln_n is not None and larger.ln_d is not None:
         grown |= {"ln_n": larger.ln_n + step / 2, "ln_d": larger.ln_d + step / 2}
     return replace(larger, **grown)

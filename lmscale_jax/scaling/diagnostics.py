@@ -253,7 +253,7 @@ def lack_of_fit(problem: Problem, r: np.ndarray, table: Table) -> dict | None:
     """
     from scipy.stats import f as f_distribution
 
-    _, cell = np.unique(seed_groups(table), return_inverse=True)
+    _, cell = np.unique(table.cells(), return_inverse=True)
     count = np.bincount(cell)
     means = np.bincount(cell, r) / count
     within = float(((r - means[cell]) ** 2).sum())
@@ -269,14 +269,6 @@ def lack_of_fit(problem: Problem, r: np.ndarray, table: Table) -> dict | None:
         "rms_lack": float(np.sqrt(between / lack_free)),
         "degrees": [lack_free, free],
     }
-
-
-def seed_groups(table: Table) -> np.ndarray:
-    """Labels runs [R] by variant and by n, d or c, so that seeds of one cell share a label."""
-    parts = [table.variant.astype(str)]
-    columns = [x for x in (table.n, table.d) if x is not None] or [table.c]
-    parts += [np.char.mod("%.6f", np.log(x)) for x in columns]
-    return np.array(["|".join(row) for row in zip(*parts, strict=True)])
 
 
 def check_largest(problem: Problem, delta: float, table: Table):
@@ -329,12 +321,23 @@ def check_clusters(draws: "intervals.Draws") -> list[dict]:
     """Warns if intervals rest on few clusters, or on rows instead of runs."""
     missing = intervals.MIN_CLUSTERS - draws.clusters
     warnings = []
-    if missing > 0:
+    if draws.too_few:
+        short = intervals.MIN_DEGREES - draws.degrees
         warnings.append(
             fit_warning(
                 "few_clusters",
-                f"intervals rest on only {draws.clusters} {draws.unit}s and are rough (drawn with "
-                f"{draws.kind} resampling); add {missing} more, further seeds count",
+                f"no interval: {draws.clusters} {draws.unit}s leave {max(draws.degrees, 0)} "
+                f"degree{'s' * (draws.degrees != 1)} of freedom, and any would be too wide to say "
+                f"something; add {short} {draws.unit}{'s' * (short > 1)} or choose a law with "
+                "fewer parameters",
+            )
+        )
+    elif missing > 0:
+        warnings.append(
+            fit_warning(
+                "few_clusters",
+                f"intervals rest on only {draws.clusters} {draws.unit}s, and are as wide as "
+                f"{draws.degrees} degrees of freedom make them; {missing} more would narrow them",
             )
         )
     if draws.unit == "row":

@@ -19,6 +19,7 @@ SMALLEST_DELTA = 1e-4
 RIVAL = 1.05
 # Range of the search for R* of repeated data, in epochs.
 R_STAR = (0.3, 1000.0)
+R_STAR_POINTS = 20
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def fit_law(
         repetition: R* of `effective_tokens`, or "fit"; needs the column `unique`.
         bootstrap: number of draws for the intervals; 0: no intervals.
         level: level of the intervals.
-        cluster: unit of resampling: "run", "size" or "row".
+        cluster: unit of resampling: "run", "cell" (the seeds of one), "size" or "row".
         points, skip: see `as_table`.
 
     Raises:
@@ -132,7 +133,7 @@ def fit_law(
     table = as_table(table, points, skip)
     chosen = laws.choose_law(law, floor)
     warnings = diagnostics.check_table(table, chosen)
-    r_star, r_interval = _repetition(table, chosen, floor, repetition, delta, level)
+    r_star, r_interval, r_warnings = _repetition(table, chosen, floor, repetition, delta, level)
     problem = laws.fit_problem(table, chosen, floor, r_star)
     solutions = _solutions(problem, delta)
     best = solutions["chosen"]
@@ -153,7 +154,7 @@ def fit_law(
         intervals={},
         alternatives={k: _alternative(s, problem, floor) for k, s in solutions.items()},
         diagnostics={"r_star_interval": r_interval} if r_star is not None else {},
-        warnings=tuple(warnings),
+        warnings=(*warnings, *r_warnings),
     )
     return _diagnosed(_with_intervals(result, bootstrap, cluster, seed))
 
@@ -163,16 +164,16 @@ def _with_intervals(result: FitResult, bootstrap: int, cluster: str, seed: int) 
     problem, theta, delta = result.problem, result.solution.theta, result.delta
     draws = profile = None
     # Refuses an unknown unit even if nothing is drawn.
-    intervals.cluster_labels(result.table, cluster)
+    labels = intervals.cluster_labels(result.table, cluster)
     if len(result.table) > problem.size:
         if bootstrap:
             drawn = (bootstrap, cluster, seed)
             draws = intervals.bootstrap(problem, theta, delta, result.table, *drawn)
         if result.law.floor == "free":
-            profile = intervals.profile_floor(problem, theta, delta, result.level)
-    spans = (
-        intervals.intervals_of_draws(problem, draws, result.floor, result.level) if draws else {}
-    )
+            profile = intervals.profile_floor(problem, theta, delta, result.level, labels)
+    spans = {}
+    if draws:
+        spans = intervals.intervals_of_draws(problem, theta, draws, result.floor, result.level)
     return dataclasses.replace(result, draws=draws, profile=profile, intervals=spans)
 
 
@@ -225,9 +226,9 @@ def _alternative(solution: solve.Solution, problem: Problem, floor) -> dict:
 
 
 def _repetition(table: Table, law: Law, floor, repetition, delta, level):
-    """Returns (R*, its profile interval), set by the caller or fitted over a grid."""
+    """Returns (R*, its profile interval, warnings), set by the caller or fitted."""
     if repetition is None:
-        return None, None
+        return None, None, []
     if "d" not in law.columns:
         raise InputError(
             f"--repetition={repetition} does not apply to --law={law.name}; use --law=chinchilla"
@@ -240,39 +241,60 @@ def _repetition(table: Table, law: Law, floor, repetition, delta, level):
             value = np.nan
         if not value > 0:
             raise InputError(f"--repetition={repetition} must be positive or fit; use 15.4")
-        return value, None
+        return value, None, []
     if (table.d / table.unique).max() < 1.5:
         raise InputError("--repetition=fit needs a run of at least 1.5 epochs; leave the flag out")
-    grid = np.geomspace(*R_STAR, 60)
-    width, F = np.inf if delta is None else delta, []
-    theta = None
-    for r_star in grid:
-        problem = laws.fit_problem(table, law, floor, float(r_star))
-        solution = solve.solve_many_starts(problem, width, theta)
-        theta = solve.projection_starts(problem) if theta is None else solution.minima
-        F.append(solution.objective)
-    best = int(np.argmin(F))
-    spare = max(len(table) - len(law.coordinates) - 1, 1)
-    from scipy.stats import chi2
-
-    inside = np.array(F) <= F[best] * (1 + chi2.ppf(level, 1) / spare)
-    interval = [float(grid[inside].min()), float(grid[inside].max())]
-    return _refine(table, law, floor, width, grid, best), interval
+    r_star, span = _profile_r_star(table, law, floor, np.inf if delta is None else delta, level)
+    low, high = span
+    if low > 0 and np.isfinite(high):
+        return r_star, span, []
+    fitting = f"from {low:.3g} up" if low > 0 else f"up to {high:.3g}"
+    message = (
+        f"every R* {fitting} fits about equally well (searched: {R_STAR[0]:g} to {R_STAR[1]:g}): "
+        "these losses do not follow the law of repeated tokens (losses that rise again with more "
+        "epochs cannot), or repeat their data too little; leave --repetition out, or set it"
+    )
+    return r_star, span, [fit_warning("at_bound", message)]
 
 
-def _refine(table, law, floor, width, grid, best: int) -> float:
-    """Refines R* between the neighbours of the best grid point."""
+def _profile_r_star(table, law, floor, width: float, level: float) -> tuple[float, list[float]]:
+    """Minimises F over R* and finds where it crosses the limit of its interval.
+
+    An open end of the interval is 0 or inf.
+    """
     from scipy.optimize import minimize_scalar
+    from scipy.stats import f as f_distribution
 
-    low, high = np.log(grid[max(best - 1, 0)]), np.log(grid[min(best + 1, len(grid) - 1)])
+    def solution(log_r: float, starts=None) -> solve.Solution:
+        problem = laws.fit_problem(table, law, floor, float(np.exp(log_r)))
+        return solve.solve_many_starts(problem, width, starts)
+
+    x = np.linspace(*np.log(R_STAR), R_STAR_POINTS)
+    solutions = [solution(v) for v in x]
+    values = np.array([s.objective for s in solutions])
+    i = int(values.argmin())
 
     def F(log_r: float) -> float:
-        return solve.solve_many_starts(
-            laws.fit_problem(table, law, floor, float(np.exp(log_r))), width
-        ).objective
+        return solution(log_r, solutions[i].minima).objective
 
-    minimum = minimize_scalar(F, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(minimum.x))
+    bounds = (x[max(i - 1, 0)], x[min(i + 1, len(x) - 1)])
+    minimum = minimize_scalar(F, bounds=bounds, method="bounded", options={"xatol": 1e-5})
+    x, values = np.append(x, minimum.x), np.append(values, minimum.fun)
+    spare = max(len(table) - len(law.coordinates) - 1, 1)
+    limit = values.min() * (1 + f_distribution.ppf(level, 1, spare) / spare)
+    # Each pass adds the interpolated crossings to the points, so that the next are between nearer
+    # ones.
+    for _ in range(3):
+        order = np.argsort(x)
+        x, values = x[order], values[order]
+        ends = intervals.crossings(x, values, limit)
+        new = [v for v in ends if v is not None]
+        x, values = np.append(x, new), np.append(values, [F(v) for v in new])
+    low, high = ends
+    return float(np.exp(minimum.x)), [
+        0.0 if low is None else float(np.exp(low)),
+        np.inf if high is None else float(np.exp(high)),
+    ]
 
 
 def _diagnosed(result: FitResult) -> FitResult:
@@ -312,12 +334,15 @@ def _named_parameters(name: str, values: dict, warnings: list) -> tuple[dict, li
 
 
 def _bootstrap_spread(result: FitResult) -> dict:
-    """Computes the standard deviations of E and the exponents over the draws."""
+    """Computes half the central 68 % of E and the exponents over the draws.
+
+    Their standard deviation is no measure of draws with the tails of t.
+    """
     params = laws.natural_parameters(
         result.law, result.problem.centre, result.draws.theta, result.floor
     )
     names = [*result.law.exponents, *(["E"] if result.law.floor == "free" else [])]
-    return {k: float(np.std(params[k])) for k in names}
+    return {k: float(np.ptp(np.percentile(params[k], [15.87, 84.13]))) / 2 for k in names}
 
 
 def _starting_points(solution: solve.Solution) -> tuple[dict, list]:

@@ -4,6 +4,7 @@ Runs are resampled, not the rows of their curves: rows of one curve share their 
 resampling them gives intervals more than ten times too narrow.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +14,16 @@ from lmscale_jax.scaling import laws, solve
 from lmscale_jax.scaling.laws import Problem
 from lmscale_jax.scaling.table import Table
 
+# Below this number intervals are called rough in a warning; below the other, percentiles of
+# clusters drawn with replacement cover too rarely (.86 to .93 of .95, docs/calibration.md).
 MIN_CLUSTERS = 8
-UNITS = ("run", "size", "row")
+MIN_PAIRS = 20
+# Of studentised intervals: at one degree of freedom a 95 % interval is 12.7 standard errors wide to
+# either side, and says nothing.
+MIN_DEGREES = 2
+# Share of a coordinate's effect on ln L that must vary within clusters to determine it there.
+WITHIN = 1e-2
+UNITS = ("run", "cell", "size", "row")
 
 
 @dataclass(frozen=True)
@@ -22,20 +31,30 @@ class Draws:
     """Coordinates [B, P] of B refits of resampled data.
 
     `unit` is the resampled unit and `clusters` their number. `kind` is "pairs" (clusters drawn with
-    replacement) or "wild" (the signs of each cluster's residuals drawn at random).
+    replacement) or "student" (errors drawn with the scale of jackknifed residuals, as uncertain as
+    `degrees` degrees of freedom make it).
     """
 
     theta: np.ndarray
     unit: str
     clusters: int
     kind: str
+    degrees: int
+
+    @property
+    def too_few(self) -> bool:
+        """Tells whether the degrees of freedom do not suffice for an interval."""
+        return self.kind == "student" and self.degrees < MIN_DEGREES
 
 
 def cluster_labels(table: Table, unit: str) -> np.ndarray:
-    """Numbers the cluster of each row [R]: by run, by size (equal n, or c without n) or by row.
+    """Numbers the cluster of each row [R].
+
+    By run, by cell (runs that differ only in the seed), by size (equal n, or c without n) or by
+    row.
 
     Raises:
-        InputError: the unit is unknown.
+        InputError: the unit is unknown, or cells are asked for of curves.
     """
     if unit not in UNITS:
         raise InputError(f"--cluster={unit} is unknown; use {', '.join(UNITS)}")
@@ -43,6 +62,10 @@ def cluster_labels(table: Table, unit: str) -> np.ndarray:
         return np.arange(len(table))
     if unit == "run":
         return np.unique(table.run_id.astype(str), return_inverse=True)[1]
+    if unit == "cell":
+        if table.points != "final":
+            raise InputError("--cluster=cell joins seeds by their final points; use --points=final")
+        return np.unique(table.cells(), return_inverse=True)[1]
     size = table.n if table.n is not None else table.c
     return np.unique(np.round(np.log(size), 3), return_inverse=True)[1]
 
@@ -58,23 +81,65 @@ def bootstrap(
 ) -> Draws:
     """Refits `count` resamples, starting each at the full fit.
 
-    Fewer than 8 clusters drawn with replacement leave too few distinct ones for a fit. The signs of
-    the residuals are then drawn by cluster (wild bootstrap, Cameron et al. 2008).
+    Fewer than 20 clusters drawn with replacement vary too little, and fewer than 8 leave too few
+    distinct ones for a fit. Errors are then drawn instead: see `student_errors`.
     """
     cluster = cluster_labels(table, unit)
     clusters = int(cluster.max()) + 1
     rng = np.random.Generator(np.random.PCG64(seed))
-    if clusters >= max(MIN_CLUSTERS, problem.size + 2):
+    if clusters >= MIN_PAIRS:
         drawn = rng.multinomial(clusters, np.full(clusters, 1 / clusters), count)
         weights = drawn[:, cluster] * problem.weight
         # A draw with fewer distinct clusters than coordinates does not determine a fit.
         weights = weights[(drawn > 0).sum(axis=1) >= problem.size]
-        return Draws(refit_draws(problem, theta_P, delta, weight=weights), unit, clusters, "pairs")
+        theta = refit_draws(problem, theta_P, delta, weight=weights)
+        return Draws(theta, unit, clusters, "pairs", clusters - 1)
+    degrees = degrees_of_freedom(problem, theta_P, cluster)
     f_R = solve.predict_log_loss(problem, theta_P)[0]
-    spare = len(f_R) / max(len(f_R) - problem.size, 1)
-    signs = rng.choice([-1.0, 1.0], (count, clusters))[:, cluster]
-    y_BxR = f_R + (problem.y - f_R) * np.sqrt(spare) * signs
-    return Draws(refit_draws(problem, theta_P, delta, y=y_BxR), unit, clusters, "wild")
+    y_BxR = f_R + student_errors(problem, theta_P, cluster, max(degrees, 1), count, rng)
+    theta = refit_draws(problem, theta_P, delta, y=y_BxR)
+    return Draws(theta, unit, clusters, "student", degrees)
+
+
+def degrees_of_freedom(problem: Problem, theta_P, cluster: np.ndarray) -> int:
+    """Counts the clusters beyond the coordinates that only differences between clusters determine.
+
+    With one row a cluster these are all coordinates. Rows of a curve determine most of them within
+    each run; one degree is then lost, as for a mean.
+    """
+    J_RxP = solve.log_loss_jacobian(problem, theta_P)
+    J_RxP = J_RxP / np.maximum(np.linalg.norm(J_RxP, axis=0), 1e-300)
+    count = np.bincount(cluster)
+    means = np.stack([np.bincount(cluster, column) / count for column in J_RxP.T], axis=1)
+    within = np.linalg.matrix_rank(J_RxP - means[cluster], tol=WITHIN)
+    between = max(problem.size - int(within), 1)
+    return min(len(count) - between, len(cluster) - problem.size)
+
+
+def student_errors(problem: Problem, theta_P, cluster, degrees: int, count: int, rng):
+    """Draws errors [B, R] after which refits are spread as Student's t.
+
+    Each cluster's residuals are divided by 1 minus their leverage, multiplied by a normal number of
+    the cluster, and all by one scale of the draw. For a linear model the refits have the
+    cluster-jackknife covariance (CR3; HC3 with one row a cluster; MacKinnon & White 1985) and the
+    tails of t with `degrees` degrees of freedom. A row that is its own cluster gets the mean of its
+    jackknifed and of the pooled variance: few residuals of a robust fit are often nearly 0.
+    """
+    r_R = problem.y - solve.predict_log_loss(problem, theta_P)[0]
+    root = np.sqrt(problem.weight)
+    J_RxP = solve.log_loss_jacobian(problem, theta_P) * root[:, None]
+    q_RxP, s, _ = np.linalg.svd(J_RxP, full_matrices=False)
+    q_RxP = q_RxP[:, s > 1e-12 * s[0]]
+    clusters = int(cluster.max()) + 1
+    pooled = np.sqrt((root * r_R) @ (root * r_R) / max(len(r_R) - problem.size, 1))
+    scaled = np.zeros_like(r_R)
+    for k in range(clusters):
+        rows = np.flatnonzero(cluster == k)
+        rest = np.eye(len(rows)) - q_RxP[rows] @ q_RxP[rows].T
+        own = np.linalg.pinv(rest, rcond=1e-6) @ (root * r_R)[rows]
+        scaled[rows] = own if len(rows) > 1 else np.hypot(own, pooled) / np.sqrt(2)
+    scale = np.sqrt(degrees / rng.chisquare(degrees, (count, 1)))
+    return scaled / root * scale * rng.standard_normal((count, clusters))[:, cluster]
 
 
 def refit_draws(problem: Problem, theta_P, delta: float, weight=None, y=None) -> np.ndarray:
@@ -109,14 +174,18 @@ class FloorProfile:
 
 
 def profile_floor(
-    problem: Problem, theta_P, delta: float, level: float, points: int = 40
+    problem: Problem, theta_P, delta: float, level: float, cluster: np.ndarray, points: int = 40
 ) -> FloorProfile:
     """Fits the law at pinned floors from nearly 0 to the smallest loss, as one batch.
 
+    Args:
+        cluster: number of the cluster of each row [R]; rows of one share their errors.
+
     The threshold on F is that of a likelihood ratio with the scale of Huber's psi (Hampel et al.
-    1986, section 7.2): 2 (F - F_min) mean(psi') / var(psi) follows chi-squared with 1 degree.
+    1986, section 7.2): 2 (F - F_min) mean(psi') / var(psi) follows F with 1 degree of freedom and
+    those of the residuals.
     """
-    from scipy.stats import chi2
+    from scipy.stats import f as f_distribution
 
     top = float(np.exp(problem.y.min()))
     best = float(np.exp(theta_P[0]))
@@ -132,26 +201,34 @@ def profile_floor(
         theta[better], F[better] = retried[better], F_retried[better]
     r = solve.predict_log_loss(problem, theta_P)[0] - problem.y
     psi = np.clip(r, -delta, delta)
-    spare = max(len(r) - problem.size, 1)
-    variance = (problem.weight * psi**2).sum() / spare
+    # Per row, from the sums over clusters, in which shared errors do not cancel.
+    sums = np.bincount(cluster, np.sqrt(problem.weight) * psi)
+    count = np.bincount(cluster)
+    spare = max(degrees_of_freedom(problem, theta_P, cluster), 1)
+    variance = (sums**2 / count).sum() / spare
     curvature = max(np.average(np.abs(r) <= delta, weights=problem.weight), 1 / len(r))
-    limit = F.min() + chi2.ppf(level, 1) / 2 * variance / curvature
-    return FloorProfile(floors, F, theta, *_crossings(floors, F, limit))
+    limit = F.min() + f_distribution.ppf(level, 1, spare) / 2 * variance / curvature
+    low, high = crossings(floors, F, limit)
+    return FloorProfile(floors, F, theta, 0.0 if low is None else low,
+                        float(floors[-1]) if high is None else high)  # fmt: skip
 
 
-def _crossings(E: np.ndarray, F: np.ndarray, limit: float) -> tuple[float, float]:
-    """Finds where F crosses the limit on each side of its minimum, by linear interpolation."""
+def crossings(x: np.ndarray, F: np.ndarray, limit: float) -> tuple[float | None, float | None]:
+    """Finds where F(x) crosses a limit on each side of its minimum; None where it does not.
+
+    The root of F - F_min is interpolated, which is about linear in x: F itself is a parabola, and
+    between coarse points its linear interpolation puts the crossing far too near the minimum.
+    """
     i = int(F.argmin())
-    low, high = 0.0, float(E[-1])
-    for j in range(i, 0, -1):
-        if F[j - 1] > limit:
-            low = float(np.interp(limit, [F[j], F[j - 1]], [E[j], E[j - 1]]))
-            break
-    for j in range(i, len(E) - 1):
-        if F[j + 1] > limit:
-            high = float(np.interp(limit, [F[j], F[j + 1]], [E[j], E[j + 1]]))
-            break
-    return low, high
+    root, target = np.sqrt(F - F[i]), np.sqrt(limit - F[i])
+
+    def first_beyond(indices) -> float | None:
+        for j, k in itertools.pairwise(indices):
+            if root[k] > target:
+                return float(np.interp(target, root[[j, k]], x[[j, k]]))
+        return None
+
+    return first_beyond(range(i, -1, -1)), first_beyond(range(i, len(x)))
 
 
 def prediction_band(drawn_BxG: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
@@ -161,9 +238,27 @@ def prediction_band(drawn_BxG: np.ndarray, level: float) -> tuple[np.ndarray, np
     return bounds_Gx2[:, 0], bounds_Gx2[:, 1]
 
 
-def intervals_of_draws(problem: Problem, draws: Draws, floor: float | None, level: float) -> dict:
-    """Computes the interval of each natural and compound parameter."""
-    params = laws.natural_parameters(problem.law, problem.centre, draws.theta, floor)
-    params |= laws.compound_exponents(params)
+def intervals_of_draws(
+    problem: Problem, theta_P, draws: Draws, floor: float | None, level: float
+) -> dict:
+    """Computes the interval of each natural and compound parameter.
+
+    An interval includes its estimate: percentiles of few or skewed draws need not. None with too
+    few degrees of freedom.
+    """
+    params, fitted = (
+        (p := laws.natural_parameters(problem.law, problem.centre, theta, floor))
+        | laws.compound_exponents(p)
+        for theta in (draws.theta, theta_P)
+    )
     names = [k for k in params if not (k == "E" and problem.law.floor == "pinned")]
-    return {k: percentiles(params[k], level) for k in names}
+    if draws.too_few:
+        return dict.fromkeys(names)
+    return {k: include(percentiles(params[k], level), float(fitted[k])) for k in names}
+
+
+def include(span: list[float] | None, value: float) -> list[float] | None:
+    """Widens an interval to include a finite value."""
+    if span is None or not np.isfinite(value):
+        return span
+    return [min(span[0], value), max(span[1], value)]

@@ -2,54 +2,62 @@
 
 s = 0 is a constant factor of compute at every scale; for power laws 1 + s is the ratio of the arms'
 exponents. Unlike a contrast of fitted exponents, the shift depends neither on E nor on the form of
-the law, and s does not depend on C0. Shapes: B refits, R runs, M parameters of the baseline curve,
-P = M + 2.
+the law, and s does not depend on C0.
+
+Seeds of one cell share whatever error the curve, the tuning or the data order has there, so that
+all estimates are from the means of cells. Shapes: B refits, R cells, M parameters of the baseline
+curve, P = M + 2.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmscale_jax.scaling import diagnostics, laws, solve
+from lmscale_jax.scaling import laws, solve
 from lmscale_jax.scaling.table import Table
 
 TAUS = np.linspace(-4.0, 4.0, 65)
 DEGREE = {"power": 1, "quadratic": 2, "cubic": 3}
-# Below this p of the test of lack of fit, cells and not runs are the unit of the variance.
-MAX_LACK_P = 0.1
 # Largest spread of ln(d / n) at equal C for which an arm's runs still follow one curve in C.
 MAX_RATIO_SPREAD = 0.25
 
 
 @dataclass(frozen=True)
 class TwoArms:
-    """Runs of two arms: `x` [R] is ln C - ln C0, `z` [R] is 1 for the second arm, `y` [R] ln loss.
+    """Means of two arms' cells, groups of runs that differ only in the seed.
 
-    `cell` [R] numbers groups of runs that differ only in the seed; `ln_n` and `ln_d` are centred,
-    or None.
+    Attributes:
+        x: ln C - ln C0 [R]; `z` [R] is 1 for the second arm; `y` [R] is the mean of ln loss.
+        weight: sum of the runs' weights [R]; `seeds` [R] is their number.
+        seed_variance: of ln L among the seeds of a cell, pooled; None without repeated cells.
+        ln_n, ln_d: centred [R], or None.
+        ln_floor: ln E of a pinned floor, or None.
     """
 
     x: np.ndarray
     z: np.ndarray
     y: np.ndarray
     weight: np.ndarray
-    cell: np.ndarray
+    seeds: np.ndarray
+    seed_variance: float | None
     ln_c0: float
     ln_n: np.ndarray | None
     ln_d: np.ndarray | None
+    ln_floor: float | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
     def take(self, rows: np.ndarray) -> "TwoArms":
-        """Selects runs by a mask or by indices and renumbers the cells."""
+        """Selects cells by a mask or by indices."""
+        names = ("x", "z", "y", "weight", "seeds", "ln_n", "ln_d")
+        columns = {k: getattr(self, k) for k in names}
+        return replace(self, **{k: None if a is None else a[rows] for k, a in columns.items()})
 
-        def cut(a):
-            return None if a is None else a[rows]
-
-        cell = np.unique(self.cell[rows], return_inverse=True)[1]
-        parts = {k: cut(getattr(self, k)) for k in ("x", "z", "y", "weight", "ln_n", "ln_d")}
-        return replace(self, cell=cell, **parts)
+    def budgets(self) -> tuple[int, int]:
+        """Counts the distinct compute budgets of each arm."""
+        first, second = (len(set(np.round(self.x[self.z == arm], 2))) for arm in (0.0, 1.0))
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,8 @@ class ShiftEstimate:
         baseline: form of the common curve: "power", "quadratic", "cubic", "floor" or "surface".
         theta: parameters of the curve, then tau and s [P]; `null` [P] is the fit with s = 0.
         covariance: of theta [P, P].
-        variance: of one run's ln L, with `degrees` degrees of freedom.
-        unit: "runs", or "cells" if the curve misses cell means by more than seeds explain.
-        f, p: F test of s = 0.
+        variance: of ln L at weight 1, from the means of cells, with `degrees` degrees of freedom.
+        p: of the F test of s = 0; `p_both` of that of s = 0 and tau = 0 together.
         aicc, ssr: corrected Akaike criterion and sum of squared residuals.
     """
 
@@ -72,9 +79,8 @@ class ShiftEstimate:
     covariance: np.ndarray
     variance: float
     degrees: int
-    unit: str
-    f: float
     p: float
+    p_both: float
     aicc: float
     ssr: float
 
@@ -110,20 +116,42 @@ class ShiftEstimate:
         return value, value - self.t(level) * se, value + self.t(level) * se
 
 
-def two_arms(table: Table, first: str, second: str) -> TwoArms:
-    """Collects the runs of two variants; C0 is the geometric mean of their FLOPs."""
-    both = table.take((table.variant == first) | (table.variant == second))
-    ln_c = np.log(both.c)
+def average_seeds(table: Table) -> tuple[Table, np.ndarray, float | None]:
+    """Averages ln loss over the seeds of each cell: (table of R cells, seeds [R], their variance).
+
+    A cell's weight is the sum of its runs'. The variance of one run is pooled over cells; None
+    without repeated cells.
+    """
+    _, first, cell = np.unique(table.cells(), return_index=True, return_inverse=True)
+    weight = np.bincount(cell, table.weight)
+
+    def mean(values):
+        return np.exp(np.bincount(cell, table.weight * np.log(values)) / weight)
+
+    loss, seeds = mean(table.loss), np.bincount(cell)
+    spare = len(table) - len(first)
+    within = (table.weight * np.log(table.loss / loss[cell]) ** 2).sum() / table.weight.mean()
+    means = replace(table.take(first), loss=loss, c=mean(table.c), weight=weight)
+    return means, seeds, float(within / spare) if spare else None
+
+
+def two_arms(table: Table, first: str, second: str, floor: float | None = None) -> TwoArms:
+    """Averages the cells of two variants; C0 is the geometric mean of the runs' FLOPs."""
+    runs = table.take((table.variant == first) | (table.variant == second))
+    both, seeds, seed_variance = average_seeds(runs)
+    ln_c, ln_c0 = np.log(both.c), float(np.log(runs.c).mean())
     centred = [None if a is None else np.log(a) - np.log(a).mean() for a in (both.n, both.d)]
     return TwoArms(
-        x=ln_c - ln_c.mean(),
+        x=ln_c - ln_c0,
         z=(both.variant == second).astype(float),
         y=np.log(both.loss),
         weight=both.weight,
-        cell=np.unique(diagnostics.seed_groups(both), return_inverse=True)[1],
-        ln_c0=float(ln_c.mean()),
+        seeds=seeds,
+        seed_variance=seed_variance,
+        ln_c0=ln_c0,
         ln_n=centred[0],
         ln_d=centred[1],
+        ln_floor=None if floor is None else float(np.log(floor)),
     )
 
 
@@ -132,7 +160,8 @@ def shifted_curve(baseline: str, theta, data: TwoArms, floor=None):
 
     Args:
         theta: [B, P].
-        floor: pinned ln E [B, 1], only for "floor", whose parameters then exclude ln E.
+        floor: pinned ln E [B, 1] instead of the data's, only for "floor", whose parameters exclude
+            ln E where it is pinned.
     """
     shape, tau, s = theta[:, :-2], theta[:, -2:-1], theta[:, -1:]
     k = data.z * (tau + s * data.x)
@@ -144,6 +173,7 @@ def shifted_curve(baseline: str, theta, data: TwoArms, floor=None):
         rise = np.arange(1, shape.shape[1])
         by_u = np.einsum("brm,bm->br", powers[..., :-1], shape[:, 1:] * rise)
         return np.einsum("brm,bm->br", powers, shape), powers, by_u
+    floor = data.ln_floor if floor is None else floor
     ln_E = shape[:, :1] if floor is None else floor
     a, b = shape[:, -2:-1], shape[:, -1:]
     falling = a - b * u
@@ -228,9 +258,17 @@ def start_point(baseline: str, data: TwoArms) -> np.ndarray:
     ssr = np.where((slope < 0).mean(axis=1) > 0.5, ssr, np.inf)
     best = int(ssr.argmin()) if np.isfinite(ssr).any() else len(TAUS) // 2
     tau, shape = TAUS[best], c[best]
-    if baseline in DEGREE:
+    if baseline == "floor" and data.ln_floor is not None:
+        shape = pinned_shape(data, tau, float(np.exp(data.ln_floor)))
+    if baseline in DEGREE or data.ln_floor is not None:
         return np.concatenate([shape, [tau, 0.0]])
     return np.concatenate([_law_shape(baseline, data, tau), [tau, 0.0]])
+
+
+def pinned_shape(data: TwoArms, tau: float, floor: float) -> np.ndarray:
+    """Fits (ln a, b) of a power law above a floor E to both arms, the second moved by tau."""
+    slope, height = np.polyfit(data.x + data.z * tau, np.log(np.exp(data.y) - floor), 1)
+    return np.array([height, max(-slope, 1e-3)])
 
 
 def _law_shape(baseline: str, data: TwoArms, tau: float) -> np.ndarray:
@@ -249,28 +287,29 @@ def _law_shape(baseline: str, data: TwoArms, tau: float) -> np.ndarray:
 
 
 def estimate_shift(baseline: str, data: TwoArms) -> ShiftEstimate | None:
-    """Estimates the shift under one baseline, with its test; None without degrees of freedom."""
+    """Estimates the shift under one baseline, with its tests; None without degrees of freedom."""
     start = start_point(baseline, data)
     size = len(start)
-    if len(data) <= size or arm_budgets(data) <= DEGREE.get(baseline, 2):
+    degrees = len(data) - size
+    if degrees < 1 or min(data.budgets()) <= DEGREE.get(baseline, 2):
         return None
-    null, ssr0 = levenberg_marquardt(baseline, start[None], data, fixed=[size - 1])
+    null, ssr_tau = levenberg_marquardt(baseline, start[None], data, fixed=[size - 1])
+    equal = np.append(null[0, :-2], [0.0, 0.0])
+    _, ssr_equal = levenberg_marquardt(baseline, equal[None], data, fixed=[size - 2, size - 1])
     starts = np.stack([null[0] + np.eye(size)[-1] * v for v in (0.0, -0.1, 0.1)])
     thetas, ssrs = levenberg_marquardt(baseline, starts, data)
     theta, ssr = thetas[ssrs.argmin()], float(ssrs.min())
-    f, J = curve_jacobian(baseline, theta[None], data)
-    variance, degrees, unit = _variance(data, data.y - f[0], size)
-    if degrees < 1:
-        return None
+    _, J = curve_jacobian(baseline, theta[None], data)
+    variance = max(ssr / degrees, 1e-300)
     X = J[0] * np.sqrt(data.weight)[:, None]
     length = np.maximum(np.linalg.norm(X, axis=0), 1e-300)
     inverse = np.linalg.pinv((X / length).T @ (X / length)) / np.outer(length, length)
-    ratio = max(float(ssr0[0]) - ssr, 0.0) / max(variance, 1e-300)
     from scipy.stats import f as f_distribution
 
-    count = len(data)
-    spare = max(count - size - 2, 1)
-    k = size + 1
+    def p_value(null_ssr: float, tested: int) -> float:
+        ratio = max(null_ssr - ssr, 0.0) / tested / variance
+        return float(f_distribution.sf(ratio, tested, degrees))
+
     return ShiftEstimate(
         baseline=baseline,
         theta=theta,
@@ -278,12 +317,19 @@ def estimate_shift(baseline: str, data: TwoArms) -> ShiftEstimate | None:
         covariance=inverse * variance,
         variance=variance,
         degrees=degrees,
-        unit=unit,
-        f=ratio,
-        p=float(f_distribution.sf(ratio, 1, degrees)),
-        aicc=count * np.log(max(ssr, 1e-300) / count) + 2 * k + 2 * k * (k + 1) / spare,
+        p=p_value(float(ssr_tau[0]), 1),
+        p_both=p_value(float(ssr_equal[0]), 2),
+        aicc=corrected_aic(ssr, len(data), size),
         ssr=ssr,
     )
+
+
+def corrected_aic(ssr: float, count: int, size: int) -> float:
+    """Computes AICc of a least-squares fit; inf with too few points for the correction."""
+    k = size + 1
+    if count - k - 1 < 1:
+        return np.inf
+    return count * np.log(max(ssr, 1e-300) / count) + 2 * k + 2 * k * (k + 1) / (count - k - 1)
 
 
 def is_off_curve(data: TwoArms) -> bool:
@@ -300,41 +346,13 @@ def is_off_curve(data: TwoArms) -> bool:
     return False
 
 
-def arm_budgets(data: TwoArms) -> int:
-    """Counts the distinct compute budgets of the arm that has fewer."""
-    return min(len(set(np.round(data.x[data.z == arm], 2))) for arm in (0.0, 1.0))
-
-
-def _variance(data: TwoArms, r: np.ndarray, size: int) -> tuple[float, int, str]:
-    """Estimates the variance of one run's ln L: (variance, degrees of freedom, unit).
-
-    Seeds of one cell share the curve's error there. If that error is significant (F test of lack of
-    fit, p below 0.1), the variance is that of cell means; otherwise all residuals are pooled.
-    """
-    from scipy.stats import f as f_distribution
-
-    weight = data.weight / data.weight.mean()
-    count = np.bincount(data.cell, weight)
-    means = np.bincount(data.cell, weight * r) / count
-    within = float((weight * (r - means[data.cell]) ** 2).sum())
-    between = float((count * means**2).sum())
-    free, lack_free = len(r) - len(count), len(count) - size
-    if free >= 1 and lack_free >= 1 and within > 0:
-        ratio = (between / lack_free) / (within / free)
-        if f_distribution.sf(ratio, lack_free, free) < MAX_LACK_P:
-            return between / lack_free, lack_free, "cells"
-    return (within + between) / max(len(r) - size, 1), len(r) - size, "runs"
-
-
 def wild_bootstrap(fitted: ShiftEstimate, data: TwoArms, count: int, seed: int = 0) -> float:
     """Computes p of s = 0 by a wild bootstrap: residuals of the null fit with random signs."""
     rng = np.random.Generator(np.random.PCG64(seed))
     f0 = curve_jacobian(fitted.baseline, fitted.null[None], data)[0][0]
     size = len(fitted.null)
     r = (data.y - f0) * np.sqrt(len(data) / max(len(data) - size + 1, 1))
-    unit = data.cell if fitted.unit == "cells" else np.arange(len(data))
-    signs = rng.choice([-1.0, 1.0], (count, unit.max() + 1))[:, unit]
-    y = f0 + r * signs
+    y = f0 + r * rng.choice([-1.0, 1.0], (count, len(data)))
     start = np.broadcast_to(fitted.null, (count, size))
     null, ssr0 = levenberg_marquardt(fitted.baseline, start, data, y, fixed=[size - 1], steps=12)
     _, ssr = levenberg_marquardt(fitted.baseline, null, data, y, steps=12)
@@ -346,8 +364,22 @@ def wild_bootstrap(fitted: ShiftEstimate, data: TwoArms, count: int, seed: int =
     return float((1 + (drawn >= observed).sum()) / (1 + count))
 
 
-def fisher_information(fitted: ShiftEstimate, data: TwoArms) -> np.ndarray:
-    """Computes the Fisher information J^T J / variance [P, P] of runs at the data's x and z."""
-    _, J = curve_jacobian(fitted.baseline, fitted.theta[None], data)
-    X = J[0] * np.sqrt(data.weight)[:, None]
-    return X.T @ X / fitted.variance
+def shift_error(fitted: ShiftEstimate, parts: list[tuple[TwoArms, int]]) -> float:
+    """Computes the standard error of s from cells [of data], each with so many more seeds.
+
+    The first part is what was fitted. The variance of a cell's mean is that of its seeds, divided
+    by their number, and a rest that more seeds do not reduce.
+    """
+    measured = parts[0][0]
+    seeds = measured.seeds.mean()
+    of_mean = fitted.variance / measured.weight.mean()
+    of_seed = of_mean * seeds
+    if measured.seed_variance is not None:
+        of_seed = min(of_seed, measured.seed_variance)
+    rest = of_mean - of_seed / seeds
+    information = np.zeros((len(fitted.theta),) * 2)
+    for data, more in parts:
+        _, J = curve_jacobian(fitted.baseline, fitted.theta[None], data)
+        variance = rest + of_seed / (data.seeds + more)
+        information += (J[0] / variance[:, None]).T @ J[0]
+    return float(np.sqrt(np.linalg.pinv(information)[-1, -1]))

@@ -29,6 +29,7 @@ def fit_as_json(result) -> dict:
         "unit": result.draws.unit,
         "clusters": result.draws.clusters,
         "kind": result.draws.kind,
+        "degrees_of_freedom": result.draws.degrees,
         "draws": len(result.draws.theta),
         "level": result.level,
     }  # fmt: skip
@@ -84,11 +85,16 @@ def fit_lines(result) -> list[str]:
     for name, value in (result.params | result.compound).items():
         output.append(f"  {name:<6} {value:<12.6g} {_interval(result, name)}")
     if result.r_star is not None:
-        output.append(f"  R*     {result.r_star:<12.6g}")
+        span = result.diagnostics["r_star_interval"]
+        shown = "" if span is None else f"[{span[0]:.5g}, {span[1]:.5g}]"
+        output.append(f"  R*     {result.r_star:<12.6g} {shown}")
     if result.draws is not None:
+        draws = result.draws
+        kind = f"t with {draws.degrees} degrees of freedom" if draws.kind == "student" else "pairs"
+        stated = "no" if draws.too_few else f"{100 * result.level:g} %"
         output.append(
-            f"  {100 * result.level:g} % intervals, {len(result.draws.theta)} draws of "
-            f"{result.draws.clusters} {result.draws.unit}s ({result.draws.kind})"
+            f"  {stated} intervals, {len(draws.theta)} draws of {draws.clusters} {draws.unit}s "
+            f"({kind})"
         )
     for name, other in result.alternatives.items():
         shown = ", ".join(f"{k} {other['params'][k]:.5g}" for k in result.params)
@@ -149,19 +155,35 @@ def verdict_lines(verdict: dict) -> list[str]:
         f"  {verdict['reason']}",
         f"  baseline {shift['baseline']}, {shift['n_runs']} runs, unit {shift['unit']}, "
         f"{shift['degrees_of_freedom']} degrees of freedom, bootstrap p {shift['p_bootstrap']}",
+        f"  would have shown: a shift of {verdict['power']['shift']:.2g}, a constant factor of "
+        f"{1 + verdict['power']['offset']:.3g}",
         f"  k = compute of {first} over compute of {second} at equal loss:",
     ]
     for row in verdict["gain"]:
         output.append(f"    c {row['c']:.3g}: {row['k']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
     for check in verdict["checks"]:
         outcome = "holds" if check["holds"] else "does not hold"
-        output.append(f"  {check['check']}: s {check['s']:+.3f} ± {check['se']:.3f}, {outcome}")
+        output.append(
+            f"  {check['check']}: s {check['s']:+.3f} ± {check['se']:.3f}; {outcome}: "
+            f"{check['claim']}"
+        )
+    output += _nested_lines(verdict["nested"])
     for option in verdict["next_runs"]:
         output.append(
             f"  next runs: {option['add']} ({option['runs']} runs, {option['flops']:.3g} FLOPs; "
             f"detects {option['detectable']:.2g})"
         )
     return output + warning_lines(verdict["warnings"])
+
+
+def _nested_lines(nested: dict | None) -> list[str]:
+    """Formats what distinguishes a change of exponents from one of floors."""
+    if nested is None:
+        return []
+    least = min(model["aicc"] for model in nested["models"].values())
+    models = ", ".join(f"{k} {v['aicc'] - least:.1f}" for k, v in nested["models"].items())
+    reading = nested["reading"] or "undecided between exponents and floors"
+    return [f"  joint laws, AICc above the best: {models}; a change with scale is: {reading}"]
 
 
 def isoflop_lines(summary: dict, table) -> list[str]:

@@ -72,6 +72,17 @@ class Table:
         """Lists the variants in alphabetical order."""
         return sorted(set(self.variant))
 
+    def cells(self) -> np.ndarray:
+        """Labels runs [R] by variant and by n, d or c, so that seeds of one cell share a label.
+
+        Runs with other numbers of distinct tokens are in other cells.
+        """
+        parts = [self.variant.astype(str)]
+        columns = [x for x in (self.n, self.d) if x is not None] or [self.c]
+        columns += [] if self.unique is None else [self.unique]
+        parts += [np.char.mod("%.6f", np.log(x)) for x in columns]
+        return np.array(["|".join(row) for row in zip(*parts, strict=True)])
+
     @property
     def flops_factor(self) -> float:
         """Returns FLOPs per parameter and token: the median of c / (n d), or 6 without n or d."""
