@@ -68,6 +68,7 @@ APART = {
     "gating_study": "gates of attention and their controls",
     "mur_study --workdir=runs/mur_study": "arms of Marginal Utility Regularization",
     "fits_reference --data=DIR": "fits beside published ones",
+    "calibration": "how often intervals and verdicts are right, by simulation",
 }
 
 

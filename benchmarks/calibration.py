@@ -83,13 +83,15 @@ def law_row(truth: str, noise: str, sizes: int, seeds: int, **settings) -> Row:
     def draw(rng) -> dict:
         columns = made.table(runs, law.loss(runs["c"]), NOISES[noise], rng)
         result = fit_law(columns, law=name, bootstrap=BOOTSTRAP, **settings)
-        found = {"b": interval_outcome(result.intervals.get("b"), law.b, result.params["b"], law.b)}
+        outcomes = {
+            "b": interval_outcome(result.intervals.get("b"), law.b, result.params["b"], law.b)
+        }
         if law.E:
             span, E = result.intervals.get("E"), result.params["E"]
-            found["E"] = interval_outcome(span, law.E, E, law.E)
+            outcomes["E"] = interval_outcome(span, law.E, E, law.E)
             profile = [result.profile.low, result.profile.high]
-            found["E, profile"] = interval_outcome(profile, law.E, E, law.E)
-        return found
+            outcomes["E, profile"] = interval_outcome(profile, law.E, E, law.E)
+        return outcomes
 
     unit = "".join(f", {k}={v}" for k, v in settings.items())
     return Row("law", truth, noise, f"{sizes} x {seeds}{unit}", 0.95, draw)
@@ -103,13 +105,13 @@ def surface_row(noise: str, design: str, runs: dict) -> Row:
 
     def draw(rng) -> dict:
         result = fit_law(made.table(runs, loss, NOISES[noise], rng), bootstrap=BOOTSTRAP)
-        found = {
+        outcomes = {
             k: interval_outcome(result.intervals.get(k), s[k], result.params[k], s[k])
             for k in ("E", "alpha", "beta")
         }
         profile = [result.profile.low, result.profile.high]
-        found["E, profile"] = interval_outcome(profile, s["E"], result.params["E"], s["E"])
-        return found
+        outcomes["E, profile"] = interval_outcome(profile, s["E"], result.params["E"], s["E"])
+        return outcomes
 
     return Row("surface", "Chinchilla", noise, design, 0.95, draw)
 
@@ -173,8 +175,8 @@ def arms_row(truth: str, noise: str, sizes: int, seeds: int, gain=0.0, shift=0.0
 
     def draw(rng) -> dict:
         columns = made.both_arms(runs, law, NOISES[noise], rng, other, gain, shift)
-        found = compare_arms(columns, "A", "B", bootstrap=99)
-        verdict, s = found["verdict"], found["shift"]["s"]
+        comparison = compare_arms(columns, "A", "B", bootstrap=99)
+        verdict, s = comparison["verdict"], comparison["shift"]["s"]
         if floor:
             return {"exponent shift claimed": Outcome(verdict == "exponent shift"),
                     "changes with scale": Outcome(verdict in CHANGES)}  # fmt: skip
@@ -188,8 +190,8 @@ def arms_row(truth: str, noise: str, sizes: int, seeds: int, gain=0.0, shift=0.0
         else:
             scores["false claim"] = Outcome(verdict in CLAIMS)
             scores["no difference said"] = Outcome(verdict == "no detectable difference")
-        scores["s"] = interval_outcome(found["shift"]["interval"], shift, s)
-        last = found["gain"][-1]
+        scores["s"] = interval_outcome(comparison["shift"]["interval"], shift, s)
+        last = comparison["gain"][-1]
         k = float(np.exp(gain + shift * (np.log(last["c"]) - middle)))
         span = [last["low"], last["high"]]
         scores["k at the high end"] = interval_outcome(span, k, last["k"], k)
@@ -267,12 +269,12 @@ def measure(row: Row, draws: int) -> dict:
 
     Each draw has its own generator, so that the first draws of a longer run are the same.
     """
-    found: dict[str, list[Outcome]] = {}
+    outcomes: dict[str, list[Outcome]] = {}
     for i in range(draws):
         rng = np.random.default_rng([i, *row.name.encode()])
         for statement, outcome in row.draw(rng).items():
-            found.setdefault(statement, []).append(outcome)
-    return {statement: summarise(outcomes) for statement, outcomes in found.items()}
+            outcomes.setdefault(statement, []).append(outcome)
+    return {statement: summarise(drawn) for statement, drawn in outcomes.items()}
 
 
 def summarise(outcomes: list[Outcome]) -> dict:

@@ -84,8 +84,8 @@ def test_one_degree_of_freedom_has_no_interval():
     columns = made.table(runs, TRUTHS["power"].loss(runs["c"]), NOISES["0.2 %"], rng)
     result = fit_law(columns, law="power", bootstrap=200)
     assert set(result.intervals.values()) == {None}
-    said = {w["code"]: w["message"] for w in result.warnings}["few_clusters"]
-    assert "no interval: 3 runs leave 1 degree of freedom" in said and "add 1 run" in said
+    message = {w["code"]: w["message"] for w in result.warnings}["few_clusters"]
+    assert "no interval: 3 runs leave 1 degree of freedom" in message and "add 1 run" in message
     four = fit_law(columns, law="power", bootstrap=200, cluster="size")
     assert four.intervals["b"] is None
 

@@ -223,12 +223,12 @@ def test_checks_hold_if_they_agree_with_the_verdict():
 
 def test_seeds_of_a_cell_count_once():
     """An error that the seeds of a cell share widens s as a single run's would."""
-    one, many = (two_arms(0.0, sizes=6, seeds=s, noise=1e-9) for s in (1, 20))
+    single, many = (two_arms(0.0, sizes=6, seeds=s, noise=1e-9) for s in (1, 20))
     rng = np.random.default_rng(0)
-    cells = zip(one["variant"], one["c"], strict=True)
+    cells = zip(single["variant"], single["c"], strict=True)
     error = {key: 0.01 * rng.standard_normal() for key in cells}
     widths = []
-    for table in (one, many):
+    for table in (single, many):
         jitter = 1e-6 * rng.standard_normal(len(table["loss"]))
         keys = zip(table["variant"], table["c"], strict=True)
         table["loss"] = [

@@ -54,48 +54,42 @@ def compare_arms(
     table = as_table(table)
     warnings = _check_arms(table, first, second, effect, level)
     data = shift.two_arms(table, first, second, _checked_floor(table, first, second, floor))
-    fits = _fits(data)
-    main = _select_estimate(fits, table, first, second)
-    p_wild = shift.wild_bootstrap(main, data, bootstrap, seed) if bootstrap else None
+    main, refits = _estimates(data, table, first, second)
     floors = second_views.shifts_at_floors(data, level)
-    checks = verdicts.judge_checks(_checks(fits, main, data), floors, main, level)
     overlap = _overlap_warnings(data, first, second)
-    nested = second_views.nested_laws(table, first, second, floor)
     evidence = verdicts.Evidence(
         arms=(first, second),
         main=main,
-        checks=checks,
+        checks=verdicts.judge_checks(refits, floors, main, level, effect),
         level=level,
         effect=effect,
-        p_wild=p_wild,
-        reading=None if nested is None else nested["reading"],
-        models=None if nested is None else nested["models"],
-        c_range=tuple(np.exp(data.ln_c0 + x) for x in (data.x.min(), data.x.max())),
+        p_wild=shift.wild_bootstrap(main, data, bootstrap, seed) if bootstrap else None,
+        nested=second_views.nested_laws(table, first, second, floor),
+        c_range=(float(table.c.min()), float(table.c.max())),
         obstacle=_obstacle(data, overlap),
     )
-    verdict, reason = verdicts.decide(evidence)
-    x = _gain_points(data, target_c)
-    ln_k, low, high = main.log_gain(x, level)
-    rows = np.stack([np.exp(x + data.ln_c0), np.exp(ln_k), np.exp(low), np.exp(high)], axis=1)
-    detectable = smallest_shift(main, level)
-    return plain(
-        {
-            "arms": [first, second],
-            "verdict": verdict,
-            "reason": reason,
-            "shift": _shift(main, data, level, p_wild),
-            "gain": [dict(zip(("c", "k", "low", "high"), row, strict=True)) for row in rows],
-            "target_c": target_c,
-            "effect": effect,
-            "detectable": detectable,
-            "power": {"shift": detectable, "offset": verdicts.smallest_offset(main, level)},
-            "checks": checks,
-            "floors": floors,
-            "nested": nested,
-            "next_runs": settling_runs(main, data, effect, level),
-            "warnings": [*warnings, *overlap],
-        }
-    )
+    shown = _as_fields(evidence, data, target_c)
+    return plain(shown | {"floors": floors, "warnings": [*warnings, *overlap]})
+
+
+def _as_fields(e: verdicts.Evidence, data: TwoArms, target_c: float | None) -> dict:
+    """Decides the verdict and collects the JSON fields of a comparison."""
+    verdict, reason = verdicts.decide(e)
+    detectable = smallest_shift(e.main, e.level)
+    return {
+        "arms": list(e.arms),
+        "verdict": verdict,
+        "reason": reason,
+        "shift": _shift(e.main, data, e.level, e.p_wild),
+        "gain": _gain(e.main, data, e.level, target_c),
+        "target_c": target_c,
+        "effect": e.effect,
+        "detectable": detectable,
+        "power": {"shift": detectable, "offset": verdicts.smallest_offset(e.main, e.level)},
+        "checks": e.checks,
+        "nested": e.nested,
+        "next_runs": settling_runs(e.main, data, e.effect, e.level),
+    }
 
 
 def _shift(main: ShiftEstimate, data: TwoArms, level: float, p_wild) -> dict:
@@ -189,21 +183,25 @@ def _fits(data: TwoArms) -> dict[str, ShiftEstimate]:
     return fits
 
 
-def _select_estimate(fits: dict, table: Table, first: str, second: str) -> ShiftEstimate:
-    """Selects the main estimate by AICc, polynomials before other baselines.
+def _estimates(data: TwoArms, table: Table, first: str, second: str):
+    """Estimates the shift: (main estimate, {check: refit}).
+
+    The main one is selected by AICc, polynomials before other baselines.
 
     Raises:
         InputError: no baseline could be estimated.
     """
+    fits = _fits(data)
     if not fits:
         raise InputError(
             f"arms {first} and {second} of {table.name} have too few cells for the test; train at "
             "least 3 compute budgets in each arm; seeds of one cell count once"
         )
-    if next(iter(fits)) == "floor":
-        return fits["floor"]
     shapes = [fits[k] for k in ("quadratic", "cubic") if k in fits] or list(fits.values())
-    return min(shapes, key=lambda e: e.aicc)
+    # A pinned floor comes first and is the curve that was asked for.
+    pinned = next(iter(fits)) == "floor"
+    main = fits["floor"] if pinned else min(shapes, key=lambda e: e.aicc)
+    return main, _checks(fits, main, data)
 
 
 def _checks(fits: dict, main: ShiftEstimate, data: TwoArms) -> dict[str, ShiftEstimate]:
@@ -234,14 +232,18 @@ def _obstacle(data: TwoArms, overlap: list[dict]) -> str | None:
     return None
 
 
-def _gain_points(data: TwoArms, target_c: float | None) -> np.ndarray:
-    """Lists five budgets over the data, and the target, as ln C - ln C0."""
+def _gain(main: ShiftEstimate, data: TwoArms, level: float, target_c: float | None) -> list[dict]:
+    """Lists k with its interval at five budgets over the data, and at the target."""
     x = np.linspace(data.x.min(), data.x.max(), 5)
-    if target_c is None:
-        return x
-    if not target_c > 0:
-        raise InputError(f"--target_c={target_c} must be positive FLOPs; use 1e18")
-    return np.append(x, np.log(target_c) - data.ln_c0)
+    if target_c is not None:
+        if not target_c > 0:
+            raise InputError(f"--target_c={target_c} must be positive FLOPs; use 1e18")
+        x = np.append(x, np.log(target_c) - data.ln_c0)
+    columns = [x + data.ln_c0, *main.log_gain(x, level)]
+    return [
+        dict(zip(("c", "k", "low", "high"), row, strict=True))
+        for row in np.exp(np.stack(columns, axis=1))
+    ]
 
 
 def _overlap_warnings(data: TwoArms, first: str, second: str) -> list[dict]:

@@ -224,8 +224,8 @@ def check_residuals(problem: Problem, theta_P, table: Table) -> tuple[dict, list
             fit_warning(
                 "lack_of_fit",
                 f"the law misses the means of repeated runs by {lack['rms_lack']:.2g} in ln L, "
-                f"more than seeds explain ({lack['rms_seed']:.2g}, p = {lack['p']:.2g}), so errors "
-                "estimated from residuals include the law's error; try --law=chinchilla or a "
+                f"more than seeds explain ({lack['rms_seed']:.2g}, p = {lack['p']:.2g}), so that "
+                "seeds of one cell are not independent: use --cluster=cell, another law or a "
                 "narrower range",
             )
         )

@@ -136,8 +136,8 @@ def student_errors(problem: Problem, theta_P, cluster, degrees: int, count: int,
     for k in range(clusters):
         rows = np.flatnonzero(cluster == k)
         rest = np.eye(len(rows)) - q_RxP[rows] @ q_RxP[rows].T
-        own = np.linalg.pinv(rest, rcond=1e-6) @ (root * r_R)[rows]
-        scaled[rows] = own if len(rows) > 1 else np.hypot(own, pooled) / np.sqrt(2)
+        alone = np.linalg.pinv(rest, rcond=1e-6) @ (root * r_R)[rows]
+        scaled[rows] = alone if len(rows) > 1 else np.hypot(alone, pooled) / np.sqrt(2)
     scale = np.sqrt(degrees / rng.chisquare(degrees, (count, 1)))
     return scaled / root * scale * rng.standard_normal((count, clusters))[:, cluster]
 

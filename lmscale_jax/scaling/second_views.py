@@ -92,7 +92,7 @@ def nested_laws(table: Table, first: str, second: str, floor=None) -> dict | Non
     base = laws.fit_problem(means, law, floor)
     names = [k for k in MODELS if floor is None or k not in ("floors", "separate")]
     problems = {k: _joint(base, z, k) for k in names}
-    if len(means) <= problems["exponents"].size + 1:
+    if len(means) <= problems["exponents"].size + 2:
         return None
     size = np.log(means.n if means.n is not None else means.c)
     held_out = size > size.max() - 0.05

@@ -180,8 +180,8 @@ def _nested_lines(nested: dict | None) -> list[str]:
     """Formats what distinguishes a change of exponents from one of floors."""
     if nested is None:
         return []
-    least = min(model["aicc"] for model in nested["models"].values())
-    models = ", ".join(f"{k} {v['aicc'] - least:.1f}" for k, v in nested["models"].items())
+    aicc = {k: v["aicc"] for k, v in nested["models"].items() if v["aicc"] is not None}
+    models = ", ".join(f"{k} {v - min(aicc.values()):.1f}" for k, v in aicc.items())
     reading = nested["reading"] or "undecided between exponents and floors"
     return [f"  joint laws, AICc above the best: {models}; a change with scale is: {reading}"]
 

@@ -10,6 +10,8 @@ EXPONENT, CHANGES, OFFSET = "exponent shift", "changes with scale", "constant of
 NOTHING, UNDETERMINED = "no detectable difference", "undetermined"
 # Of the smallest effects that are called detectable.
 POWER = 0.8
+# Share of the effect that matters below which a check's s contradicts nothing.
+SMALL = 0.25
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Evidence:
         checks: as `judge_checks` returns them.
         effect: smallest relative change of the exponent that matters.
         p_wild: of s = 0 by the wild bootstrap, or None.
-        reading, models: of `second_views.nested_laws`, or None.
+        nested: of `second_views.nested_laws`, or None.
         c_range: smallest and largest FLOPs of the runs.
         obstacle: why these runs cannot show that a factor is constant, or None.
     """
@@ -31,8 +33,7 @@ class Evidence:
     level: float
     effect: float
     p_wild: float | None
-    reading: str | None
-    models: dict | None
+    nested: dict | None
     c_range: tuple[float, float]
     obstacle: str | None
 
@@ -78,12 +79,15 @@ def is_change(main: ShiftEstimate, level: float) -> bool:
     return main.p_both < 1 - level and main.p < 1 - level
 
 
-def judge_checks(refits: dict, floors: list[dict] | None, main: ShiftEstimate, level) -> list[dict]:
+def judge_checks(
+    refits: dict, floors: list[dict] | None, main: ShiftEstimate, level: float, effect: float
+) -> list[dict]:
     """Compares each refit with what the main estimate says about s.
 
     A check `holds` if it agrees with that. If s is significant, it keeps its sign, and is
     significant too where its standard error allows it. If s is not significant, neither is any
-    check's at the level that all checks share. A check over floors is the least favourable one.
+    check's at the level that all checks share, unless it is far below `effect`: curves miss even
+    losses without noise by a little. A check over floors is the least favourable one.
     """
     alpha, count = 1 - level, len(refits) + bool(floors)
     rows = [
@@ -103,7 +107,7 @@ def judge_checks(refits: dict, floors: list[dict] | None, main: ShiftEstimate, l
             row["holds"] = row["s"] * main.s > 0 and (weak or row["p"] < 2 * alpha)
             row["claim"] = "s has the same sign"
         else:
-            row["holds"] = not row["p"] < alpha / count
+            row["holds"] = row["p"] >= alpha / count or abs(row["s"]) < SMALL * effect
             row["claim"] = "s does not differ from 0"
         row["holds"] = bool(row["holds"])
     return rows
@@ -143,20 +147,21 @@ def decide(e: Evidence) -> tuple[str, str]:
 def _change(e: Evidence) -> tuple[str, str]:
     """Words a change with scale: an exponent shift only where a difference of floors is not one."""
     gains = f"{e.arms[1]} {'gains' if e.main.s > 0 else 'loses'} with scale: {e.finding}"
-    if e.models is None:
+    if e.nested is None:
         return CHANGES, (
             f"{gains}, and every check agrees; it is the exponent or the floor, and these cells "
             "are too few to tell which"
         )
-    if "floors" not in e.models:
+    models, reading = e.nested["models"], e.nested["reading"]
+    if "floors" not in models:
         return EXPONENT, f"{gains}, and every check agrees; the floor is pinned in both arms"
-    aicc = {k: v["aicc"] for k, v in e.models.items()}
+    aicc = {k: v["aicc"] for k, v in models.items()}
     gap = abs(aicc["floors"] - aicc["exponents"])
     likelier = "exponents" if aicc["exponents"] < aicc["floors"] else "floors"
     compared = f"AICc is {gap:.1f} lower with different {likelier}"
-    if e.reading == "exponents":
+    if reading == "exponents":
         return EXPONENT, f"{gains}, and every check agrees; it is the exponent: {compared}"
-    if e.reading == "floors":
+    if reading == "floors":
         return CHANGES, f"{gains}, and every check agrees; it is the floor: {compared}"
     return CHANGES, (
         f"{gains}, and every check agrees; it is the exponent or the floor: {compared}, which does "
