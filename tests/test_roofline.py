@@ -258,6 +258,37 @@ def test_fused_attention_counts_the_keys_that_are_seen():
     assert gpu_report.kernel_kind(kernel) == ("attention backward", "cuDNN")
 
 
+TOKAMAX = r"""
+ENTRY %main (q: bf16[8,8192,6,128], k: bf16[8,8192,6,128]) -> bf16[8,8192,6,128] {
+  %q = bf16[8,8192,6,128]{3,2,1,0} parameter(0)
+  %k = bf16[8,8192,6,128]{3,2,1,0} parameter(1)
+  ROOT %out = (bf16[8,8192,6,128]{3,2,1,0}, f32[8,6,8192]{2,1,0}) custom-call(%q, %k, %k), \
+custom_call_target="mosaic_gpu_v2", metadata={op_name="jvp(mean_keys_833)/tokamax:{\"op\":{\
+\"__type\":\"FlashAttention\"},\"arguments\":{\"mask\":{\"is_causal\":true}}}/call"}
+}
+""".replace("\\\n", "")
+
+
+def test_attention_by_ranges_counts_what_its_kernels_do():
+    """Forward the keys of the window; backward all keys, or half of them if causal."""
+    pair = 8 * 6 * 128 * 8192
+
+    def flops(text):
+        kernel = kernels_of(text)["out"]
+        assert kernel.category == "attention"
+        return kernel.flops, gpu_report.kernel_kind(kernel)
+
+    assert flops(TOKAMAX) == ({"bf16": 4 * pair * 833}, ("attention forward", "tokamax, Mosaic"))
+    causal = TOKAMAX.replace("mean_keys_833", "")
+    assert flops(causal)[0] == {"bf16": 4 * pair * 4096}
+    backward = TOKAMAX.replace("FlashAttention", "FlashAttentionVjp").replace("mosaic", "triton")
+    assert flops(backward) == (
+        {"bf16": 6 * pair * 4096}, ("attention backward", "tokamax, Triton")
+    )  # fmt: skip
+    both = backward.replace("f32[8,6,8192]", "bf16[8,8192,6,128]").replace("true", "false")
+    assert flops(both)[0] == {"bf16": 8 * pair * 8192}
+
+
 FRAMES = """HloModule step
 
 FileNames

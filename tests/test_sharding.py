@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import simulated
 
@@ -253,3 +254,37 @@ def test_attention_of_cudnn_compiles_for_eight_gpus(tmp_path):
         calls = re.findall(r'custom_call_target="__cudnn\$fmhaSoftmax(Backward)?"', text)
         assert set(calls) == {"", "Backward"}, grid
         assert set(collectives(text)) == wanted, grid
+
+
+MASKED = """
+losses = []
+for changes in argument:
+    config, grid, model, _, placed = setup(changes)
+    params = jax.jit(model.init, out_shardings=placed.params)(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 64)) % 11
+    tokens = jax.device_put(tokens.astype(np.int32), NamedSharding(grid, BATCH))
+    model = build_model(config, platform="cpu", bos_id=0, mesh=grid)
+    value = lambda p: model.losses(p, tokens, tokens).mean()
+    loss, slopes = jax.jit(jax.value_and_grad(value))(params)
+    norms = [float(jnp.linalg.norm(x)) for x in jax.tree.leaves(slopes["blocks"])]
+    losses.append([float(loss), *norms])
+print(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_documents_and_windows_are_the_same_on_every_mesh(tmp_path):
+    """Of kernels that see a part of the rows, of the heads, or of the queries."""
+    base = SIZES | {
+        "data.cache": str(tmp_path), "data.seq_len": 64, "model.mask": "document",
+        "model.window_layers": "ends", "model.window": 16, "model.window_block": 4,
+    }  # fmt: skip
+    grids = [
+        {"model.attention": "plain", "mesh.data": 8},
+        {"model.attention": "banded", "mesh.fsdp": 4, "mesh.tensor": 2},
+        {"model.attention": "banded", "mesh.fsdp": 2, "mesh.sequence": 4},
+        {"model.attention": "saved", "mesh.sequence": 2, "mesh.tensor": 4},
+    ]
+    plain, *others = json.loads(simulated.run(MASKED, [base | grid for grid in grids]))
+    for norms in others:
+        np.testing.assert_allclose(norms, plain, rtol=2e-4)

@@ -238,16 +238,26 @@ def test_growing_windows_are_those_of_the_step():
         np.testing.assert_allclose(losses, model.losses(params, ids, ids), rtol=1e-6)
 
 
-def test_one_window_for_all_blocks_stays_a_number():
+def test_the_reach_of_a_block_is_a_number():
     """Under a scan too, where blocks are counted by a traced number: cudnn and splash want it."""
-    config = make(window_layers="all", window=5)[0]
-    context = build.model_context(config, "cpu", ShardingContext())
-    context = context.replace(windows=skip_connections.attention_windows(config))
-    seen = []
-    jax.jit(lambda i: seen.append(skip_connections.layer_inputs(config.model, context, i).window))(
-        0
-    )
-    assert seen == [5]
+
+    def reach(index, step=None, **changes):
+        config = make(**changes)[0]
+        context = build.model_context(config, "cpu", ShardingContext()).replace(length=16)
+        context = context.replace(windows=skip_connections.attention_windows(config, step))
+        return skip_connections.layer_inputs(config.model, context, index).reach
+
+    def traced(**changes):
+        reaches = []
+        jax.jit(lambda i: reaches.append(reach(i, **changes)))(0)
+        return reaches[0]
+
+    assert reach(0) is None and traced() is None
+    assert traced(window_layers="all", window=5) == 5
+    ends = {"window_layers": "ends", "window": 7, "window_block": 2, "n_layers": 6}
+    assert [reach(i, **ends) for i in (0, 1)] == [8, 4] and traced(**ends) == 8
+    # Of growing windows it is that of the final one: a bound, since the window is traced.
+    assert reach(1, step=1, **ends, window_growth="10 steps") == 4
 
 
 def test_windows_count_in_flops():

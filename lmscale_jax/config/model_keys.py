@@ -185,8 +185,9 @@ MODEL = {
         "auto",
         "attention kernel; auto: the fastest supported one; plain: the definition; saved: a "
         "hand-written backward pass from stored probabilities; xla: "
-        "jax.nn.dot_product_attention; cudnn: NVIDIA's; splash: JAX's for TPU",
-        choices=("auto", "plain", "saved", "xla", "cudnn", "splash"),
+        "jax.nn.dot_product_attention; banded: plain XLA on the keys that the mask allows; cudnn: "
+        "NVIDIA's; tokamax: OpenXLA's for GPUs, with any mask; splash: JAX's for TPU",
+        choices=("auto", "plain", "saved", "xla", "banded", "cudnn", "tokamax", "splash"),
     ),
     "stack": Key(
         "auto",

@@ -134,7 +134,7 @@ def _check_choices(model) -> None:
 def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id, step=None):
     """Returns (h_NxD, context): the embedding, and the context of a pass over these tokens."""
     (B, T), mask = tokens_BxT.shape, skip_connections.MASKS[config.model.mask]
-    context = context.replace(batch=B, length=T, segments_BxT=mask(tokens_BxT, bos_id))
+    context = context.replace(batch=B, length=T, document_starts_BxT=mask(tokens_BxT, bos_id))
     embed = nnx.merge(defs["embed"], params["embed"])
     h_NxD = context.dropout(embed(tokens_BxT, context), 0)
     return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)

@@ -18,12 +18,12 @@ DTYPES = Modes("model.dtype", {"float32": jnp.dtype("float32"), "bfloat16": jnp.
 # Arrays of a pass and of a layer. The other fields are static, so that a context may be an argument
 # of `jax.checkpoint` and of a `jax.custom_vjp`.
 ARRAYS = (
-    "key", "rope", "segments_BxT", "origin_NxD", "value_rows_SxBxTxKxd", "windows", "skips_SxNxD",
-    "window", "skip_NxD", "values_BxTxKxd", "first",
+    "key", "rope", "document_starts_BxT", "origin_NxD", "value_rows_SxBxTxKxd", "windows",
+    "skips_SxNxD", "first_key_BxT", "last_key_1xT", "skip_NxD", "values_BxTxKxd",
 )  # fmt: skip
 STATIC = (
     "ops", "product", "sharding", "dtype", "scales", "window_block", "dropout_rate", "batch",
-    "length", "keep", "taps",
+    "length", "reach", "keep", "taps",
 )  # fmt: skip
 
 
@@ -45,18 +45,19 @@ class ForwardContext:
       batch, length: B and T of the N = B*T flat tokens, in the order of `sharding.flatten`.
       key: random key of the pass, and in a layer that layer's; None turns dropout off.
       rope: cosines and sines, each [T, head_dim / 2].
-      segments_BxT: document numbers within each window; None for a plain causal mask.
+      document_starts_BxT: position at which each token's document begins in its row; None: masks
+        know no documents.
       origin_NxD: the embedding, for model.x0_mix.
       value_rows_SxBxTxKxd: the row of each value table for each token.
       windows: (full, half), in units of `window_block` tokens.
       skips_SxNxD: the outputs of the first blocks, for model.skips.
 
     Attributes of a layer:
-      window: units of `window_block` tokens that a query sees, its own and earlier ones; None: no
-        window.
+      first_key_BxT, last_key_1xT: the keys that each query sees, int32 [1 or B, T], both included;
+        None: from key 0, and up to the query's own position. Every mask has this form.
+      reach: most keys that a query sees, its own included, as a Python int; None: all before it.
       skip_NxD: the output of an earlier block, for this block's skip.
       values_BxTxKxd: added to this block's values.
-      first: position of the first query among the keys, where a kernel gets a part of the queries.
       keep: (name, activation) -> the array that a tap stores; None: no taps.
       taps: {name: array}, where this layer's taps are stored; its caller returns them.
     """
@@ -72,15 +73,16 @@ class ForwardContext:
     length: int = 0
     key: jax.Array | None = None
     rope: tuple[jax.Array, jax.Array] | None = None
-    segments_BxT: jax.Array | None = None
+    document_starts_BxT: jax.Array | None = None
     origin_NxD: jax.Array | None = None
     value_rows_SxBxTxKxd: jax.Array | None = None
     windows: tuple | None = None
     skips_SxNxD: jax.Array | None = None
-    window: jax.Array | int | None = None
+    first_key_BxT: jax.Array | None = None
+    last_key_1xT: jax.Array | None = None
+    reach: int | None = None
     skip_NxD: jax.Array | None = None
     values_BxTxKxd: jax.Array | None = None
-    first: jax.Array | None = None
     keep: Callable | None = None
     taps: dict | None = None
 

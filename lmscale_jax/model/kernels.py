@@ -12,8 +12,17 @@ from jax.sharding import PartitionSpec as P
 from lmscale_jax.config.key import Modes
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import primitives
+from lmscale_jax.model.banded import banded_attention
 from lmscale_jax.model.context import ARRAYS, ForwardContext
+from lmscale_jax.model.fused_attention import LANES, cudnn, splash, tokamax, tokamax_installed
 from lmscale_jax.model.sharding import BATCH, ROWS, ShardingContext
+
+# What the kernels read of a mask.
+MASK_ARRAYS = ("document_starts_BxT", "first_key_BxT", "last_key_1xT")
+# Queries and keys of tokamax's tiles, by which it does not divide a row with a rest.
+TOKAMAX_ROWS = 128
+# Up to so many tokens the scores of whole rows cost less than bands that are computed twice.
+SHORT_ROW = 512
 
 
 def _head_major(kernel):
@@ -37,65 +46,35 @@ def _plain_attention(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
     key = jax.random.fold_in(context.key, 3) if rate else None
     return primitives.plain.attention(
         q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=context.scales.attention,
-        segments_BxT=context.segments_BxT, window=context.window,
-        window_block=context.window_block, first=context.first, dropout=rate, key=key,
+        first_key_BxT=context.first_key_BxT, last_key_1xT=context.last_key_1xT, dropout=rate,
+        key=key,
     )  # fmt: skip
 
 
 def _keeping_probabilities(context: ForwardContext, q_BHxTxd, k_BHxTxd, v_BHxTxd):
     return primitives.cpu.attention(
         q_BHxTxd, k_BHxTxd, v_BHxTxd, scale=context.scales.attention,
-        segments_BxT=context.segments_BxT,
-        window=context.window, window_block=context.window_block, first=context.first,
+        first_key_BxT=context.first_key_BxT, last_key_1xT=context.last_key_1xT,
     )  # fmt: skip
 
 
 def _xla(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
-    mask_inputs = (context.segments_BxT, context.window, context.window_block, context.first)
-    all_queries = context.first is None
-    mask = None
-    if not all_queries or context.segments_BxT is not None or context.window is not None:
-        mask = primitives.visible(q_BxTxHxd.shape[1], k_BxTxKxd.shape[1], *mask_inputs)
+    bounds, mask = (context.first_key_BxT, context.last_key_1xT), None
+    if bounds != (None, None):
+        mask = primitives.visible(q_BxTxHxd.shape[1], k_BxTxKxd.shape[1], *bounds)
         mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
     return jax.nn.dot_product_attention(
         q_BxTxHxd, k_BxTxKxd, v_BxTxKxd,
-        mask=mask, scale=context.scales.attention, is_causal=all_queries,
+        mask=mask, scale=context.scales.attention, is_causal=context.last_key_1xT is None,
     )  # fmt: skip
 
 
-def _cudnn(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
-    window = None if context.window is None else (context.window - 1, 0)
-    return jax.nn.dot_product_attention(
-        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, scale=context.scales.attention, is_causal=True,
-        local_window_size=window, implementation="cudnn",
+def _banded(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
+    return banded_attention(
+        q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, scale=context.scales.attention,
+        first_key_BxT=context.first_key_BxT, last_key_1xT=context.last_key_1xT,
+        reach=context.reach, unit=context.window_block,
     )  # fmt: skip
-
-
-def splash(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext, interpret: bool = False):
-    """Runs JAX's Pallas kernel for TPU; `interpret` runs it on any platform, slowly, for tests."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    T, H = q_BxTxHxd.shape[1:3]
-    if context.window is None:
-        mask = masks.CausalMask((T, T))
-    else:
-        mask = masks.LocalMask((T, T), (context.window - 1, 0), 0)
-    kernel = kernels.make_splash_mha_single_device(
-        masks.MultiHeadMask([mask] * H), interpret=interpret
-    )
-    q_BxTxHxd = (q_BxTxHxd * context.scales.attention).astype(q_BxTxHxd.dtype)
-    q, k, v = (
-        jnp.repeat(x, H // x.shape[2], axis=2).transpose(0, 2, 1, 3)
-        for x in (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd)
-    )
-    segments = context.segments_BxT
-    if segments is None:
-        o_BxHxTxd = jax.vmap(kernel)(q, k, v)
-    else:
-        ids = kernels.SegmentIds(segments, segments)
-        o_BxHxTxd = jax.vmap(kernel)(q, k, v, segment_ids=ids)
-    return o_BxHxTxd.transpose(0, 2, 1, 3).astype(q_BxTxHxd.dtype)
 
 
 class Kernel(NamedTuple):
@@ -103,8 +82,8 @@ class Kernel(NamedTuple):
 
     Attributes:
       attend: (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context) -> o_BxTxHxd.
-      unsupported: (config, platform) -> the setting that it does not support, or None; None for a
-        kernel that supports everything.
+      unsupported: (config, platform, sharding) -> the setting that it does not support, or None;
+        None for a kernel that supports everything.
       keeps_probabilities: stores them for the backward pass; others recompute them.
       partitions_itself: its lowering asks how each operand is split over the mesh, which JAX cannot
         answer where some axes are local (manual) and others are not.
@@ -134,35 +113,57 @@ def shard_kernel(kernel: Kernel) -> Callable:
         on_device = dataclasses.replace(
             context, **dict.fromkeys(ARRAYS), sharding=ShardingContext(), keep=None, taps=None
         )
+        bounds = {name: getattr(context, name) for name in MASK_ARRAYS}
+        if sharding.size("sequence") > 1:
+            bounds["last_key_1xT"] = jnp.arange(context.length, dtype=jnp.int32)[None]
 
-        def local(q, k, v, segments_BxT, window):
-            first = None
+        def local(q, k, v, bounds):
             if sharding.size("sequence") > 1:
-                first = jax.lax.axis_index("sequence") * q.shape[1]
                 k, v = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v))
             B, T = k.shape[:2]
-            local_context = on_device.replace(
-                batch=B, length=T, first=first, segments_BxT=segments_BxT, window=window
-            )
-            return kernel.attend(q, k, v, local_context)
+            return kernel.attend(q, k, v, on_device.replace(batch=B, length=T, **bounds))
 
-        # A fixed window remains a Python int, which some kernels need.
-        window, segments = context.window, P(ROWS, None)
-        if not isinstance(window, jax.Array):
-            local, window = functools.partial(_with_window, local, window), None
         axes = sharding.mesh.axis_names if kernel.partitions_itself else None
-        layouts = (layout, layout, layout, segments, P())
-        run_local = sharding.shard(local, layouts, layout, axes)
-        return run_local(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context.segments_BxT, window)
+        layouts = {
+            name: P(None if x is None or len(x) == 1 else ROWS, "sequence")
+            for name, x in bounds.items()
+        }
+        run_local = sharding.shard(local, (layout, layout, layout, layouts), layout, axes)
+        return run_local(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, bounds)
 
     return run
 
 
-def _with_window(local, window, q, k, v, segments_BxT, _):
-    return local(q, k, v, segments_BxT, window)
+def _unsupported_by_cudnn(config, platform: str, sharding: ShardingContext) -> str | None:
+    return (
+        _unsupported_on_gpu(config, platform)
+        or _unsupported_mask(config, sharding)
+        or (f"model.mask={config.model.mask!r}" if config.model.mask != "causal" else None)
+    )
 
 
-def _unsupported_by_cudnn(config, platform: str) -> str | None:
+def _unsupported_by_tokamax(config, platform: str, sharding: ShardingContext) -> str | None:
+    if setting := _unsupported_on_gpu(config, platform):
+        return setting
+    if config.data.seq_len // sharding.size("sequence") % TOKAMAX_ROWS:
+        return (
+            f"data.seq_len={config.data.seq_len} with mesh.sequence={sharding.size('sequence')}; "
+            f"it needs a multiple of {TOKAMAX_ROWS} on each device"
+        )
+    if not tokamax_installed():
+        return "this Python, where it is not installed (pip install 'lmscale_jax[tokamax]')"
+    return None
+
+
+def _unsupported_by_splash(config, platform: str, sharding: ShardingContext) -> str | None:
+    if platform != "tpu":
+        return f"platform {platform}; it runs on TPUs"
+    if config.data.seq_len % LANES:
+        return f"data.seq_len={config.data.seq_len}; it needs a multiple of {LANES}"
+    return _unsupported_mask(config, sharding)
+
+
+def _unsupported_on_gpu(config, platform: str) -> str | None:
     model = config.model
     if platform not in ("gpu", "cuda"):
         return f"platform {platform}; it runs on NVIDIA GPUs"
@@ -170,18 +171,20 @@ def _unsupported_by_cudnn(config, platform: str) -> str | None:
         return f"model.dtype={model.dtype!r}; it needs bfloat16"
     if model.head_dim % 8 or model.head_dim > 128:
         return f"model.head_dim={model.head_dim}; it needs a multiple of 8 up to 128"
-    if model.mask != "causal":
-        return f"model.mask={model.mask!r}"
     return None
 
 
-def _unsupported_by_splash(config, platform: str) -> str | None:
-    if platform != "tpu":
-        return f"platform {platform}; it runs on TPUs"
-    if config.model.head_dim % 128 or config.data.seq_len % 128:
+def _unsupported_mask(config, sharding: ShardingContext) -> str | None:
+    """For kernels whose masks are fixed in the program and whose rows are whole."""
+    model = config.model
+    if (pieces := sharding.size("sequence")) > 1:
+        return f"sequence parallelism (mesh.sequence={pieces})"
+    plain_window = model.window_layers == "all" and model.window_block == 1
+    if model.window_layers != "none" and not (plain_window and not model.window_growth):
         return (
-            f"model.head_dim={config.model.head_dim} with data.seq_len={config.data.seq_len}; both "
-            f"must be multiples of 128"
+            f"model.window_layers={model.window_layers!r}, model.window_block={model.window_block} "
+            f"and model.window_growth={model.window_growth}; it needs one window for all blocks "
+            f"and steps"
         )
     return None
 
@@ -190,8 +193,12 @@ KERNELS = {
     "plain": Kernel(_head_major(_plain_attention)),
     "saved": Kernel(_head_major(_keeping_probabilities)),
     "xla": Kernel(_xla),
+    "banded": Kernel(_banded, keeps_probabilities=False),
     "cudnn": Kernel(
-        _cudnn, _unsupported_by_cudnn, keeps_probabilities=False, partitions_itself=True
+        cudnn, _unsupported_by_cudnn, keeps_probabilities=False, partitions_itself=True
+    ),
+    "tokamax": Kernel(
+        tokamax, _unsupported_by_tokamax, keeps_probabilities=False, partitions_itself=True
     ),
     "splash": Kernel(splash, _unsupported_by_splash, keeps_probabilities=False),
 }
@@ -201,19 +208,8 @@ def unsupported_setting(
     name: str, config, platform: str, sharding: ShardingContext | None = None
 ) -> str | None:
     """Returns the setting or platform that a kernel does not support, in words, or None."""
-    model, unsupported = config.model, KERNELS[name].unsupported
-    if unsupported is None:
-        return None
-    if sharding and (pieces := sharding.size("sequence")) > 1:
-        return f"sequence parallelism (mesh.sequence={pieces})"
-    plain_window = model.window_layers == "all" and model.window_block == 1
-    if model.window_layers != "none" and not (plain_window and not model.window_growth):
-        return (
-            f"model.window_layers={model.window_layers!r}, model.window_block={model.window_block} "
-            f"and model.window_growth={model.window_growth}; it needs one window for all blocks "
-            f"and steps"
-        )
-    return unsupported(config, platform)
+    unsupported = KERNELS[name].unsupported
+    return unsupported and unsupported(config, platform, sharding or ShardingContext())
 
 
 def _named_kernel(name: str, config, platform: str, sharding) -> tuple[str, str]:
@@ -223,18 +219,24 @@ def _named_kernel(name: str, config, platform: str, sharding) -> tuple[str, str]
     return name, "set in the config"
 
 
+# Kernels made for a platform, the fastest first.
+_MADE_FOR = {"gpu": ("cudnn", "tokamax"), "cuda": ("cudnn", "tokamax"), "tpu": ("splash",)}
+
+
 def _fastest(config, platform: str, sharding) -> tuple[str, str]:
     if config.model.dropout:
         return "plain", "the only one with attention dropout"
     if platform == "cpu":
         return "saved", "its custom backward rule is faster on CPU (docs/performance.md)"
-    fast = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform)
-    if fast is None:
-        return "xla", f"the only one on {platform}"
-    setting = unsupported_setting(fast, config, platform, sharding)
-    if setting is None:
-        return fast, f"made for {platform}"
-    return "xla", f"{fast} does not support {setting}"
+    settings = []
+    for name in _MADE_FOR.get(platform, ()):
+        setting = unsupported_setting(name, config, platform, sharding)
+        if setting is None:
+            return name, "; ".join([f"made for {platform}", *settings])
+        settings.append(f"{name} does not support {setting}")
+    if config.data.seq_len <= SHORT_ROW:
+        return "xla", "; ".join([f"rows of at most {SHORT_ROW}", *settings])
+    return "banded", "; ".join(["no scores outside the mask's band", *settings])
 
 
 # (config, platform, sharding) -> (a key of KERNELS, the reason).

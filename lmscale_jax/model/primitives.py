@@ -83,29 +83,27 @@ def attention(
     v_BHxTxd: jax.Array,
     *,
     scale: float,
-    segments_BxT: jax.Array | None = None,
-    window: jax.Array | int | None = None,
-    window_block: int = 1,
-    first: jax.Array | None = None,
+    first_key_BxT: jax.Array | None = None,
+    last_key_1xT: jax.Array | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes causal softmax(scale q k^T) v, [B*H, T, d] (Vaswani et al. 2017, arXiv 1706.03762).
+    """Computes softmax(scale q k^T) v, [B*H, T, d] (Vaswani et al. 2017, arXiv 1706.03762), over
+    the keys that a query sees.
 
     Scores, probabilities and both sums are float32; the result has q's type.
 
     Args:
       q_BHxTxd, k_BHxTxd, v_BHxTxd: with as many key and value heads as query heads; B is major.
       scale: factor of the scores.
-      segments_BxT: int32 document numbers; a query sees only keys of its own document.
-      window: units of `window_block` tokens that a query sees, its own and earlier ones.
-      first: position of the first query, if there are fewer queries than keys.
+      first_key_BxT, last_key_1xT: the keys that each query sees, int32 [1 or B, T], both included;
+        None: from key 0, and up to the query's own position. At least one for every query.
       dropout: dropout rate of the probabilities.
       key: random key; needed if `dropout` is not 0.
     """
     q, k, v = (x.astype(FLOAT) for x in (q_BHxTxd, k_BHxTxd, v_BHxTxd))
     scores_BHxTxT = scale * jnp.einsum("btd,bsd->bts", q, k)
-    scores_BHxTxT = _mask_scores(scores_BHxTxT, (segments_BxT, window, first), window_block)
+    scores_BHxTxT = _mask_scores(scores_BHxTxT, first_key_BxT, last_key_1xT)
     p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1)
     if dropout:
         keep = jax.random.bernoulli(key, 1 - dropout, p_BHxTxT.shape)
@@ -132,33 +130,21 @@ def _normalize(x_NxD, eps: float, centre: bool):
     return x_NxD * rstd_Nx1, rstd_Nx1
 
 
-def visible(queries: int, keys: int, segments_BxT, window, window_block: int, first) -> jax.Array:
-    """Computes the mask: a key is not after its query, within the window and the same document.
-
-    bool [queries, keys], with `segments_BxT` [B, queries, keys]. Arguments as for `attention`.
-    """
+def visible(queries: int, keys: int, first_key_BxT, last_key_1xT) -> jax.Array:
+    """Computes the mask of `attention`: bool [queries, keys], or [1 or B, queries, keys] if the
+    first or the last keys are given."""
     # Iotas, since an array of T^2 numbers would be a constant of the program in every layer.
     query, key = (_iota((queries, keys), axis) for axis in (0, 1))
-    if first is not None:
-        query = query + first
-    mask = query >= key
-    if window is not None:
-        mask &= query // window_block - key // window_block < window
-    if segments_BxT is None:
-        return mask
-    query_segments = segments_BxT
-    if first is not None:
-        query_segments = lax.dynamic_slice_in_dim(segments_BxT, first, queries, axis=1)
-    return mask & (query_segments[:, :, None] == segments_BxT[:, None, :])
+    mask = key <= (query if last_key_1xT is None else last_key_1xT[:, :, None])
+    return mask if first_key_BxT is None else mask & (key >= first_key_BxT[:, :, None])
 
 
-def _mask_scores(scores_BHxTxT, mask_inputs: tuple, window_block: int):
-    """Sets scores to -inf where a query does not see a key; `mask_inputs`: segments, window, first.
+def _mask_scores(scores_BHxTxT, first_key_BxT, last_key_1xT):
+    """Sets scores to -inf where a query does not see a key.
 
-    Every query sees itself, so that no row is empty and the softmax has no 0 / 0.
+    Every query sees a key, so that the softmax has no 0 / 0.
     """
-    segments_BxT, window, first = mask_inputs
-    mask = visible(*scores_BHxTxT.shape[1:], segments_BxT, window, window_block, first)
+    mask = visible(*scores_BHxTxT.shape[1:], first_key_BxT, last_key_1xT)
     if mask.ndim == 2:
         return jnp.where(mask, scores_BHxTxT, -jnp.inf)
     scores_BxHxTxT = scores_BHxTxT.reshape(len(mask), -1, *scores_BHxTxT.shape[1:])
@@ -274,8 +260,8 @@ def _norm_backward(x_NxD, scale_D, dy_NxD, eps, centre: bool):
 
 
 def _cpu_attention(
-    q_BHxTxd, k_BHxTxd, v_BHxTxd, *, scale, segments_BxT=None, window=None, window_block=1,
-    first=None, dropout=0.0, key=None,
+    q_BHxTxd, k_BHxTxd, v_BHxTxd, *, scale, first_key_BxT=None, last_key_1xT=None, dropout=0.0,
+    key=None,
 ):  # fmt: skip
     """Computes `attention`, storing the probabilities for the backward pass.
 
@@ -286,30 +272,30 @@ def _cpu_attention(
     if dropout:
         return attention(
             q_BHxTxd, k_BHxTxd, v_BHxTxd,
-            scale=scale, segments_BxT=segments_BxT, window=window, window_block=window_block,
-            first=first, dropout=dropout, key=key,
+            scale=scale, first_key_BxT=first_key_BxT, last_key_1xT=last_key_1xT, dropout=dropout,
+            key=key,
         )  # fmt: skip
-    mask_inputs = (segments_BxT, window, first)
-    return _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, float(scale), window_block)
+    mask_inputs = (first_key_BxT, last_key_1xT)
+    return _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, float(scale))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale, window_block):
-    return _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale, window_block)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale):
+    return _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale)[0]
 
 
 _HEADS = ((0,), (0,))
 
 
-def _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale, window_block):
+def _attend_forward(q_BHxTxd, k_BHxTxd, v_BHxTxd, mask_inputs, scale):
     scores_BHxTxT = scale * _cast_product(q_BHxTxd, k_BHxTxd, ((2,), (2,)), _HEADS)
-    scores_BHxTxT = _mask_scores(scores_BHxTxT, mask_inputs, window_block)
+    scores_BHxTxT = _mask_scores(scores_BHxTxT, *mask_inputs)
     p_BHxTxT = jax.nn.softmax(scores_BHxTxT, axis=-1).astype(q_BHxTxd.dtype)
     o_BHxTxd = _cast_product(p_BHxTxT, v_BHxTxd, ((2,), (1,)), _HEADS).astype(q_BHxTxd.dtype)
     return o_BHxTxd, (q_BHxTxd, k_BHxTxd, v_BHxTxd, p_BHxTxT, o_BHxTxd)
 
 
-def _attend_backward(scale, window_block, saved, do_BHxTxd):
+def _attend_backward(scale, saved, do_BHxTxd):
     """Computes FlashAttention's backward formulas (Dao et al. 2022, arXiv 2205.14135, B.2)."""
     q_BHxTxd, k_BHxTxd, v_BHxTxd, p_BHxTxT, o_BHxTxd = saved
     dtype = q_BHxTxd.dtype

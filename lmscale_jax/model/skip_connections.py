@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from lmscale_jax.config.key import Modes
 from lmscale_jax.model import param
@@ -76,13 +77,16 @@ class OriginMix(NamedTuple):
 X0_MIXES = Modes("model.x0_mix", {"none": None, "learned": OriginMix(stream=1.0, origin=0.0)})
 
 
-def _document_numbers(tokens_BxT: jax.Array, bos_id: int | None):
-    return None if bos_id is None else jnp.cumsum(tokens_BxT == bos_id, axis=1)
+def _document_starts(tokens_BxT: jax.Array, bos_id: int | None):
+    if bos_id is None:
+        return None
+    position_1xT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None]
+    return lax.cummax(jnp.where(tokens_BxT == bos_id, position_1xT, 0), axis=1)
 
 
-# (tokens_BxT, bos_id) -> the document number of each token; None: the causal mask alone.
+# (tokens_BxT, bos_id) -> where each token's document begins; None: the causal mask alone.
 MASKS = Modes(
-    "model.mask", {"causal": lambda tokens_BxT, bos_id: None, "document": _document_numbers}
+    "model.mask", {"causal": lambda tokens_BxT, bos_id: None, "document": _document_starts}
 )
 
 
@@ -102,23 +106,39 @@ def begin_pass(config, embed, h_NxD, tokens_BxT, context: ForwardContext, step) 
 
 def layer_inputs(model, context: ForwardContext, index) -> ForwardContext:
     """Returns the context of one block; its index may be traced."""
-    L, key, window, skip_NxD, values_BxTxKxd = model.n_layers, None, None, None, None
+    L, key, skip_NxD, values_BxTxKxd = model.n_layers, None, None, None
     if context.key is not None:
         key = jax.random.fold_in(context.key, index + 1)
-    if context.windows is not None:
-        window = _window(model, context.windows, index)
+    first_key_BxT, reach = _visible_keys(model, context, index)
     if context.skips_SxNxD is not None:
         skip_NxD = context.skips_SxNxD[L - 1 - index]
     if context.value_rows_SxBxTxKxd is not None:
         values_BxTxKxd = _value_rows(model, context.value_rows_SxBxTxKxd, index)
-    return context.replace(key=key, window=window, skip_NxD=skip_NxD, values_BxTxKxd=values_BxTxKxd)
+    return context.replace(
+        key=key, first_key_BxT=first_key_BxT, reach=reach, skip_NxD=skip_NxD,
+        values_BxTxKxd=values_BxTxKxd,
+    )  # fmt: skip
 
 
-def _window(model, windows: tuple, index):
+def _visible_keys(model, context: ForwardContext, index) -> tuple[jax.Array | None, int | None]:
+    """Returns (first_key_BxT, reach) of a block, as in `ForwardContext`."""
+    documents_BxT, unit = context.document_starts_BxT, model.window_block
+    if context.windows is None:
+        return documents_BxT, None
+    window = _of_block(model, context.windows, index)
+    final = final_windows(model)
+    reach = _of_block(model, final, index) if isinstance(index, int) else max(final)
+    position_1xT = jnp.arange(context.length, dtype=jnp.int32)[None]
+    first_1xT = jnp.maximum(0, (position_1xT // unit - window + 1) * unit)
+    if documents_BxT is None:
+        return first_1xT, reach * unit
+    return jnp.maximum(first_1xT, documents_BxT), reach * unit
+
+
+def _of_block(model, windows: tuple, index):
+    """Chooses a block's window from the (full, half) ones."""
     full, half = windows
     is_full_L = np.isin(np.arange(model.n_layers), full_window_blocks(model))
-    if is_full_L.all():
-        return full  # a number, which some kernels need
     if isinstance(index, int):
         return full if is_full_L[index] else half
     return jnp.where(jnp.asarray(is_full_L)[index], full, half)
@@ -168,14 +188,18 @@ def attention_windows(config, step=None) -> tuple | None:
     model = config.model
     if full_window_blocks(model) is None:
         return None
-    block = model.window_block
-    full = -(-model.window // block)
-    growth = model.window_growth
+    growth, (full, half), block = model.window_growth, final_windows(model), model.window_block
     if step is None or not growth:
-        return full, max(1, full // 2)
+        return full, half
     tokens = jnp.minimum(1.0, step / growth) * model.window
     grown = jnp.clip(jnp.ceil(tokens / block), 1, full).astype(jnp.int32)
     return grown, jnp.maximum(1, grown // 2)
+
+
+def final_windows(model) -> tuple[int, int]:
+    """Returns the (full, half) windows after any growth, in units."""
+    full = -(-model.window // model.window_block)
+    return full, max(1, full // 2)
 
 
 def mean_visible(config, length: int) -> float:

@@ -160,12 +160,18 @@ def run_blocks(
 
     def body_of(segment: Segment, context: ForwardContext) -> Callable:
         def body(h_NxD, layer):
-            block, block_context = at_layer(context.replace(taps={}), layer)
-            for branch in (Block.attend, Block.feed):
-                h_NxD = branch(block, block_context, h_NxD)
-            return h_NxD, (block_context.taps, h_NxD if segment.hands_out else None)
+            params, index = layer
 
-        return REMAT[model.remat].wrap(body)
+            # The index is no argument: where it is a number it stays one, for the block's window.
+            def run_block(h_NxD, params):
+                block, block_context = at_layer(context.replace(taps={}), (params, index))
+                for branch in (Block.attend, Block.feed):
+                    h_NxD = branch(block, block_context, h_NxD)
+                return h_NxD, (block_context.taps, h_NxD if segment.hands_out else None)
+
+            return REMAT[model.remat].wrap(run_block)(h_NxD, params)
+
+        return body
 
     plan = segments(model, wrapper)
     runs = cut_layers(params_blocks, stack, [segment.size for segment in plan])

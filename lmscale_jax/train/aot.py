@@ -63,9 +63,11 @@ class Topology(NamedTuple):
             os.environ.setdefault(flag, "1")
         from jax.experimental import topologies
 
+        # A host has a square of four chips unless one is all there is.
+        host = {"chips_per_host_bounds": (1, 1, 1)} if self.count == 1 else {}
         try:
             description = topologies.get_topology_desc(
-                platform="tpu", topology_name=f"{self.chip.name}:{self.shape}"
+                platform="tpu", topology_name=f"{self.chip.name}:{self.shape}", **host
             )
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
@@ -156,7 +158,9 @@ def lower_step(config, model: build.Model, mesh):
         np.int32,
         sharding=jax.sharding.NamedSharding(mesh, BATCH),
     )
-    return step.TrainStep(config, model, mesh, shardings).lower(state, Batch(tokens, tokens))
+    # tokamax chooses its kernels for the default device, not for that of the program.
+    with jax.default_device(mesh.devices.flat[0]):
+        return step.TrainStep(config, model, mesh, shardings).lower(state, Batch(tokens, tokens))
 
 
 def compiled_memory(compiled) -> dict[str, int] | None:

@@ -69,6 +69,9 @@ def kernel_kind(kernel: roofline.TimedKernel) -> tuple[str, str]:
         return "collective", ""
     if "__cudnn$fmha" in text:
         return "attention " + ("backward" if "Backward" in text else "forward"), "cuDNN"
+    if roofline.is_tokamax(kernel.instruction):
+        maker = "Triton" if "triton" in (target[1] if target else "") else "Mosaic"
+        return "attention " + ("backward" if "Vjp" in text else "forward"), f"tokamax, {maker}"
     if kernel.flops:
         dtypes = " and ".join(sorted(kernel.flops))
         makers = (maker for mark, maker in _PRODUCT_LIBRARIES if mark in text)

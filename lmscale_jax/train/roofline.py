@@ -19,6 +19,12 @@ import numpy as np
 from lmscale_jax.model.costs import BANDWIDTH_SHARE, LINK_SHARE
 from lmscale_jax.model.flops import Chip
 from lmscale_jax.train.hlo_text import Computation, Instruction, Program
+from lmscale_jax.train.roofline_attention import (
+    Gpu,
+    cudnn_attention,
+    is_tokamax,
+    tokamax_attention,
+)
 from lmscale_jax.train.roofline_bytes import fusion_bytes, moves_only
 
 # Seconds. A kernel's launch within a CUDA graph, and NCCL's latency of a small message in a node:
@@ -35,15 +41,6 @@ TILES = {(128, 256): 1.0, (256, 128): 1.0, (128, 128): 0.9,
 SPLIT_DEPTH, SPLITS = 4096, (1, 2, 4, 8, 16)
 # Rates of a product against bfloat16: data sheets. float32 is TF32, which XLA uses by default.
 RATES = {"bf16": 1.0, "f16": 1.0, "f32": 0.5, "f8e4m3fn": 2.0, "f8e5m2": 2.0, "s8": 2.0}
-# Fused attention: share of the peak for heads up to 64 and wider, of long rows; the length at which
-# half of it is reached; the backward pass against the forward pass. Read off the curves of
-# FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608, figures 5 and 6), for H100.
-ATTENTION_SHARE = {64: 0.485, 128: 0.657}
-ATTENTION_HALF_LENGTH, ATTENTION_BACKWARD = 700, 0.75
-# Products of a query with a key it sees: two forward; three more, two of which are done again,
-# going back.
-ATTENTION_FORWARD_FLOPS, ATTENTION_BACKWARD_FLOPS = 4, 10
-
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _TRIP_COUNT = re.compile(r'known_trip_count"?:\s*\{"n":"?(\d+)')
 # No kernel of their own. Copies to and from the host's memory run beside the kernels.
@@ -55,22 +52,10 @@ FREE = {
 CATEGORIES = (
     ("rope", re.compile(r":rotate\b")),
     ("loss", re.compile(r"lmscale_jax/model/loss\.py:")),
-    ("attention", re.compile(r"lmscale_jax/model/kernels\.py:")),
+    ("attention", re.compile(r"lmscale_jax/model/(kernels|banded|fused_attention)\.py:")),
     ("optimizer", re.compile(r"lmscale_jax/optim/|/optax/")),
     ("other", re.compile(r":(Embed\.|ShardingContext\.lookup)")),
 )
-
-
-class Gpu(NamedTuple):
-    """Attributes:
-    chip: its data sheet.
-    cores: multiprocessors.
-    scalar_flops: float32 operations a second outside the tensor cores.
-    """
-
-    chip: Chip
-    cores: int
-    scalar_flops: float
 
 
 class TimedKernel(NamedTuple):
@@ -273,7 +258,9 @@ def kernel_work(
         flops = _product_flops(instruction, computation)
         return Work(moved, product_seconds(instruction, computation, gpu), flops)
     if "__cudnn$fmha" in instruction.text:
-        return Work(moved, *_fused_attention(instruction, operands[0], gpu))
+        return Work(moved, *cudnn_attention(instruction, operands[0], gpu))
+    if is_tokamax(instruction):
+        return Work(moved, *tokamax_attention(instruction, operands, gpu))
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
         return Work(2 * instruction.bytes, 0.0, {})
     if instruction.opcode in ("dynamic-update-slice", "scatter"):
@@ -331,29 +318,13 @@ def _waves(batch: int, rows: int, columns: int, tile: tuple[int, int], cores: in
     return -(-batch * -(-rows // tile[0]) * -(-columns // tile[1]) // cores)
 
 
-def _fused_attention(
-    instruction: Instruction, queries: Instruction, gpu: Gpu
-) -> tuple[float, dict[str, float]]:
-    """(seconds, operations) of cuDNN's attention; its operands are [B, T, H, d]."""
-    batch, length, heads, width = queries.arrays[0].shape
-    backward = "Backward" in instruction.text
-    match = re.search(r'sliding_window_length": ?"?(\d+)', instruction.text)
-    seen = min(length, int(match[1]) or length) if match else length
-    pairs = length * seen - seen * seen / 2 if "CAUSAL" in instruction.text else length * length
-    each = ATTENTION_BACKWARD_FLOPS if backward else ATTENTION_FORWARD_FLOPS
-    flops = each * batch * heads * width * pairs
-    share = ATTENTION_SHARE[64 if width <= 64 else 128] * length / (length + ATTENTION_HALF_LENGTH)
-    share *= ATTENTION_BACKWARD if backward else 1.0
-    return flops / (gpu.chip.peak * share), {queries.arrays[0].dtype: flops}
-
-
 def category_of(instruction: Instruction, program: Program, multiplies: bool) -> str:
     """Returns what a kernel is for: by its opcode, its products, then its source frames.
 
     Without a frame that says so, what JAX's differentiation made is "elementwise" and the rest of
     the step "optimizer".
     """
-    if "__cudnn$fmha" in instruction.text:
+    if "__cudnn$fmha" in instruction.text or is_tokamax(instruction):
         return "attention"
     called = program.computations.get(instruction.attribute("calls") or "", {})
     if moves_only(instruction, called):
