@@ -25,7 +25,7 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json
-from lmscale_jax.train import aot, branch, gpu_report
+from lmscale_jax.train import aot, branch, gpu_report, tpu_cycles
 
 # Share of the chip's peak that a training step usually reaches.
 EFFICIENCY = 0.4
@@ -95,6 +95,8 @@ def compiled_sections(config, model: build.Model, mesh, chips: aot.Topology | No
     """
     if chips and chips.chip.platform == "gpu":
         sections = gpu_report.gpu_sections(config, model, mesh, chips.chip)
+    elif chips:
+        sections = tpu_cycles.tpu_sections(config, model, mesh, chips.chip)
     else:
         sections = [("memory per device (compiled)", aot.memory_rows(config, model, mesh))]
     return sections_text([(title, aligned_rows(rows)) for title, rows in sections])
