@@ -1,5 +1,7 @@
 """Starts and ends every command: parses flags, reports errors in one line, sets the exit status."""
 
+import contextlib
+import errno
 import os
 import platform
 import re
@@ -12,8 +14,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from lmscale_jax.config.resolve import hint
+from lmscale_jax.config.resolve import hint, reset_unused
 from lmscale_jax.errors import InputError, RunFailed
+from lmscale_jax.files import user_path
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -22,14 +25,20 @@ def run_command(main: Callable[[], None]) -> None:
 
     def body(_argv) -> None:
         logging.set_verbosity(logging.WARNING)
-        # So that a line reaches a file or a pipe when it is printed, not an hour later.
-        sys.stdout.reconfigure(line_buffering=True)
+        # So that a line reaches a file or a pipe when it is printed, not an hour later. Not every
+        # terminal has all characters.
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
         try:
             main()
         except InputError as error:
             exit_with_error(str(error), status=2)
         except RunFailed as error:
             exit_with_error(str(error), status=1)
+        except OSError as error:
+            if error.errno not in _REMEDIES or error.filename is None:
+                raise
+            status, remedy = _REMEDIES[error.errno]
+            exit_with_error(f"{error.filename}: {error.strerror}; {remedy}", status)
 
     app.run(body, flags_parser=_parse)
 
@@ -46,7 +55,7 @@ def _take_huge_pages() -> None:
     if _HUGE_PAGES in tunables or platform.libc_ver()[0] != "glibc" or sys.argv[0] in ("", "-"):
         return
     try:
-        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
     except OSError:
         return
     if "[never]" in modes:
@@ -61,6 +70,20 @@ def _take_huge_pages() -> None:
 
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
+
+# Errors of the environment, by number: the exit status, and what to do. Others are bugs.
+_REMEDIES = dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS),
+    (2, "use a path that this user may read and write"),
+) | {
+    errno.ENAMETOOLONG: (2, "use a shorter name"),
+    errno.ELOOP: (2, "use a path without circular links"),
+    errno.ENOSPC: (1, "make room there, or use another disk"),
+    errno.EDQUOT: (1, "make room in the quota, or use another disk"),
+    errno.EFBIG: (1, "raise the limit on the size of files (ulimit -f)"),
+    errno.EMFILE: (1, "raise the limit on open files (ulimit -n)"),
+    errno.EIO: (1, "the disk may be failing; use another"),
+}
 
 
 def exit_with_error(message: str, status: int) -> None:
@@ -79,6 +102,23 @@ def config_flag(required: bool = True, default: str | None = None):
     if required and default is None:
         flags.mark_flag_as_required("config")
     return flag
+
+
+class _PathParser(flags.ArgumentParser):
+    """Parses a path: a leading ~ is replaced, and what names nothing is refused."""
+
+    def parse(self, argument):
+        if argument in ("", "None"):
+            raise ValueError("names no path; leave the flag out, or use ./None for that name")
+        try:
+            return user_path(argument)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+
+def path_flag(name: str, help: str, required: bool = False):
+    """Defines a flag whose value is a `Path`; None where it is not set."""
+    return flags.DEFINE(_PathParser(), name, None, help, required=required)
 
 
 def overrides() -> dict:
@@ -121,10 +161,10 @@ def _with_config_path(argv: list[str]) -> list[str]:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    argv = _with_config_path(argv)
     # The config library warns of errors that are reported here in one line.
     logging.set_verbosity(logging.ERROR)
     try:
+        argv = _with_config_path(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
             raise flags.Error(f"{positional[1]!r} is not a flag; use --name=value")
@@ -133,6 +173,10 @@ def _parse(argv: list[str]) -> list[str]:
         # A config file that cannot be read shows only when its config is used.
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()
+            reset_unused(flags.FLAGS.config, overrides())
+            runs = flags.FLAGS.config.get("run")
+            if isinstance(runs, ConfigDict):  # the config of a ladder's runs
+                reset_unused(runs, {path.removeprefix("run.") for path in overrides()})
         return positional
     except Exception as error:
         exit_with_error(_explain(error, argv), status=2)
@@ -211,9 +255,19 @@ def _override_fault(config: ConfigDict, argv: list[str], message: str) -> str | 
         if isinstance(default, ConfigDict):
             return f"config.{path}={value} is a group of keys; set one, config.{path}.KEY=value"
         if f"config.{path}={value}" in message:
-            kind = type(default).__name__
-            return f"config.{path}={value} must be of type {kind}; use {default!r}"
+            kind, meant = type(default).__name__, _meant(value, default)
+            return f"config.{path}={value} must be of type {kind}; use {meant!r}"
     return None
+
+
+def _meant(text: str, default):
+    """Returns the value of the default's type that a text means, else the default."""
+    if isinstance(default, bool):
+        return {"yes": True, "on": True, "no": False, "off": False}.get(text.lower(), default)
+    if isinstance(default, int):
+        with contextlib.suppress(ValueError, OverflowError):
+            return int(float(text))
+    return default
 
 
 def _default_of(config: ConfigDict, path: str):

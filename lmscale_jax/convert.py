@@ -6,17 +6,13 @@ python -m lmscale_jax.convert --workdir=W --to_hf=DIR
 The config names the data on which the imported model is evaluated; its `model` group is replaced.
 """
 
-from pathlib import Path
-
-from absl import flags
-
 from lmscale_jax import cli
 from lmscale_jax.errors import InputError
 
 CONFIG = cli.config_flag(required=False, default="configs/base.py")
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run, or a new one")
-FROM = flags.DEFINE_string("from_hf", None, "directory with config.json and safetensors")
-TO = flags.DEFINE_string("to_hf", None, "new directory for transformers to load")
+WORKDIR = cli.path_flag("workdir", "directory of a run, or a new one")
+FROM = cli.path_flag("from_hf", "directory with config.json and safetensors")
+TO = cli.path_flag("to_hf", "new directory for transformers to load")
 
 
 def main() -> None:
@@ -30,15 +26,15 @@ def main() -> None:
         from lmscale_jax.model.parametrization import multiplied_params
         from lmscale_jax.train import restore
 
-        loaded = restore.load_run(Path(WORKDIR.value))
+        loaded = restore.load_run(WORKDIR.value)
         # What the forward pass reads.
         params = multiplied_params(loaded.run.model.param_rules, loaded.params)
-        hf.write_hf(Path(TO.value), loaded.run.config, params)
+        hf.write_hf(TO.value, loaded.run.config, params)
         print(f"written {TO.value}, from the checkpoint after step {loaded.step}")
         return
     from lmscale_jax.train import restore
 
-    record = restore.import_run(CONFIG.value, Path(FROM.value), Path(WORKDIR.value), print)
+    record = restore.import_run(CONFIG.value, FROM.value, WORKDIR.value, print)
     print(f"written {WORKDIR.value}: held-out loss {record['final']['val_loss']:.4f} nats/token")
 
 

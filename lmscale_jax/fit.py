@@ -14,13 +14,14 @@ from absl import flags
 
 from lmscale_jax import cli
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import check_writable
 
 INPUT = flags.DEFINE_string(
     "input", None, "table file, directory of runs or of curves, or name of a bundled table"
 )
 LAW = flags.DEFINE_string("law", "chinchilla", "chinchilla, power, power_floor or isoflop")
 DELTA = flags.DEFINE_float("delta", None, "width of Huber's loss in ln L; default: from residuals")
-OUT = flags.DEFINE_string("out", None, "JSON file to write; a plot FILE.png is written too")
+OUT = cli.path_flag("out", "JSON file to write; a plot FILE.png is written too")
 COLUMNS = flags.DEFINE_list("columns", [], "OUR_NAME:FILE_NAME, such as n:params, or n:1")
 WHERE = flags.DEFINE_list("where", [], "rows to use, column:value")
 VARIANT = flags.DEFINE_string("variant", None, "fits only the rows of this variant")
@@ -46,7 +47,7 @@ FORECAST_C = flags.DEFINE_float("forecast_c", None, "FLOPs of the run to predict
 FORECAST_LEVEL = flags.DEFINE_float("forecast_level", 0.9, "level of the forecast's interval")
 BUDGET = flags.DEFINE_float("budget", None, "FLOPs for which to compute the optimal run")
 ADVISE = flags.DEFINE_float("advise", None, "FLOPs for new runs that improve the forecast most")
-DATASETS = flags.DEFINE_string("datasets", None, "directory of the named data sets")
+DATASETS = cli.path_flag("datasets", "directory of the named data sets")
 DATASET = flags.DEFINE_list("dataset", None, "list, all, or names of data sets under --datasets")
 # What the test of two arms cannot follow, and why.
 NOT_IN_COMPARISON = {
@@ -129,15 +130,16 @@ def _paths() -> tuple[Path, Path] | None:
     """
     if not OUT.value:
         return None
-    out = Path(OUT.value)
+    out = OUT.value
     if out.suffix != ".json":
         raise InputError(f"--out={out} must end in .json; use {out}.json")
     if not out.parent.is_dir():
         raise InputError(f"--out={out}: directory {out.parent} does not exist; create it first")
+    check_writable(out.parent, "--out", remedy_flag="--out")
     plot = out.with_suffix(".png")
     if out.exists():
         try:
-            ours = json.loads(out.read_text()).get("command") == "fit"
+            ours = json.loads(out.read_text(encoding="utf-8")).get("command") == "fit"
         except (OSError, ValueError, AttributeError):
             ours = False
         if not ours:
@@ -272,7 +274,7 @@ def _fit_named() -> None:
 
     if not DATASETS.value:
         raise InputError("--dataset needs --datasets=DIR, the directory with their folders")
-    if not Path(DATASETS.value).is_dir():
+    if not DATASETS.value.is_dir():
         raise InputError(
             f"--datasets={DATASETS.value} is no directory; use the one with the data sets"
         )

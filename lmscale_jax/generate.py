@@ -1,12 +1,10 @@
 """Prints text from a trained run: python -m lmscale_jax.generate --workdir=W --prompt="def f("."""
 
-from pathlib import Path
-
 from absl import flags
 
 from lmscale_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of a run", required=True)
+WORKDIR = cli.path_flag("workdir", "directory of a run", required=True)
 PROMPT = flags.DEFINE_string("prompt", "", "text to continue; empty: a new document")
 TOKENS = flags.DEFINE_integer("tokens", 200, "tokens to add", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: the likeliest token", lower_bound=0.0)
@@ -18,7 +16,7 @@ def main() -> None:
     from lmscale_jax.reports.final_summary import sample_text
     from lmscale_jax.train import restore
 
-    loaded = restore.load_run(Path(WORKDIR.value))
+    loaded = restore.load_run(WORKDIR.value)
     options = {"temperature": TEMPERATURE.value, "top_k": TOP_K.value, "seed": SEED.value}
     print(sample_text(loaded.run, loaded.params, TOKENS.value, PROMPT.value, **options))
 

@@ -13,7 +13,7 @@ from lmscale_jax import cli
 from lmscale_jax.errors import InputError, RunFailed
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the ladder; continued if it exists")
+WORKDIR = cli.path_flag("workdir", "directory of the ladder; continued if it exists")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print the cells and their cost, and exit")
 ANCHORS_ONLY = flags.DEFINE_bool("anchors_only", False, "stop after the forecast")
 ONLY = flags.DEFINE_list(
@@ -31,7 +31,7 @@ def main() -> None:
         raise InputError("--workdir is missing; use --workdir=runs/ladder")
     from lmscale_jax.reports import ladder_report as page
 
-    workdir = Path(WORKDIR.value)
+    workdir = WORKDIR.value
     try:
         message = run.run_ladder(
             CONFIG.value,

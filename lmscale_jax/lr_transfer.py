@@ -3,15 +3,14 @@
 python -m lmscale_jax.lr_transfer --workdir=runs/transfer
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from lmscale_jax import cli
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import check_writable
 
 CONFIG = cli.config_flag(default="configs/lr_transfer.py")
-WORKDIR = flags.DEFINE_string("workdir", None, "where lr_transfer.json and .png are written")
+WORKDIR = cli.path_flag("workdir", "where lr_transfer.json and .png are written")
 WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128"], "model.d_model")
 LOG2_LRS = flags.DEFINE_list(
     "log2_lrs", [str(e) for e in range(-10, -1)], "log2 of the peak learning rates"
@@ -22,7 +21,8 @@ SEEDS = flags.DEFINE_integer("seeds", 3, "runs of each cell", lower_bound=1)
 def main() -> None:
     if not WORKDIR.value:
         raise InputError("--workdir is missing; use --workdir=runs/transfer")
-    workdir = Path(WORKDIR.value)
+    workdir = WORKDIR.value
+    check_writable(workdir, "--workdir")
     if (workdir / "lr_transfer.json").exists():
         raise InputError(f"--workdir={workdir} holds a sweep already; use a new --workdir")
     widths = sorted({int(w) for w in _numbers(WIDTHS)})

@@ -1,14 +1,12 @@
 """Trains one run: python -m lmscale_jax.main --config=configs/quickstart.py --workdir=runs/first"""
 
-from pathlib import Path
-
 from absl import flags
 
 from lmscale_jax import __version__, cli
 from lmscale_jax.errors import InputError
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run; continues an unfinished one")
+WORKDIR = cli.path_flag("workdir", "directory of the run; continues an unfinished one")
 CLUSTER = flags.DEFINE_enum(
     "cluster",
     "none",
@@ -53,7 +51,7 @@ def main() -> None:
     with distributed.join_processes(launch, config, shared_facts):
         from lmscale_jax.train.loop import train
 
-        finished = train(config, Path(WORKDIR.value))
+        finished = train(config, WORKDIR.value)
         if finished:
             from lmscale_jax.reports import final_summary
 

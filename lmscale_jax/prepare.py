@@ -4,18 +4,15 @@ python -m lmscale_jax.prepare --config=C                      prepares into the 
 python -m lmscale_jax.prepare --source=text --path='corpus/*.txt' --tokenizer=bpe --out=D
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from lmscale_jax import cli
-from lmscale_jax.errors import InputError
 
 CONFIG = cli.config_flag(required=False, default="configs/base.py")
 SOURCE = flags.DEFINE_string("source", None, "replaces config.data.source")
 PATH = flags.DEFINE_string("path", None, "replaces config.data.path")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "replaces config.data.tokenizer")
-OUT = flags.DEFINE_string("out", None, "new or empty directory; default: the cache")
+OUT = cli.path_flag("out", "new or empty directory; default: the cache")
 
 
 def main() -> None:
@@ -27,10 +24,8 @@ def main() -> None:
         if flag.value is not None:
             config.data[name] = flag.value
     config = resolve(config)
-    if OUT.value == "":
-        raise InputError("--out='' names no directory; use for example --out=shards")
     if OUT.value:
-        data = prepare.prepare_directory(config.data, Path(OUT.value))
+        data = prepare.prepare_directory(config.data, OUT.value)
     else:
         data = prepare.prepare_data(config.data, config.model.vocab_size)
     for side, shards in (("training", data.train), ("validation", data.val)):

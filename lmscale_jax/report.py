@@ -6,19 +6,17 @@ commas):
 python -m lmscale_jax.report --workdir=runs/mur --baseline='runs/base_*' --variant='runs/loss_*'
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from lmscale_jax import cli
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import check_writable
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "a run, or the directory that gets report/", required=True
-)
+WORKDIR = cli.path_flag("workdir", "a run, or the directory that gets report/", required=True)
 BASELINE = flags.DEFINE_string("baseline", "", "run directories without the switch")
 VARIANT = flags.DEFINE_string("variant", "", "run directories with it, of the same seeds")
 SWITCH = flags.DEFINE_string("switch", "mur", "the key or group of keys that is studied")
+OUT = cli.path_flag("out", "directory for the page; default: report/ in --workdir")
 ALLOW = flags.DEFINE_bool("allow_differences", False, "compare runs that differ in more than that")
 
 
@@ -32,9 +30,10 @@ def main() -> None:
     from lmscale_jax.config.resolve import hint
     from lmscale_jax.reports import pairs, run_report
 
-    folder = Path(WORKDIR.value) / "report"
+    folder = OUT.value or WORKDIR.value / "report"
+    check_writable(folder, "--out" if OUT.value else "--workdir", remedy_flag="--out")
     if not BASELINE.value:
-        page = run_report.report_run(pairs.read_run(Path(WORKDIR.value)), folder)
+        page = run_report.report_run(pairs.read_run(WORKDIR.value), folder)
         print(f"page                 {page}")
         return
     switches = [*SPEC, *(path for path, _ in keys())]

@@ -23,7 +23,10 @@ _SIZED = {"parametrization.name": ("mup", "completep")}
 
 SPEC = {
     "seed": Key(
-        0, "seed of initialization and dropout; the data order has its own (data.seed)", low=0
+        0,
+        "seed of initialization and dropout; the data order has its own (data.seed)",
+        low=0,
+        high=2**31 - 1,
     ),
     "model": MODEL,
     "parametrization": {

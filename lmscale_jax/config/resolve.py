@@ -10,9 +10,12 @@ from ml_collections import ConfigDict
 from lmscale_jax.config import conflicts
 from lmscale_jax.config.durations import DURATION, in_steps, total_steps
 from lmscale_jax.config.key import Key
-from lmscale_jax.config.keys import SPEC, get, is_used, keys
+from lmscale_jax.config.keys import SPEC, get, has, is_used, keys
 from lmscale_jax.config.mlp_forms import MLP_FORMS
 from lmscale_jax.errors import InputError
+
+# Of NumPy's and JAX's indices.
+_LARGEST_INT = 2**63 - 1
 
 
 def validate(config: ConfigDict) -> None:
@@ -49,6 +52,24 @@ def _check_names(config, spec: dict, prefix: str, all_paths: list[str]) -> None:
             )
 
 
+def reset_unused(config: ConfigDict, overrides) -> None:
+    """Resets keys of a config file that an override of the command line leaves unused.
+
+    `overrides` are the dotted paths that the user has set. So a file's size of a trained vocabulary
+    does not stand in the way of data.tokenizer=bytes, while a key that the user sets is refused.
+    """
+    changed = set(overrides)
+    for path, key in keys():
+        if path in overrides or not has(config, path) or get(config, path) == key.default:
+            continue
+        if any(
+            other in changed and has(config, other) and get(config, other) not in allowed
+            for other, allowed in key.when.items()
+        ):
+            config.update_from_flattened_dict({path: key.default})
+            changed.add(path)
+
+
 def hint(path: str, paths: list[str]) -> str:
     """Suggests a key in place of an unknown one: the same name elsewhere, or a similar name."""
     group, _, name = path.rpartition(".")
@@ -74,14 +95,17 @@ def _check_value(path: str, value, key: Key) -> None:
     )
     if not fits:
         refuse(f"must be of type {type(key.default).__name__}")
+    if value == "None":
+        refuse("is a text, not Python's None")
     if key.choices and value not in key.choices:
         refuse("must be one of " + ", ".join(map(str, key.choices)))
     if isinstance(value, float) and not math.isfinite(value):
         refuse("must be finite")
     if key.low is not None and value < key.low:
         refuse(f"must be at least {key.low}")
-    if key.high is not None and value > key.high:
-        refuse(f"must be at most {key.high}")
+    high = _LARGEST_INT if key.high is None and numeric else key.high
+    if high is not None and value > high:
+        refuse(f"must be at most {high}")
     if key.above is not None and value <= key.above:
         refuse(f"must be above {key.above}")
     if key.duration and not DURATION.fullmatch(value.strip().lower()):

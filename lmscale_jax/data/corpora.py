@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import user_path
 
 
 class Corpus(NamedTuple):
@@ -153,7 +154,7 @@ def _is_local(path: str) -> bool:
 
     The empty path counts as local; the validation of the config refuses it.
     """
-    return not path or Path(path).expanduser().is_dir() or path.startswith(("/", ".", "~"))
+    return not path or user_path(path).is_dir() or path.startswith(("/", ".", "~"))
 
 
 def _tokenizer_folder(data_cfg, cache: Path) -> Path:
@@ -161,7 +162,7 @@ def _tokenizer_folder(data_cfg, cache: Path) -> Path:
 
 
 def _shard_folder(data_cfg, cache: Path) -> Path:
-    return Path(data_cfg.path).expanduser() if data_cfg.path else cache / SHARDS
+    return user_path(data_cfg.path) if data_cfg.path else cache / SHARDS
 
 
 def _shard_names(data_cfg) -> list[str]:

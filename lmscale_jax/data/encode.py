@@ -23,7 +23,7 @@ from lmscale_jax.data.shards import SIDES, Shards, ShardWriter
 from lmscale_jax.data.split import SPLITS, side_of, split_documents, unique_documents
 from lmscale_jax.data.tokenizer_base import Tokenizer
 from lmscale_jax.errors import InputError
-from lmscale_jax.files import read_json, write_json
+from lmscale_jax.files import read_json, user_path, write_json
 
 _BLOCK_CHARACTERS = 2_000_000
 # Longer texts change few merges of a BPE, and its trainer holds all their words.
@@ -195,11 +195,11 @@ def _trained(data_cfg, n_characters: int) -> tokenizers.Tokenizer:
 
 
 def _published(data_cfg) -> tokenizers.Tokenizer:
-    return hf_tokenizers.load_pretrained(Path(data_cfg.tokenizer_path).expanduser())
+    return hf_tokenizers.load_pretrained(user_path(data_cfg.tokenizer_path))
 
 
 def _published_files(data_cfg) -> list[Path]:
-    files = sorted(Path(data_cfg.tokenizer_path).expanduser().glob("*.*"))
+    files = sorted(user_path(data_cfg.tokenizer_path).glob("*.*"))
     return [path for path in files if path.is_file()]
 
 

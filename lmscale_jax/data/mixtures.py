@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lmscale_jax.data.shards import SIDES, Shards
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import comma_separated, user_path
 
 
 def parse_parts(text: str) -> list[tuple[Path, float]]:
@@ -16,7 +17,7 @@ def parse_parts(text: str) -> list[tuple[Path, float]]:
         InputError: a weight is not a positive number, or there are fewer than two parts.
     """
     parsed = []
-    for item in text.split(","):
+    for item in comma_separated(text, _is_part):
         name, equals, weight = item.strip().rpartition("=")
         name, weight = (name, weight) if equals else (weight, "1")
         try:
@@ -28,12 +29,16 @@ def parse_parts(text: str) -> list[tuple[Path, float]]:
                 f"data.path={text}: {item.strip()!r} is no directory with a positive weight; "
                 f"use for example 'shards/web=3,shards/code=1'"
             )
-        parsed.append((Path(name).expanduser(), value))
+        parsed.append((user_path(name), value))
     if len(parsed) < 2:
         raise InputError(
             f"data.path={text}: a mixture has two parts or more; use data.source='bin' for one"
         )
     return parsed
+
+
+def _is_part(item: str) -> bool:
+    return user_path(item.rpartition("=")[0] or item).is_dir()
 
 
 def open_mixture(text: str, open_part: Callable):

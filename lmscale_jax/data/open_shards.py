@@ -21,7 +21,7 @@ from lmscale_jax.data.shards import (
     verify_shards,
 )
 from lmscale_jax.errors import InputError
-from lmscale_jax.files import write_json
+from lmscale_jax.files import user_path, write_json
 
 Log = Callable[[str], object]
 
@@ -122,7 +122,7 @@ def _prepared_directory(data_cfg) -> Path | None:
         InputError: some of its shards are named and others are not, or data.val_path or
             data.document_mark say what its manifest says.
     """
-    directory = Path(data_cfg.path).expanduser()
+    directory = user_path(data_cfg.path)
     if not (directory / MANIFEST).is_file():
         paths = sources.find_files(data_cfg.path, "data.path", (".bin",))
         if data_cfg.val_path:

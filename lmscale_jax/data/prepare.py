@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from lmscale_jax.data.open_shards import (
 )
 from lmscale_jax.data.shards import FORMAT, MANIFEST, file_state, read_manifest, short_hash
 from lmscale_jax.errors import InputError
-from lmscale_jax.files import write_json
+from lmscale_jax.files import user_path, write_json
 
 Log = Callable[[str], object]
 
@@ -106,9 +107,16 @@ def vocab_size_of(data_cfg) -> int:
 
 
 def cache_root(data_cfg) -> Path:
-    """Returns the directory of prepared data."""
-    path = data_cfg.cache or os.environ.get("LMSCALE_CACHE") or "~/.cache/lmscale_jax"
-    return Path(path).expanduser().absolute()
+    """Returns the directory of prepared data. Raises InputError where it would be in no home."""
+    path = data_cfg.cache or os.environ.get("LMSCALE_CACHE")
+    try:
+        return user_path(path or "~/.cache/lmscale_jax").absolute()
+    except InputError:
+        raise InputError(
+            f"config.data.cache={path or ''!r}: there is no home directory for the cache (is HOME "
+            f"set?); set data.cache or LMSCALE_CACHE to a directory such as "
+            f"{tempfile.gettempdir()}/lmscale_jax"
+        ) from None
 
 
 def _cache_directory(cache: Path, data_cfg, settings: dict) -> Path:
@@ -173,7 +181,7 @@ def _find_or_build(directory: Path, data_cfg, settings: dict, cache: Path, log: 
 def _locked(path: Path, log: Log) -> Iterator[None]:
     """Holds a lock between processes, which the system releases if the process is killed."""
     while True:
-        with open(path, "a") as lock:
+        with open(path, "a", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

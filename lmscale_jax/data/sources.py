@@ -3,7 +3,7 @@
 Documents keep every character: the documents of a file, joined, are the file.
 """
 
-import glob
+import functools
 import gzip
 import itertools
 import json
@@ -20,6 +20,7 @@ from typing import NamedTuple
 from lmscale_jax.config.key import Modes
 from lmscale_jax.data import corpora, tables
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import comma_separated, matching_paths, user_path
 
 DOCUMENT_PATTERNS = Modes(
     "data.document",
@@ -31,6 +32,11 @@ DOCUMENT_PATTERNS = Modes(
     },
 )
 _NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
+# What to do with files that are no text, by their ending.
+_NO_TEXT = dict.fromkeys((".zst", ".xz", ".bz2", ".zip", ".lz4", ".tar"), "unpack it first") | {
+    ".bin": "set data.source='bin' for token shards",
+    ".parquet": "set data.source='parquet'",
+}
 _JSONL_ENDINGS = (".jsonl", ".jsonl.gz")
 
 
@@ -105,7 +111,7 @@ def _local_dataset(data_cfg) -> list[Path]:
 
 
 def _tfds(data_cfg) -> list[Path]:
-    folder = Path(data_cfg.directory or "~/tensorflow_datasets").expanduser()
+    folder = user_path(data_cfg.directory or "~/tensorflow_datasets")
     dataset = folder / data_cfg.path.split(":")[0]
     return find_files(str(dataset), "data.path", ()) if dataset.is_dir() else []
 
@@ -117,7 +123,8 @@ def _ending(*endings: str) -> Callable:
 def find_files(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
     """Finds the files of a path, directory or glob, or of several of them joined by commas.
 
-    The files of each item are sorted, items keep their order, and no file is listed twice.
+    The files of each item are sorted, items keep their order, and no file is listed twice. A comma
+    or bracket in the name of a file or directory that exists is part of the name.
 
     Args:
         paths: the value of the config key.
@@ -128,18 +135,19 @@ def find_files(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
         InputError: an item is empty or matches no file.
     """
     matches = {}
-    for item in [paths] if os.path.exists(paths) else paths.split(","):
-        item_files = _matches(os.path.expanduser(item.strip()), endings)
-        if not item_files:
+    files_of = functools.cache(lambda item: _matches(item, endings))
+    for item in comma_separated(paths, files_of):
+        if not files_of(item):
             raise InputError(
-                f"{field}={item.strip()!r}: no {' or '.join(endings) or 'text'} file there; name a "
+                f"{field}={item!r}: no {' or '.join(endings) or 'text'} file there; name a "
                 f"file, a directory with some, or a glob such as 'texts/**/*.txt'"
             )
-        matches.update(dict.fromkeys(item_files))
+        matches.update(dict.fromkeys(files_of(item)))
     return list(matches)
 
 
 def _matches(item: str, endings: tuple[str, ...]) -> list[Path]:
+    item = str(user_path(item)) if item.startswith("~") else item
     if os.path.isdir(item):
         return [
             path
@@ -148,7 +156,7 @@ def _matches(item: str, endings: tuple[str, ...]) -> list[Path]:
             and path.is_file()
             and not any(part.startswith(".") for part in path.relative_to(item).parts)
         ]
-    names = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    names = [item] if os.path.exists(item) else matching_paths(item)
     return [Path(name) for name in names if os.path.isfile(name)]
 
 
@@ -209,15 +217,16 @@ def _read_text(path: Path) -> str:
             content = file.read()
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"data.path={path}: cannot be read ({error})") from None
-    remedy = "name UTF-8 text files only, or set data.source=bin for token shards"
+    remedy = _NO_TEXT.get(path.suffix)
     if b"\0" in content:
+        remedy = remedy or "name files of UTF-8 text only"
         raise InputError(f"data.path={path}: a binary file (it has NUL bytes); {remedy}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"data.path={path}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); "
-            f"{remedy}"
+            f"{remedy or 're-encode it, as iconv -f latin1 -t utf-8 does, or leave it out'}"
         ) from None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import user_path
 
 _ROWS = 1024
 
@@ -45,7 +46,7 @@ def parquet_values(path: Path, field: str) -> Iterator:
 
 def local_dataset(data_cfg) -> Path | None:
     """Returns the directory of a local Hugging Face dataset; None for a name on the hub."""
-    path = Path(data_cfg.path).expanduser()
+    path = user_path(data_cfg.path)
     return path if path.is_dir() else None
 
 

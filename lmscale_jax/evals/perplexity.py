@@ -55,6 +55,19 @@ def loss_summary(nll_W: np.ndarray, count_W: np.ndarray, n_bytes: int | None) ->
     }
 
 
+def loss_text(scores: dict) -> str:
+    """Puts the fields of `evaluate_loss` in words, with the error where there are windows for one.
+
+    One window of tokens says nothing of how windows differ.
+    """
+    error = scores["val_loss_sem"]
+    has_error = error is not None and math.isfinite(error)
+    spread = f" ± {error:.4f}" if has_error else ""
+    tokens = f"{scores['val_tokens']:,} tokens"
+    reason = "" if has_error else ", one window: too few for an error; hold out more"
+    return f"{scores['val_loss']:.4f}{spread} nats/token, held out ({tokens}{reason})"
+
+
 BASELINE_TOKENS = 50_000_000
 
 

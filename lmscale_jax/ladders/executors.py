@@ -93,10 +93,10 @@ def log_path(workdir: Path, job: Job) -> Path:
 def last_line(path: Path) -> str:
     """Returns the last line of a log that is not blank, or ""."""
     try:
-        lines = [line.strip() for line in path.read_text(errors="replace").splitlines()]
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return next((line for line in reversed(lines) if line), "")
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 class LocalExecutor:
@@ -125,7 +125,7 @@ class LocalExecutor:
         environment = dict(os.environ)
         if "gpu" in place:
             environment["CUDA_VISIBLE_DEVICES"] = str(place["gpu"])
-        with open(path, "a") as log, pin_to(place["cores"]):
+        with open(path, "a", encoding="utf-8") as log, pin_to(place["cores"]):
             return subprocess.Popen(
                 worker_command(self._workdir, job),
                 stdin=subprocess.DEVNULL,
@@ -171,7 +171,7 @@ def pin_to(cores: list[int]):
 def _run_job(arguments: list[str], log: str) -> int:
     """Runs a command as the body of a remote task, and returns its exit status."""
     Path(log).parent.mkdir(exist_ok=True)
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         process = subprocess.run(arguments, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
     return process.returncode
 

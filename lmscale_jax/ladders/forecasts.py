@@ -22,7 +22,7 @@ def read_forecast(workdir: Path) -> dict:
     """Reads forecast.json. Raises InputError where it is missing or was changed."""
     path = workdir / "forecast.json"
     try:
-        forecast = json.loads(path.read_text())
+        forecast = json.loads(path.read_text(encoding="utf-8"))
         digest = forecast["sha256"]
     except FileNotFoundError:
         raise InputError(

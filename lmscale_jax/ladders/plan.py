@@ -128,7 +128,7 @@ def read_plan(workdir: Path) -> LadderPlan | None:
     if not path.exists():
         return None
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
         plan_cells = [Cell(**cell) for cell in fields["cells"]]
         return LadderPlan(fields["ladder"], plan_cells, fields["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError) as error:

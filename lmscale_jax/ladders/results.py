@@ -79,7 +79,7 @@ def write_results(rows: list[dict], path: Path) -> None:
     writer.writeheader()
     writer.writerows(row | row["tune"] for row in rows if row["role"] != TRUNK)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text.getvalue())
+    temporary.write_text(text.getvalue(), encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -151,7 +151,7 @@ def cell_record(workdir: Path, cell: Cell) -> dict | None:
     """Reads a cell's run.json; None where there is none. Raises InputError where it is invalid."""
     path = cell_dir(workdir, cell.id) / "run.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -162,7 +162,7 @@ def cell_record(workdir: Path, cell: Cell) -> dict | None:
 
 def note_failure(workdir: Path, names: list[str], status: int, message: str) -> None:
     """Appends a line to attempts.jsonl for each of the failed cells (ids)."""
-    with open(workdir / ATTEMPTS, "a") as file:
+    with open(workdir / ATTEMPTS, "a", encoding="utf-8") as file:
         for name in names:
             line = {"id": name, "ended": timestamp(), "exit_status": status, "said": message}
             file.write(json.dumps(line) + "\n")
@@ -171,7 +171,7 @@ def note_failure(workdir: Path, names: list[str], status: int, message: str) -> 
 def last_failures(workdir: Path) -> dict[str, str]:
     """Returns {cell id: message of its last failed attempt}."""
     try:
-        lines = (workdir / ATTEMPTS).read_text().splitlines()
+        lines = (workdir / ATTEMPTS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
     messages = {}

@@ -314,7 +314,7 @@ def _close_record(directory: Path, ended) -> None:
     path = directory / "run.json"
     if not path.exists():
         return
-    fields = json.loads(path.read_text())
+    fields = json.loads(path.read_text(encoding="utf-8"))
     if fields["status"] == "running":
         text = f"its process ended with status {ended.status}: {ended.message}"
         write_json(path, fields | {"status": "failed", "error": text})

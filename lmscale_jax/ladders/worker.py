@@ -63,6 +63,6 @@ if __name__ == "__main__":
     from lmscale_jax import cli
 
     # Not at the top: commands that import this module define a --workdir of their own.
-    WORKDIR = flags.DEFINE_string("workdir", None, "directory of a ladder", required=True)
+    WORKDIR = cli.path_flag("workdir", "directory of a ladder", required=True)
     IDS = flags.DEFINE_list("ids", None, "cells of its plan.json; several train as one program")
-    cli.run_command(lambda: train_job(Path(WORKDIR.value), IDS.value or []))
+    cli.run_command(lambda: train_job(WORKDIR.value, IDS.value or []))

@@ -85,7 +85,7 @@ def read_config(directory: Path) -> dict:
     """Converts the config.json of a directory to our `model` keys. Raises InputError."""
     path = directory / CONFIG
     try:
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
             f"--from_hf={directory} has no config.json; use a directory written by save_pretrained"
@@ -184,7 +184,7 @@ def _load(directory: Path) -> dict[str, np.ndarray]:
     safetensors = _safetensors()
     files = [directory / WEIGHTS]
     if (directory / INDEX).exists():
-        index = json.loads((directory / INDEX).read_text())
+        index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
         files = sorted({directory / name for name in index["weight_map"].values()})
     elif not files[0].exists():
         pickled = (directory / "pytorch_model.bin").exists()
@@ -267,7 +267,7 @@ def write_hf(directory: Path, config, params: dict) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     settings = {"gpt2": _to_gpt2, "llama": _to_llama}[kind](config)
-    (directory / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
+    (directory / CONFIG).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def _hf_matrix(path: str, value: np.ndarray) -> np.ndarray:

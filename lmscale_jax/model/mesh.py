@@ -63,7 +63,7 @@ def _compile_cache(config) -> Path:
     have processors with different instructions.
     """
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         processor = f"{platform.machine()} {platform.processor()} {platform.node()}"

@@ -37,10 +37,7 @@ def show_final_summary(finished, say: Callable[[str], None] = print) -> None:
     for name, value in (record["baselines"] if config.eval.baselines else {}).items():
         say(f"{name + ' model':<20} {value:.4f} nats/token, held out")
     final = record["final"]
-    say(
-        f"{'this run':<20} {final['val_loss']:.4f} ± {final['val_loss_sem'] or 0:.4f} nats/token, "
-        f"held out ({final['val_tokens']:,} tokens)"
-    )
+    say(f"{'this run':<20} {perplexity.loss_text(final)}")
     if "val_loss_ema" in final:
         say(f"{'running mean':<20} {final['val_loss_ema']:.4f} nats/token, averaged weights")
     if final["bits_per_byte"] is not None:

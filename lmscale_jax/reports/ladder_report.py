@@ -1,9 +1,9 @@
 """Writes the page of a ladder as one HTML file, from its records."""
 
-import json
 import shlex
 from pathlib import Path
 
+from lmscale_jax.files import read_json
 from lmscale_jax.ladders import results
 from lmscale_jax.ladders.grid import short_count
 from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
@@ -192,7 +192,7 @@ def _add_reproduction(
     first = next((row for row in rows if row["status"] == "finished"), None)
     if first is None:
         return
-    record = json.loads((workdir / "runs" / first["run_id"] / "run.json").read_text())
+    record = read_json(workdir / "runs" / first["run_id"] / "run.json")
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     code = record.get("code") or {}
     changed = " with changes" if code.get("changed") else ""

@@ -56,7 +56,7 @@ class Page:
             f'<div class="scroll"><table{mark}><tr>{line(head, "th")}</tr>{body}</table></div>'
         )
         if path:
-            with open(path, "w", newline="") as file:
+            with open(path, "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([head, *rows])
 
     def figures(self, paths: list[Path]) -> None:

@@ -1,6 +1,5 @@
 """Reads evaluated runs and pairs them by seed and size; checks that only the switch differs."""
 
-import glob
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import numpy as np
 from lmscale_jax.config.keys import get
 from lmscale_jax.config.resolve import differences
 from lmscale_jax.errors import InputError
+from lmscale_jax.files import comma_separated, matching_paths
 from lmscale_jax.train.metrics import read_metrics
 from lmscale_jax.train.run_dir import read_record
 
@@ -47,7 +47,7 @@ class RunPair(NamedTuple):
 def read_run(workdir: Path) -> EvaluatedRun:
     """Reads a run directory. Raises InputError if it holds no run.json."""
     path = workdir / "eval.json"
-    scores = json.loads(path.read_text()) if path.exists() else {}
+    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return EvaluatedRun(
         workdir, read_record(workdir), scores, read_metrics(workdir / "metrics.jsonl")
     )
@@ -58,7 +58,8 @@ def read_runs(flag: str, value: str) -> list[EvaluatedRun]:
 
     Raises InputError, with the name of the flag, for a run that was not evaluated.
     """
-    paths = [Path(p) for part in value.split(",") for p in sorted(glob.glob(part)) or [part]]
+    items = comma_separated(value, matching_paths)
+    paths = [Path(path) for item in items for path in matching_paths(item) or [item]]
     runs = [read_run(path) for path in dict.fromkeys(paths)]
     for run in runs:
         if "val_loss" not in run.scores:

@@ -4,6 +4,7 @@ Also holds the style that all figures share.
 """
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ STYLE = {"legend.frameon": False, "legend.fontsize": 8, "savefig.dpi": 120}
 def draw_run(workdir: Path, folder: Path | None = None) -> list[Path]:
     """Plots a run directory as PNG files in `folder`, by default its plots/; returns the paths."""
     lines = read_metrics(workdir / "metrics.jsonl")
-    record = json.loads((workdir / "run.json").read_text())
+    record = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
     folder = folder or workdir / "plots"
     folder.mkdir(exist_ok=True)
     paths = [_plot_training(lines, record, folder / "loss.png")]
@@ -37,6 +38,8 @@ def new_figure(size: tuple[float, float], rows: int = 1, columns: int = 1, **lay
       size: width and height in inches.
       layout: further arguments of `pyplot.subplots`.
     """
+    # It warns of a home directory that it cannot write, and goes on without one.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
 
     matplotlib.use("Agg")  # draws files; needs no display

@@ -33,8 +33,7 @@ def draw_coord_check(result: dict, path: Path) -> Path:
     axes.flat[0].legend(fontsize=7, title="step", title_fontsize=7)
     name = result["config"]["parametrization"]["name"]
     control = "" if result["control"] == "none" else f", control {result['control']}"
-    verdict = "passed" if result["passed"] else "out of bounds"
-    figure.suptitle(f"{name}{control}: mean |x| over {result['sweep']}: {verdict}")
+    figure.suptitle(f"{name}{control}: mean |x| over {result['sweep']}: {result['verdict']}")
     return save_figure(figure, path)
 
 

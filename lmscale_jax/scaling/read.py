@@ -138,7 +138,7 @@ def read_table(
     return read_curves(files, columns, where, points, skip, str(path))
 
 
-def read_named(name: str, folder: str, points: str = "curve", skip: float = 0.0) -> Table:
+def read_named(name: str, folder: Path, points: str = "curve", skip: float = 0.0) -> Table:
     """Reads a named data set of the original analysis from the user's copy of its data.
 
     Raises:
@@ -155,11 +155,11 @@ def read_named(name: str, folder: str, points: str = "curve", skip: float = 0.0)
     return read_curves(files, {}, {}, points, skip, name)
 
 
-def locate_named(name: str, folder: str) -> list[Path]:
+def locate_named(name: str, folder: Path) -> list[Path]:
     """Lists the files of a named data set under a directory; [] if it is absent."""
     named = DATASETS[name]
     for inner in named.folders:
-        for directory in (Path(folder) / inner, *sorted(Path(folder).glob(f"*/{inner}"))):
+        for directory in (folder / inner, *sorted(folder.glob(f"*/{inner}"))):
             patterns = [named.pattern.format(w) for w in named.widths] or [named.pattern]
             files = [f for pattern in patterns for f in sorted(directory.glob(pattern))]
             if files:
@@ -177,8 +177,8 @@ def _check_columns(columns: dict) -> None:
 
 def _bundled(name: str, columns: dict, where: dict, points: str, skip: float) -> Table:
     bundled = BUNDLED[name]
-    text = (resources.files("lmscale_jax.scaling") / "tables" / bundled.file).read_text()
-    content = parse_columns(text, bundled.file)
+    file = resources.files("lmscale_jax.scaling") / "tables" / bundled.file
+    content = parse_columns(file.read_text(encoding="utf-8"), bundled.file)
     if bundled.without:
         rows = [not any(part in run for part in bundled.without) for run in content["run"]]
         content = {k: list(compress(values, rows)) for k, values in content.items()}
@@ -360,7 +360,7 @@ def _records(paths: list[Path], root: Path, columns: dict) -> dict:
     rows = []
     for path in paths:
         try:
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no run record ({error}); move it away") from None
         if not isinstance(record, dict) or record.get("status") != "finished":

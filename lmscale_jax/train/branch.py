@@ -40,7 +40,7 @@ def find_parent(config) -> dict | None:
     if not config.train.parent:
         return None
     try:
-        record = json.loads((workdir / "run.json").read_text())
+        record = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
         parent = ConfigDict(record["config"])
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
@@ -100,13 +100,23 @@ def _check_rates(config, parent, step: int) -> None:
     wrong = np.flatnonzero(np.abs(rates - parent_rates) > 1e-6)
     if len(wrong):
         first, schedule = int(wrong[0]), config.schedule
+        remedy = _rates_remedy(both[1], parent_rates, config.train.steps)
         raise InputError(
             f"config.schedule.name={schedule.name!r} with warmup={schedule.warmup!r} has another "
             f"rate at step {first} ({rates[first]:.4g} of the peak) than the parent "
-            f"({parent_rates[first]:.4g}), before train.parent_step={step}; use name='wsd' with "
-            f"warmup='{both[1].schedule.warmup}' and cooldown='{config.train.steps - step}' off a "
-            f"parent still at its peak"
+            f"({parent_rates[first]:.4g}), before train.parent_step={step}; {remedy}"
         )
+
+
+def _rates_remedy(parent, rates: np.ndarray, steps: int) -> str:
+    """Says how a branch of `steps` steps goes on from the rates of its parent, if one can."""
+    warmup, step = parent.schedule.warmup, len(rates)
+    if np.all(rates[warmup:] == 1.0):
+        return f"use schedule.name='wsd' with warmup='{warmup}' and cooldown='{steps - step}'"
+    return (
+        f"the parent has decayed ({parent.schedule.name}), so no schedule goes on from there; use "
+        f"train.parent='' with schedule.name='wsd', whose runs can be branched before the cooldown"
+    )
 
 
 def branch_costs(config, flops_per_token: float) -> dict[str, float]:

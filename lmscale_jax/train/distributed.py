@@ -157,6 +157,12 @@ def from_slurm() -> Launch:
             f"--cluster=slurm: {absent[0]} is not set, so this is not a task of srun; "
             f"use srun python -m lmscale_jax.main ..., as in launch/slurm.sh"
         )
+    for name in needed:
+        if not environment[name].isdecimal():
+            raise InputError(
+                f"--cluster=slurm: {name}={environment[name]} is not a number; "
+                f"use srun python -m lmscale_jax.main ..., as in launch/slurm.sh"
+            )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     # Jobs that share a node get different ports.
     port = 20000 + 2 * (int(environment["SLURM_JOB_ID"]) % 5000)
@@ -169,9 +175,9 @@ def from_slurm() -> Launch:
 
 
 def first_node(nodes: str) -> str:
-    """Returns the first host of Slurm's list, such as gpu-[003-007,12] or a1,b2."""
-    head = re.match(r"([^\[,]*)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
-    return head[1] + (head[2] or "") + (head[3] or "") or platform.node()
+    """Returns the first host of Slurm's list, such as gpu-[003-007,12], a1,b2 or r[1-2]n[01,04]."""
+    # Each bracket becomes its first number; only then is a comma one between hosts.
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes).split(",")[0].strip() or platform.node()
 
 
 def local_devices() -> list[int] | None:
@@ -180,9 +186,14 @@ def local_devices() -> list[int] | None:
     Where several tasks share a node and each sees all GPUs, a task takes the one of its own number.
     """
     counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE")
-    tasks_on_node = int(re.match(r"\d+", counts or "1")[0])
-    local_index = int(os.environ.get("SLURM_LOCALID", 0))
+    tasks_on_node, local_index = _number(counts, 1), _number(os.environ.get("SLURM_LOCALID"), 0)
     return [local_index] if 1 < tasks_on_node <= visible_gpus() else None
+
+
+def _number(text: str | None, default: int) -> int:
+    """Returns the first whole number of a text such as "2(x3)" or "gpu:8"; else the default."""
+    digits = re.match(r"[^\d(]*(\d+)", text or "")
+    return int(digits[1]) if digits else default
 
 
 def visible_gpus() -> int:
@@ -213,7 +224,7 @@ def host_facts() -> dict:
         "platform": devices[0].platform,
         "kind": devices[0].device_kind,
         "gpus": len(glob.glob("/proc/driver/nvidia/gpus/*")),
-        "allocated": int(os.environ.get("SLURM_GPUS_ON_NODE", 0) or 0),
+        "allocated": _number(os.environ.get("SLURM_GPUS_ON_NODE"), 0),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
     }
 

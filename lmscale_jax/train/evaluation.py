@@ -11,7 +11,12 @@ from lmscale_jax.train.run_dir import provenance
 
 
 def evaluate_run(
-    workdir: Path, names: list[str], step: int, n_tokens: int, say: Callable[[str], None]
+    workdir: Path,
+    names: list[str],
+    step: int,
+    n_tokens: int,
+    say: Callable[[str], None],
+    folder: Path,
 ) -> Path:
     """Runs the suites of these names on a checkpoint of a run and writes eval.json.
 
@@ -21,6 +26,7 @@ def evaluate_run(
       step: of the checkpoint; 0: the newest.
       n_tokens: held-out tokens of the suites redundancy, mur and attention; 0: eval.tokens.
       say: prints a line.
+      folder: for eval.json; made where it does not exist.
 
     Raises:
       InputError: there is no such run or checkpoint, or a suite cannot measure such a model; then
@@ -42,7 +48,7 @@ def evaluate_run(
         "val_fingerprint": run.data.val_fingerprint,
         "versions": provenance()["versions"],
     }
-    path = workdir / "eval.json"
+    path = folder / "eval.json"
     earlier = _earlier_evaluation(path, header)
     trained = suites.TrainedModel(
         config=run.config,
@@ -53,6 +59,7 @@ def evaluate_run(
         validate=run.validate,
     )
     scores = suites.run_suites(names, trained, n_tokens or run.config.eval.tokens, say)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(path, earlier | header | scores)
     return path
 

@@ -18,7 +18,7 @@ def gpu_compiler_installed() -> bool:
 
 def gpu_target(chip: Chip) -> str:
     """Returns XLA's description of a GPU, the text of a GpuTargetConfigProto."""
-    return (TARGETS / f"{chip.name.lower()}.txtpb").read_text()
+    return (TARGETS / f"{chip.name.lower()}.txtpb").read_text(encoding="utf-8")
 
 
 def target_number(target: str, name: str) -> float:

@@ -51,7 +51,9 @@ def train(
         clock, memory = Clock(host_state.get("clock")), host_state.get("journal", {})
         folder = workdir if distributed.is_first() else None
         logger = MetricLogger(run.recorded, folder, int(state.step), memory, clock, record.id)
-        signals, watchdog = SignalHandler(), Watchdog(config.log.watchdog)
+        # A second signal may end the process before it can say more.
+        signals = SignalHandler(lambda name: record.update(interrupted=f"{name} during a step"))
+        watchdog = Watchdog(config.log.watchdog)
         try:
             state, final = train_steps(run, state, logger, clock, checkpoints, signals, watchdog)
         finally:

@@ -108,7 +108,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         valid = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         atomic_write(path, "".join(line + "\n" for line in valid))
-        self._file = open(path, "a")
+        self._file = open(path, "a", encoding="utf-8")
 
     def write(self, line: dict) -> None:
         self._file.write(json.dumps(plain_values(line)) + "\n")
@@ -126,7 +126,7 @@ def _lines(path: Path) -> list[str]:
     """Reads the complete lines of a file; a last line without its end was being written."""
     if not path.exists():
         return []
-    return [line for line in path.read_text().split("\n")[:-1] if line]
+    return [line for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -311,7 +311,7 @@ class MetricLogger:
             self.progress = SilentProgress()
             return
         self._file = MetricsFile(workdir / "metrics.jsonl", step)
-        self._timing = open(workdir / "timing.jsonl", "a")
+        self._timing = open(workdir / "timing.jsonl", "a", encoding="utf-8")
         if config.log.tensorboard:
             self._extra_writers.append(TensorBoard(workdir, step))
         if WANDB_MODES[config.log.wandb]:

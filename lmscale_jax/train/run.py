@@ -118,6 +118,7 @@ def open_run(
     parent = before.get("parent") if before else branch.find_parent(recorded)
     run = dataclasses.replace(build_run(config, workdir, say), parent=parent)
     _check_data(run)
+    _warn_of_few_windows(run, say)
     lock = distributed.on_first(lambda: run_dir.RunLock(workdir))
     _check_shared(workdir)
     first = distributed.is_first()
@@ -207,6 +208,15 @@ def build_run(config, workdir: Path, say: Callable[[str], None]) -> Run:
         eval_sums=perplexity.make_loss_sums(model, grid),
         drop_sums=redundancy.make_drop_sums(model, grid),
     )
+
+
+def _warn_of_few_windows(run: Run, say: Callable[[str], None]) -> None:
+    tokens, length = run.data.val.n_tokens, run.config.data.seq_len
+    if tokens <= length + 1:
+        say(
+            f"data: the {tokens:,} held-out tokens are one window of data.seq_len={length} or "
+            f"less, so the loss gets no error; hold out more"
+        )
 
 
 def _check_data(run: Run) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lmscale_jax.config.keys import get, has
 from lmscale_jax.config.resolve import differences
 from lmscale_jax.errors import InputError
-from lmscale_jax.files import write_json
+from lmscale_jax.files import check_writable, write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -22,11 +22,7 @@ def check_workdir(workdir: Path, config) -> dict | None:
 
     Writes nothing. Raises InputError where the directory cannot be written or holds another run.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is a file; name a directory")
-    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir={workdir} cannot be written; use one under {Path.home()}")
+    check_writable(workdir, "--workdir")
     path = workdir / "run.json"
     if not path.exists():
         if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
@@ -35,7 +31,7 @@ def check_workdir(workdir: Path, config) -> dict | None:
             )
         return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         saved = record["config"]
     except (ValueError, KeyError) as error:
         raise InputError(
@@ -59,7 +55,7 @@ def read_record(workdir: Path) -> dict:
     if not path.exists():
         raise InputError(f"--workdir={workdir} holds no run.json; use the directory of a run")
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         assert {"config", "status", "data"} <= record.keys()
     except (ValueError, AssertionError, AttributeError):
         raise InputError(
@@ -77,7 +73,7 @@ class RunLock:
     def __init__(self, workdir: Path):
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            self._file = open(workdir / ".lock", "a+")
+            self._file = open(workdir / ".lock", "a+", encoding="utf-8")
         except OSError as error:
             raise InputError(f"--workdir={workdir}: {error.strerror}; use another") from None
         try:
@@ -98,7 +94,7 @@ class RunLock:
 def lock_holder(workdir: Path) -> str:
     """Returns which process locked the directory last, as this one sees it; "" if it sees none."""
     try:
-        return (workdir / ".lock").read_text().strip()
+        return (workdir / ".lock").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -106,7 +102,7 @@ def lock_holder(workdir: Path) -> str:
 def is_locked(workdir: Path) -> bool:
     """Returns whether a process holds the directory's lock now."""
     try:
-        with open(workdir / ".lock") as file:
+        with open(workdir / ".lock", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

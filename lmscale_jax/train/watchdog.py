@@ -1,10 +1,12 @@
 """Signal handling (`SignalHandler`), and a watchdog for steps that hang."""
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import jax
 
@@ -16,13 +18,17 @@ class SignalHandler:
 
     Call `vote()` with every step.
 
+    Args:
+      notice: called with the name of the first signal, in the signal handler.
+
     Attributes:
       received: the name of the signal that this process has received, or None.
       agreed: the name of the signal after which all processes stop, set after the same step in all
         of them, or None.
     """
 
-    def __init__(self):
+    def __init__(self, notice: Callable[[str], None] = lambda name: None):
+        self._notice = notice
         self.received: str | None = None
         self.agreed: str | None = None
         self._votes, self._last_vote = distributed.Votes(), None
@@ -32,6 +38,10 @@ class SignalHandler:
     def _handle(self, number, _frame) -> None:
         self.received = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
+        # Not `print`, which the signal may have interrupted.
+        text = "stops after this step and saves; once more ends it at once"
+        os.write(2, f"{self.received}: {text}\n".encode())
+        self._notice(self.received)
 
     def vote(self) -> None:
         """Tells the other processes about a signal, and reads what they voted one step ago."""
