@@ -30,17 +30,22 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
         try:
             main()
-        except InputError as error:
-            exit_with_error(str(error), status=2)
-        except RunFailed as error:
-            exit_with_error(str(error), status=1)
-        except OSError as error:
-            if error.errno not in _REMEDIES or error.filename is None:
+        except Exception as error:
+            if (line := line_of(error)) is None:
                 raise
-            status, remedy = _REMEDIES[error.errno]
-            exit_with_error(f"{error.filename}: {error.strerror}; {remedy}", status)
+            exit_with_error(*line)
 
     app.run(body, flags_parser=_parse)
+
+
+def line_of(error: Exception) -> tuple[str, int] | None:
+    """Returns the line and exit status with which a command ends; None for a bug."""
+    if isinstance(error, InputError | RunFailed):
+        return str(error), 2 if isinstance(error, InputError) else 1
+    if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:
+        status, remedy = _REMEDIES[error.errno]
+        return f"{error.filename}: {error.strerror}; {remedy}", status
+    return None
 
 
 def _take_huge_pages() -> None:

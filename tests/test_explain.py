@@ -201,8 +201,8 @@ def run_without_compilers(*arguments: str) -> tuple[int, str, str]:
         ),
         (
             ["--explain", "--topology=H100:48", "--config.mesh.fsdp=32"],
-            "config.mesh (fsdp=32) does not multiply to 48 device(s); use mesh.data=-1 and 1 "
-            "for the other axes",
+            "config.mesh.fsdp=32: the mesh axes (fsdp=32) do not multiply to 48 device(s); use "
+            "mesh.fsdp=1",
         ),
         (
             ["--explain", "--topology=H100:64", "--config.train.batch_size=96"],

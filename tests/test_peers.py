@@ -198,6 +198,11 @@ def test_what_slurm_says(monkeypatch):
         ("n[7]", "n7"),
         ("x-[01-02]-y,z", "x-01-y"),
         ("one", "one"),
+        ("node[01-03,07]", "node01"),
+        ("node[07,01-03],gpu1", "node07"),
+        ("rack[0-1]n[01-03],z", "rack0n01"),
+        ("tux[2-3][0-7]", "tux20"),
+        ("n[1,3]-ib[0],z", "n1-ib0"),
     ):
         assert distributed.first_node(nodes) == first
 

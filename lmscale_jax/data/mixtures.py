@@ -38,7 +38,8 @@ def parse_parts(text: str) -> list[tuple[Path, float]]:
 
 
 def _is_part(item: str) -> bool:
-    return user_path(item.rpartition("=")[0] or item).is_dir()
+    name, equals, weight = item.rpartition("=")
+    return user_path(name if equals and "," not in weight else item).is_dir()
 
 
 def open_mixture(text: str, open_part: Callable):

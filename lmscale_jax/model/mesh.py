@@ -122,10 +122,12 @@ def mesh_shape(config, count: int, platform: str, hosts: int) -> dict[str, int]:
     for name in free:
         sizes[name] = max(1, count // fixed)
     if math.prod(sizes.values()) != count:
-        axes = ", ".join(f"{name}={size}" for name, size in sizes.items() if size != 1)
+        large = next((name for name in AXES if config.mesh[name] > 1), None)
+        remedy = f"use mesh.{large}=1" if large else "use mesh.data=-1"
         raise InputError(
-            f"config.mesh ({axes or 'all 1'}) does not multiply to {count} device(s); use "
-            f"mesh.data=-1 and 1 for the other axes"
+            f"config.mesh.{large or 'data'}={config.mesh[large or 'data']}: the mesh axes "
+            f"({', '.join(f'{name}={size}' for name, size in sizes.items() if size != 1) or '1'}) "
+            f"do not multiply to {count} device(s); {remedy}"
         )
     _check_batch(config, sizes)
     return sizes
