@@ -202,7 +202,7 @@ BAD = {
     "another seed": ({"data__seed": 3}, ["data.seed=3", "use 0 "]),
     "another schedule": (
         {"schedule__cooldown": "4"},
-        ["schedule.name='wsd'", "step 3", "use name='wsd'", "cooldown='2'"],
+        ["schedule.name='wsd'", "step 3", "use schedule.name='wsd'", "cooldown='2'"],
     ),
     "another warm-up": ({"schedule__warmup": "1"}, ["warmup='1'", "warmup='2'"]),
 }

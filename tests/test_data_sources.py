@@ -91,7 +91,7 @@ def test_stdlib_obeys_declared_encodings_and_counts_what_it_cannot_decode(tmp_pa
 
 BAD = {
     "missing": (None, {}, ["data.path=", "no text file"]),
-    "binary": (b"ab\0cd", {}, ["binary", "data.source=bin"]),
+    "binary": (b"ab\0cd", {}, ["binary", "UTF-8 text only"]),
     "not UTF-8": (b"abc\xe9 d", {}, ["not UTF-8", "0xe9 at 3"]),
     "not gzip": (b"abc", {"name": "a.txt.gz"}, ["cannot be read"]),
     "half a gzip": (gzip.compress(b"abc" * 999)[:-9], {"name": "a.txt.gz"}, ["cannot be read"]),

@@ -274,7 +274,7 @@ def _parameters(model: build.Model, mesh, config) -> list[str]:
     rows = [(*titles, "fwd x", "lr x", "wd x", "eps x", "update x", "split over")]
     for entry in rules_as_json(model.param_rules, config, param_splits(model.param_rules, mesh)):
         axes = " ".join(f"{a}={n}" for a, n in zip(entry["axes"], entry["shape"], strict=True))
-        std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else entry["init"]
+        std = f"{entry['init_std']:.4g}" if entry["init"] == "normal" else str(entry["init"])
         facts = (entry["path"], axes, entry["role"], entry["optimizer"], std)
         names = ("multiplier", "lr_factor", "wd_factor", "eps_factor", "update_scale")
         factors = tuple(f"{entry[name]:.4g}" for name in names)
