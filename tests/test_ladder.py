@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run, start
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.ladders import executors, plan
+from lmscale_jax.ladders import executors, plan, worker
 from lmscale_jax.ladders.run import run_ladder
 from lmscale_jax.reports import ladder_report as page
 
@@ -76,6 +76,25 @@ def test_the_dry_run_says_what_it_costs(config, tmp_path):
                          f"--workdir={tmp_path / 'w'}")  # fmt: skip
     assert status == 2 and "config.max_hours" in err and err.count("\n") == 1
     assert not (tmp_path / "w").exists()
+
+
+def test_fp8_is_no_arm_where_it_would_be_something_else(config, tmp_path, monkeypatch):
+    """A CPU computes both arms alike; a device with float8 products is asked for."""
+    ladder = load(config)
+    ladder.switch, ladder.baseline = ("model.matmul",), "dtype"
+    ladder.arms = {"dtype": {}, "fp8": {"model": {"matmul": "fp8"}}}
+    with pytest.raises(InputError, match=r"arms\.fp8: model\.matmul='fp8' .* float32, not fp8: no"):
+        run_ladder(ladder, tmp_path / "w", [], "verdict", page.write_ladder_report)
+    assert not (tmp_path / "w").exists()
+    planned = plan.make_plan(ladder, lambda line: None)
+    plan.write_plan(planned, None, (tmp_path / "w"))
+    monkeypatch.setattr(worker, "leave_with_parent", lambda: None)
+    with pytest.raises(InputError, match=r"arms\.fp8"):
+        worker.train_cells(planned, planned.cells[:1], tmp_path / "w")
+    # In all arms it is no difference, and each run records what it was computed in.
+    ladder = load(config)
+    ladder.run.model.matmul = "fp8"
+    plan.check_products(plan.make_plan(ladder, lambda line: None), "cpu")
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_which_blocks_learn_when():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_factors_multiply_what_the_optimizer_made(name):
     """Scaling gradients would be cancelled by both; scaling updates is not."""
-    config, model = config_and_model(optim__name=name)
+    config, model = config_and_model(optim__name=name, optim__weight_decay=0.0)
     params, state, update = start(config, model)
     grads = random_like(params, 0)
     plain, _ = update(grads, state, params, step=5)
@@ -152,6 +152,34 @@ def test_each_block_may_have_a_lower_rate_than_the_one_above():
     )
     np.testing.assert_allclose(ratio[:, 0, 0], [0.125, 0.25, 0.5, 1.0], rtol=1e-6)
     assert np.array_equal(updates[0]["embed"]["tokens"], updates[1]["embed"]["tokens"])
+
+
+@pytest.mark.parametrize("mode", ["independent", "coupled"])
+@pytest.mark.parametrize("where", ["everywhere", "cautious"])
+@pytest.mark.parametrize("name", ["sgd", "lion"])
+def test_factors_of_blocks_leave_decay_as_it_was(name, where, mode):
+    """Against NumPy: a utility's factor multiplies the step alone, one of the learning rate the
+    decay too where that follows the rate."""
+    rate_L, factor_L = 0.5 ** np.arange(3.0, -1.0, -1.0), np.array([1.0, 1.5, 3.0, 1.0], np.float32)
+    config, model = config_and_model(
+        optim__name=name, optim__decay_mode=mode, optim__decay_where=where, optim__lr=0.25,
+        optim__block_lr_decay=0.5, optim__clip=0.0, schedule__name="constant",
+    )  # fmt: skip
+    params, state, update = start(config, model)
+    grads = random_like(params, 0)
+    updates = param.named(update(grads, state, params, step=5, block_factors=factor_L)[0])
+    for path, g in param.named(grads).items():
+        p, u = param.named(params)[path], {"sgd": g, "lion": np.sign(g)}[name]
+
+        def of_blocks(x_L, path=path, ndim=g.ndim):
+            return x_L.reshape(-1, *[1] * (ndim - 1)) if path.startswith("blocks/") else 1.0
+
+        rate = 0.25 * of_blocks(rate_L)
+        decays = path.endswith(("weight", "embed/tokens", "embed/positions"))
+        decay = 0.1 * decays * (1.0 if mode == "independent" else rate)
+        shrink = decay * p * (1 if where == "everywhere" else u * p >= 0)
+        wanted = -(rate * of_blocks(factor_L) * u + shrink)
+        np.testing.assert_allclose(updates[path], wanted, atol=1e-6, err_msg=path)
 
 
 BAD = {

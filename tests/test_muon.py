@@ -194,7 +194,7 @@ def test_momentum_is_nesterovs_and_warms_up():
 def test_normuon_evens_out_the_neurons():
     """Every neuron ends with the same mean square after one step; the Frobenius norm stays."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 24)), jnp.float32)
-    y, squares = muon.normalize_neurons(x, jnp.zeros((2, 24)), 0.9)
+    y, squares = muon.normalize_neurons(x, jnp.zeros((2, 24)), 0.9, axis=2)
     np.testing.assert_allclose(squares, 0.1 * np.square(x).mean(axis=1), rtol=1e-5)
     mean = np.square(y).mean(axis=1)
     np.testing.assert_allclose(mean, np.broadcast_to(mean[:, :1], mean.shape), rtol=1e-4)
@@ -205,6 +205,41 @@ def test_normuon_evens_out_the_neurons():
     layout = muon.as_matrices(spec, "matrix")
     assert layout.split(jnp.zeros(spec.shape)).shape == (3, 16, 16)
     assert layout.order == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("neurons", ["output", "longer"])
+def test_normuon_is_that_of_its_paper(neurons):
+    """Algorithm 1 of arXiv 2510.05491 in NumPy, three steps: wide, tall and square matrices, and
+    keys of fewer heads. "longer" evens out the longer side, which differs for tall ones."""
+    config, model = config_and_model(
+        optim__name="normuon", optim__muon_neurons=neurons, optim__momentum_warmup="0",
+        optim__muon_coefficients="stable", model__n_kv_heads=1,
+    )  # fmt: skip
+    rules = update_rules(model.param_rules, config)
+    rows = {path: rule for path, rule in rules.items() if rule.optimizer == "normuon"}
+    zeros = {path: jnp.zeros(row.spec.shape) for path, row in rows.items()}
+    transform = OPTIMIZERS["normuon"].direction(config, rows, None, "cpu")
+    state, update = transform.init(zeros), jax.jit(transform.update)
+    moments, squares = dict.fromkeys(rows, 0.0), dict.fromkeys(rows, 0.0)
+    for t in range(3):
+        grads = random_like(zeros, t)
+        updates, state = update(grads, state, step=t)
+        for path, row in rows.items():
+            g = np.asarray(grads[path], np.float64).reshape(3, row.spec.fan_in, row.spec.fan_out)
+            moments[path] = 0.95 * moments[path] + 0.05 * g
+            left, _, right = np.linalg.svd(0.95 * moments[path] + 0.05 * g, full_matrices=False)
+            orthogonal = left @ right  # [layers, fan_in, fan_out]
+            tall = row.spec.fan_in > row.spec.fan_out
+            along = 2 if neurons == "longer" and tall else 1  # the axis of a neuron's weights
+            mean = np.square(orthogonal).mean(axis=along, keepdims=True)
+            squares[path] = 0.95 * squares[path] + 0.05 * mean
+            even = orthogonal / np.sqrt(squares[path])
+            norms = [np.linalg.norm(x, axis=(1, 2), keepdims=True) for x in (orthogonal, even)]
+            wanted = row.update_scale * even * norms[0] / norms[1]
+            ours = np.asarray(updates[path]).reshape(wanted.shape)
+            np.testing.assert_allclose(ours, wanted, atol=2e-3, err_msg=path)
+    tall = {path.split("/")[-2] for path, r in rows.items() if r.spec.fan_in > r.spec.fan_out}
+    assert tall == {"down", "key", "value"}
 
 
 def test_each_head_on_its_own():

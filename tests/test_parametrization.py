@@ -49,15 +49,15 @@ def test_every_class_gets_its_row(m, m_L):
     )  # fmt: skip
     depth_std = 0.02 / math.sqrt(2 * 2)
     wanted = {
-        "embed/tokens": (0.02, 1, 1, 1),
-        "embed/positions": (0.02, 1, 1, 1),
+        "embed/tokens": (0.02, 1, 1, 1 / m),
+        "embed/positions": (0.02, 1, 1, 1 / m),
         "blocks/attention/query/weight": (0.02 / m**0.5, 1, 1 / m, 1 / m / m_L),
         "blocks/attention/out/weight": (depth_std / m**0.5, 1 / m_L, 1 / m, 1 / m / m_L),
         "blocks/mlp/down/weight": (depth_std / m**0.5, 1 / m_L, 1 / m, 1 / m / m_L),
         "blocks/mlp/up/bias": (0, 1, 1, 1 / m / m_L),
         "blocks/mlp_norm/scale": (0, 1, 1, 1 / m / m_L),
-        "readout/norm/scale": (0, 1, 1, 1),
-        "readout/weight": (0.02, 1 / m, 1, 1),
+        "readout/norm/scale": (0, 1, 1, 1 / m),
+        "readout/weight": (0.02, 1 / m, 1, 1 / m),
     }
     updates = update_rules(model.param_rules, config)
     for path, (std, multiplier, lr, eps) in wanted.items():
@@ -68,12 +68,33 @@ def test_every_class_gets_its_row(m, m_L):
         assert (update.lr_factor, update.eps_factor) == pytest.approx((lr, eps)), path
     scales = rules.forward_scales(config)
     assert scales == pytest.approx((1, 1 / m, 1 / m_L, 32**-0.5, 1 / m))
-    for entry in rules_as_json(model.param_rules, config):
-        decays = entry["role"] != "vector"
-        assert entry["wd_factor"] * entry["lr_factor"] == pytest.approx(1.0 if decays else 0.0)
-    with config.unlocked():
-        config.optim.decay_mode = "coupled"
-    assert all(e["wd_factor"] == e["decay"] for e in rules_as_json(model.param_rules, config))
+    for mode in ("independent", "coupled"):
+        with config.unlocked():
+            config.optim.decay_mode = mode
+        for entry in rules_as_json(model.param_rules, config):
+            decays = entry["role"] != "vector"
+            assert entry["wd_factor"] * entry["lr_factor"] == pytest.approx(1.0 if decays else 0.0)
+
+
+@pytest.mark.parametrize("gate", ["headwise", "elementwise"])
+def test_parts_of_blocks_follow_depth_by_their_place(gate):
+    """With a branch multiplier of m_L^-1/2: rates m_L^-1/2 in branches, none for skips' weights."""
+    config, model = make(
+        "completep", model__n_layers=8, model__attn_gate=gate, model__value_embeddings=1,
+        model__x0_mix="learned", parametrization__depth_exponent=0.5,
+    )  # fmt: skip
+    rows = update_rules(model.param_rules, config)
+    gate_row = {"headwise": (1 / 2, 1 / 8), "elementwise": (1 / 4, 1 / 4)}[gate]
+    wanted = {
+        "blocks/attention/gate/weight": gate_row,
+        "blocks/attention/value_share": (1 / 2, 1 / 2),
+        "embed/values": (1 / 2, 1 / 4),
+        "blocks/stream_share": (1, 1),
+        "embed/tokens": (1, 1 / 2),
+    }
+    for path, (lr, eps) in wanted.items():
+        row = rows[path]
+        assert (row.lr_factor, row.eps_factor) == pytest.approx((lr, eps)), path
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
@@ -179,8 +200,8 @@ def test_epsilon_has_its_factor():
         for part in path.split("/"):
             node = node[part]
         by_path[path] = float(np.abs(node).max())
-    lr = by_path["embed/tokens"] * 2
     rows = update_rules(model.param_rules, config)
+    lr = by_path["embed/tokens"] * (1 + rows["embed/tokens"].eps_factor)
     for path in rules_paths:
         row = rows[path]
         wanted = lr * row.lr_factor / (1 + row.eps_factor)

@@ -11,6 +11,9 @@ class Key:
 
     `when` maps other keys to the values with which this key is used; {}: it always is.
 
+    `late=True` marks a key that the hash omits at its default: runs and ladders from before it
+    keep their names, and their records, which lack it, have the default.
+
     `identity=False` marks a key that cannot change a run's numbers (machine, logging): it may
     differ when a run is resumed, and the hash that names a run omits it.
     """
@@ -23,6 +26,7 @@ class Key:
     above: float | None = None
     duration: bool = False
     when: dict[str, tuple] = dataclasses.field(default_factory=dict)
+    late: bool = False
     identity: bool = True
 
 

@@ -60,6 +60,14 @@ OPTIM = {
         high=0.99999,
         when={"optim.name": ("normuon",)},
     ),
+    "muon_neurons": Key(
+        "output",
+        "neurons whose updates normuon evens out; output: what each computes, as in its paper; "
+        "longer: the entries of a matrix's longer side, as in modded-nanogpt",
+        choices=("output", "longer"),
+        when={"optim.name": ("normuon",)},
+        late=True,
+    ),
     "muon_coefficients": Key(
         "polar_express",
         "Newton-Schulz coefficients; quintic: 5 steps of Jordan's; polar_express: 5 steps, "
@@ -96,7 +104,7 @@ OPTIM = {
     "decay_mode": Key(
         "independent",
         "independent: not multiplied by the peak rate, so it keeps its meaning in a sweep of "
-        "it; coupled: multiplied, as in PyTorch",
+        "it; coupled: multiplied, as in PyTorch, and the same at every size",
         choices=("independent", "coupled"),
     ),
     "decay_on": Key(
@@ -111,7 +119,7 @@ OPTIM = {
     ),
     "block_lr_decay": Key(
         1.0,
-        "ratio of a block's update to that of the block above it; 1: all equal",
+        "ratio of a block's learning rate to that of the block above it; 1: all equal",
         above=0.0,
         high=1.0,
     ),

@@ -172,14 +172,14 @@ def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:
     """Lists the dotted paths at which two plain config dicts hold different values."""
     _missing = object()
 
-    def value(config, path):
+    def value(config, path, key):
         try:
             return get(config, path)
         except (KeyError, TypeError):
-            return _missing
+            return key.default if key.late else _missing
 
-    paths = [p for p, key in keys() if key.identity or not identity_only]
-    return [path for path in paths if value(a, path) != value(b, path)]
+    compared = [(p, key) for p, key in keys() if key.identity or not identity_only]
+    return [path for path, key in compared if value(a, path, key) != value(b, path, key)]
 
 
 def fingerprint(config: ConfigDict) -> str:
@@ -187,7 +187,11 @@ def fingerprint(config: ConfigDict) -> str:
 
     Raises ValueError for a config with durations in steps: only the texts are hashed.
     """
-    identity = {path: get(config, path) for path, key in keys() if key.identity}
+    identity = {
+        path: get(config, path)
+        for path, key in keys()
+        if key.identity and not (key.late and get(config, path) == key.default)
+    }
     if not all(isinstance(identity[path], str) for path, key in keys() if key.duration):
         raise ValueError("fingerprint() takes a config whose durations are texts")
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]

@@ -72,6 +72,11 @@ def runs_on_cpu() -> bool:
     return not any(name == "libtpu" or has_gpu for name in installed)
 
 
+def trains_on_cpu(settings) -> bool:
+    """Returns whether jobs certainly run on CPUs: on this machine, without an accelerator."""
+    return EXECUTORS[settings["name"]].make is LocalExecutor and runs_on_cpu()
+
+
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

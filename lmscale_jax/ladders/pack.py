@@ -15,7 +15,6 @@ import jax
 from lmscale_jax.config.keys import get, keys
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import redundancy
-from lmscale_jax.optim.layerwise import FREEZING
 from lmscale_jax.sweeps import population
 from lmscale_jax.train import diagnostics, loop, step, watchdog
 from lmscale_jax.train.checkpoint import Checkpoints
@@ -235,6 +234,4 @@ def pack_signature(config) -> str:
     shared = {
         path: get(config, path) for path, key in keys() if key.identity and path not in varying
     }
-    # Blocks drawn by the seed are constants of the program.
-    drawn = config.seed if FREEZING[config.freeze.mode].draws else None
-    return repr((sorted(shared.items()), drawn))
+    return repr(sorted(shared.items()))

@@ -115,6 +115,27 @@ def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
     )
 
 
+def check_products(plan: LadderPlan, platform: str) -> None:
+    """Raises InputError where arms differ in products that this platform's device computes alike.
+
+    A single run falls back to other products and says so; as an arm it would be compared with
+    itself.
+    """
+    from lmscale_jax.model import fp8
+
+    models = {cell.arm: plan.config(cell, Path()).model for cell in plan.cells}
+    if len({model.matmul for model in models.values()}) == 1:
+        return
+    for arm, model in models.items():
+        chosen = fp8.choose_fp8(model, platform)
+        if chosen.product is None and chosen.description:
+            raise InputError(
+                f"config.arms.{arm}: model.matmul={model.matmul!r} would be computed in "
+                f"{chosen.description}, like the other arms; use a device with float8 products, or "
+                f"the same model.matmul in all arms"
+            )
+
+
 def _plain_config(value):
     """Turns tuples into lists, so that a plan read from JSON equals the one that was written."""
     if isinstance(value, dict):

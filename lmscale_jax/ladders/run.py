@@ -15,7 +15,7 @@ WriteReport = Callable[[LadderPlan, Path, list[dict], dict | None, dict], Path]
 
 def preview_ladder(config, workdir: Path, only: list[str]) -> str:
     """Describes the cells of a ladder and their cost. Writes nothing but the prepared data."""
-    ladder_plan = plan.make_plan(config, print)
+    ladder_plan = _make_plan(config, print)
     if (workdir / "plan.json").exists():
         plan.check_plan(ladder_plan, workdir)
     slots = executors.executor_slots(ladder_plan.ladder["executor"])
@@ -41,7 +41,7 @@ def run_ladder(
     Raises InputError on bad input, RunFailed where no run finished, and
     Interrupted on SIGTERM and SIGINT.
     """
-    ladder_plan = plan.make_plan(config, say)
+    ladder_plan = _make_plan(config, say)
     previous = plan.check_plan(ladder_plan, workdir)
     selected = plan.select_cells(ladder_plan, only)
     slots = executors.executor_slots(ladder_plan.ladder["executor"])
@@ -70,6 +70,14 @@ def run_ladder(
         return _conclude(ladder_plan, workdir, forecast, write_report)
     finally:
         lock.release()
+
+
+def _make_plan(config, say) -> LadderPlan:
+    """Makes a plan. Raises InputError where this machine, if it trains, cannot tell arms apart."""
+    ladder_plan = plan.make_plan(config, say)
+    if executors.trains_on_cpu(ladder_plan.ladder["executor"]):
+        plan.check_products(ladder_plan, "cpu")
+    return ladder_plan
 
 
 def _check_held_out_cells(ladder_plan: LadderPlan, previous: LadderPlan) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lmscale_jax.errors import InputError
 from lmscale_jax.ladders import forecasts
 from lmscale_jax.ladders.grid import HELD_OUT, Cell
-from lmscale_jax.ladders.plan import LadderPlan, cell_dir, read_plan
+from lmscale_jax.ladders.plan import LadderPlan, cell_dir, check_products, read_plan
 
 _PR_SET_PDEATHSIG = 1
 
@@ -21,7 +21,8 @@ _PR_SET_PDEATHSIG = 1
 def train_cells(plan: LadderPlan, cells: list[Cell], workdir: Path) -> None:
     """Trains the cells' runs, each from its last checkpoint; several cells train as a pack.
 
-    Raises InputError for a held-out cell without a written forecast.
+    Raises InputError for a held-out cell without a written forecast, and where this device lacks
+    the products in which the arms differ.
     """
     if not cells:
         raise InputError("--ids is empty; use ids of cells from plan.json")
@@ -30,9 +31,12 @@ def train_cells(plan: LadderPlan, cells: list[Cell], workdir: Path) -> None:
     if any(cell.role == HELD_OUT for cell in cells):
         notes["forecast"] = forecasts.fixed_hash(workdir)
     runs = [(plan.config(cell, workdir), cell_dir(workdir, cell.id)) for cell in cells]
+    import jax
+
     from lmscale_jax.model import mesh
 
     mesh.start_jax(runs[0][0])
+    check_products(plan, jax.default_backend())
     if len(runs) == 1:
         from lmscale_jax.train.loop import train as train_run
 

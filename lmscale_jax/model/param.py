@@ -29,6 +29,8 @@ class Spec:
         (gains and biases) or scalar.
       init: "normal", "zeros", "ones", or the initial value of all entries.
       residual: the product is added to the residual stream.
+      in_branch: its product passes through the multiplier of a branch; None: as parameters of
+        blocks do and others do not.
     """
 
     axes: tuple[str, ...]
@@ -37,10 +39,13 @@ class Spec:
     role: str
     init: str | float = "normal"
     residual: bool = False
+    in_branch: bool | None = None
 
     def stacked(self, n_layers: int) -> "Spec":
         """Returns the annotation of this parameter for all blocks, under a leading axis."""
-        return dataclasses.replace(self, axes=("layers", *self.axes), shape=(n_layers, *self.shape))
+        axes, shape = ("layers", *self.axes), (n_layers, *self.shape)
+        in_branch = self.in_branch is not False
+        return dataclasses.replace(self, axes=axes, shape=shape, in_branch=in_branch)
 
     @property
     def matrix(self) -> tuple[int, ...]:
@@ -83,9 +88,9 @@ def vector(init: str, **axes: int) -> nnx.Param:
     return _param(Spec(tuple(axes), tuple(axes.values()), 0, "vector", init))
 
 
-def scalar(init: float) -> nnx.Param:
-    """Declares a number, one for each block where it belongs to one."""
-    return _param(Spec((), (), 0, "scalar", init))
+def scalar(init: float, **options) -> nnx.Param:
+    """Declares a number, one for each block where it belongs to one; `options` are of `Spec`."""
+    return _param(Spec((), (), 0, "scalar", init, **options))
 
 
 def _param(spec: Spec) -> nnx.Param:

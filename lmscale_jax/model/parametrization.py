@@ -163,8 +163,7 @@ class Ratios(NamedTuple):
     Attributes:
       role: its `Spec.role`.
       m_in, m_out: ratios of its fans.
-      m_L, a: ratio of depths (1 outside blocks) and exponent of the branch multiplier.
-      inside: whether it belongs to a block.
+      m_L, a: ratio of depths (1 outside branches) and exponent of the branch multiplier.
     """
 
     role: str
@@ -172,7 +171,16 @@ class Ratios(NamedTuple):
     m_out: float
     m_L: float = 1.0
     a: float = 1.0
-    inside: bool = True
+
+    @property
+    def gradient_scale(self) -> float:
+        """The size of an entry's gradient relative to the base.
+
+        The loss depends on all outputs of a product together, so on each as 1 / m_out. Multipliers
+        of the forward pass come back in the gradient: m_L^-a of a branch, 1 / m_in of a readout.
+        """
+        readout = self.m_in if self.role == "output" else 1.0
+        return self.m_L**-self.a / (self.m_out * readout)
 
 
 class ParamRule(NamedTuple):
@@ -236,7 +244,7 @@ def _param_rule(spec: Spec, base: Spec, config) -> ParamRule:
     m_L, a = scheme_of(config).depth(config)
     inside = spec.axes[0] == "layers"
     m_in, m_out = spec.fan_in / base.fan_in, spec.fan_out / base.fan_out
-    ratios = Ratios(spec.role, m_in, m_out, m_L if inside else 1.0, a, inside)
+    ratios = Ratios(spec.role, m_in, m_out, m_L if spec.in_branch else 1.0, a)
     scale = forward_scales(config)
     readout = scale.gate if inside else scale.logits
     multiplier = {"input": scale.embed, "output": readout}.get(spec.role, 1.0)

@@ -27,7 +27,8 @@ class Embed(nnx.Module):
             self.positions = declare(model)
         if model.value_embeddings:
             heads = {"kv_heads": model.n_kv_heads, "head_dim": model.head_dim}
-            self.values = param.weight({"tables": model.value_embeddings} | vocab, heads, "input")
+            tables = {"tables": model.value_embeddings} | vocab
+            self.values = param.weight(tables, heads, "input", in_branch=True)
         self.norm, self.eps = EMBED_NORMS[model.embed_norm], model.norm_eps
 
     def __call__(self, tokens_BxT: jax.Array, context: ForwardContext) -> jax.Array:
@@ -52,9 +53,10 @@ class Block(nnx.Module):
         self.attention_norm, self.attention = norm(model), Attention(model, kernel)
         self.mlp_norm, self.mlp = norm(model), MLP(model)
         for factor in SKIPS[model.skips].factors:
-            self.skip = param.scalar(factor)
+            self.skip = param.scalar(factor, in_branch=False)
         if mix := X0_MIXES[model.x0_mix]:
-            self.stream_share, self.origin_share = map(param.scalar, mix)
+            self.stream_share = param.scalar(mix.stream, in_branch=False)
+            self.origin_share = param.scalar(mix.origin, in_branch=False)
 
     def attend(self, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
         """Adds the skip, the embedding (x0 mix) and attention to the residual stream."""

@@ -27,10 +27,11 @@ SHRINKING = Modes(
 def build_optimizer(
     config, param_rules: dict, mesh=None, platform: str = "cpu"
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds the optimizer of a resolved config: clip, direction, rate and decay, block factors.
+    """Builds the optimizer of a resolved config: clip, direction, rate and decay, freezing.
 
     `update` takes two keywords. `step` is the number of batches consumed, so the schedule also
-    advances when a step is skipped. `block_factors` [layers] multiplies the update of each block.
+    advances when a step is skipped. `block_factors` [layers] multiplies the update of each block,
+    and not its decay.
     Each parameter belongs to the group of its rule's `optimizer`. `platform` decides the type of
     Muon's products; `mesh` distributes its matrices, None keeps them on one device. Learning rates
     and weight decay may be traced.
@@ -55,7 +56,6 @@ def build_optimizer(
     unfreeze_step_L = layerwise.unfreeze_steps(config)
     if unfreeze_step_L is not None:
         parts = [layerwise.hold_frozen(optax.chain(*parts), unfreeze_step_L)]
-    parts.append(layerwise.scale_blocks(layerwise.block_factors(config)))
     if optim.ema_decay:
         parts.append(average_weights(optim.ema_decay))
     return optax.chain(*parts)
@@ -118,24 +118,35 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
     """Turns a direction u into the update -(lr(t) f u + decay(t) p) of each parameter p.
 
     f is the rule's learning-rate factor. "independent": decay(t) = weight_decay * s(t), where s is
-    the schedule with peak 1; "coupled": weight_decay * lr(t) * f, as in PyTorch.
+    the schedule with peak 1; "coupled": weight_decay * lr(t) * f as in PyTorch, where f is without
+    its part of the size. The keyword `block_factors` [layers] multiplies u, and not the decay;
+    optim.block_lr_decay is a factor of the learning rate.
     """
     factor = schedules.make_schedule(config)
-    optim = config.optim
+    optim, lr_factor_L = config.optim, layerwise.block_lr_factors(config)
 
     # A traced number may be anything, so only a constant 0 leaves the decay out.
     decays = not (isinstance(optim.weight_decay, float) and optim.weight_decay == 0)
 
-    def update(updates, state, params, *, step, **_):
+    def update(updates, state, params, *, step, block_factors=None, **_):
         s = factor(step)
+
+        def of_block(factor_L, path, x):
+            if factor_L is None or not path.startswith("blocks/"):
+                return x
+            return layerwise.broadcast_blocks(factor_L, x) * x
 
         def change_of(path, u):
             rule, p = rules[path], _param_at(params, path)
-            rate = s * (optim[OPTIMIZERS[rule.optimizer].peak] * rule.lr_factor)
-            decay = DECAY_MODES[optim.decay_mode].rate(s, rate)
-            change = rate * u
+            peak = optim[OPTIMIZERS[rule.optimizer].peak]
+            decay_rate = s * (peak * (rule.lr_factor / rule.lr_factor_of_size))
+            change = of_block(lr_factor_L, path, s * (peak * rule.lr_factor) * u)
+            change = of_block(block_factors, path, change)
             if rule.decay and decays:
-                shrink = decay * (optim.weight_decay * rule.decay) * p
+                mode = DECAY_MODES[optim.decay_mode]
+                shrink = mode.rate(s, decay_rate) * (optim.weight_decay * rule.decay) * p
+                if mode.follows_lr:
+                    shrink = of_block(lr_factor_L, path, shrink)
                 change = change + SHRINKING[optim.decay_where](shrink, u, p)
             return -change
 

@@ -1,6 +1,5 @@
 """Transformations of single blocks (factors of updates, freezing) and the mean of the weights."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,23 +23,10 @@ ORDERS = Modes(
 )
 
 
-class Freezing(NamedTuple):
-    """One choice of freeze.mode.
-
-    Attributes:
-      unfreeze_steps: (config, generator) -> [layers] int32, the step from which each block learns,
-        or NEVER; None: all learn from the first step.
-      draws: the frozen blocks are drawn at random.
-    """
-
-    unfreeze_steps: Callable
-    draws: bool = False
-
-
 def unfreeze_steps(config) -> np.ndarray | None:
     """Returns the step from which each block learns, [layers] int32; None: all from step 0."""
     rng = np.random.default_rng(config.freeze.seed)
-    return FREEZING[config.freeze.mode].unfreeze_steps(config, rng)
+    return FREEZING[config.freeze.mode](config, rng)
 
 
 def _freeze_blocks(config, frozen) -> np.ndarray:
@@ -74,55 +60,31 @@ def _blocks_near_input(config) -> int:
     return max(1, round(config.model.n_layers * config.freeze.near_input))
 
 
+# (config, generator) -> [layers] int32, the step from which each block learns, or NEVER; None: all
+# learn from the first step.
 FREEZING = Modes(
     "freeze.mode",
     {
-        "none": Freezing(lambda config, rng: None),
-        "fixed": Freezing(_freeze_named),
-        "random": Freezing(_freeze_random, draws=True),
-        "random_near_input": Freezing(_freeze_near_input, draws=True),
-        "unfreeze": Freezing(_unfreeze_in_order),
+        "none": lambda config, rng: None,
+        "fixed": _freeze_named,
+        "random": _freeze_random,
+        "random_near_input": _freeze_near_input,
+        "unfreeze": _unfreeze_in_order,
     },
 )
 
 
-def scale_blocks(factors: Callable | None) -> optax.GradientTransformationExtraArgs:
-    """Multiplies each block's update by a factor, after the optimizer, which would cancel it.
-
-    `factors` is step -> [layers], or None where all are 1. The keyword `block_factors`, [layers],
-    multiplies them. A block with factor 0 keeps its parameters to the bit.
-    """
-
-    def update(updates, state, params=None, *, step, block_factors=None, **_):
-        factors_L = [f for f in (factors and factors(step), block_factors) if f is not None]
-        if not factors_L:
-            return updates, state
-        factor_L = factors_L[0] if len(factors_L) == 1 else factors_L[0] * factors_L[1]
-
-        def scaled(u):
-            f = _broadcast_blocks(factor_L, u)
-            # p + -0 is p, also for p = -0; and nan times 0 would not be 0.
-            return jnp.where(f == 0, -0.0, u * f)
-
-        return updates | {"blocks": jax.tree.map(scaled, updates["blocks"])}, state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def block_factors(config) -> Callable | None:
-    """Returns step -> factors [layers], by optim.block_lr_decay and freezing; None: all are 1."""
-    n, unfreeze_step_L = config.model.n_layers, unfreeze_steps(config)
-    decay_L = (config.optim.block_lr_decay ** np.arange(n - 1.0, -1.0, -1.0)).astype(np.float32)
-    if unfreeze_step_L is None:
-        return None if config.optim.block_lr_decay == 1 else lambda step: jnp.asarray(decay_L)
-    return lambda step: jnp.where(step >= unfreeze_step_L, decay_L, 0.0)
+def block_lr_factors(config) -> np.ndarray | None:
+    """Returns each block's factor of the learning rate, [layers]; None: all are 1."""
+    decay, n = config.optim.block_lr_decay, config.model.n_layers
+    return None if decay == 1 else (decay ** np.arange(n - 1.0, -1.0, -1.0)).astype(np.float32)
 
 
 def hold_frozen(inner, unfreeze_step_L: np.ndarray) -> optax.GradientTransformationExtraArgs:
-    """Wraps `inner` so that frozen blocks have no gradients and their state does not change.
+    """Wraps `inner` so that frozen blocks have no gradients, no updates and no change of state.
 
-    So a block that is unfrozen late begins with the state of a first step, and frozen blocks do
-    not count in the norm that gradients are clipped by.
+    They keep their parameters to the bit. A block that is unfrozen late begins with the state of a
+    first step, and frozen blocks do not count in the norm that gradients are clipped by.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -130,7 +92,7 @@ def hold_frozen(inner, unfreeze_step_L: np.ndarray) -> optax.GradientTransformat
         learning_L = step >= unfreeze_step_L
 
         def keep(new, old):
-            return jnp.where(_broadcast_blocks(learning_L, new), new, old)
+            return jnp.where(broadcast_blocks(learning_L, new), new, old)
 
         blocks = jax.tree.map(lambda g: keep(g, jnp.zeros_like(g)), grads["blocks"])
         grads = grads | {"blocks": blocks}
@@ -139,6 +101,9 @@ def hold_frozen(inner, unfreeze_step_L: np.ndarray) -> optax.GradientTransformat
         def hold(path, new, old):
             return keep(new, old) if jax.tree_util.DictKey("blocks") in path else new
 
+        # p + -0 is p, also for p = -0.
+        blocks = jax.tree.map(lambda u: keep(u, jnp.full_like(u, -0.0)), updates["blocks"])
+        updates = updates | {"blocks": blocks}
         return updates, jax.tree_util.tree_map_with_path(hold, new_state, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
@@ -163,7 +128,7 @@ def per_block(inner: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)
 
 
-def _broadcast_blocks(values_L: jax.Array, x: jax.Array) -> jax.Array:
+def broadcast_blocks(values_L: jax.Array, x: jax.Array) -> jax.Array:
     """Reshapes [layers] to broadcast against [layers, ...]."""
     return values_L.reshape(-1, *[1] * (x.ndim - 1))
 

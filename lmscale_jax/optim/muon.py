@@ -82,6 +82,15 @@ UNITS = Modes(
         "head": Unit(HEADS, lambda spec: spec.n_heads),
     },
 )
+# Whether the neurons of a matrix [m, n], m <= n, are its n columns: (fan_in, fan_out) -> bool.
+# "output": what a neuron computes, as in the paper; "longer": modded-nanogpt's variant.
+NEURONS = Modes(
+    "optim.muon_neurons",
+    {
+        "output": lambda fan_in, fan_out: fan_in <= fan_out,
+        "longer": lambda fan_in, fan_out: True,
+    },
+)
 # Platform -> type of Newton-Schulz products; "auto": bfloat16 where chips have units for it.
 PRODUCT_DTYPES = Modes(
     "optim.muon_dtype",
@@ -171,7 +180,8 @@ class MuonState(NamedTuple):
 
     Attributes:
       momentum: like the parameters, float32.
-      squares: {} for Muon; for NorMuon the mean square of each neuron's direction, [*batch, n].
+      squares: {} for Muon; for NorMuon the mean square of each neuron's direction, [*batch,
+        neurons].
     """
 
     momentum: dict
@@ -196,6 +206,9 @@ def scale_by_muon(
     layouts = {p: as_matrices(r.spec, optim.muon_unit) for p, r in rules.items()}
     dtype = products_dtype(config, platform)
 
+    def columns(path: str) -> bool:
+        return NEURONS[optim.muon_neurons](layouts[path].fan_in, layouts[path].fan_out)
+
     def iterate(x_Bxmxn):
         return newton_schulz(x_Bxmxn, optim.muon_coefficients, dtype).astype(jnp.float32)
 
@@ -205,7 +218,9 @@ def scale_by_muon(
             return MuonState(zeros, {})
 
         def squares(path, p):
-            return p if _is_masked(p) else jnp.zeros((*layouts[path].batch, layouts[path].shape[1]))
+            if _is_masked(p):
+                return p
+            return jnp.zeros((*layouts[path].batch, layouts[path].shape[columns(path)]))
 
         return MuonState(zeros, map_named(squares, params))
 
@@ -222,7 +237,10 @@ def scale_by_muon(
         factors = orthogonalize(stacks, iterate, mesh)
         squares = named(state.squares)
         for path in factors if squares else ():
-            factors[path], squares[path] = normalize_neurons(factors[path], squares[path], beta2)
+            axis = 2 if columns(path) else 1
+            factors[path], squares[path] = normalize_neurons(
+                factors[path], squares[path], beta2, axis
+            )
         directions = {
             path: layouts[path].join(x, nesterov[path].shape) * rules[path].update_scale
             for path, x in factors.items()
@@ -260,21 +278,21 @@ def orthogonalize(
 
 
 def normalize_neurons(
-    x_Bxmxn: jax.Array, squares: jax.Array, beta2: float
+    x_Bxmxn: jax.Array, squares: jax.Array, beta2: float, axis: int
 ) -> tuple[jax.Array, jax.Array]:
     """Divides each neuron's direction by the root of its running mean square, as NorMuon does.
 
-    A neuron is an entry of the longer side n, of fan-out where both are equal. The Frobenius norm
-    is kept. Returns the new directions and the new mean squares, shaped like `squares`.
+    A neuron is an entry of `axis`, 1 or 2. The Frobenius norm is kept. Returns the new directions
+    and the new mean squares, shaped like `squares`.
     """
-    mean_Bxn = jnp.square(x_Bxmxn).mean(axis=1)
-    square_Bxn = beta2 * squares.reshape(mean_Bxn.shape) + (1 - beta2) * mean_Bxn
-    y_Bxmxn = x_Bxmxn / jnp.sqrt(square_Bxn + TINY**2)[:, None, :]
+    mean_BxN = jnp.square(x_Bxmxn).mean(axis=3 - axis)
+    square_BxN = beta2 * squares.reshape(mean_BxN.shape) + (1 - beta2) * mean_BxN
+    y_Bxmxn = x_Bxmxn / jnp.expand_dims(jnp.sqrt(square_BxN + TINY**2), 3 - axis)
 
     def norm(x):
         return jnp.sqrt(jnp.square(x).sum(axis=(1, 2), keepdims=True))
 
-    return y_Bxmxn * (norm(x_Bxmxn) / (norm(y_Bxmxn) + TINY)), square_Bxn.reshape(squares.shape)
+    return y_Bxmxn * (norm(x_Bxmxn) / (norm(y_Bxmxn) + TINY)), square_BxN.reshape(squares.shape)
 
 
 def _is_masked(x) -> bool:

@@ -20,30 +20,17 @@ from lmscale_jax.optim import muon
 def _lr_per_entry(r: Ratios) -> float:
     """Returns the learning-rate factor where each entry's update is normalised: Adam, Lion."""
     depth_factor = r.m_L ** (r.a - 1)
-    return {"hidden": depth_factor / r.m_in, "vector": depth_factor}.get(r.role, 1.0)
+    return depth_factor / r.m_in if r.role == "hidden" else depth_factor
 
 
 def _lr_of_gradient(r: Ratios) -> float:
     """Returns the learning-rate factor where the update is proportional to the gradient."""
-    depth_factor = r.m_L ** (2 * r.a - 1)
-    return {
-        "input": r.m_out,
-        "hidden": depth_factor * r.m_out / r.m_in,
-        "output": r.m_in,
-        "vector": depth_factor * r.m_out,
-        "scalar": 1.0,
-    }[r.role]
+    return _lr_per_entry(r) / r.gradient_scale
 
 
 def _lr_orthogonal(r: Ratios) -> float:
     """Returns the learning-rate factor for updates of spectral norm sqrt(fan_out / fan_in)."""
     return r.m_L ** (r.a - 1)
-
-
-def _eps_factor(r: Ratios) -> float:
-    depth_factor = r.m_L**-r.a
-    vector = depth_factor / r.m_out if r.inside else 1.0
-    return {"hidden": depth_factor / r.m_in, "vector": vector}.get(r.role, 1.0)
 
 
 class Optimizer(NamedTuple):
@@ -56,8 +43,8 @@ class Optimizer(NamedTuple):
       moments: number of float32 arrays of a parameter's size in its state.
       others: optimizer of the parameters other than hidden matrices; None: itself.
       peak: key of the group `optim` with its peak learning rate.
-      divides_by_eps: it uses optim.eps, scaled by `_eps_factor`: gradients are divided by the
-        factor before they reach it.
+      divides_by_eps: it uses optim.eps, which follows the gradient's scale: gradients are divided
+        by `Ratios.gradient_scale` before they reach it.
       counts_steps: its bias corrections depend on the number of its steps, which under freezing
         differs between blocks.
       update_scale: (optim, Spec) -> factor of its direction.
@@ -85,7 +72,7 @@ class Optimizer(NamedTuple):
 
     def eps_factor(self, ratios: Ratios) -> float:
         """Returns the factor of epsilon relative to the base size; 1 without an epsilon."""
-        return _eps_factor(ratios) if self.divides_by_eps else 1.0
+        return ratios.gradient_scale if self.divides_by_eps else 1.0
 
 
 def _adam(config, rules: dict, mesh, platform: str) -> optax.GradientTransformation:
@@ -152,20 +139,25 @@ class DecayMode(NamedTuple):
     """One choice of optim.decay_mode: how weight decay follows the learning rate.
 
     Attributes:
-      rate: (schedule's factor, learning rate of the parameter) -> factor of the coefficient.
-      wd_factor: learning-rate factor -> factor of the coefficient in PyTorch's form,
-        p - lr * wd * p.
+      rate: (schedule's factor, learning rate before its factor of size) -> factor of the
+        coefficient.
+      wd_factor: (factor of the learning rate, the part of it that is of size) -> factor of the
+        coefficient in PyTorch's form, p - lr * wd * p.
+      follows_lr: a block's own learning-rate factor multiplies its decay too.
     """
 
     rate: Callable
     wd_factor: Callable
+    follows_lr: bool
 
 
 DECAY_MODES = Modes(
     "optim.decay_mode",
     {
-        "independent": DecayMode(lambda s, rate: s, lambda lr_factor: 1 / lr_factor),
-        "coupled": DecayMode(lambda s, rate: rate, lambda lr_factor: 1.0),
+        "independent": DecayMode(lambda s, rate: s, lambda lr, of_size: 1 / lr, False),
+        # At every size the shrinkage of the base: with 1 / m_in in the learning rate, m_in here
+        # (CompleteP, arXiv 2505.01618, table 1).
+        "coupled": DecayMode(lambda s, rate: rate, lambda lr, of_size: 1 / of_size, True),
     },
 )
 

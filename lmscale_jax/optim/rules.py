@@ -3,22 +3,26 @@
 With m_in and m_out the ratios of a matrix's fans to those at the base size, m_L the ratio of the
 depths and a the exponent of the branch multiplier (`model.parametrization`):
 
-              learning rate                                     Adam epsilon
-              adamw, lion         sgd                    muon
-  input       m_out^e             m_out                  -       1
-  hidden      m_L^(a-1) / m_in    m_L^(2a-1) m_out/m_in  below   m_L^-a / m_in
-  output      1                   m_in                   -       1
-  vector      m_L^(a-1) in blocks m_L^(2a-1) m_out       -       m_L^-a / m_out
-                                  in blocks                      in blocks
+              learning rate of           gradient, so
+              adamw, lion         muon   epsilon of adamw
+  input       m_out^e             -      1 / m_out
+  hidden      1 / m_in            below  1 / m_out
+  output      1                   -      1 / (m_in m_out)
+  vector      1                   -      1 / m_out
+  scalar      1                   -      1
+
+In branches (all of a block but the weights of its skips, and the value tables) the rates are
+multiplied by m_L^(a-1) and the gradients by m_L^-a. An output in a block is a gate for each head,
+of which m_out is the number. sgd's rate is adamw's over the gradient's scale.
 
 Muon's updates have the spectral norm of their scale (`update_scale`); the learning rate makes up
 for the difference from sqrt(fan_out / fan_in), relative to the base size, times m_L^(a-1). So it is
 1 for the scale "spectral" when a = 1, and m^-1/2 for "moonlight" and square matrices.
 
 Sources: Yang et al. 2022 (arXiv 2203.03466, table 8); Dey et al. 2025 (CompleteP, arXiv 2505.01618,
-table 1) for depth and epsilon; Yang et al. 2023 (arXiv 2310.17813) for spectral norms of updates.
-The depth factor of sgd is derived here: a branch's multiplier enters its gradient and its output,
-and L branches add up.
+table 1) for depth; Yang et al. 2023 (arXiv 2310.17813) for spectral norms of updates. CompleteP's
+table scales epsilon in blocks only; its equation 40 and nanoGPT-mup, since a correction, scale that
+of embeddings, readout and final norm too. Tests measure the gradients of every parameter.
 """
 
 from typing import NamedTuple
@@ -34,6 +38,7 @@ class UpdateRule(NamedTuple):
     Attributes:
       spec: its annotation.
       lr_factor: factor of the learning rate.
+      lr_factor_of_size: the part of it that differs from 1 only away from the base size.
       eps_factor: factor of Adam's epsilon.
       decay: 1 where it decays, else 0.
       optimizer: the one that updates it: only hidden matrices are made orthogonal.
@@ -42,6 +47,7 @@ class UpdateRule(NamedTuple):
 
     spec: Spec
     lr_factor: float
+    lr_factor_of_size: float
     eps_factor: float
     decay: float
     optimizer: str
@@ -61,10 +67,11 @@ def _update_rule(rule: ParamRule, config) -> UpdateRule:
     lr *= optimizer.norm(optim, rule.base) / optimizer.norm(optim, spec)
     if spec.role == "input" and scheme_of(config).has_base:
         lr *= rule.ratios.m_out**base.embed_lr_exponent
-    lr = CONTROLS[base.control].lr_factor(lr) * _lr_factor_of_role(optim, spec)
+    lr = CONTROLS[base.control].lr_factor(lr)
     return UpdateRule(
         spec,
-        lr_factor=lr,
+        lr_factor=lr * _lr_factor_of_role(optim, spec),
+        lr_factor_of_size=lr,
         eps_factor=optimizer.eps_factor(rule.ratios),
         decay=float(spec.role in DECAYING[optim.decay_on]),
         optimizer=name,
@@ -88,8 +95,8 @@ def rules_as_json(
     """Lists initial values, multipliers and updates of all parameters, for parametrization.json.
 
     `sharding`: {path: for each dimension the mesh axis that splits it, or None}. wd_factor is the
-    factor of the decay coefficient in PyTorch's form, p - lr * wd * p: under independent decay it
-    undoes that of the learning rate.
+    factor of the decay coefficient in PyTorch's form, p - lr * wd * p: it undoes the learning
+    rate's factor, under coupled decay that of the size only.
     """
     updates, decay_mode = update_rules(param_rules, config), DECAY_MODES[config.optim.decay_mode]
     return [
@@ -106,7 +113,8 @@ def rules_as_json(
             "init_std": rule.init_std,
             "multiplier": rule.multiplier,
             "lr_factor": update.lr_factor,
-            "wd_factor": update.decay * decay_mode.wd_factor(update.lr_factor),
+            "wd_factor": update.decay
+            * decay_mode.wd_factor(update.lr_factor, update.lr_factor_of_size),
             "eps_factor": update.eps_factor,
             "decay": update.decay,
             "optimizer": update.optimizer,

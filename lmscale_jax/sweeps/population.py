@@ -21,7 +21,6 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model.build import build_model
 from lmscale_jax.model.mesh import make_mesh
 from lmscale_jax.optim import build as optim
-from lmscale_jax.optim.layerwise import FREEZING
 from lmscale_jax.train import step
 from lmscale_jax.train.step import TRACED_HPARAMS
 
@@ -45,11 +44,6 @@ def check_members(members: list[ConfigDict]) -> None:
         raise InputError(
             f"config.train.parent={first.train.parent!r} does not support populations, whose "
             f"members have different initial values; use '' with train.parent_step=0"
-        )
-    if FREEZING[first.freeze.mode].draws and len({m.seed for m in members}) > 1:
-        raise InputError(
-            f"config.freeze.mode={first.freeze.mode!r} does not support populations with several "
-            f"seeds, for which it draws different blocks; use 'fixed'"
         )
 
 
