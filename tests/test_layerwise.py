@@ -140,7 +140,7 @@ def test_factors_multiply_what_the_optimizer_made(name):
 
 
 def test_each_block_may_have_a_lower_rate_than_the_one_above():
-    config, model = config_and_model(optim__block_lr_decay=0.5)
+    config, model = config_and_model(optim__block_lr_decay=0.5, optim__weight_decay=0.0)
     updates = []
     for decay in (1.0, 0.5):
         config.unlock()

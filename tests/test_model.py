@@ -1,6 +1,7 @@
 """The forward pass against plain numpy in float64, its gradient, and every way to execute it."""
 
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
-from lmscale_jax.model import build, param
+from lmscale_jax.model import build, loss, param, primitives
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -175,6 +176,25 @@ def test_execution_changes_no_number(how, dropout):
     for path, value in param.named(gradient).items():
         other = param.named(gradient2)[path]
         assert jnp.abs(value - other).max() < 1e-5 * jnp.abs(value).max() + 1e-9, path
+
+
+def test_chunks_need_not_divide_the_sequence():
+    """A prime number of positions has chunks of nearly equal length, not of one position."""
+    model = types.SimpleNamespace(loss_chunk=256)
+    lengths = {T: loss.chunk_length(model, (2, T), 50304) for T in (1021, 1022, 1024, 100)}
+    assert lengths == {1021: 128, 1022: 73, 1024: 128, 100: 100}
+    chance = np.random.default_rng(0)
+    x, w = chance.normal(size=(2 * 13, 4)), chance.normal(size=(4, 7))
+    targets = chance.integers(-1, 7, (2, 13))
+
+    def total(x, w, length):
+        nll = loss.next_token_losses(
+            lambda x: x @ w, x, targets, length, primitives.SETS["plain"].cross_entropy
+        )
+        return (nll * np.arange(13)).sum()
+
+    whole, parts = (jax.value_and_grad(total, (0, 1))(x, w, length) for length in (13, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "geglu, wide heads, documents"])

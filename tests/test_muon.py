@@ -106,11 +106,13 @@ def test_scale_of_the_gradient_does_not_matter():
         np.testing.assert_allclose(alone, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon"])
-def test_transposed_matrices_get_the_transposed_update(name):
+@pytest.mark.parametrize(
+    ("name", "more"), [("muon", {}), ("normuon", {"optim__muon_neurons": "longer"})]
+)
+def test_transposed_matrices_get_the_transposed_update(name, more):
     """A wide and a tall matrix in one model, and both in one batch."""
     config, _ = config_and_model(
-        optim__name=name, optim__muon_scale="kj", optim__momentum_warmup="0"
+        optim__name=name, optim__muon_scale="kj", optim__momentum_warmup="0", **more
     )
     specs = {
         "wide": param.Spec(("layers", "embed", "mlp"), (3, 8, 24), 1, "hidden"),

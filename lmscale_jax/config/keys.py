@@ -202,6 +202,7 @@ SPEC = {
             "A prepared directory says its own",
             low=-1,
             when={"data.source": ("bin",)},
+            late=True,
         ),
         "overlap": Key(
             0,

@@ -148,7 +148,7 @@ def memory_traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) 
 def loss_chunks(config, sizes: Mapping[str, int]) -> int:
     """Returns the number of chunks of the loss."""
     chunk, length = memory.loss_positions(config, sizes)
-    return length // chunk
+    return -(-length // chunk)
 
 
 def step_messages(config, specs: dict, sizes: Mapping[str, int], chip: Chip) -> list[Message]:

@@ -14,7 +14,8 @@ LOGIT_BYTES = 256 * 2**20
 
 
 def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int) -> int:
-    """Returns the positions per chunk, a divisor of T.
+    """Returns the positions per chunk: a divisor of T, or where that is less than half of it, the
+    length of n nearly equal chunks.
 
     The shape and the size of the vocabulary are those of one device. `model.loss_chunk` is the
     tokens of a chunk; 0: as many as have 256 MiB of float32 logits.
@@ -22,7 +23,9 @@ def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int) -> int:
     B, T = shape_BxT
     tokens = model.loss_chunk or max(1, LOGIT_BYTES // (4 * vocab_size))
     most = max(1, tokens // B)
-    return max(t for t in range(1, T + 1) if T % t == 0 and (t <= most or t == 1))
+    divisor = max(t for t in range(1, T + 1) if T % t == 0 and (t <= most or t == 1))
+    even = -(-T // -(-T // most))
+    return divisor if 2 * divisor >= even else even
 
 
 def token_losses(
@@ -77,7 +80,8 @@ def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy) -> j
     B, T = targets_BxT.shape
     if length == T:
         return cross_entropy(read(x_NxD), targets_BxT.reshape(-1)).reshape(B, T)
-    chunks = T // length
+    chunks = -(-T // length)
+    rest = chunks * length - T
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk_losses(_, chunk):
@@ -85,7 +89,11 @@ def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy) -> j
         nll = cross_entropy(read(x_BxtxD.reshape(B * length, -1)), targets_Bxt.reshape(-1))
         return None, nll.reshape(B, length)
 
-    x_CxBxtxD = jnp.moveaxis(x_NxD.reshape(B, chunks, length, -1), 1, 0)
+    x_BxTxD = x_NxD.reshape(B, T, -1)
+    if rest:  # the last chunk is shorter: positions without a target fill it
+        x_BxTxD = jnp.pad(x_BxTxD, ((0, 0), (0, rest), (0, 0)))
+        targets_BxT = jnp.pad(targets_BxT, ((0, 0), (0, rest)), constant_values=-1)
+    x_CxBxtxD = jnp.moveaxis(x_BxTxD.reshape(B, chunks, length, -1), 1, 0)
     targets_CxBxt = jnp.moveaxis(targets_BxT.reshape(B, chunks, length), 1, 0)
     _, nll_CxBxt = jax.lax.scan(chunk_losses, None, (x_CxBxtxD, targets_CxBxt))
-    return jnp.moveaxis(nll_CxBxt, 0, 1).reshape(B, T)
+    return jnp.moveaxis(nll_CxBxt, 0, 1).reshape(B, -1)[:, :T]
