@@ -187,14 +187,23 @@ def fingerprint(config: ConfigDict) -> str:
 
     Raises ValueError for a config with durations in steps: only the texts are hashed.
     """
+    omitted = late_defaults(config)
     identity = {
-        path: get(config, path)
-        for path, key in keys()
-        if key.identity and not (key.late and get(config, path) == key.default)
+        path: get(config, path) for path, key in keys() if key.identity and path not in omitted
     }
     if not all(isinstance(identity[path], str) for path, key in keys() if key.duration):
         raise ValueError("fingerprint() takes a config whose durations are texts")
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def late_defaults(config) -> set[str]:
+    """Returns the late keys that a config has at their default, which no hash counts."""
+    return {
+        path
+        for path, key in keys()
+        if key.late
+        and dict(get(config, path.rpartition(".")[0])).get(path.rpartition(".")[2]) == key.default
+    }
 
 
 def apply_overrides(config: ConfigDict, overrides: dict) -> ConfigDict:

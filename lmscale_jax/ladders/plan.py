@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.keys import keys
-from lmscale_jax.config.resolve import apply_overrides
+from lmscale_jax.config.resolve import apply_overrides, late_defaults
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
@@ -50,6 +50,13 @@ class LadderPlan(NamedTuple):
         # The type of products that `dtype` chose is in `run`.
         machine = ("executor", "pack", "max_hours", "dtype")
         identity = {k: v for k, v in self.ladder.items() if k not in machine}
+        identity["run"] = {
+            name: dict(group) if isinstance(group, dict) else group
+            for name, group in identity["run"].items()
+        }
+        for path in late_defaults(identity["run"]):
+            group, _, name = path.partition(".")
+            del identity["run"][group][name]
         text = json.dumps([identity, [cell.id for cell in self.cells]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -194,7 +201,7 @@ def check_plan(plan: LadderPlan, workdir: Path) -> LadderPlan | None:
 
 def _fixed(ladder: dict) -> dict:
     """Returns {dotted key: value} of the keys that must not change while a ladder grows."""
-    machine = {path for path, key in keys() if not key.identity}
+    machine = {path for path, key in keys() if not key.identity} | late_defaults(ladder["run"])
     return {
         key: value
         for key, value in grid.flat_overrides(ladder).items()
