@@ -176,6 +176,19 @@ def test_the_name_of_a_run_follows_only_what_can_change_its_numbers():
     assert fingerprint(changed(optim__lr=2e-3)) != base
 
 
+def test_a_late_key_renames_nothing_at_its_default():
+    """Runs from before it have no such key: they have its default, and the same name."""
+    late = [path for path, key in keys() if key.late]
+    before, now = get_config().to_dict(), get_config()
+    for path in late:
+        group, _, name = path.partition(".")
+        del before[group][name]
+    assert late and differences(before, now.to_dict()) == []
+    config = changed(optim__name="normuon", optim__muon_neurons="longer")
+    assert fingerprint(config) != fingerprint(changed(optim__name="normuon"))
+    assert differences(before, config.to_dict()) == ["optim.name", "optim.muon_neurons"]
+
+
 def refused(tmp_path, *arguments) -> str:
     """The one line on stderr of a training command that must be refused before it starts."""
     workdir = tmp_path / "run"

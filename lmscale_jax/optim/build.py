@@ -56,6 +56,7 @@ def build_optimizer(
     unfreeze_step_L = layerwise.unfreeze_steps(config)
     if unfreeze_step_L is not None:
         parts = [layerwise.hold_frozen(optax.chain(*parts), unfreeze_step_L)]
+    parts.append(layerwise.drop_frozen(unfreeze_step_L))
     if optim.ema_decay:
         parts.append(average_weights(optim.ema_decay))
     return optax.chain(*parts)

@@ -80,11 +80,27 @@ def block_lr_factors(config) -> np.ndarray | None:
     return None if decay == 1 else (decay ** np.arange(n - 1.0, -1.0, -1.0)).astype(np.float32)
 
 
-def hold_frozen(inner, unfreeze_step_L: np.ndarray) -> optax.GradientTransformationExtraArgs:
-    """Wraps `inner` so that frozen blocks have no gradients, no updates and no change of state.
+def drop_frozen(unfreeze_step_L: np.ndarray | None) -> optax.GradientTransformationExtraArgs:
+    """Drops the updates of frozen blocks, which so keep their parameters to the bit."""
 
-    They keep their parameters to the bit. A block that is unfrozen late begins with the state of a
-    first step, and frozen blocks do not count in the norm that gradients are clipped by.
+    def update(updates, state, params=None, *, step, **_):
+        if unfreeze_step_L is None:
+            return updates, state
+
+        def kept(u):
+            # p + -0 is p, also for p = -0.
+            return jnp.where(broadcast_blocks(step >= unfreeze_step_L, u), u, -0.0)
+
+        return updates | {"blocks": jax.tree.map(kept, updates["blocks"])}, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def hold_frozen(inner, unfreeze_step_L: np.ndarray) -> optax.GradientTransformationExtraArgs:
+    """Wraps `inner` so that frozen blocks have no gradients and their state does not change.
+
+    So a block that is unfrozen late begins with the state of a first step, and frozen blocks do
+    not count in the norm that gradients are clipped by.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -101,9 +117,6 @@ def hold_frozen(inner, unfreeze_step_L: np.ndarray) -> optax.GradientTransformat
         def hold(path, new, old):
             return keep(new, old) if jax.tree_util.DictKey("blocks") in path else new
 
-        # p + -0 is p, also for p = -0.
-        blocks = jax.tree.map(lambda u: keep(u, jnp.full_like(u, -0.0)), updates["blocks"])
-        updates = updates | {"blocks": blocks}
         return updates, jax.tree_util.tree_map_with_path(hold, new_state, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
