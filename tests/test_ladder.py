@@ -87,7 +87,6 @@ def test_fp8_is_no_arm_where_it_would_be_something_else(config, tmp_path, monkey
         run_ladder(ladder, tmp_path / "w", [], "verdict", page.write_ladder_report)
     assert not (tmp_path / "w").exists()
     planned = plan.make_plan(ladder, lambda line: None)
-    plan.write_plan(planned, None, (tmp_path / "w"))
     monkeypatch.setattr(worker, "leave_with_parent", lambda: None)
     with pytest.raises(InputError, match=r"arms\.fp8"):
         worker.train_cells(planned, planned.cells[:1], tmp_path / "w")
