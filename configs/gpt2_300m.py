@@ -1,7 +1,9 @@
-"""GPT-2, 300M size: lmscale_jax/config/recipes.py; `:embedded` needs no network."""
+"""GPT-2, 300M size: lmscale_jax/config/recipes.py; `:embedded` needs no network, `:16gb`
+fits accelerators with 16 GB, `:embedded,16gb` both.
+"""
 
 from lmscale_jax.config import recipes
 
 
-def get_config(corpus: str = recipes.WEB):
-    return recipes.gpt2("300m", corpus)
+def get_config(options: str = recipes.WEB):
+    return recipes.gpt2("300m", options)

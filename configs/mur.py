@@ -5,6 +5,7 @@
 FAMILY_SIZE: gpt2, llama or transformer_pp, 50m, 100m or 300m; shape and recipe are those of
 lmscale_jax/config/recipes.py. The data are shards of FineWeb-Edu in GPT-2's tokens,
 fineweb_edu/*.bin, those with `val` in their name held out; --config.data.path names others.
+`llama_50m,update,16gb` fits accelerators with 16 GB.
 """
 
 from lmscale_jax.config import recipes
@@ -27,9 +28,10 @@ MODES = {
 
 
 def get_config(which: str = "gpt2_50m,baseline"):
+    which, memory = recipes.split_options(which)
     name, _, mode = which.partition(",")
     family, _, size = name.rpartition("_")
-    c = FAMILIES[family](size, recipes.EMBEDDED)
+    c = FAMILIES[family](size, f"{recipes.EMBEDDED},{memory}")
     c.data.source, c.data.path = "bin", "fineweb_edu/*.bin"
     # GPT-2's 50,257 ids, up to a multiple of 64.
     c.model.vocab_size, c.data.vocab_size = 50_304, 4096

@@ -35,9 +35,11 @@ class FamilySize:
 
     Batch and peak learning rate follow GPT-3's smallest models (Brown et al. 2020, arXiv
     2005.14165, table 2.1: 0.5M tokens, with 6e-4 at 125M and 3e-4 at 350M parameters); below 300M
-    the batch is smaller, so that a budget this short still has several thousand steps. `accum`
-    keeps a micro-batch at 16,384 tokens, which one accelerator with 16 GiB holds and 8 or 16
-    devices divide.
+    the batch is smaller, so that a budget this short still has several thousand steps.
+
+    `accum` divides the batch into micro-batches, {name of a memory: parts}: by default one GPU with
+    80 GB holds them, with `:16gb` an accelerator with 16 GB, each with a quarter to spare
+    (tests/test_config_memory.py). `remat` names the memories that need model.remat="block" too.
     """
 
     n_layers: int
@@ -46,40 +48,57 @@ class FamilySize:
     d_ff_llama: int
     seq_len: int
     batch_size: int
-    accum: int
+    accum: dict[str, int]
     tokens: float
     lr: float
+    remat: tuple[str, ...] = ()
+
+
+# The memory of the accelerator that micro-batches are for; the first is the default.
+MEMORIES = ("80gb", "16gb")
+
+
+def split_options(text: str) -> tuple[str, str]:
+    """Splits the argument of a config, "embedded,16gb", into ("embedded", "16gb")."""
+    words = text.split(",")
+    memory = next((word for word in words if word in MEMORIES), MEMORIES[0])
+    return ",".join(word for word in words if word not in MEMORIES), memory
 
 
 SIZES = {
     # 131,072 tokens a step, 7,630 steps
-    "50m": FamilySize(8, 512, 8, 1408, seq_len=512, batch_size=256, accum=8, tokens=1e9, lr=1e-3),
+    "50m": FamilySize(
+        8, 512, 8, 1408, seq_len=512, batch_size=256, accum={"80gb": 2, "16gb": 8}, tokens=1e9,
+        lr=1e-3,
+    ),
     # 262,144 tokens a step, 7,630 steps
     "100m": FamilySize(
-        10, 768, 12, 2048, seq_len=512, batch_size=512, accum=16, tokens=2e9, lr=6e-4
+        10, 768, 12, 2048, seq_len=512, batch_size=512, accum={"80gb": 4, "16gb": 16}, tokens=2e9,
+        lr=6e-4,
     ),
     # 524,288 tokens a step, 11,445 steps
     "300m": FamilySize(
-        20, 1024, 16, 2816, seq_len=1024, batch_size=512, accum=32, tokens=6e9, lr=3e-4
+        20, 1024, 16, 2816, seq_len=1024, batch_size=512, accum={"80gb": 16, "16gb": 64},
+        tokens=6e9, lr=3e-4, remat=("16gb",),
     ),
-}
+}  # fmt: skip
 
 
-def gpt2(size: str, corpus: str = WEB) -> ConfigDict:
+def gpt2(size: str, options: str = WEB) -> ConfigDict:
     """GPT-2 (Radford et al. 2019): LayerNorm, GELU, biases, learned positions, tied readout.
 
     Dropout is 0 instead of 0.1: it helps in many passes over little data, costs loss in a single
     pass over much, and excludes the fused attention kernels.
     """
-    config = _recipe(SIZES[size], corpus)
+    config = _recipe(SIZES[size], options)
     config.model.bias = True
     config.model.max_seq_len = 1024
     return config
 
 
-def llama(size: str, corpus: str = WEB) -> ConfigDict:
+def llama(size: str, options: str = WEB) -> ConfigDict:
     """Llama (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, SwiGLU, RoPE, no biases, untied."""
-    config = _recipe(SIZES[size], corpus)
+    config = _recipe(SIZES[size], options)
     model = config.model
     model.norm, model.mlp, model.positions, model.head = "rmsnorm", "swiglu", "rope", "untied"
     model.d_ff = SIZES[size].d_ff_llama
@@ -87,13 +106,13 @@ def llama(size: str, corpus: str = WEB) -> ConfigDict:
     return config
 
 
-def transformer_pp(size: str, corpus: str = WEB) -> ConfigDict:
+def transformer_pp(size: str, options: str = WEB) -> ConfigDict:
     """Transformer++ of the Marginal Utility Regularization study.
 
     RMSNorm and a SwiGLU of the full 4 d_model, but with biases, learned positions and a tied
     readout. Dropout is 0 instead of 0.1, as in `gpt2`.
     """
-    config = _recipe(SIZES[size], corpus)
+    config = _recipe(SIZES[size], options)
     model = config.model
     model.norm, model.mlp, model.bias = "rmsnorm", "swiglu", True
     model.d_ff = 4 * model.d_model
@@ -102,10 +121,13 @@ def transformer_pp(size: str, corpus: str = WEB) -> ConfigDict:
     return config
 
 
-def _recipe(size: FamilySize, corpus: str) -> ConfigDict:
+def _recipe(size: FamilySize, options: str) -> ConfigDict:
     """Returns what the three families share at one size. Raises InputError."""
+    corpus, memory = split_options(options)
+    corpus = corpus or WEB
     config = base()
     model = config.model
+    model.remat = "block" if memory in size.remat else "none"
     model.n_layers, model.d_model, model.n_heads = size.n_layers, size.d_model, size.n_heads
     model.dtype = "bfloat16"
     config.optim.lr = size.lr
@@ -114,14 +136,16 @@ def _recipe(size: FamilySize, corpus: str) -> ConfigDict:
     config.schedule.warmup = "5%"
     # Steps, not train.tokens: so that --config.train.steps=20 alone is a valid override.
     config.train.steps = math.ceil(size.tokens / (size.batch_size * size.seq_len))
-    config.train.batch_size, config.train.accum = size.batch_size, size.accum
+    config.train.batch_size, config.train.accum = size.batch_size, size.accum[memory]
     config.data.vocab_size = 32_000
     config.data.seq_len = size.seq_len
     if corpus == WEB:
         # A page has about 1,000 tokens; a sixth more than one pass needs.
         config.data.source, config.data.limit = WEB, round(7 / 6 * size.tokens / 1000)
     elif corpus != EMBEDDED:
-        raise InputError(f"--config=...:{corpus}: use {WEB!r} or {EMBEDDED!r}")
+        raise InputError(
+            f"--config=...:{corpus}: use {WEB!r} or {EMBEDDED!r}, and '16gb' after a comma or alone"
+        )
     return config
 
 
@@ -138,7 +162,8 @@ def speedrun_base() -> ConfigDict:
     c.parametrization.residual_init = "zeros"
     c.optim.name, c.optim.weight_decay, c.optim.clip = "muon", 0.0, 0.0
     c.schedule.name, c.schedule.warmup, c.schedule.final = "wsd", "0", 0.0
-    c.data.vocab_size, c.data.seq_len, c.train.batch_size = 32_000, 1024, 512
+    # 64 rows of 1,024 at a time: what one GPU with 80 GB holds, and 8 devices divide.
+    c.data.vocab_size, c.data.seq_len, c.train.batch_size, c.train.accum = 32_000, 1024, 512, 8
     return c
 
 
