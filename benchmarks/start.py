@@ -32,7 +32,7 @@ _SMALL = ["data.tokenizer=bytes", "data.vocab_size=4096", "model.vocab_size=3200
           "data.seq_len=128", "train.batch_size=4", "train.accum=1", "train.steps=20"]  # fmt: skip
 CONFIGS = {
     "quickstart": ("configs/quickstart.py", []),
-    "llama_50m": ("configs/llama_50m.py:embedded", _SMALL),
+    "llama_50m": ("configs/llama_50m.py:embedded,16gb", _SMALL),
 }
 ROOT = Path(__file__).parents[1]
 # What a process says it has reached, in this order: the parts of its time.

@@ -324,4 +324,4 @@ show(report / "bi_curve.png", report / "layer_drop.png", report / "mur_mean.png"
 # Here for a model of 50 million parameters, which takes seconds.
 
 # %%
-lmscale("main", f"--config={CONFIGS}/llama_50m.py:embedded", "--explain")
+lmscale("main", f"--config={CONFIGS}/llama_50m.py:embedded,16gb", "--explain")

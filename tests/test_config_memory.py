@@ -51,6 +51,8 @@ def test_a_micro_batch_fits_by_account(case):
     name, argument, memory = CASES[case]
     config = config_of(name, argument)
     model = build_model(config, platform="gpu", bos_id=0)
+    if model.choices["attention"].startswith("xla"):
+        pytest.skip("this attention needs a kernel that is not installed")
     sizes = aot.memory_sizes(config, model, {}, "gpu")
     limit = SHARE * BYTES[memory]
     assert sizes["total"] < limit, f"{sizes['total'] / 2**30:.1f} GiB of {limit / 2**30:.1f}"

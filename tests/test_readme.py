@@ -24,7 +24,7 @@ CELLS = ["--config.rungs.sizes=(6e3,12e3,24e3)", "--config.rungs.held_out=48e3",
 # What makes a command small, by how it begins; the others run as they stand.
 SMALLER = {
     "lmscale_jax.main --config=configs/quickstart.py": flags(RUN),
-    "lmscale_jax.main --config=configs/llama_50m.py:embedded --workdir": flags(
+    "lmscale_jax.main --config=configs/llama_50m.py:embedded,16gb --workdir": flags(
         RUN | {"data.vocab_size": 4096, "train.accum": 1}
     ),
     "lmscale_jax.ladder": CELLS,
