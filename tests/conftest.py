@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lmscale_jax.configs import base
+from lmscale_jax.configs import base, laddering
 
 ROOT = Path(__file__).parents[1]
 # A program that is a file has its own directory as the first of its paths, not the working one.
@@ -135,6 +135,36 @@ def small(settings):
         with config.ignore_type():
             config.update_from_flattened_dict(settings | named)
         return config
+
+    return make
+
+
+@pytest.fixture
+def ladder(corpus, monkeypatch, tmp_path):
+    """Makes the config of a ladder of five anchors, three seeds and a held-out rung."""
+    monkeypatch.setenv("LMSCALE_CACHE", str(tmp_path / "cache"))
+
+    def make(**changes):
+        run = base.get_config()
+        run.data.source, run.data.path, run.data.tokenizer = "text", str(corpus), "bytes"
+        run.data.document, run.data.split = "file", "tail"
+        run.data.seq_len, run.train.batch_size = 64, 16
+        run.model.norm, run.model.positions = "rmsnorm", "rope"
+        c = laddering.get_config(run)
+        c.question, c.baseline, c.switch = "Which?", "gelu", ("model.mlp",)
+        c.arms = {"gelu": {}, "swiglu": {"model": {"mlp": "swiglu"}}}
+        c.rungs.sizes, c.rungs.held_out = (1e5, 3e5, 1e6, 3e6, 1e7), 3e7
+        c.rungs.head_dim, c.rungs.match, c.rungs.aspect = 16, "parameters", 32.0
+        c.seeds, c.fit.effect = 3, 0.08
+        with c.ignore_type():
+            for key, value in changes.items():
+                *groups, name = key.split("__")
+                group = c
+                for part in groups:
+                    group[part] = group.get(part, {})
+                    group = group[part]
+                group[name] = value
+        return c
 
     return make
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import accelerator, accelerator_tables, step_facts
+from benchmarks import accelerator, accelerator_models, accelerator_tables, step_facts
 
 ROOT = Path(__file__).parents[1]
 # What the command must do without: all but what benchmarks/README.md lists.
@@ -149,10 +149,10 @@ def test_a_host_alone_counts_operations_and_no_loops():
 
 
 def test_every_named_model_has_a_config_and_a_peer(monkeypatch):
-    monkeypatch.setattr(accelerator, "TINY", SimpleNamespace(value=False))
-    for name, model in accelerator.MODELS.items():
-        shape = accelerator.peer_shape(model, model.rows)
+    monkeypatch.setattr(accelerator_models, "TINY", SimpleNamespace(value=False))
+    for name, model in accelerator_models.MODELS.items():
+        shape = accelerator_models.peer_shape(model, model.rows)
         assert shape["B"] == model.rows and shape["L"] >= 10, name
     # Half of the windows of record 26 in blocks of 128 tokens, but at its ends.
-    windows = accelerator.peer_shape(accelerator.MODELS["record26"], 8)["windows"]
+    windows = accelerator_models.peer_shape(accelerator_models.MODELS["record26"], 8)["windows"]
     assert set(windows) == {14, 7} and windows[0] == windows[-1] == 14

@@ -6,8 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from lmscale_jax.config.resolve import resolve
-from lmscale_jax.configs import base, laddering
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.ladders import executors, forecasts, plan, results, scheduler, verdict, worker
 from lmscale_jax.ladders.executors import EndedJob
@@ -77,36 +75,6 @@ def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("".join(chr(32 + i * i % 90) for i in range(20_000)))
     return path
-
-
-@pytest.fixture
-def ladder(corpus, monkeypatch, tmp_path):
-    """Makes the config of a ladder of five anchors, three seeds and a held-out rung."""
-    monkeypatch.setenv("LMSCALE_CACHE", str(tmp_path / "cache"))
-
-    def make(**changes):
-        run = base.get_config()
-        run.data.source, run.data.path, run.data.tokenizer = "text", str(corpus), "bytes"
-        run.data.document, run.data.split = "file", "tail"
-        run.data.seq_len, run.train.batch_size = 64, 16
-        run.model.norm, run.model.positions = "rmsnorm", "rope"
-        c = laddering.get_config(run)
-        c.question, c.baseline, c.switch = "Which?", "gelu", ("model.mlp",)
-        c.arms = {"gelu": {}, "swiglu": {"model": {"mlp": "swiglu"}}}
-        c.rungs.sizes, c.rungs.held_out = (1e5, 3e5, 1e6, 3e6, 1e7), 3e7
-        c.rungs.head_dim, c.rungs.match, c.rungs.aspect = 16, "parameters", 32.0
-        c.seeds, c.fit.effect = 3, 0.08
-        with c.ignore_type():
-            for key, value in changes.items():
-                *groups, name = key.split("__")
-                group = c
-                for part in groups:
-                    group[part] = group.get(part, {})
-                    group = group[part]
-                group[name] = value
-        return c
-
-    return make
 
 
 def go(config, workdir, law=loss_of, until="verdict", only=(), fails=()):
@@ -372,48 +340,6 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
     out = capsys.readouterr().err
     assert "\x1b[" in out and "30 of 30" in out and "held out" in out
     assert all(len(line) < 170 for line in out.splitlines())
-
-
-# Shapes that need not be solved for.
-WIDTHS = {"rungs__by": "width", "rungs__sizes": (64.0, 128.0), "rungs__held_out": 0.0,
-          "rungs__match": "none", "rungs__aspect": 64.0, "rungs__head_dim": 64,
-          "seeds": 1}  # fmt: skip
-
-
-def test_runs_on_accelerators_compute_in_bfloat16(ladder, monkeypatch, tmp_path):
-    """Unless the ladder says otherwise, or the type is what it compares."""
-
-    def dtypes(on_cpu: bool, arms: dict | None = None, **changes) -> dict[str, set]:
-        monkeypatch.setattr(executors, "runs_on_cpu", lambda: on_cpu)
-        config = ladder(**WIDTHS | changes)
-        if arms:
-            config.arms, config.baseline, config.switch = arms, "float32", ("model.dtype",)
-        ladder_plan = plan.make_plan(config, print)
-        chosen = f"products in {ladder_plan.ladder['run']['model']['dtype']}"
-        assert plan.describe_dtype(ladder_plan) == f"{chosen} (config.dtype={config.dtype!r})"
-        configs = {c.arm: resolve(ladder_plan.config(c, tmp_path)) for c in ladder_plan.cells}
-        return {arm: config.model.dtype for arm, config in configs.items()}
-
-    assert set(dtypes(on_cpu=True).values()) == {"float32"}
-    assert set(dtypes(on_cpu=False).values()) == {"bfloat16"}
-    assert set(dtypes(on_cpu=False, dtype="run").values()) == {"float32"}
-    # Submitted from a machine without one.
-    slurm = {"executor__name": "slurm", "executor__gpus": 1}
-    assert set(dtypes(on_cpu=True, **slurm).values()) == {"bfloat16"}
-    arms = {"float32": {}, "bfloat16": {"model": {"dtype": "bfloat16"}}}
-    assert dtypes(on_cpu=False, arms=arms) == {"float32": "float32", "bfloat16": "bfloat16"}
-
-
-def test_a_ladder_goes_on_with_the_type_of_its_plan(ladder, monkeypatch, tmp_path):
-    monkeypatch.setattr(executors, "runs_on_cpu", lambda: True)
-    first = plan.make_plan(ladder(**WIDTHS), print)
-    plan.write_plan(first, None, tmp_path)
-    monkeypatch.setattr(executors, "runs_on_cpu", lambda: False)
-    remedy = r"use --config\.dtype=run --config\.run\.model\.dtype=float32, or"
-    with pytest.raises(InputError, match=remedy):
-        plan.check_plan(plan.make_plan(ladder(**WIDTHS), print), tmp_path)
-    same = plan.make_plan(ladder(dtype="run", **WIDTHS), print)
-    assert plan.check_plan(same, tmp_path).id == first.id == same.id
 
 
 def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
