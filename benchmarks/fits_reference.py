@@ -51,7 +51,7 @@ def main() -> None:
     for name in ("kyo_takano", "olmo_ladder_c4", "olmo_ladder_pile", "olmo_ladder_wikitext"):
         rows.append(row(name, read_table(name), 1e-3))
     for name in CURVES:
-        rows.append(row(f"{name}, curves", read_named(name, str(folder / "seed_runs")), 1e-3))
+        rows.append(row(f"{name}, curves", read_named(name, folder / "seed_runs"), 1e-3))
     head = ["data", "points", "delta", "E", "A", "B", "alpha", "beta", "F", "warnings"]
     print(tables.table(head, rows))
 

@@ -149,7 +149,7 @@ def curve(name: str, skip: float = 0.0, points: str = "curve"):
     from lmscale_jax.scaling.read import DATASETS, read_named
 
     if name in DATASETS:
-        return read_named(name, str(reference("seed_runs")), points, skip)
+        return read_named(name, reference("seed_runs"), points, skip)
     return bs64(name, points, skip)
 
 

@@ -16,7 +16,7 @@ def evaluate_run(
     step: int,
     n_tokens: int,
     say: Callable[[str], None],
-    folder: Path,
+    folder: Path | None = None,
 ) -> Path:
     """Runs the suites of these names on a checkpoint of a run and writes eval.json.
 
@@ -26,7 +26,7 @@ def evaluate_run(
       step: of the checkpoint; 0: the newest.
       n_tokens: held-out tokens of the suites redundancy, mur and attention; 0: eval.tokens.
       say: prints a line.
-      folder: for eval.json; made where it does not exist.
+      folder: for eval.json, made where it does not exist; None: `workdir`.
 
     Raises:
       InputError: there is no such run or checkpoint, or a suite cannot measure such a model; then
@@ -48,7 +48,7 @@ def evaluate_run(
         "val_fingerprint": run.data.val_fingerprint,
         "versions": provenance()["versions"],
     }
-    path = folder / "eval.json"
+    path = (folder or workdir) / "eval.json"
     earlier = _earlier_evaluation(path, header)
     trained = suites.TrainedModel(
         config=run.config,
@@ -59,7 +59,7 @@ def evaluate_run(
         validate=run.validate,
     )
     scores = suites.run_suites(names, trained, n_tokens or run.config.eval.tokens, say)
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, earlier | header | scores)
     return path
 
