@@ -19,7 +19,9 @@ from lmscale_jax.files import check_writable
 INPUT = flags.DEFINE_string(
     "input", None, "table file, directory of runs or of curves, or name of a bundled table"
 )
-LAW = flags.DEFINE_string("law", "chinchilla", "chinchilla, power, power_floor or isoflop")
+LAW = flags.DEFINE_string(
+    "law", "chinchilla", "chinchilla, power, power_floor or isoflop; auto: what ladders use"
+)
 DELTA = flags.DEFINE_float("delta", None, "width of Huber's loss in ln L; default: from residuals")
 OUT = cli.path_flag("out", "JSON file to write; a plot FILE.png is written too")
 COLUMNS = flags.DEFINE_list("columns", [], "OUR_NAME:FILE_NAME, such as n:params, or n:1")
@@ -168,14 +170,23 @@ def _fit_law(table):
     from lmscale_jax.reports import fit_plots
     from lmscale_jax.scaling import fit_law, next_runs
     from lmscale_jax.scaling import summary as describe
-    from lmscale_jax.scaling.forecast import forecast_from_fit as forecast
+    from lmscale_jax.scaling.forecast import (
+        forecast_averaged,
+        forecast_from_fit,
+        richest_law,
+    )
 
-    result = fit_law(table, law=LAW.value, **_settings())
+    auto = LAW.value == "auto"
+    result = fit_law(table, law=richest_law(table) if auto else LAW.value, **_settings())
     written = result.to_json()
     lines = describe.fit_lines(result)
     target = {"n": FORECAST_N.value, "d": FORECAST_D.value, "c": FORECAST_C.value}
     if any(v is not None for v in target.values()):
-        prediction = forecast(result, **target, level=FORECAST_LEVEL.value)
+        level = FORECAST_LEVEL.value
+        if auto and result.law.name != "chinchilla":
+            prediction = forecast_averaged(table, **target, level=level)
+        else:
+            prediction = forecast_from_fit(result, **target, level=level)
         written["forecast"] = prediction
         printed_codes = {w["code"] for w in written["warnings"]}
         written["warnings"] += [w for w in prediction["warnings"] if w["code"] not in printed_codes]
