@@ -74,13 +74,13 @@ def score(table, held_out: np.ndarray) -> dict | None:
             def predict(**target):
                 return forecast_averaged(train, **target)
 
-        made = [predict(n=table.n[i], d=table.d[i], c=table.c[i]) for i in rows]
+        forecasts = [predict(n=table.n[i], d=table.d[i], c=table.c[i]) for i in rows]
     except InputError:
         return None
     came = table.loss[rows]
-    low, high, loss = (np.array([p[k] for p in made]) for k in ("low", "high", "loss"))
+    low, high, loss = (np.array([p[k] for p in forecasts]) for k in ("low", "high", "loss"))
     return {
-        "law": made[0]["law"],
+        "law": forecasts[0]["law"],
         "runs": len(rows),
         "covered": float(((low <= came) & (came <= high)).mean()),
         "width": float(np.median((high - low) / loss)),

@@ -109,7 +109,7 @@ def forecast_curve(budgets: Budgets, log_c: float) -> Mixture:
         usual = max(USUAL_SCATTER**2, budgets.within / runs)
         # A mean hides this part of the scatter of one run.
         seeds = budgets.within * (1 - 1 / runs)
-    with_floor, parabolas = _fit_floors(budgets, log_c), _fit_parabolas(budgets, log_c)
+    with_floor, parabolas = _fit_above_floors(budgets, log_c), _fit_parabolas(budgets, log_c)
     centre, leverage, squares = (np.concatenate(p) for p in zip(with_floor, parabolas, strict=True))
     degrees = len(budgets.log_c) - 2 + USUAL_DEGREES
     variance = (squares + USUAL_DEGREES * usual) / degrees
@@ -126,7 +126,7 @@ def forecast_curve(budgets: Budgets, log_c: float) -> Mixture:
     return Mixture(share, probability, centre, scale, float(degrees), scatter)
 
 
-def _fit_floors(budgets: Budgets, log_c: float):
+def _fit_above_floors(budgets: Budgets, log_c: float):
     """Fits a c^-b above each floor: centre [M], leverage [M] and squared residuals [M] in ln L.
 
     ln(L - E) is linear in ln c; a small error of ln L is multiplied by L / (L - E) there, so that
@@ -147,7 +147,7 @@ def _fit_floors(budgets: Budgets, log_c: float):
 
 
 def _fit_parabolas(budgets: Budgets, log_c: float):
-    """Fits level and slope about each second coefficient; returns what `_fit_floors` does."""
+    """Fits level and slope about each second coefficient; returns what `_fit_above_floors` does."""
     x = budgets.log_c - budgets.log_c.mean()
     at = log_c - budgets.log_c.mean()
     y_MxK = budgets.log_loss - CONCAVE[:, None] * x**2

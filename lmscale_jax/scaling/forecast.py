@@ -142,10 +142,10 @@ def richest_law(table: Table) -> str:
 
 def distinct_budgets(table: Table) -> np.ndarray:
     """Lists the distinct ln c; values within 2 % count once."""
-    return _distinct(np.log(table.c))
+    return _distinct_values(np.log(table.c))
 
 
-def _distinct(x: np.ndarray) -> np.ndarray:
+def _distinct_values(x: np.ndarray) -> np.ndarray:
     x = np.sort(x)
     return x[np.concatenate([[True], np.diff(x) > 0.02])]
 
@@ -274,13 +274,13 @@ def _cuts(table: Table, law: laws.Law) -> list[np.ndarray]:
     columns = [table.c] if table.n is None or "n" not in law.columns else [table.c, table.n]
     for values in columns:
         x = np.log(values)
-        distinct = _distinct(x)
+        distinct = _distinct_values(x)
         if len(distinct) < 2:
             continue
         for share in CUTS:
             train = x <= distinct[min(int(len(distinct) * share), len(distinct) - 2)] + 0.02
             part = table.take(train)
-            levels = [len(_distinct(np.log(part.column(k)))) for k in law.columns]
+            levels = [len(_distinct_values(np.log(part.column(k)))) for k in law.columns]
             if train.sum() >= size and len(distinct_budgets(part)) >= size and min(levels) >= 2:
                 masks[train.tobytes()] = train
     return list(masks.values())
