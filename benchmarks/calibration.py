@@ -23,7 +23,8 @@ from lmscale_jax import cli
 LENGTH = flags.DEFINE_enum("length", "short", ["short", "full"], "100 draws a row, or 400")
 ONLY = flags.DEFINE_list("only", [], "kinds of rows: law, surface, repetition, isoflop, arms, "
                          "forecast")  # fmt: skip
-OUT = flags.DEFINE_string("out", None, "JSON file to write")
+COUNT = flags.DEFINE_integer("draws", None, "draws a row, instead of --length")
+OUT = flags.DEFINE_string("out", None, "JSON file; rows that it has with as many draws are kept")
 WORKERS = flags.DEFINE_integer("workers", 2, "processes")
 BEFORE = flags.DEFINE_string("before", None, "JSON of an earlier version")
 AFTER = flags.DEFINE_string("after", None, "JSON to set beside --before")
@@ -308,6 +309,10 @@ def _measured(index_and_draws: tuple[int, int]) -> tuple[str, dict]:
     return row.name, measure(row, draws)
 
 
+def _is_measured(results: dict, row: Row, count: int) -> bool:
+    return row.name in results and all(v["draws"] >= count for v in results[row.name].values())
+
+
 HEAD = ["table", "noise", "runs", "statement", "nominal"]
 
 
@@ -359,16 +364,20 @@ def main() -> None:
         }
         print(table_text(columns))
         return
-    wanted = [i for i, row in enumerate(all_rows()) if not ONLY.value or row.kind in ONLY.value]
-    jobs = [(i, DRAWS[LENGTH.value]) for i in wanted]
-    results = {}
+    count = COUNT.value or DRAWS[LENGTH.value]
+    path = Path(OUT.value) if OUT.value else None
+    results = json.loads(path.read_text()) if path and path.exists() else {}
+    wanted = [
+        (i, count)
+        for i, row in enumerate(all_rows())
+        if (not ONLY.value or row.kind in ONLY.value) and not _is_measured(results, row, count)
+    ]
     with multiprocessing.get_context("spawn").Pool(WORKERS.value) as pool:
-        for name, result in pool.imap(_measured, jobs):
-            shares = {k: v["share"] for k, v in result.items()}
-            print(name, shares, flush=True)
+        for name, result in pool.imap(_measured, wanted):
+            print(name, {k: v["share"] for k, v in result.items()}, flush=True)
             results[name] = result
-    if OUT.value:
-        Path(OUT.value).write_text(json.dumps(results, indent=1) + "\n")
+            if path:
+                path.write_text(json.dumps(results, indent=1) + "\n")
     print(table_text({"now": results}))
 
 

@@ -230,12 +230,20 @@ def _check_target(n, d, c, level: float) -> None:
 
 
 def _draw_spread(result: FitResult, n, d, c) -> float:
-    """Computes half the central 68 % of drawn ln L; 0 if the law passes through every point."""
+    """Computes half the central 68 % of drawn ln L; 0 if the law passes through every point.
+
+    Draws with the tails of t are taken back to their scale, as the interval has a quantile of t.
+    """
+    from scipy.stats import t
+
     if result.draws is None and len(result.table) <= result.problem.size:
         return 0.0
     drawn = np.log(result.predict_draws(n=n, d=d, c=c))
     low, high = np.nanpercentile(drawn, [15.87, 84.13])
-    return float(high - low) / 2
+    tails = 1.0
+    if result.draws.kind == "student":
+        tails = float(t.ppf(0.8413, max(result.draws.degrees, 1)))
+    return float(high - low) / 2 / tails
 
 
 def _interpolated_quantile(level: float, result: FitResult) -> float:

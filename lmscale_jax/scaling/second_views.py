@@ -13,8 +13,8 @@ FLOORS = 12
 # Shares of the smallest loss at which the floors of a joint law are started too: a joint law
 # without a floor cannot leave it for one in one arm.
 FLOOR_SHARES = (0.3, 0.6, 0.9)
-# Relative decrease of a sum of squares at which a joint law's descent stops.
-GAIN = 1e-7
+# Relative decrease of a sum of squares at which a joint law's descent stops, and its longest.
+GAIN, STEPS = 1e-6, 60
 # Largest |difference| of a coordinate between the arms.
 MAX_CONTRAST = 5.0
 
@@ -99,11 +99,11 @@ def nested_laws(table: Table, first: str, second: str, floor=None) -> dict | Non
     base_theta = solve.solve_many_starts(base, np.inf).theta
     rows = {}
     for name, problem in problems.items():
-        _, ssr = _least(problem, base_theta)
+        theta, ssr = _least(problem, _floor_starts(problem, base_theta))
         rows[name] = {
             "parameters": problem.size,
             "aicc": shift.corrected_aic(ssr, len(means), problem.size),
-            "largest_left_out_rms": _left_out(problem, base_theta, held_out),
+            "largest_left_out_rms": _left_out(problem, theta, held_out),
         }
     errors = {k: v["largest_left_out_rms"] for k, v in rows.items()}
     scored = {k: v for k, v in errors.items() if v is not None}
@@ -165,24 +165,27 @@ def _joint(base: Problem, z: np.ndarray, model: str) -> Problem:
     return replace(base, blocks=tuple(blocks), low=np.array(low), high=np.array(high))
 
 
-def _least(problem: Problem, base_theta: np.ndarray) -> tuple[np.ndarray, float]:
-    """Minimises the sum of squares from the joint law and from other floors: (theta, SSR)."""
+def _floor_starts(problem: Problem, base_theta: np.ndarray) -> np.ndarray:
+    """Makes starts [S, P] without contrasts: the joint law, and others with larger floors."""
     starts = np.tile(base_theta, (1 + len(FLOOR_SHARES), 1))
     if problem.law.floor == "free":
         starts[1:, 0] = problem.y.min() + np.log(FLOOR_SHARES)
     contrasts = np.zeros((len(starts), problem.size - len(base_theta)))
-    theta, F = solve.minimise(
-        problem, np.concatenate([starts, contrasts], axis=1), np.inf, gain=GAIN
-    )
+    return np.concatenate([starts, contrasts], axis=1)
+
+
+def _least(problem: Problem, starts: np.ndarray) -> tuple[np.ndarray, float]:
+    """Minimises the sum of squares from several starts: (theta, SSR)."""
+    theta, F = solve.minimise(problem, starts, np.inf, steps=STEPS, gain=GAIN)
     best = int(F.argmin())
     return theta[best], 2 * float(F[best])
 
 
-def _left_out(problem: Problem, base_theta: np.ndarray, held_out: np.ndarray) -> float | None:
+def _left_out(problem: Problem, theta: np.ndarray, held_out: np.ndarray) -> float | None:
     """Computes the RMS error at the held-out rows of a fit to the others; None with too few."""
     train = problem.take(~held_out)
     if (~held_out).sum() <= problem.size:
         return None
-    theta, _ = _least(train, base_theta)
+    theta, _ = _least(train, theta[None])
     r = solve.predict_log_loss(problem, theta)[0][held_out] - problem.y[held_out]
     return float(np.sqrt((r**2).mean()))
