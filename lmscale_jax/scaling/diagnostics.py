@@ -12,9 +12,6 @@ MIN_SPAN = 8.0
 MAX_CHANGE = 1.5
 MAX_CORRELATION = 0.95
 MAX_CONDITION = 100.0
-MAX_LAG_CORRELATION = 0.3
-# Fewest degrees of freedom within seeds for a test of lack of fit.
-MIN_SEED_DEGREES = 3
 UNITS_OF = {"n": "parameters", "d": "tokens", "c": "FLOPs"}
 
 
@@ -29,6 +26,11 @@ def check_table(table: Table, law: Law) -> list[dict]:
         raise InputError(
             f"{table.name} has {len(table)} points and {law.name} has {size} parameters; at least "
             f"{size + 1} points are needed{_smaller_law(law, len(table))}"
+        )
+    if table.loss.max() / table.loss.min() < 1 + 1e-9:
+        raise InputError(
+            f"column 'loss' of {table.name} is {table.loss[0]:.6g} in every row, from which no law "
+            "follows; add runs of other sizes"
         )
     warnings = list(table.notes)
     for column, exponent in zip(law.columns, law.exponents, strict=True):
@@ -135,8 +137,7 @@ def check_terms(problem: Problem, theta_P, table: Table) -> tuple[dict, list[dic
                     "dead_term",
                     f"the term in {column} is {low:.2g} to {high:.2g} of the loss and "
                     f"{share_of_spread:.2g} of its spread: it is dead, {exponent} is not "
-                    f"identified; {column} spans {x.max() / x.min():.3g}x, widen it to at least "
-                    f"{MIN_SPAN * 4:.0f}x, up to {MIN_SPAN * 4 * x.min():.2g} {UNITS_OF[column]}",
+                    f"identified; {_dead_term_remedy(column, x)}",
                 )
             )
         if slope < 0:
@@ -149,6 +150,16 @@ def check_terms(problem: Problem, theta_P, table: Table) -> tuple[dict, list[dic
                 )
             )
     return numbers, warnings + _check_bounds(problem, theta_P, share_KxR)
+
+
+def _dead_term_remedy(column: str, x: np.ndarray) -> str:
+    span, least = x.max() / x.min(), 4 * MIN_SPAN
+    if span >= least:
+        return f"{column} spans {span:.3g}x already, so use a law without {column}"
+    return (
+        f"{column} spans {span:.3g}x, widen it to at least {least:.0f}x, up to "
+        f"{least * x.min():.2g} {UNITS_OF[column]}"
+    )
 
 
 def _check_bounds(problem: Problem, theta_P, share_KxR) -> list[dict]:
@@ -197,109 +208,6 @@ def check_condition(problem: Problem, theta_P) -> tuple[dict, list[dict]]:
             "widen the range of sizes and of tokens or pin --floor",
         )
     ]
-
-
-def check_residuals(problem: Problem, theta_P, table: Table) -> tuple[dict, list[dict]]:
-    """Measures the residuals' spread, their correlation along runs, and the lack of fit."""
-    r = problem.y - solve.predict_log_loss(problem, theta_P)[0]
-    numbers = {
-        "rms_log_residual": float(np.sqrt(np.average(r**2, weights=problem.weight))),
-        "mad_sigma": float(1.4826 * np.median(np.abs(r - np.median(r)))),
-    }
-    warnings = []
-    lag = neighbour_correlation(r, table.run_id)
-    numbers["lag_1_autocorrelation"] = lag
-    if lag is not None and lag > MAX_LAG_CORRELATION:
-        warnings.append(
-            fit_warning(
-                "autocorrelated",
-                f"residuals along a run have lag-1 correlation {lag:.2f}: the curves do not have "
-                "the law's shape; use final points, or omit more of the start with --skip=10",
-            )
-        )
-    lack = lack_of_fit(problem, r, table)
-    numbers["lack_of_fit"] = lack
-    if lack and lack["p"] < 0.05:
-        warnings.append(
-            fit_warning(
-                "lack_of_fit",
-                f"the law misses the means of repeated runs by {lack['rms_lack']:.2g} in ln L, "
-                f"more than seeds explain ({lack['rms_seed']:.2g}, p = {lack['p']:.2g}), so that "
-                "seeds of one cell are not independent: use --cluster=cell, another law or a "
-                "narrower range",
-            )
-        )
-    return numbers, warnings
-
-
-def neighbour_correlation(r: np.ndarray, run_id: np.ndarray) -> float | None:
-    """Computes the lag-1 correlation of residuals within runs of at least three rows, or None."""
-    pairs = []
-    for run in dict.fromkeys(run_id):
-        r_run = r[run_id == run]
-        if len(r_run) >= 3:
-            pairs.append(np.stack([r_run[:-1], r_run[1:]]))
-    if not pairs:
-        return None
-    first, second = np.concatenate(pairs, axis=1)
-    norm = np.sqrt((first**2).mean() * (second**2).mean())
-    return float((first * second).mean() / max(norm, 1e-300))
-
-
-def lack_of_fit(problem: Problem, r: np.ndarray, table: Table) -> dict | None:
-    """Tests the law against the scatter of runs that differ only in the seed (F test).
-
-    Source: Draper & Smith (1998), section 2.2. None without replicates.
-    """
-    from scipy.stats import f as f_distribution
-
-    _, cell = np.unique(table.cells(), return_inverse=True)
-    count = np.bincount(cell)
-    means = np.bincount(cell, r) / count
-    within = float(((r - means[cell]) ** 2).sum())
-    free, lack_free = len(r) - len(count), len(count) - problem.size
-    if table.points != "final" or free < MIN_SEED_DEGREES or lack_free < 1 or within <= 0:
-        return None
-    between = float((count * means**2).sum())
-    ratio = (between / lack_free) / (within / free)
-    return {
-        "f": ratio,
-        "p": float(f_distribution.sf(ratio, lack_free, free)),
-        "rms_seed": float(np.sqrt(within / free)),
-        "rms_lack": float(np.sqrt(between / lack_free)),
-        "degrees": [lack_free, free],
-    }
-
-
-def check_largest(problem: Problem, delta: float, table: Table):
-    """Measures the error in ln L at the largest size by a fit without it; warns if it is large."""
-    column = "n" if "n" in problem.law.columns else "c"
-    x = np.log(table.column(column))
-    held_out = x > x.max() - 0.02
-    if len(x) - held_out.sum() <= problem.size:
-        return {"largest_left_out": None}, []
-    train = problem.take(~held_out)
-    theta = solve.solve_many_starts(train, delta).theta
-    error = solve.predict_log_loss(problem, theta)[0] - problem.y
-    r = solve.predict_log_loss(train, theta)[0] - train.y
-    numbers = {
-        "column": column,
-        "value": float(np.exp(x.max())),
-        "runs": int(held_out.sum()),
-        "mean_error": float(error[held_out].mean()),
-        "rms_error": float(np.sqrt((error[held_out] ** 2).mean())),
-    }
-    warnings = []
-    if numbers["rms_error"] > max(0.01, 3 * float(np.sqrt((r**2).mean()))):
-        warnings.append(
-            fit_warning(
-                "largest_left_out",
-                f"a fit without the largest {column} ({np.exp(x.max()):.3g}) misses it by "
-                f"{100 * numbers['mean_error']:+.2g} %, more than three times the residuals: the "
-                "law does not extrapolate; train one more size in between",
-            )
-        )
-    return {"largest_left_out": numbers}, warnings
 
 
 def check_floor(profile: "intervals.Profile", table: Table, level: float) -> list[dict]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.scaling import diagnostics, intervals, laws, solve
+from lmscale_jax.scaling import diagnostics, intervals, laws, residuals, solve
 from lmscale_jax.scaling.intervals import Draws, FloorProfile
 from lmscale_jax.scaling.laws import Law, Problem
 from lmscale_jax.scaling.summary import fit_as_json
@@ -305,8 +305,8 @@ def _diagnosed(result: FitResult) -> FitResult:
         diagnostics.check_ranges(table, result.law),
         _named_parameters("terms", *diagnostics.check_terms(problem, theta, table)),
         diagnostics.check_condition(problem, theta),
-        diagnostics.check_residuals(problem, theta, table),
-        diagnostics.check_largest(problem, result.delta, table),
+        residuals.check_residuals(problem, theta, table),
+        residuals.check_largest(problem, result.delta, table),
         _starting_points(result.solution),
     ):
         numbers |= values

@@ -19,6 +19,8 @@ DEGREES = {"parabola": 2, "cubic": 3}
 BUDGET_GAP = 0.15
 MIN_SIZES = 5
 WIDE_GRID = 4.0
+# The surface misfits where its residuals exceed those of a cubic at each budget by this factor.
+MISFIT = 3.0
 
 
 def fit_isoflop(
@@ -64,6 +66,7 @@ def fit_isoflop(
             methods[name] = method
             warnings += _isoflop_warnings(name, method)
     methods["surface"] = _fit_surface(surface, [_budget(table, g) for g in groups])
+    warnings += _disagreements(methods)
     if len(methods) == 1:
         raise InputError(
             f"no budget of {table.name} has a minimum inside its sizes; widen the grids of n"
@@ -123,9 +126,12 @@ def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | Non
     a, ln_k, stars = _chain(table, groups, degree, table.loss)
     if not np.isfinite(a):
         return None
-    smooth = surface.predict(n=table.n, d=table.c / (FLOPS_FACTOR * table.n))
-    _, _, on_surface = _chain(table, groups, degree, smooth)
-    true = np.log([surface_optimum(surface, _budget(table, g)) for g in groups])
+    if _describes_minima(surface, table, groups):
+        smooth = surface.predict(n=table.n, d=table.c / (FLOPS_FACTOR * table.n))
+        _, _, on_surface = _chain(table, groups, degree, smooth)
+        true = np.log([surface_optimum(surface, _budget(table, g)) for g in groups])
+    else:
+        on_surface = true = np.full(len(groups), np.nan)
     drawn = []
     for _ in range(bootstrap):
         weight = np.zeros(len(table))
@@ -144,6 +150,43 @@ def _method(table, groups, degree, surface, bootstrap, level, rng) -> dict | Non
         "intervals": {"a": percentiles(drawn[:, 0], level) if len(drawn) else None},
         "budgets": budgets,
     }
+
+
+def _describes_minima(surface, table: Table, groups) -> bool:
+    """Tells whether the surface fits about as well as a cubic in ln n at each budget.
+
+    The bias of a method on a surface that is itself wrong says nothing about the method.
+    """
+    cubic = []
+    for rows in groups:
+        x, y = np.log(table.n[rows]), np.log(table.loss[rows])
+        if len(np.unique(np.round(x, 3))) > 4:
+            left = y - np.polyval(np.polyfit(x - x.mean(), y, 3), x - x.mean())
+            cubic.append((left**2).sum() / (len(rows) - 4))
+    r_R = surface.residuals()[np.concatenate(groups)]
+    if not cubic:
+        return True
+    return float((r_R**2).mean()) < MISFIT**2 * float(np.mean(cubic))
+
+
+def _disagreements(methods: dict) -> list[dict]:
+    """Warns where the intervals of two methods for the exponent exclude each other."""
+    spans = {k: m["intervals"]["a"] for k, m in methods.items() if m["intervals"].get("a")}
+    names = sorted(spans, key=lambda k: spans[k][0])
+    apart = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]
+             if spans[a][1] < spans[b][0]]  # fmt: skip
+    if not apart:
+        return []
+    shown = ", ".join(f"{k} {methods[k]['a']:.3f}" for k in names)
+    first, second = apart[0]
+    return [
+        fit_warning(
+            "methods_disagree",
+            f"the exponent a is {shown}, and the intervals of {first} and {second} exclude each "
+            "other: at least one method does not describe these runs; trust the cubic on grids "
+            f"within {WIDE_GRID:.0f}x, and check the residuals of the surface",
+        )
+    ]
 
 
 def surface_optimum(surface, c: float) -> float:
@@ -181,7 +224,7 @@ def _isoflop_warnings(name: str, method: dict) -> list[dict]:
                 f"{name}_bias",
                 f"even without noise the {name} puts N* at {worst:.3f} times the true value "
                 f"(grids reach {reach:.2g}x to either side); use grids within {WIDE_GRID:.0f}x, or "
-                "the surface",
+                "the cubic",
             )
         )
     return warnings

@@ -84,6 +84,7 @@ def fit_lines(result) -> list[str]:
              f"{len(set(result.table.run_id))} runs ({result.table.name})"]  # fmt: skip
     for name, value in (result.params | result.compound).items():
         output.append(f"  {name:<6} {value:<12.6g} {_interval(result, name)}")
+    output += residual_lines(result.diagnostics)
     if result.r_star is not None:
         span = result.diagnostics["r_star_interval"]
         shown = "" if span is None else f"[{span[0]:.5g}, {span[1]:.5g}]"
@@ -101,6 +102,15 @@ def fit_lines(result) -> list[str]:
         delta, F = other["delta"], other["objective"]
         output.append(f"  {name:<14} delta {delta:.4g}  F {F:.9g}  {shown}")
     return output + warning_lines(result.warnings)
+
+
+def residual_lines(diagnostics: dict) -> list[str]:
+    """Formats how well the law fits, beside the scatter of seeds where that is known."""
+    rms, lack = diagnostics.get("rms_log_residual"), diagnostics.get("lack_of_fit")
+    if rms is None:
+        return []
+    seeds = f"; seeds scatter by {100 * lack['rms_seed']:.2g} %" if lack else ""
+    return [f"  residuals: {100 * rms:.2g} % of the loss (rms){seeds}"]
 
 
 def _interval(result, name: str) -> str:
@@ -195,7 +205,8 @@ def isoflop_lines(summary: dict, table) -> list[str]:
         output.append(f"  {name:<9} a {method['a']:.4f}{shown}  k {method['k']:.4g}")
         for b in method["budgets"]:
             if b["n_star"] is not None:
-                output.append(f"    c {b['c']:.3g}: n* {b['n_star']:.4g}, bias {b['bias']:.3f}")
+                bias = "" if b["bias"] is None else f", bias {b['bias']:.3f}"
+                output.append(f"    c {b['c']:.3g}: n* {b['n_star']:.4g}{bias}")
     return output + warning_lines(summary["warnings"])
 
 
