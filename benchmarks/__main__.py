@@ -67,6 +67,9 @@ APART = {
     "optimizer_sweep": "AdamW and Muon at their best rates",
     "gating_study": "gates of attention and their controls",
     "mur_study --workdir=runs/mur_study": "arms of Marginal Utility Regularization",
+    "accelerator --minutes=8": "everything that one accelerator should be asked",
+    "config_memory": "named configs compiled for an H100 that is not here",
+    "packs_compiled": "packs compiled for an H100 that is not here",
     "fits_reference --data=DIR": "fits beside published ones",
     "calibration": "how often intervals and verdicts are right, by simulation",
 }

@@ -205,6 +205,28 @@ def population(result: dict) -> str:
     return table(head, rows)
 
 
+def config_memory(result: dict) -> str:
+    """config_memory.json: GiB of a micro-batch, and the estimated MFU of a step."""
+    head = ["config", "micro-batch", "accum", "remat", "blocks", "attention", "GiB",
+            "of", "our account", "MFU, est."]  # fmt: skip
+    rows = [
+        [
+            f"`{row['case']}`",
+            f"{row['rows']} x {row['length']:,}",
+            str(row["accum"]),
+            row["remat"],
+            row["blocks"],
+            row["attention"],
+            f"{row['peak']:.1f}",
+            f"{row['limit']:.1f}",
+            f"{row['account']:.1f}",
+            f"{row['mfu']:.0%}",
+        ]
+        for row in result["rows"]
+    ]
+    return table(head, rows)
+
+
 def packs_compiled(result: dict) -> str:
     """packs_compiled.json: estimated microseconds alone, and the gain of a pack."""
     counts = result["asked"]["counts"]

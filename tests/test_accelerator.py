@@ -72,6 +72,7 @@ def parts_of(monkeypatch, names: list[str], seconds_left: float, **parts) -> dic
     """The results after parts with those functions; what was saved after each is in "saved"."""
     table = {name: accelerator.Part(run, "ratios", 5, 10) for name, run in parts.items()}
     monkeypatch.setattr(accelerator, "PARTS", table)
+    monkeypatch.setattr(accelerator, "TINY", SimpleNamespace(value=False))
     results = {"seconds": 0.0, "parts": {}, "saved": []}
     end = time.perf_counter() + seconds_left
     accelerator.run_parts(
