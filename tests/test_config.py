@@ -7,7 +7,7 @@ import pytest
 from conftest import run
 from ml_collections import ConfigDict
 
-from lmscale_jax.config.durations import total_steps
+from lmscale_jax.config.durations import steps_of, total_steps
 from lmscale_jax.config.keys import keys
 from lmscale_jax.config.resolve import (
     apply_overrides,
@@ -134,6 +134,19 @@ def test_durations(text, steps):
     config = resolve(changed(schedule__warmup=text))
     assert config.schedule.warmup == steps
     assert type(config.schedule.warmup) is int
+
+
+def test_parts_of_a_run_are_exact():
+    """Against whole numbers: every per cent of nine lengths, and tenths of a million tokens."""
+    for total in (50, 100, 200, 300, 500, 1000, 2000, 4000, 12345):
+        config = changed(train__steps=total)
+        for percent in range(1, 100):
+            config.schedule.warmup = f"{percent}%"
+            assert steps_of(config)["schedule.warmup"] == -(-total * percent // 100)
+    config = changed(train__steps=10**6, data__seq_len=100, train__batch_size=1)
+    for tenths in range(1, 1000):
+        config.schedule.warmup = f"{tenths // 10}.{tenths % 10}M tokens"
+        assert steps_of(config)["schedule.warmup"] == tenths * 1000
 
 
 def test_tokens_are_rounded_up_to_whole_steps():

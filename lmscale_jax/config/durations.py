@@ -11,13 +11,15 @@ forms of a config:
 Only `steps_of` parses the texts.
 """
 
+import math
 import re
+from fractions import Fraction
 
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.keys import get, has, keys
 
-SCALES = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(%)|(?:([kmbt]?)\s*(steps?|tokens?))?)")
 
 
@@ -49,12 +51,16 @@ def total_steps(config) -> int:
 
 
 def _steps(text: str, config) -> int:
-    """Converts one duration into whole optimizer steps, rounded up."""
+    """Converts one duration into whole optimizer steps, rounded up.
+
+    Fractions, because 7 / 100 * 100 is above 7 in floating point, and would be 8 steps.
+    """
     number, percent, scale, unit = DURATION.fullmatch(text.strip().lower()).groups()
+    amount = Fraction(number)
     if percent:
-        amount = float(number) / 100 * total_steps(config)
+        amount *= Fraction(total_steps(config), 100)
     else:
-        amount = float(number) * SCALES[scale or ""]
+        amount *= SCALES[scale or ""]
         if unit and unit.startswith("token"):
             amount /= tokens_per_step(config)
-    return int(-(-amount // 1))
+    return math.ceil(amount)
