@@ -59,15 +59,15 @@ def parts(shape: dict, dtype: str, folder: Path) -> tuple[list, dict]:
     config = resolve(config, shape["V"])
     mesh.start_jax(config)
     of = inside.program(config)
-    params, batch = of.initial().params, of.batch()
-    losses = of.model.losses
+    params, batch = of.setup.begin().params, of.batch()
+    losses = of.setup.model.losses
 
     def forward(params, batch):
         return losses(params, *batch).mean()
 
     def both(params, batch):
         n_targets = step.count_targets(batch)
-        loss, (grads, _) = step.make_gradient(config, of.model, of.grid, n_targets)(
+        loss, (grads, _) = step.make_gradient(config, of.setup.model, of.setup.mesh, n_targets)(
             params, (), *batch, None
         )
         return loss, grads
@@ -84,7 +84,7 @@ def parts(shape: dict, dtype: str, folder: Path) -> tuple[list, dict]:
         inside.calls("forward and backward", jax.jit(both), params, batch),
         inside.Steps("step", of),
         inside.calls("read", read),
-        inside.calls("put", lambda: mesh.put_batch(of.batches[0], of.grid)),
+        inside.calls("put", lambda: mesh.put_batch(of.batches[0], of.setup.mesh)),
         interleave.Turns("loop", Loop(of, batches, folder)),
     ]
     return turns, of.device()
@@ -111,16 +111,18 @@ class Loop:
     """N steps as `train.loop.train_steps` takes them where it neither evaluates nor saves."""
 
     def __init__(self, of, batches, folder: Path):
-        from lmscale_jax.train import step
         from lmscale_jax.train.metrics import Clock, MetricLogger, SilentProgress
+        from lmscale_jax.train.setup import TrainStep
         from lmscale_jax.train.watchdog import Watchdog
 
         self._of, self._batches, self._done = of, batches, 0
-        self._clock, self._state = Clock(), of.initial()
+        self._clock, self._state = Clock(), of.setup.begin()
         silence = SilentProgress()
-        self._journal = MetricLogger(of.config, folder, 0, {}, self._clock, "benchmark", silence)
-        self._watchdog = Watchdog(of.config.log.watchdog)
-        self._take = step.TrainStep(of.config, of.model, of.grid, of.placed)
+        self._journal = MetricLogger(
+            of.setup.config, folder, 0, {}, self._clock, "benchmark", silence
+        )
+        self._watchdog = Watchdog(of.setup.config.log.watchdog)
+        self._take = TrainStep(of.setup)
         self(2)
 
     def __call__(self, steps: int) -> float:
@@ -128,10 +130,10 @@ class Loop:
         from lmscale_jax.model import mesh
         from lmscale_jax.train import diagnostics
 
-        first, config, pending = self._done, self._of.config, None
+        first, config, pending = self._done, self._of.setup.config, None
         stream = prefetch(self._batches.at, first, first + steps)
         for done, batch in enumerate(self._clock.waiting_for(stream), first + 1):
-            batch = mesh.put_batch(batch, self._of.grid)
+            batch = mesh.put_batch(batch, self._of.setup.mesh)
             what = diagnostics.due_measurements(config, done)
             self._state, metrics = self._take(self._state, batch, measure=what)
             if pending:

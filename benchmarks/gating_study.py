@@ -84,7 +84,7 @@ def step_ratio(data) -> list[float]:
 
     def turn(changes):
         group = members(config_of(changes), data.vocab_size)
-        runs = population.Population(group)
+        runs = population.Population(group, data.boundary)
         state, batches = runs.begin(), population.batch_reader(group, data)(0, 10)
 
         def run() -> float:

@@ -8,37 +8,23 @@ from benchmarks.interleave import Turns
 
 @dataclasses.dataclass
 class Program:
-    """A config's model, optimizer and shardings over some devices, and random batches."""
+    """What trains a config over some devices, and random batches."""
 
-    config: object
-    grid: object
-    model: object
-    transform: object
-    placed: object
+    setup: object
     batches: list
-
-    def initial(self):
-        import jax
-
-        from lmscale_jax.train import step
-
-        def first():
-            return step.initial_state(self.config, self.model, self.transform, 0)
-
-        return jax.jit(first, out_shardings=self.placed)()
 
     def batch(self, number: int = 0):
         """A batch on the devices."""
         from lmscale_jax.model import mesh
 
-        return mesh.put_batch(self.batches[number % len(self.batches)], self.grid)
+        return mesh.put_batch(self.batches[number % len(self.batches)], self.setup.mesh)
 
     def device(self) -> dict:
-        first = self.grid.devices.flat[0]
+        first = self.setup.mesh.devices.flat[0]
         return {
             "platform": first.platform,
             "kind": first.device_kind,
-            "count": self.grid.devices.size,
+            "count": self.setup.mesh.size,
         }
 
 
@@ -48,33 +34,26 @@ def program(config, devices: list | None = None) -> Program:
 
     from lmscale_jax.data.batches import Batch
     from lmscale_jax.model import mesh
-    from lmscale_jax.model.build import build_model
-    from lmscale_jax.optim import build as optim
-    from lmscale_jax.train import step
+    from lmscale_jax.train.setup import build_setup
 
-    grid = mesh.make_mesh(config, devices)
-    platform = grid.devices.flat[0].platform
-    # Where documents are masked, token 0 marks their beginning; some batches hold several.
-    bos_id = 0 if config.model.mask == "document" else None
-    model = build_model(config, platform=platform, bos_id=bos_id, mesh=grid)
-    transform = optim.build_optimizer(config, model.param_rules, grid, platform)
-    placed = step.train_state_shardings(config, model, transform, grid)
+    # Token 0 marks the beginning of documents; some batches hold several.
+    setup = build_setup(config, 0, mesh.make_mesh(config, devices))
     size = (8, config.train.batch_size, config.data.seq_len + 1)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, size, np.int32)
     tokens[:, :, :: max(1, config.data.seq_len // 4)] = 0
     batches = [Batch(t[:, :-1].copy(), t[:, 1:].copy()) for t in tokens]
-    return Program(config, grid, model, transform, placed, batches)
+    return Program(setup, batches)
 
 
 class Steps(Turns):
     """Training steps on one batch, with what is measured in each of them."""
 
     def __init__(self, label: str, of: Program, measure: tuple[str, ...] = ()):
-        from lmscale_jax.train import step
+        from lmscale_jax.train.setup import TrainStep
 
         super().__init__(label, self._steps)
-        self._batch, self._state = of.batch(), of.initial()
-        take = step.TrainStep(of.config, of.model, of.grid, of.placed)
+        self._batch, self._state = of.batch(), of.setup.begin()
+        take = TrainStep(of.setup)
         self._take, self._hparams = (
             take.lower(self._state, self._batch, measure).compile(),
             take.hparams,

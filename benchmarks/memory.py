@@ -70,11 +70,11 @@ def cases() -> list[dict]:
 
 
 def described(row: dict):
-    """(config, mesh, model) of a case."""
+    """The setup of a case."""
     from lmscale_jax.config.resolve import resolve
-    from lmscale_jax.model import build
     from lmscale_jax.model.mesh import make_mesh, start_jax
     from lmscale_jax.train import aot
+    from lmscale_jax.train.setup import build_setup
 
     config = importlib.import_module(f"lmscale_jax.configs.{row['config']}").get_config()
     config.update_from_flattened_dict(row["changes"])
@@ -82,16 +82,13 @@ def described(row: dict):
     start_jax(config)
     where = row["where"]
     devices = None if where.startswith("cpu") else aot.parse_topology(where).devices()
-    mesh = make_mesh(config, devices)
-    model = build.build_model(config, platform=mesh.devices.flat[0].platform, mesh=mesh)
-    return config, mesh, model
+    return build_setup(config, None, make_mesh(config, devices))
 
 
 def compiled(row: dict) -> dict:
     from lmscale_jax.train import aot
 
-    config, mesh, model = described(row)
-    return aot.compiled_memory(aot.lower_step(config, model, mesh).compile())
+    return aot.compiled_memory(described(row).lower_step().compile())
 
 
 def measured(row: dict) -> dict:
@@ -101,20 +98,16 @@ def measured(row: dict) -> dict:
 
     from lmscale_jax.data.batches import Batch
     from lmscale_jax.model.mesh import put_batch
-    from lmscale_jax.optim import build as optim
-    from lmscale_jax.train import step
+    from lmscale_jax.train.setup import TrainStep
 
-    config, mesh, model = described(row)
-    transform = optim.build_optimizer(config, model.param_rules, mesh, "cpu")
-    placed = step.train_state_shardings(config, model, transform, mesh)
+    setup = described(row)
+    config, mesh = setup.config, setup.mesh
     shape = (config.train.batch_size, config.data.seq_len)
     rows = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
     batch = put_batch(Batch(rows, rows), mesh)
     jax.block_until_ready(batch)
     before = resident("VmRSS")
-    first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)
-    state = first()
-    take_step = step.TrainStep(config, model, mesh, placed)
+    state, take_step = setup.begin(), TrainStep(setup)
     for _ in range(3):
         state, metrics = take_step(state, batch)
         jax.block_until_ready((state, metrics))
@@ -142,8 +135,8 @@ def apart(row: dict, what: str) -> dict:
 def estimate(row: dict) -> dict:
     from lmscale_jax.train import aot
 
-    config, mesh, model = described(row)
-    return aot.memory_sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
+    setup = described(row)
+    return aot.memory_sizes(setup.config, setup.model, setup.mesh.shape, setup.platform)
 
 
 def key(row: dict) -> str:

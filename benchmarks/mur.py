@@ -42,22 +42,15 @@ class Form(interleave.Turns):
     """A compiled step that takes turns."""
 
     def __init__(self, label: str, shape: dict):
-        import jax
-
         from lmscale_jax.train import step
+        from lmscale_jax.train.setup import TrainStep
 
         super().__init__(label, self._steps)
         setup, measure, gradient = _setup(shape, *FORMS[label])
-        config, model, transform, grid = setup
         if gradient is not None:
             ours, step.make_gradient = step.make_gradient, lambda *_: _as_ours(gradient)
-        placed = step.train_state_shardings(config, model, transform, grid)
-        self._batch = _batch(shape, grid)
-        begin = jax.jit(
-            lambda: step.initial_state(config, model, transform, 0), out_shardings=placed
-        )
-        self._state = begin()
-        take = step.TrainStep(config, model, grid, placed)
+        self._batch, self._state = _batch(shape, setup.mesh), setup.begin()
+        take = TrainStep(setup)
         self._step = take.lower(self._state, self._batch, measure=measure).compile()
         self._hparams = take.hparams
         if gradient is not None:
@@ -90,32 +83,26 @@ def _setup(shape: dict, changes: dict, measure: tuple, form: str | None):
     from lmscale_jax.config.blocks import mur_layers
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model import mesh
-    from lmscale_jax.model.build import build_model
     from lmscale_jax.mur import utility
-    from lmscale_jax.optim import build as optim
+    from lmscale_jax.train.setup import build_setup
 
     how = {"model.stack": STACK.value, "model.remat": REMAT.value}
     config = config_of(shape, DTYPE.value, CORES.value, how | changes)
     config = resolve(config, shape["V"])
     mesh.start_jax(config)
-    grid = mesh.make_mesh(config)
-    model = build_model(config, platform="cpu", mesh=grid)
+    setup = build_setup(config, None)
     gradient = None
     if form:
         weigh = functools.partial(utility.token_weights, "mean", key=None, k=1, share=1.0)
         how = utility.Measure(config.mur.metric, config.mur.eps)
         layers, lam = mur_layers(config), config.mur.lambda_max
-        value = getattr(mur_forms, form)(config, model, how, lam, layers, weigh)
+        value = getattr(mur_forms, form)(config, setup.model, how, lam, layers, weigh)
 
         def gradient(params, batch, key, asked=None, step=None):
             # The step reports nothing, so what would be taken out is not missed.
             return *value(params, batch, key), {}
 
-    return (
-        (config, model, optim.build_optimizer(config, model.param_rules), grid),
-        measure,
-        gradient,
-    )
+    return setup, measure, gradient
 
 
 def _batch(shape: dict, grid):

@@ -60,12 +60,12 @@ def compiled_alone(config, mesh):
     """(a step, its FLOPs)."""
     from lmscale_jax.config.durations import tokens_per_step
     from lmscale_jax.model import flops
-    from lmscale_jax.model.build import build_model
-    from lmscale_jax.train import aot, gpu_report
+    from lmscale_jax.train import gpu_report
+    from lmscale_jax.train.setup import build_setup
 
-    model = build_model(config, platform="gpu", mesh=mesh)
-    program = aot.lower_step(config, model, mesh).compile(gpu_report.COMPILER_OPTIONS)
-    per_token = flops.flops_per_token(config, model.specs)["model"]
+    setup = build_setup(config, None, mesh)
+    program = setup.lower_step().compile(gpu_report.COMPILER_OPTIONS)
+    per_token = flops.flops_per_token(config, setup.model.specs)["model"]
     return program, per_token * tokens_per_step(config)
 
 
@@ -84,7 +84,7 @@ def compiled_pack(config, mesh, count: int):
         copy.seed, copy.data.seed = seed, seed
         return copy
 
-    together = population.Population([member(k) for k in range(count)], mesh)
+    together = population.Population([member(k) for k in range(count)], None, mesh)
     on_device = jax.sharding.SingleDeviceSharding(mesh.devices.flat[0])
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device),

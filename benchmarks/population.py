@@ -20,8 +20,8 @@ from lmscale_jax import cli
 from lmscale_jax.configs import base
 from lmscale_jax.model import mesh
 from lmscale_jax.sweeps import population
-from lmscale_jax.train import step
 from lmscale_jax.train.run import build_run
+from lmscale_jax.train.setup import TrainStep
 
 WIDTHS = flags.DEFINE_list("widths", ["16", "32", "64", "128", "256"], "model.d_model")
 COUNTS = flags.DEFINE_list("counts", ["1", "2", "4", "8", "16"], "members")
@@ -47,8 +47,8 @@ class Alone:
     """The step of an ordinary run, again and again."""
 
     def __init__(self, run):
-        self._state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
-        self._take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+        self._state = run.begin()
+        self._take = TrainStep(run)
         self._batch = mesh.put_batch(run.batches.at(0), run.mesh)
 
     def turn(self) -> None:
@@ -62,7 +62,7 @@ class Together:
 
     def __init__(self, run, count: int):
         members = [ConfigDict(run.config.to_dict() | {"seed": seed}) for seed in range(count)]
-        self._population = population.Population(members)
+        self._population = population.Population(members, run.data.boundary)
         self._state = self._population.begin()
         self._batches = population.batch_reader(members, run.data)(0, 10)
 

@@ -24,7 +24,7 @@ def watch() -> None:
 
     from lmscale_jax.train import loop
 
-    prepare, restore, make = run.build_run, loop.restore_or_begin, loop.step.TrainStep
+    prepare, restore, make = run.build_run, loop.restore_or_begin, loop.TrainStep
 
     def marked_prepare(*arguments):
         mark("imports, devices")
@@ -56,7 +56,7 @@ def watch() -> None:
 
         return first
 
-    run.build_run, loop.restore_or_begin, loop.step.TrainStep = (
+    run.build_run, loop.restore_or_begin, loop.TrainStep = (
         marked_prepare,
         marked_restore,
         marked_step,

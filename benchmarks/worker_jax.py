@@ -71,21 +71,15 @@ class Steps:
 
         from lmscale_jax.config.durations import tokens_per_step
         from lmscale_jax.model import flops
-        from lmscale_jax.model.build import build_model
-        from lmscale_jax.optim import build as optim
         from lmscale_jax.optim import muon
-        from lmscale_jax.train import step
+        from lmscale_jax.train.setup import TrainStep, build_setup
 
         if CALLS.value == "each":
             muon.orthogonalize = one_by_one
-        self._grid = mesh.make_mesh(config)
+        setup = build_setup(config, 0)
+        self._grid, model = setup.mesh, setup.model
         self.device = self._grid.devices.flat[0]
-        platform = self.device.platform
-        model = build_model(config, platform=platform, mesh=self._grid, bos_id=0)
-        transform = optim.build_optimizer(config, model.param_rules, self._grid, platform)
-        placed = step.train_state_shardings(config, model, transform, self._grid)
-        self._state = step.begin_state(config, model, transform, placed)
-        self._take = step.TrainStep(config, model, self._grid, placed)
+        self._state, self._take = setup.begin(), TrainStep(setup)
         self._batches, self._done = random_batches(config), 0
         self.choices = dict(model.choices)
         per_token = flops.flops_per_token(config, model.specs)["model"]

@@ -12,8 +12,9 @@ import pytest
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import mesh
 from lmscale_jax.optim.layerwise import averaged_params
-from lmscale_jax.train import checkpoint, loop, metrics, step
+from lmscale_jax.train import checkpoint, loop, metrics
 from lmscale_jax.train.run import build_run
+from lmscale_jax.train.setup import TrainStep
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -58,12 +59,8 @@ def same(a: dict, b: dict) -> None:
 def from_checkpoint(config, parent, at: int) -> dict:
     """The parameters after the steps of a config from a checkpoint on, without any branch."""
     run = build_run(config, parent, **silent)
-    begin = jax.eval_shape(lambda: step.initial_state(run.config, run.model, run.transform, 0))
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), begin, run.shardings
-    )
-    state, _ = checkpoint.Checkpoints(parent).restore_step(at, abstract)
-    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+    state, _ = checkpoint.Checkpoints(parent).restore_step(at, run.abstract_state())
+    take = TrainStep(run)
     for t in range(at, config.train.steps):
         state, _ = take(state, mesh.put_batch(run.batches.at(t), run.mesh))
     return state.params
@@ -166,8 +163,8 @@ def test_a_stopped_branch_goes_on_without_its_parent(make, tmp_path, monkeypatch
 
 def test_the_mean_of_weights_is_what_it_says(make):
     run = build_run(make(optim__ema_decay=0.5), None, **silent)
-    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
-    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+    state = run.begin()
+    take = TrainStep(run)
     mean = np.asarray(state.params["embed"]["tokens"], np.float64)
     for t in range(12):
         state, _ = take(state, mesh.put_batch(run.batches.at(t), run.mesh))

@@ -15,9 +15,9 @@ from lmscale_jax.configs.base import get_config
 from lmscale_jax.data import encode, tokenizers
 from lmscale_jax.data.prepare import (
     find_manifest,
+    find_token_ids,
     prepare_data,
     prepare_directory,
-    vocab_size_of,
 )
 from lmscale_jax.data.shards import ShardWriter
 from lmscale_jax.data.tokenizers import BytePairs
@@ -62,7 +62,7 @@ def test_hash_split_loses_and_shares_nothing(tmp_path, tokenizer):
         assert counts["documents"] == len(documents)
         assert counts["bytes"] == len("".join(documents).encode())
         assert counts["tokens"] == getattr(prepared, side).n_tokens
-    assert prepared.vocab_size == vocab_size_of(cfg) == len(prepared.token_bytes)
+    assert prepared.vocab_size == find_token_ids(cfg).vocab_size == len(prepared.token_bytes)
 
 
 def test_split_depends_neither_on_order_nor_on_other_documents(tmp_path):
@@ -111,7 +111,7 @@ def test_tail_split_of_one_text_is_nanogpts(tmp_path, n):
     val = [chars.index(c) for c in data[int(n * 0.9) :]]
     assert prepared.train.read(0, prepared.train.n_tokens).tolist() == train
     assert prepared.val.read(0, prepared.val.n_tokens).tolist() == val
-    assert prepared.vocab_size == vocab_size_of(cfg) == 7
+    assert prepared.vocab_size == find_token_ids(cfg).vocab_size == 7
     assert prepared.boundary is None
 
 
@@ -222,7 +222,9 @@ def test_a_prepared_directory_is_a_bin_source(tmp_path):
     cfg = config(tmp_path, source="bin", path=str(tmp_path / "out"))
     data = prepare_data(cfg, 0, log=quiet)
     assert data.fingerprint == shards.fingerprint
-    assert data.tokenizer.name == "bytes" and data.vocab_size == vocab_size_of(cfg) == 257
+    assert (
+        data.tokenizer.name == "bytes" and data.vocab_size == find_token_ids(cfg).vocab_size == 257
+    )
     for name, value in (("val_path", "val.bin"), ("document_mark", 256)):
         with pytest.raises(InputError, match=rf"data\.{name}={value}: .* use data\.{name}=(''|-1)"):
             prepare_data(
@@ -234,7 +236,10 @@ def test_a_glob_of_prepared_shards_finds_their_manifest_or_is_refused(tmp_path):
     shards = prepare_directory(lines_config(tmp_path), tmp_path / "out", log=quiet)
     cfg = config(tmp_path, source="bin", path=f"{tmp_path}/out/*.bin")
     data = prepare_data(cfg, 0, log=quiet)
-    assert data.fingerprint == shards.fingerprint and data.vocab_size == vocab_size_of(cfg) == 257
+    assert (
+        data.fingerprint == shards.fingerprint
+        and data.vocab_size == find_token_ids(cfg).vocab_size == 257
+    )
     assert (data.tokenizer.name, data.boundary) == ("bytes", 256)
     assert data.token_bytes is not None and find_manifest(cfg) == shards.manifest
     write_shard(tmp_path, "web_train", [1, 2, 3])
@@ -275,7 +280,7 @@ def test_bare_shards_are_checked_once(tmp_path):
     assert prepare_data(cfg, 1000, log=pytest.fail).fingerprint == first.fingerprint
     with pytest.raises(InputError, match="token 500 has id 500, beyond the vocabulary of 500"):
         prepare_data(cfg, 500, log=quiet)
-    assert vocab_size_of(cfg) == 0
+    assert find_token_ids(cfg).vocab_size == 0
     cfg.update(path=f"{tmp_path}/web_val*.bin", val_path=f"{tmp_path}/web_train*.bin")
     swapped = prepare_data(cfg, 1000, log=quiet)
     assert (swapped.train.n_tokens, swapped.val.n_tokens) == (50, 900)

@@ -83,7 +83,7 @@ def test_data_is_prepared_with_it_and_again_when_it_changes(folder, corpus, tmp_
     config.data.val_fraction = 0.2
     data = prepare.prepare_data(config.data, 0, log=lambda line: None)
     ours = hf_tokenizers.load_pretrained(folder)
-    assert data.vocab_size == ours.vocab_size == prepare.vocab_size_of(config.data)
+    assert data.vocab_size == ours.vocab_size == prepare.find_token_ids(config.data).vocab_size
     resolved = resolve(config, data.vocab_size)
     assert resolved.model.vocab_size == ours.vocab_size
     tokens = np.array(data.val.read(0, 2000))

@@ -252,7 +252,7 @@ def test_a_published_tokenizer_by_name(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", download)
     named = {"data.tokenizer": "hf", "data.tokenizer_path": "gpt2"}
     data = data_of(written_dataset(folder, "parquet") | named, tmp_path)
-    assert prepare.vocab_size_of(data) == 281
+    assert prepare.find_token_ids(data).vocab_size == 281
     prepared_data = prepare.prepare_data(data, 0, log=lambda line: None)
     assert prepared_data.vocab_size == 281 and prepared_data.tokenizer.boundary == 280
     repo_name = "openai-community/gpt2"

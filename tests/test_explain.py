@@ -14,6 +14,7 @@ from lmscale_jax.model import build
 from lmscale_jax.model.mesh import make_mesh
 from lmscale_jax.optim import schedules
 from lmscale_jax.train import aot, explain
+from lmscale_jax.train.setup import build_setup
 
 
 @pytest.fixture(autouse=True)
@@ -264,15 +265,15 @@ def test_estimate_of_memory_is_near_the_compilers(small, dtype):
         small(model__d_model=128, data__seq_len=128, train__batch_size=32, model__dtype=dtype), 1024
     )
     mesh = make_mesh(config, jax.devices()[:1])
-    model = build.build_model(config, platform="cpu")
-    compiled_bytes = aot.compiled_memory(aot.lower_step(config, model, mesh).compile())
+    setup = build_setup(config, None, mesh)
+    compiled_bytes = aot.compiled_memory(setup.lower_step().compile())
     assert compiled_bytes["peak"] == sum(
         compiled_bytes[name] * sign
         for name, sign in (("arguments", 1), ("outputs", 1), ("aliased", -1), ("temporaries", 1))
     )
     # AdamW's state, which is given back in place, a counter or two and the batch.
     batch = 2 * 4 * 32 * 128
-    ours = aot.memory_sizes(config, model, mesh.shape, "cpu")
+    ours = aot.memory_sizes(config, setup.model, mesh.shape, "cpu")
     state = ours["parameters"] + ours["optimizer"]
     assert compiled_bytes["arguments"] == pytest.approx(state + batch, abs=200)
     assert ours["total"] == pytest.approx(compiled_bytes["peak"], rel=0.2)

@@ -7,7 +7,6 @@ import pkgutil
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 import lmscale_jax
@@ -16,12 +15,9 @@ from lmscale_jax.config.keys import get, keys
 from lmscale_jax.config.ladder_keys import LADDER
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
-from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
-from lmscale_jax.model.build import build_model
-from lmscale_jax.model.mesh import make_mesh
-from lmscale_jax.optim import build as optim
-from lmscale_jax.train import diagnostics, step
+from lmscale_jax.train import diagnostics
+from lmscale_jax.train.setup import build_setup
 
 ROOT = Path(__file__).parents[1]
 KEYS = dict(keys())
@@ -120,18 +116,14 @@ def program(changes: tuple) -> str:
     config = base.get_config()
     with config.ignore_type():
         config.update_from_flattened_dict(dict(changes))
-    config = resolve(config)
-    mesh = make_mesh(config)
-    model = build_model(config, platform="cpu", mesh=mesh, bos_id=0)
-    transform = optim.build_optimizer(config, model.param_rules, mesh, "cpu")
-    placed = step.train_state_shardings(config, model, transform, mesh)
-    state = jax.eval_shape(lambda: step.initial_state(config, model, transform, 0))
-    rows = jax.ShapeDtypeStruct((config.train.batch_size, config.data.seq_len), np.int32)
+    setup = build_setup(resolve(config), 0)
     due = tuple(
-        name for name in diagnostics.due_measurements(config, config.log.every) if name != "norms"
+        name
+        for name in diagnostics.due_measurements(setup.config, setup.config.log.every)
+        if name != "norms"
     )
-    lowered = step.TrainStep(config, model, mesh, placed).lower(state, Batch(rows, rows), due)
-    return f"{lowered.as_text()}\n{jax.make_jaxpr(model.init)(jax.random.key(0))}"
+    text = setup.lower_step(due).as_text()
+    return f"{text}\n{jax.make_jaxpr(setup.model.init)(jax.random.key(0))}"
 
 
 def program_of(path: str, choice: str) -> str:

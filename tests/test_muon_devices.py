@@ -55,7 +55,7 @@ def test_eight_devices_train_alike(settings, tmp_path, name, grid):
             np.testing.assert_allclose(value, b[key], rtol=bound, err_msg=key)
 
 
-PRINT = "print(compiled_step(*setup(argument)).as_text())"
+PRINT = "print(setup(argument).lower_step().compile().as_text())"
 COLLECTIVE = re.compile(
     r"= \S+ (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|"
     r"collective-broadcast|ragged-all-to-all)(-start)?\("

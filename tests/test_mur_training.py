@@ -9,8 +9,8 @@ import pytest
 from conftest import finish, record
 
 from lmscale_jax.model import mesh
-from lmscale_jax.train import step
 from lmscale_jax.train.run import build_run
+from lmscale_jax.train.setup import TrainStep
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -24,8 +24,8 @@ def prepared(small, **changes):
 
 def steps_of(run, count: int, measure=()):
     """(state, metrics) after `count` steps."""
-    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
-    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+    state = run.begin()
+    take = TrainStep(run)
     for t in range(count):
         batch = mesh.put_batch(run.batches.at(t), run.mesh)
         state, metrics = take(state, batch, measure=measure)
@@ -97,8 +97,8 @@ def test_running_means_and_thresholds(small):
     run = prepared(
         small, **UPDATE, mur__decay=0.5, mur__tau_kind="quantile", mur__start=0.0, mur__end=1.0
     )
-    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
-    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
+    state = run.begin()
+    take = TrainStep(run)
     sums, weight, last_tau = 0.0, 0.0, np.zeros(2)
     for t in range(3):
         batch = mesh.put_batch(run.batches.at(t), run.mesh)
@@ -115,31 +115,12 @@ def test_running_means_and_thresholds(small):
     np.testing.assert_allclose(metrics["mur/multiplier"], 1 + 0.4 * strength * low_L, rtol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_bad_batch_leaves_the_running_means(small):
-    run = prepared(small, **UPDATE)
-    state = jax.jit(lambda: step.initial_state(run.config, run.model, run.transform, 0))()
-    take = step.TrainStep(run.config, run.model, run.mesh, run.shardings)
-    batch = mesh.put_batch(run.batches.at(0), run.mesh)
-    state, _ = take(state, batch)
-    embed = jax.tree.map(lambda x: x * np.nan, state.params["embed"])
-    broken = state._replace(params=state.params | {"embed": embed})
-    before = jax.tree.map(np.array, broken.utility)
-    after, metrics = take(broken, batch)
-    assert int(metrics["bad"]) == 1
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after.utility), strict=True):
-        np.testing.assert_array_equal(a, np.asarray(b))
-
-
 def test_off_costs_nothing(small):
     """Without the mode, and on steps that do not report in diagnose mode, the same program."""
 
     def program(**changes):
         run = prepared(small, **changes)
-        optimizer = lambda _: run.transform  # noqa: E731
-        train_step = step.make_train_step(run.config, run.model, optimizer, run.mesh)
-        state = jax.eval_shape(lambda: step.initial_state(run.config, run.model, run.transform, 0))
-        return jax.jit(train_step).lower(state, run.batches.at(0)).as_text()
+        return run.lower_step().as_text()
 
     assert program() == program(mur__mode="diagnose")
 

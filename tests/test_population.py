@@ -1,9 +1,7 @@
 """Populations against solo runs, and the optimum of a sweep."""
 
-import functools
 import json
 
-import jax
 import numpy as np
 import pytest
 from conftest import run
@@ -22,7 +20,7 @@ from lmscale_jax.train.run import build_run
 def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     """Losses of a population against train/step.py on each member's own config."""
     from lmscale_jax.model import mesh
-    from lmscale_jax.train import step
+    from lmscale_jax.train.setup import TrainStep
 
     changes = {"train__steps": 30, "mesh__cpu_devices": 1, "optim__name": optimizer}
     changes["model__n_layers"] = 1
@@ -40,9 +38,7 @@ def test_members_are_the_runs_they_stand_for(small, parametrization, optimizer):
     result = population.train_population([alone.config for alone in runs], runs[0].data)
     assert result.train_loss_KxS.shape == (2, 30)
     for k, alone in enumerate(runs):
-        begin = functools.partial(step.initial_state, alone.config, alone.model, alone.transform)
-        state = jax.jit(lambda b=begin, s=alone.config.seed: b(s))()
-        take = step.TrainStep(alone.config, alone.model, alone.mesh, alone.shardings)
+        state, take = alone.begin(), TrainStep(alone)
         losses = []
         for t in range(30):
             state, metrics = take(state, mesh.put_batch(alone.batches.at(t), alone.mesh))

@@ -248,9 +248,9 @@ def forget_peak():
 
 launch = distributed.Launch("hosts", f"127.0.0.1:{port}", 4, index)
 with distributed.join_processes(launch, config, {}):
-    config, grid, model, transform, placed = parts = setup(changes)
-    state, _ = abstract(*parts)
-    first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)
+    setup = setup(changes)
+    state = setup.abstract_state()
+    first = jax.jit(lambda: setup.initial(0), out_shardings=setup.shardings)
     first = first.lower().compile()
     checkpoint.Checkpoints(Path(folder)).manager  # what importing Orbax takes
     forget_peak()

@@ -14,7 +14,7 @@ SIZES = {
     "model.n_heads": 4, "model.d_ff": 128, "model.stack": "scan", "model.head": "untied",
     "model.positions": "learned", "data.seq_len": 32, "train.batch_size": 16,
 }  # fmt: skip
-PRINT = "print(compiled_step(*setup(argument)).as_text())"
+PRINT = "print(setup(argument).lower_step().compile().as_text())"
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -66,13 +66,12 @@ def test_sequence_gathers_keys_and_values(tmp_path):
 
 
 MEASURE = """
-config, grid, model, transform, placed = parts = setup(argument)
-state, batch = abstract(*parts)
-first = jax.jit(lambda: step.initial_state(config, model, transform, 0), out_shardings=placed)
+setup = setup(argument)
+state, batch = setup.abstract_state(), setup.abstract_batch()
 programs = {
-    "init": first.lower(),
-    "step": step.TrainStep(config, model, grid, placed).lower(state, batch),
-    "loss": perplexity.make_loss_sums(model, grid).lower(state.params, batch),
+    "init": jax.jit(lambda: setup.initial(0), out_shardings=setup.shardings).lower(),
+    "step": setup.lower_step(),
+    "loss": perplexity.make_loss_sums(setup.model, setup.mesh).lower(state.params, batch),
     "checksums": jax.jit(checkpoint.checksums).lower(state),
 }
 sizes = {"parameters": 4 * sum(x.size for x in jax.tree.leaves(state.params))}
@@ -114,10 +113,8 @@ grids, optimizers = argument
 for name in optimizers:
     states = []
     folder = Path(tempfile.mkdtemp())
-    parts = setup(grids[0] | {"optim.name": name})
-    config, grid, model, transform, placed = parts
-    state, _ = abstract(*parts)
-    leaves, tree = jax.tree.flatten(state)
+    first = setup(grids[0] | {"optim.name": name})
+    leaves, tree = jax.tree.flatten(first.abstract_state())
     keys = jax.random.split(jax.random.key(0), len(leaves))
 
     def fill(keys):
@@ -126,14 +123,13 @@ for name in optimizers:
             for k, x in zip(keys, leaves, strict=True)
         ])
 
-    there = jax.jit(fill, out_shardings=placed)(keys)
+    there = jax.jit(fill, out_shardings=first.shardings)(keys)
     saved = checkpoint.Checkpoints(folder)
     saved.save(3, there, {})
     saved.wait()
     saved.close()
     for changes in grids[1:]:
-        parts = setup(changes | {"optim.name": name})
-        wanted, _ = abstract(*parts)
+        wanted = setup(changes | {"optim.name": name}).abstract_state()
         here, host = checkpoint.Checkpoints(folder).restore(wanted, print)
         for (path, a), b, w in zip(
             jax.tree_util.tree_leaves_with_path(here), jax.tree.leaves(there),
@@ -187,8 +183,7 @@ counts = []
 for changes in argument:
     texts = []
     for kernels.KERNELS["plain"] in (plain, stand_in):
-        config, grid, model, *_ = setup(changes)
-        texts.append(aot.lower_step(config, model, grid).as_text())
+        texts.append(setup(changes).lower_step().as_text())
     # In a program of all devices such an operation is left for XLA's partitioner to call back.
     assert "CustomSPMDPartitioning" not in texts[1], changes
     kinds = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "collective_permute")
@@ -223,12 +218,11 @@ for changes in argument:
     config = base.get_config()
     config.update_from_flattened_dict(changes)
     config = resolve(config, 64)
-    grid = meshes.make_mesh(config, devices)
-    model = build_model(config, platform=devices[0].platform, mesh=grid)
-    assert model.choices["attention"].startswith("cudnn"), model.choices
+    setup = build_setup(config, None, make_mesh(config, devices))
+    assert setup.model.choices["attention"].startswith("cudnn"), setup.model.choices
     # There is no device to try several forms of a kernel on.
     options = {"xla_gpu_autotune_level": 0}
-    programs.append(aot.lower_step(config, model, grid).compile(options).as_text())
+    programs.append(setup.lower_step().compile(options).as_text())
 print(json.dumps(programs))
 """
 

@@ -16,7 +16,7 @@ from lmscale_jax.ladders import pack
 from lmscale_jax.optim.layerwise import averaged_params
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.sweeps import population
-from lmscale_jax.train import checkpoint, evaluation, loop, restore, step
+from lmscale_jax.train import checkpoint, evaluation, loop, restore
 from lmscale_jax.train import run as runs
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -48,7 +48,7 @@ def same(a, b) -> bool:
 def state_of(workdir, config):
     """The state of a run's last checkpoint."""
     setup = runs.build_run(config, workdir, quiet)
-    abstract = step.abstract_state(setup.config, setup.model, setup.transform, setup.shardings)
+    abstract = setup.abstract_state()
     checkpoints = checkpoint.Checkpoints(workdir)
     state, _ = checkpoints.restore_step(checkpoints.find_step(), abstract)
     checkpoints.close()

@@ -21,7 +21,7 @@ from lmscale_jax.config.key import Modes
 from lmscale_jax.data import hf_tokenizers, sources, tokenizers
 from lmscale_jax.data.shards import SIDES, Shards, ShardWriter
 from lmscale_jax.data.split import SPLITS, side_of, split_documents, unique_documents
-from lmscale_jax.data.tokenizer_base import Tokenizer
+from lmscale_jax.data.tokenizer_base import TokenIds, Tokenizer, token_ids_of
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import read_json, user_path, write_json
 
@@ -208,13 +208,13 @@ class TokenizerKind(NamedTuple):
 
     Attributes:
       make: (data_cfg, characters of the source) -> the tokenizer.
-      vocab_size: data_cfg -> its ids, before anything is prepared.
+      token_ids: data_cfg -> its `TokenIds`, before anything is prepared.
       keys: of `data` that decide it.
       files: data_cfg -> files that decide it, or None where it has none.
     """
 
     make: Callable
-    vocab_size: Callable
+    token_ids: Callable
     keys: tuple[str, ...] = ()
     files: Callable = lambda data_cfg: None
 
@@ -223,16 +223,21 @@ TOKENIZER_KINDS = Modes(
     "data.tokenizer",
     {
         "bytes": TokenizerKind(
-            lambda data_cfg, n: tokenizers.Bytes(), lambda data_cfg: tokenizers.Bytes.vocab_size
+            lambda data_cfg, n: tokenizers.Bytes(),
+            lambda data_cfg: token_ids_of(tokenizers.Bytes),
         ),
         "char": TokenizerKind(
             lambda data_cfg, n: char_tokenizer(data_cfg),
-            lambda data_cfg: char_tokenizer(data_cfg).vocab_size,
+            lambda data_cfg: token_ids_of(char_tokenizer(data_cfg)),
         ),
-        "bpe": TokenizerKind(_trained, lambda data_cfg: data_cfg.vocab_size, keys=("vocab_size",)),
+        "bpe": TokenizerKind(
+            _trained,
+            lambda data_cfg: TokenIds(data_cfg.vocab_size, data_cfg.vocab_size - 1),
+            keys=("vocab_size",),
+        ),
         "hf": TokenizerKind(
             lambda data_cfg, n: _published(data_cfg),
-            lambda data_cfg: _published(data_cfg).vocab_size,
+            lambda data_cfg: token_ids_of(_published(data_cfg)),
             files=_published_files,
         ),
     },

@@ -103,7 +103,7 @@ def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
             f"model.vocab_size={vocab_size}: bare shards (data.path={data_cfg.path}) do not say "
             f"how many ids they use; set model.vocab_size, for example 50257 for GPT-2's tokenizer"
         )
-    mark = None if data_cfg.document_mark < 0 else data_cfg.document_mark
+    mark = mark_of(data_cfg)
     if mark is not None and mark >= vocab_size:
         raise InputError(
             f"data.document_mark={mark} is not below model.vocab_size={vocab_size}; use the id "
@@ -113,6 +113,11 @@ def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
     for side, shards in sides.items():
         manifest["splits"][side]["fingerprint"] = _scan_cached(shards, cache, log)
     return Prepared(sides["train"], sides["val"], manifest, None, vocab_size, boundary=mark)
+
+
+def mark_of(data_cfg) -> int | None:
+    """Returns the id of the document mark of bare shards; None: they have none."""
+    return None if data_cfg.document_mark < 0 else data_cfg.document_mark
 
 
 def _prepared_directory(data_cfg) -> Path | None:

@@ -24,10 +24,12 @@ from lmscale_jax.data.open_shards import (
     Prepared,
     bin_manifest,
     manifest_in,
+    mark_of,
     open_bin,
     open_directory,
 )
 from lmscale_jax.data.shards import FORMAT, MANIFEST, file_state, read_manifest, short_hash
+from lmscale_jax.data.tokenizer_base import TokenIds, token_ids_of
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import user_path, write_json
 
@@ -92,18 +94,18 @@ def prepare_directory(data_cfg, out_dir: Path, log: Log = print) -> Prepared:
     return _find_or_build(out_dir, data_cfg, settings, cache, log)
 
 
-def vocab_size_of(data_cfg) -> int:
-    """Returns the vocabulary size before data are prepared; 0: unknown.
+def find_token_ids(data_cfg) -> TokenIds:
+    """Returns vocabulary size and document mark before data are prepared, as far as known.
 
     Raises:
         InputError: the source that must be read for this (char, prepared shards) is bad.
     """
     if vocab_size := corpora.corpus_vocab_size(data_cfg):
-        return vocab_size
+        return TokenIds(vocab_size, corpora.SHARDS_MARK)
     cache = cache_root(data_cfg)
     corpora.fetch_tokenizer(data_cfg, cache, lambda line: None)
     data_cfg = corpora.plain_source(data_cfg, cache)
-    return PREPARATIONS[data_cfg.source].vocab_size(data_cfg, cache)
+    return PREPARATIONS[data_cfg.source].token_ids(data_cfg, cache)
 
 
 def cache_root(data_cfg) -> Path:
@@ -236,9 +238,10 @@ def _open_text(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
     )
 
 
-def _bin_vocab_size(data_cfg, cache: Path) -> int:
-    tokenizer = bin_manifest(data_cfg, cache)["tokenizer"]
-    return tokenizer["vocab_size"] if tokenizer else 0
+def _bin_token_ids(data_cfg, cache: Path) -> TokenIds:
+    if tokenizer := bin_manifest(data_cfg, cache)["tokenizer"]:
+        return TokenIds(tokenizer["vocab_size"], tokenizer["boundary"])
+    return TokenIds(0, mark_of(data_cfg))
 
 
 class Preparation(NamedTuple):
@@ -247,12 +250,12 @@ class Preparation(NamedTuple):
     Attributes:
       open: (data_cfg, vocab_size, cache, log) -> Prepared.
       find_manifest: (data_cfg, cache) -> manifest of the prepared data, or None.
-      vocab_size: (data_cfg, cache) -> vocabulary size before preparing; 0: unknown.
+      token_ids: (data_cfg, cache) -> `TokenIds` before preparing.
     """
 
     open: Callable
     find_manifest: Callable
-    vocab_size: Callable
+    token_ids: Callable
 
 
 _TEXT = Preparation(
@@ -260,12 +263,12 @@ _TEXT = Preparation(
     lambda data_cfg, cache: manifest_in(
         _cache_directory(cache, data_cfg, _prepared_settings(data_cfg))
     ),
-    lambda data_cfg, cache: encode.TOKENIZER_KINDS[data_cfg.tokenizer].vocab_size(data_cfg),
+    lambda data_cfg, cache: encode.TOKENIZER_KINDS[data_cfg.tokenizer].token_ids(data_cfg),
 )
 _SHARDS = Preparation(
     open_bin,
     bin_manifest,
-    _bin_vocab_size,
+    _bin_token_ids,
 )
 PREPARATIONS = Modes(
     "data.source",
@@ -276,7 +279,7 @@ PREPARATIONS = Modes(
         "mixture": Preparation(
             lambda data_cfg, vocab_size, cache, log: _open_mixture(data_cfg, cache),
             lambda data_cfg, cache: _open_mixture(data_cfg, cache).manifest,
-            lambda data_cfg, cache: _open_mixture(data_cfg, cache).vocab_size,
+            lambda data_cfg, cache: token_ids_of(_open_mixture(data_cfg, cache)),
         ),
     },
 )

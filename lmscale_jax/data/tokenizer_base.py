@@ -8,12 +8,30 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lmscale_jax.files import atomic_write
 
 FILE_NAME = "tokenizer.json"
+
+
+class TokenIds(NamedTuple):
+    """What a model must know of the ids that it reads.
+
+    Attributes:
+        vocab_size: number of ids, the boundary token included; 0: not known.
+        boundary: id of the token before every document; None: there is none.
+    """
+
+    vocab_size: int
+    boundary: int | None
+
+
+def token_ids_of(holder) -> TokenIds:
+    """Returns the ids of a tokenizer, or of prepared data."""
+    return TokenIds(holder.vocab_size, holder.boundary)
 
 
 class Tokenizer:

@@ -102,7 +102,7 @@ class Pack:
         self.members, self._say = [Member(opened) for opened in open_runs], say
         first, configs = open_runs[0].run, [opened.run.config for opened in open_runs]
         self._config = first.config
-        self._population = population.Population(configs)
+        self._population = population.Population(configs, first.data.boundary)
         self._read = population.batch_reader(configs, first.data)
         self._redundancy_steps = redundancy.redundancy_steps(self._config)
         self._compiled: set[tuple] = set()

@@ -113,7 +113,7 @@ def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
     grid.check_ladder(ladder)
     ladder = ConfigDict(ladder.to_dict())
     ladder.run.model.dtype = RUN_DTYPES[ladder.dtype](ladder)
-    vocab_size = prepare.vocab_size_of(ladder.run.data)
+    vocab_size = prepare.find_token_ids(ladder.run.data).vocab_size
     if not vocab_size:
         data, model = ladder.run.data, ladder.run.model
         vocab_size = prepare.prepare_data(data, model.vocab_size, say).vocab_size

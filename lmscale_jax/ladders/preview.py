@@ -117,6 +117,7 @@ def process_memory(plan: LadderPlan, cell: Cell) -> str:
     """Formats the peak memory of a training step in one process with one device, in MiB."""
     config = resolve(plan.config(cell, Path()), plan.vocab_size)
     platform = "cpu" if executors.runs_on_cpu() else "gpu"
-    model = build_model(config, platform=platform)
+    boundary = prepare.find_token_ids(config.data).boundary
+    model = build_model(config, platform=platform, bos_id=boundary)
     size = aot.memory_sizes(config, model, {}, platform)["total"]
     return f"{size / 2**20:,.0f} MiB"

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from lmscale_jax.config.key import TABLES, Modes
+from lmscale_jax.errors import InputError
 from lmscale_jax.model import (
     attention,
     fp8,
@@ -43,8 +44,8 @@ class Model(NamedTuple):
       losses: (params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None) -> nll_BxT
         float32 in nats, 0 where the target is -1; with a `BlockWrapper` the result of its `close`.
         `step` sets the size of growing windows; None: full.
-      taps: (params, tokens_BxT, keep) -> the results of `keep(name, activation)`, as {"embed",
-        "blocks": {name: [L, ...]}, "final" (the input of the last norm), "logits"}.
+      taps: (params, tokens_BxT, keep, step=None) -> the results of `keep(name, activation)`, as
+        {"embed", "blocks": {name: [L, ...]}, "final" (the input of the last norm), "logits"}.
       choices: {name: implementation and reason}, for people to read.
     """
 
@@ -67,10 +68,10 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
       mesh: of `losses` and `taps`; it must divide their batches. `logits` takes any batch.
 
     Raises:
-      InputError: a choice of a key is not implemented, or not supported on this platform.
+      InputError: a choice cannot be honoured, on this platform or without a `bos_id`.
     """
     model = config.model
-    _check_choices(model)
+    _check_choices(config, bos_id)
     sharding = ShardingContext(mesh if mesh is not None and mesh.size > 1 else None)
     kernel, why = kernels.choose_kernel(config, platform, sharding)
     stack = STACKS[model.stack](model, platform)
@@ -103,9 +104,9 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
         )
         return nll_BxT if wrapper is None else wrapper.close(nll_BxT, wrapper_output)
 
-    def taps(params, tokens_BxT, keep):
+    def taps(params, tokens_BxT, keep, step=None):
         params = parametrization.multiplied_params(param_rules, params)
-        h_NxD, context = begin(params, tokens_BxT, fixed.replace(keep=keep))
+        h_NxD, context = begin(params, tokens_BxT, fixed.replace(keep=keep), step=step)
         stored = {"embed": keep("embed", h_NxD)}
         h_NxD, stored["blocks"], _ = run(params["blocks"], h_NxD, context)
         stored["final"] = keep("final", h_NxD)
@@ -123,18 +124,36 @@ def _final_norm(definition, params, h_NxD, context: ForwardContext):
     return nnx.merge(definition, params["readout"]).norm(h_NxD, context)
 
 
-def _check_choices(model) -> None:
-    """Raises InputError if a choice is not implemented, even if other keys make it irrelevant."""
+def _check_choices(config, bos_id: int | None) -> None:
+    """Raises InputError if a choice is not implemented, even if other keys make it irrelevant.
+
+    Also where a mask needs to know where documents begin, and nothing says so.
+    """
+    model, data = config.model, config.data
     for path, tables in TABLES.items():
         group, _, name = path.partition(".")
         for table in tables if group == "model" else ():
             table[model[name]]
+    if bos_id is None and skip_connections.MASKS[model.mask] is not None:
+        raise InputError(
+            f"config.model.mask={model.mask!r} needs document marks, which data.source="
+            f"{data.source} with data.tokenizer={data.tokenizer} and data.document_mark="
+            f"{data.document_mark} does not have; use 'causal', or for bare shards of GPT-2's "
+            f"tokens data.document_mark=50256"
+        )
+
+
+def declare_specs(config, platform: str) -> dict:
+    """Returns `Model.specs` of a resolved config, without anything that needs data or devices."""
+    kernel, _ = kernels.choose_kernel(config, platform, ShardingContext())
+    return _declare(config.model, kernel)[1]
 
 
 def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id, step=None):
     """Returns (h_NxD, context): the embedding, and the context of a pass over these tokens."""
     (B, T), mask = tokens_BxT.shape, skip_connections.MASKS[config.model.mask]
-    context = context.replace(batch=B, length=T, document_starts_BxT=mask(tokens_BxT, bos_id))
+    starts_BxT = mask and mask(tokens_BxT, bos_id)
+    context = context.replace(batch=B, length=T, document_starts_BxT=starts_BxT)
     embed = nnx.merge(defs["embed"], params["embed"])
     h_NxD = context.dropout(embed(tokens_BxT, context), 0)
     return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)

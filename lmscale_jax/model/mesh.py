@@ -97,6 +97,12 @@ def make_mesh(config, devices: list | None = None) -> Mesh:
     return Mesh(grid, AXES, axis_types=types)
 
 
+def one_device_mesh() -> Mesh:
+    """Makes the mesh of the first device alone, of whatever size the config's mesh is."""
+    axes = (1,) * len(AXES)
+    return jax.make_mesh(axes, AXES, (AxisType.Auto,) * len(AXES), devices=jax.devices()[:1])
+
+
 def count_hosts(devices: list) -> int:
     """Returns how many processes hold these devices: one for each host, or for less of it."""
     return len({device.process_index for device in devices})

@@ -14,7 +14,7 @@ from lmscale_jax.config.keys import get_config as base_config
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import flops
-from lmscale_jax.model.build import build_model
+from lmscale_jax.model.build import declare_specs
 from lmscale_jax.model.parametrization import scheme_of
 
 # Relative tolerance of a solved shape.
@@ -154,7 +154,7 @@ def describe_shape(resolved) -> tuple[dict, float]:
     groups = (resolved.model.to_dict(), resolved.parametrization.to_dict(), resolved.data.seq_len)
     key = repr(groups)
     if key not in _descriptions_by_shape:
-        specs = build_model(resolved, platform="cpu").specs
+        specs = declare_specs(resolved, "cpu")
         per_token = flops.flops_per_token(resolved, specs)["model"]
         _descriptions_by_shape[key] = flops.parameter_counts(specs), per_token
     counts, per_token = _descriptions_by_shape[key]

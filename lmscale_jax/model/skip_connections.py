@@ -77,17 +77,13 @@ class OriginMix(NamedTuple):
 X0_MIXES = Modes("model.x0_mix", {"none": None, "learned": OriginMix(stream=1.0, origin=0.0)})
 
 
-def _document_starts(tokens_BxT: jax.Array, bos_id: int | None):
-    if bos_id is None:
-        return None
+def _document_starts(tokens_BxT: jax.Array, bos_id: int):
     position_1xT = jnp.arange(tokens_BxT.shape[1], dtype=jnp.int32)[None]
     return lax.cummax(jnp.where(tokens_BxT == bos_id, position_1xT, 0), axis=1)
 
 
 # (tokens_BxT, bos_id) -> where each token's document begins; None: the causal mask alone.
-MASKS = Modes(
-    "model.mask", {"causal": lambda tokens_BxT, bos_id: None, "document": _document_starts}
-)
+MASKS = Modes("model.mask", {"causal": None, "document": _document_starts})
 
 
 def begin_pass(config, embed, h_NxD, tokens_BxT, context: ForwardContext, step) -> ForwardContext:

@@ -20,12 +20,12 @@ from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.data import batches, prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import plain_values, write_json
-from lmscale_jax.model.build import Model, build_model
+from lmscale_jax.model.mesh import one_device_mesh
 from lmscale_jax.model.param import named
 from lmscale_jax.model.parametrization import CONTROLS, scheme_of
 from lmscale_jax.model.sizes import at_size, with_mistake
-from lmscale_jax.optim import build as optim
 from lmscale_jax.train import run_dir
+from lmscale_jax.train.setup import Setup, build_setup
 
 
 class SizeSweep(NamedTuple):
@@ -82,10 +82,11 @@ def check_coordinates(
     for size, config in zip(plan.sizes, plan.configs, strict=True):
         begin = time.perf_counter()
         config = resolve(config, data.vocab_size)
+        setup = build_setup(config, data.boundary, one_device_mesh())
         batch = batches.TrainBatches(
             data, config.data.seq_len, config.train.batch_size, config.data.seed
         ).at(0)
-        sizes = measure_coordinates(config, batch, list(range(n_seeds)))
+        sizes = measure_coordinates(setup, batch, list(range(n_seeds)))
         if plan.sweep == "depth":
             sizes = _stack_ends(sizes, config.model.n_layers)
         for name, values in sizes.items():
@@ -140,52 +141,46 @@ def _refuse_another(workdir: Path, question: dict) -> None:
             )
 
 
-def measure_coordinates(config, batch, seeds: list[int]) -> dict[str, np.ndarray]:
+def measure_coordinates(
+    setup: Setup, batch, seeds: list[int], steps: int = 0
+) -> dict[str, np.ndarray]:
     """Measures the mean |x| of every activation and of its change since step 1.
 
-    Step t is measured with the parameters of t - 1 updates.
+    Step t is measured with the parameters of t - 1 updates, without dropout; nan after a step whose
+    loss or gradient was not finite.
 
     Args:
-      config: resolved.
+      setup: on one device.
       batch: the `Batch` that every step repeats.
       seeds: of the initial parameters.
+      steps: to take; 0: those of the config.
 
     Returns {tensor: [steps, seeds]}, named as in `Model.taps` with block l as "blocks/l/name", and
     "loss".
     """
-    model = build_model(config, platform=jax.default_backend())
-    run = jax.jit(jax.vmap(lambda key: _trajectory(config, model, batch, key), out_axes=1))
-    keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-    return {name: np.asarray(x, np.float64) for name, x in run(keys).items()}
+    run = jax.jit(jax.vmap(lambda seed: _trajectory(setup, batch, seed, steps), out_axes=1))
+    return {name: np.asarray(x, np.float64) for name, x in run(np.asarray(seeds)).items()}
 
 
-def _trajectory(config, model: Model, batch, key) -> dict[str, jax.Array]:
+def _trajectory(setup: Setup, batch, seed, steps: int) -> dict[str, jax.Array]:
     """Trains one seed and returns {tensor: [steps]}."""
-    transform = optim.build_optimizer(config, model.param_rules, platform=jax.default_backend())
-    params = model.init(key)
+    start, train_step = setup.initial(seed), setup.train_step()
 
-    def taps(params):
-        return model.taps(params, batch.tokens_BxT, lambda _, x: x.astype(jnp.float32))
+    def taps(state):
+        keep = lambda _, x: x.astype(jnp.float32)  # noqa: E731
+        return setup.model.taps(state.params, batch.tokens_BxT, keep, state.step)
 
-    def loss_of(params):
-        nll_BxT = model.losses(params, batch.tokens_BxT, batch.targets_BxT)
-        return nll_BxT.sum() / (batch.targets_BxT >= 0).sum()
+    first = taps(start)
 
-    first = taps(params)
-
-    def sizes(params):
-        current = taps(params)
+    def step(state, _):
+        current = taps(state)
         changes = _mean_sizes(jax.tree.map(jnp.subtract, current, first))
-        return _mean_sizes(current) | {CHANGE + name: x for name, x in changes.items()}
+        sizes = _mean_sizes(current) | {CHANGE + name: x for name, x in changes.items()}
+        sizes = {name: jnp.where(state.skipped > 0, jnp.nan, x) for name, x in sizes.items()}
+        state, metrics = train_step(state, batch, {"seed": seed})
+        return state, sizes | {"loss": metrics["train_loss"]}
 
-    def step(carry, t):
-        params, state = carry
-        loss, grads = jax.value_and_grad(loss_of)(params)
-        updates, state = transform.update(grads, state, params, step=t)
-        return (optim.apply_updates(params, updates), state), sizes(params) | {"loss": loss}
-
-    start = (params, transform.init(params))
-    return jax.lax.scan(step, start, jnp.arange(config.train.steps))[1]
+    return jax.lax.scan(step, start, length=steps or setup.config.train.steps)[1]
 
 
 def _mean_sizes(taps: dict) -> dict[str, jax.Array]:

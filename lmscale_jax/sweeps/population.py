@@ -5,6 +5,7 @@ of the data. A scan takes several steps at a time, so that small models do not w
 Member k computes what a single run of its config would, up to rounding.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,10 +19,10 @@ from lmscale_jax.config.keys import get, keys
 from lmscale_jax.data.batches import Batch, TrainBatches, val_batches
 from lmscale_jax.data.prepare import Prepared
 from lmscale_jax.errors import InputError
-from lmscale_jax.model.build import build_model
-from lmscale_jax.model.mesh import make_mesh
+from lmscale_jax.model.mesh import one_device_mesh
 from lmscale_jax.optim import build as optim
 from lmscale_jax.train import step
+from lmscale_jax.train.setup import build_setup
 from lmscale_jax.train.step import TRACED_HPARAMS
 
 # Steps of one scan.
@@ -48,21 +49,24 @@ def check_members(members: list[ConfigDict]) -> None:
 
 
 class Population:
-    """The compiled program of K members with resolved configs.
+    """The program of K members with resolved configs, on one device.
 
     Attributes:
-      config: the first member's, for the keys that all members share.
-      model: the same for all.
+      setup: of the first member, for what all members share.
     """
 
-    def __init__(self, members: list[ConfigDict], mesh: jax.sharding.Mesh | None = None):
-        """Raises the InputError of `check_members`. `mesh`: one device, by default of those here,
-        which may be only described, to `lower` for."""
+    def __init__(
+        self,
+        members: list[ConfigDict],
+        boundary: int | None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """Raises the InputErrors of `check_members` and `build_setup`, for `boundary` see there.
+
+        `mesh`: one device, by default of those here; it may be only described, to `lower` for.
+        """
         check_members(members)
-        self.config = members[0]
-        self._mesh = mesh or make_mesh(self.config)
-        self._platform = self._mesh.devices.flat[0].platform
-        self.model = build_model(self.config, platform=self._platform)
+        self.setup = build_setup(members[0], boundary, mesh or one_device_mesh())
         self._member_hparams = {
             path: np.array([get(member, path) for member in members])
             for path in TRACED_HPARAMS
@@ -70,7 +74,7 @@ class Population:
         }
         self._shared_hparams = {
             path: n
-            for path, n in step.traced_hparams(self.config).items()
+            for path, n in step.traced_hparams(members[0]).items()
             if path not in self._member_hparams
         }
         self._size = len(members)
@@ -80,8 +84,9 @@ class Population:
         """Initializes the members' states, stacked along a leading axis K."""
 
         def initial(hparams, _):
-            config = step.with_hparams(self.config, hparams)
-            return step.initial_state(config, self.model, self._transform(config), config.seed)
+            config = step.with_hparams(self.setup.config, hparams)
+            setup = dataclasses.replace(self.setup, config=config)
+            return setup.initial(config.seed)
 
         # The second argument gives K its length where no hyperparameter differs.
         return jax.jit(jax.vmap(initial))(self._member_hparams, np.arange(self._size))
@@ -104,27 +109,25 @@ class Population:
     def _advance(self, state_K, batches_KxSxBxT, hparams_K, shared_hparams, measure):
         def advance_member(member_hparams, state, batches_SxBxT):
             hparams = member_hparams | shared_hparams
-            train_step = step.make_train_step(self.config, self.model, self._transform, self._mesh)
+            train_step = self.setup.train_step()
 
             def scan_step(state, batch):
                 state, metrics = train_step(state, batch, hparams)
                 return state, {name: metrics[name] for name in ("train_loss", "bad")}
 
-            early, last = (
-                jax.tree.map(lambda x, part=part: x[part], batches_SxBxT)
-                for part in (slice(0, -1), -1)
-            )
-            state, losses = jax.lax.scan(scan_step, state, early)
+            n_early = len(batches_SxBxT.tokens_BxT) - 1
+            early = jax.tree.map(lambda x: x[:n_early], batches_SxBxT)
+            last = jax.tree.map(lambda x: x[n_early], batches_SxBxT)
+            series = []
+            if n_early:  # a scan over no steps would be compiled all the same
+                state, losses = jax.lax.scan(scan_step, state, early)
+                series.append(losses)
             state, metrics = train_step(state, last, hparams, measure)
-            return state, {k: jnp.append(v, metrics[k]) for k, v in losses.items()} | {
-                "last": metrics
-            }
+            series.append({name: metrics[name][None] for name in ("train_loss", "bad")})
+            joined = jax.tree.map(lambda *x: jnp.concatenate(x), *series)
+            return state, joined | {"last": metrics}
 
         return jax.vmap(advance_member)(hparams_K, state_K, batches_KxSxBxT)
-
-    def _transform(self, config):
-        # Without the mesh: a population is one program on one device.
-        return optim.build_optimizer(config, self.model.param_rules, platform=self._platform)
 
 
 class Trained(NamedTuple):
@@ -141,7 +144,7 @@ class Trained(NamedTuple):
 
 def train_population(members: list[ConfigDict], data: Prepared) -> Trained:
     """Trains members from their first step to their last and returns their losses only."""
-    population, config = Population(members), members[0]
+    population, config = Population(members, data.boundary), members[0]
     state, losses = population.begin(), []
     read = batch_reader(members, data)
     for start in range(0, config.train.steps, CHUNK):
@@ -150,7 +153,7 @@ def train_population(members: list[ConfigDict], data: Prepared) -> Trained:
         losses.append(metrics["train_loss"])
     return Trained(
         np.concatenate([np.asarray(x) for x in losses], axis=1),
-        _validate(config, data, population.model, state),
+        validate_members(config, data, population.setup.model, state),
     )
 
 
@@ -174,7 +177,7 @@ def batch_reader(members: list[ConfigDict], data: Prepared) -> Callable[[int, in
     return read
 
 
-def _validate(config, data: Prepared, model, state_K: step.TrainState) -> np.ndarray:
+def validate_members(config, data: Prepared, model, state_K: step.TrainState) -> np.ndarray:
     """Computes the members' mean held-out losses in nats per token, [K]."""
 
     @jax.jit

@@ -11,19 +11,16 @@ import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from lmscale_jax.config.durations import tokens_per_step
-from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, costs, flops, memory
 from lmscale_jax.model import mesh as meshes
-from lmscale_jax.model.sharding import BATCH
-from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import update_rules
-from lmscale_jax.train import gpu_descriptions, step
+from lmscale_jax.train import gpu_descriptions
+from lmscale_jax.train.setup import Setup
 
 TOPOLOGY_REMEDY = "use --topology=v5e:4x4 or --topology=H100:64"
 
@@ -140,29 +137,6 @@ def need_libtpu(name: str) -> None:
         )
 
 
-def lower_step(config, model: build.Model, mesh):
-    """Lowers the training step for abstract shapes.
-
-    `mesh` may be of chips that are only described, as by `Topology.devices`.
-    """
-    platform = mesh.devices.flat[0].platform
-    transform = optim.build_optimizer(config, model.param_rules, mesh, platform)
-    shardings = step.train_state_shardings(config, model, transform, mesh)
-    state = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(lambda: step.initial_state(config, model, transform, 0)),
-        shardings,
-    )
-    tokens = jax.ShapeDtypeStruct(
-        (config.train.batch_size, config.data.seq_len),
-        np.int32,
-        sharding=jax.sharding.NamedSharding(mesh, BATCH),
-    )
-    # tokamax chooses its kernels for the default device, not for that of the program.
-    with jax.default_device(mesh.devices.flat[0]):
-        return step.TrainStep(config, model, mesh, shardings).lower(state, Batch(tokens, tokens))
-
-
 def compiled_memory(compiled) -> dict[str, int] | None:
     """Returns the bytes on one device as the compiler counts them; None where it does not.
 
@@ -181,9 +155,9 @@ def compiled_memory(compiled) -> dict[str, int] | None:
     return sizes | {"peak": peak}
 
 
-def memory_rows(config, model: build.Model, mesh) -> list[tuple[str, str]]:
+def memory_rows(setup: Setup) -> list[tuple[str, str]]:
     """Compiles the training step and returns its `compiled_memory_rows`."""
-    return compiled_memory_rows(lower_step(config, model, mesh).compile())
+    return compiled_memory_rows(setup.lower_step().compile())
 
 
 def compiled_memory_rows(compiled) -> list[tuple[str, str]]:

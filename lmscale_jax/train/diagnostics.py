@@ -36,17 +36,18 @@ def begin_diagnostics(config, model: Model) -> dict:
     return begin_spectral(model.specs) if config.log.spectral_every else {}
 
 
-def take_diagnostics(
-    measure: tuple[str, ...], model: Model, batch, grads, params, updates, vectors: dict
-):
-    """Takes the measurements named in `measure`: ({name: scalar or [L]}, new start vectors)."""
-    metrics = {}
+def take_diagnostics(measure: tuple[str, ...], model: Model, batch, grads, state, updates):
+    """Takes the measurements named in `measure` of a step from `state`.
+
+    Returns ({name: scalar or [L]}, new start vectors).
+    """
+    metrics, vectors = {}, state.memory
     if "norms" in measure:
-        metrics |= layer_norms(model, grads, params, updates)
+        metrics |= layer_norms(model, grads, state.params, updates)
     if "activations" in measure:
-        metrics |= activation_stats(model, batch, params)
+        metrics |= activation_stats(model, batch, state.params, state.step)
     if "spectral" in measure:
-        spectral, vectors = measure_spectral(model.specs, params, updates, vectors)
+        spectral, vectors = measure_spectral(model.specs, state.params, updates, vectors)
         metrics |= spectral
     return metrics, vectors
 
@@ -72,15 +73,18 @@ def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
     return metrics
 
 
-def activation_stats(model: Model, batch, params: dict) -> dict:
-    """Computes {"activation/NAME/STATISTIC": scalar or [L]}: mean, rms, largest absolute value."""
+def activation_stats(model: Model, batch, params: dict, step: jax.Array) -> dict:
+    """Computes {"activation/NAME/STATISTIC": scalar or [L]}: mean, rms, largest absolute value.
+
+    They are those of a pass without dropout, with the windows of this step.
+    """
 
     def keep(_, x):
         x = x.astype(jnp.float32)
         return jnp.stack([x.mean(), jnp.sqrt(jnp.square(x).mean()), jnp.abs(x).max()])
 
     metrics = {}
-    for path, values in named(model.taps(params, batch.tokens_BxT, keep)).items():
+    for path, values in named(model.taps(params, batch.tokens_BxT, keep, step)).items():
         for index, statistic in enumerate(("mean", "rms", "max")):
             metrics[f"activation/{path.removeprefix('blocks/')}/{statistic}"] = values[..., index]
     return metrics

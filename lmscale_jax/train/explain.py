@@ -26,6 +26,7 @@ from lmscale_jax.optim import schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json
 from lmscale_jax.train import aot, branch, gpu_report, tpu_cycles
+from lmscale_jax.train.setup import Setup, build_setup
 
 # Share of the chip's peak that a training step usually reaches.
 EFFICIENCY = 0.4
@@ -55,7 +56,8 @@ def explain(
         InputError: the config is bad, or does not fit the devices.
     """
     validate(config)
-    recorded = derived(config, prepare.vocab_size_of(config.data))
+    ids = prepare.find_token_ids(config.data)
+    recorded = derived(config, ids.vocab_size)
     resolved = in_steps(recorded)
     if not resolved.model.vocab_size:
         raise InputError(
@@ -72,33 +74,31 @@ def explain(
     else:
         start_jax(resolved)
         devices, mesh = None, make_mesh(resolved)
-    platform = mesh.devices.flat[0].platform
-    model = build.build_model(resolved, platform=platform, mesh=mesh)
+    setup = build_setup(resolved, ids.boundary, mesh)
     origins = value_origins(config_file, overrides, config)
     for path, _ in keys():
         if get(recorded, path) != (explicit := get(config, path)):
             origin = origins[path]
             origins[path] = "derived" if origin == "base" else f"{origin} gave {explicit:g}"
     manifest = prepare.find_manifest(config.data)
-    print(explain_page(resolved, recorded, origins, model, mesh, manifest))
+    print(explain_page(setup, recorded, origins, manifest))
     if devices:
-        mesh = make_mesh(resolved, devices)
-        model = build.build_model(resolved, platform=platform, mesh=mesh)
+        setup = build_setup(resolved, ids.boundary, make_mesh(resolved, devices))
     if devices or not chips:
-        print(compiled_sections(resolved, model, mesh, chips))
+        print(compiled_sections(setup, chips))
 
 
-def compiled_sections(config, model: build.Model, mesh, chips: aot.Topology | None = None) -> str:
+def compiled_sections(setup: Setup, chips: aot.Topology | None = None) -> str:
     """Compiles the training step and returns what the program takes.
 
     `chips` are those of --topology, None where the mesh is of this machine's devices.
     """
     if chips and chips.chip.platform == "gpu":
-        sections = gpu_report.gpu_sections(config, model, mesh, chips.chip)
+        sections = gpu_report.gpu_sections(setup, chips.chip)
     elif chips:
-        sections = tpu_cycles.tpu_sections(config, model, mesh, chips.chip)
+        sections = tpu_cycles.tpu_sections(setup, chips.chip)
     else:
-        sections = [("memory per device (compiled)", aot.memory_rows(config, model, mesh))]
+        sections = [("memory per device (compiled)", aot.memory_rows(setup))]
     return sections_text([(title, aligned_rows(rows)) for title, rows in sections])
 
 
@@ -117,20 +117,17 @@ def value_origins(config_file: str, overrides: dict, config) -> dict[str, str]:
     return origins
 
 
-def explain_page(
-    config, recorded, origins: dict[str, str], model: build.Model, mesh, manifest: dict | None
-) -> str:
+def explain_page(setup: Setup, recorded, origins: dict[str, str], manifest: dict | None) -> str:
     """Formats the page.
 
     Args:
-        config: resolved.
-        recorded: the same with the user's durations.
+        setup: of the run; its mesh may be of sizes alone.
+        recorded: its config with the user's durations.
         origins: as `value_origins` returns them.
-        model: as `build.build_model` describes it.
-        mesh: the device mesh.
         manifest: of the prepared data; None: not prepared yet.
     """
-    choices = model.choices | optim.optimizer_choices(config, mesh.devices.flat[0].platform)
+    config, model, mesh = setup.config, setup.model, setup.mesh
+    choices = model.choices | optim.optimizer_choices(config, setup.platform)
     choices |= mur.mur_choices(config)
     sections = [
         ("config (* set by the config file or a flag)", _config(recorded, origins)),

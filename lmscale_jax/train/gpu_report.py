@@ -8,6 +8,7 @@ from lmscale_jax.model import build, flops
 from lmscale_jax.model.flops import Chip
 from lmscale_jax.train import aot, hlo_text, roofline
 from lmscale_jax.train.gpu_descriptions import gpu_target, target_number
+from lmscale_jax.train.setup import Setup
 
 # No kernel can be tried where there is no GPU. Given to one compilation, so that no other program
 # of the process, or of a run, is compiled so.
@@ -15,22 +16,20 @@ COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
 _PRODUCT_LIBRARIES = (("__cublas", "cuBLAS"), ("__triton", "Triton"))
 
 
-def gpu_sections(config, model: build.Model, mesh, chip: Chip) -> list[tuple[str, list[tuple]]]:
+def gpu_sections(setup: Setup, chip: Chip) -> list[tuple[str, list[tuple]]]:
     """Compiles the training step for described GPUs and reads memory and time off the program.
 
     Args:
-        config: resolved.
-        model: built for `mesh`.
-        mesh: of devices as `gpu_descriptions.described_gpus` makes them.
+        setup: over devices as `gpu_descriptions.described_gpus` makes them.
         chip: the kind of all of them.
 
     Returns:
         (title, rows of equally many texts) of each section.
     """
-    compiled = aot.lower_step(config, model, mesh).compile(compiler_options=COMPILER_OPTIONS)
+    compiled = setup.lower_step().compile(compiler_options=COMPILER_OPTIONS)
     program = hlo_text.parse_program(compiled.as_text())
     kernels = estimate_step(program, chip)
-    times = time_rows(config, model, mesh.size, kernels, chip)
+    times = time_rows(setup.config, setup.model, setup.mesh.size, kernels, chip)
     if loops := roofline.unknown_loops(program):
         times.append(("too little", f"{loops} loops", "of unknown length, counted as one turn"))
     return [

@@ -11,9 +11,11 @@ from lmscale_jax.data.batches import prefetch
 from lmscale_jax.errors import RunFailed
 from lmscale_jax.evals import redundancy
 from lmscale_jax.model import flops, mesh
-from lmscale_jax.train import checkpoint, diagnostics, distributed, run_dir, step
+from lmscale_jax.train import checkpoint, diagnostics, distributed, run_dir
 from lmscale_jax.train.metrics import Clock, MetricLogger
 from lmscale_jax.train.run import Run, open_run, recording_failures
+from lmscale_jax.train.setup import TrainStep
+from lmscale_jax.train.step import TrainState
 from lmscale_jax.train.watchdog import SignalHandler, Watchdog
 
 
@@ -80,12 +82,12 @@ def _stop_early(record, signal_name: str, done: int, steps: int, checkpoints, sa
     raise SystemExit(128 + signal.Signals[signal_name])
 
 
-def restore_or_begin(run: Run, checkpoints, say) -> tuple[step.TrainState, dict]:
+def restore_or_begin(run: Run, checkpoints, say) -> tuple[TrainState, dict]:
     """Restores the last checkpoint, else the parent's, else initializes the state.
 
     Returns the state, placed on the mesh, and the state of logger and clock saved with it.
     """
-    abstract = step.abstract_state(run.config, run.model, run.transform, run.shardings)
+    abstract = run.abstract_state()
     restored = checkpoints.restore(abstract, say)
     if restored is not None:
         say(f"going on from step {restored[1]['step']}")
@@ -96,7 +98,7 @@ def restore_or_begin(run: Run, checkpoints, say) -> tuple[step.TrainState, dict]
         state, _ = parent.restore_step(run.parent["step"], abstract)
         parent.close()
         return state, {}
-    return step.begin_state(run.config, run.model, run.transform, run.shardings), {}
+    return run.begin(), {}
 
 
 def train_steps(
@@ -109,7 +111,7 @@ def train_steps(
     same numbers, and so alike.
     """
     config, first, last = run.config, int(state.step), run.config.train.steps
-    take_step = step.TrainStep(config, run.model, run.mesh, run.shardings)
+    take_step = TrainStep(run)
     stream = prefetch(run.batches.at, first, last, workers=config.data.workers)
     compiled, pending, final = set(), None, None
     redundancy_steps = redundancy.redundancy_steps(config)

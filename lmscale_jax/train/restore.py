@@ -18,7 +18,6 @@ from lmscale_jax.train import checkpoint, run_dir
 from lmscale_jax.train.checkpoint import Checkpoints
 from lmscale_jax.train.run import Run, build_run, record_facts
 from lmscale_jax.train.run_dir import read_record
-from lmscale_jax.train.step import abstract_state, initial_state
 
 
 class LoadedRun(NamedTuple):
@@ -66,7 +65,7 @@ def load_run(workdir: Path, step: int = 0) -> LoadedRun:
 
 def _params_to_evaluate(run: Run, checkpoints: Checkpoints, step: int) -> tuple[int, dict]:
     """Returns (step, parameters to evaluate) of a checkpoint."""
-    abstract = abstract_state(run.config, run.model, run.transform, run.shardings)
+    abstract = run.abstract_state()
     if OPTIMIZERS[run.config.optim.name].evaluated is None:
         # The rest of the state is often twice as large.
         return checkpoints.restore_params(abstract.params, step)
@@ -98,7 +97,7 @@ def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[s
     lock = run_dir.RunLock(workdir)
     try:
         record = run_dir.RunRecord(workdir, record_facts(run) | {"imported_from": source.name})
-        state = initial_state(run.config, run.model, run.transform, run.config.seed)
+        state = run.initial(run.config.seed)
         # Averages and other memory of the parameters are of these.
         opt_state = run.transform.init(params)
         checkpoints = Checkpoints(workdir)

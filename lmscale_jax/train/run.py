@@ -17,46 +17,39 @@ from lmscale_jax.data.batches import Batch, TrainBatches, val_batches, val_bytes
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.evals import perplexity, redundancy
 from lmscale_jax.model import flops, mesh
-from lmscale_jax.model.build import Model, build_model
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.layerwise import averaged_params
 from lmscale_jax.optim.rules import rules_as_json
-from lmscale_jax.train import branch, distributed, run_dir, step
+from lmscale_jax.train import branch, distributed, run_dir
 from lmscale_jax.train.metrics import Diverged, check_writers
+from lmscale_jax.train.setup import Setup, build_setup
+from lmscale_jax.train.step import TrainState
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run(Setup):
     """What a run is made of; nothing of it changes while the run trains.
 
     Attributes:
-      config: resolved.
-      recorded: the same with the user's durations (see `config.durations`).
-      transform: the optimizer, an optax transformation.
-      shardings: of the training state, a tree like it.
+      recorded: the config with the user's durations (see `config.durations`).
       eval_sums, drop_sums: compiled sums for `evals.perplexity` and `evals.redundancy`.
       parent: the run that this one branches off, as `branch.find_parent` describes it.
     """
 
-    config: object
     recorded: object
     workdir: Path
     data: prepare.Prepared
-    mesh: jax.sharding.Mesh
-    model: Model
-    transform: object
-    shardings: step.TrainState
     batches: TrainBatches
     eval_sums: Callable
     drop_sums: Callable
     parent: dict | None = None
 
-    def trained_params(self, state: step.TrainState) -> dict:
+    def trained_params(self, state: TrainState) -> dict:
         """Returns the parameters by which a state is evaluated, sampled and exported."""
         return optim.params_to_evaluate(self.config, state.params, state.opt_state)
 
-    def score(self, state: step.TrainState) -> dict:
+    def score(self, state: TrainState) -> dict:
         """Validates the weights; adds val_loss_ema, of their running mean, where one is kept."""
         mean = averaged_params(state.opt_state)
         of_mean = {} if mean is None else {"val_loss_ema": self.validate(mean)["val_loss"]}
@@ -78,7 +71,7 @@ class Run:
         rows = mesh.host_rows(size, self.mesh)
         return val_batches(self.data, config.data.seq_len, size, n_tokens, rows)
 
-    def redundancy(self, state: step.TrainState) -> dict:
+    def redundancy(self, state: TrainState) -> dict:
         """Measures Block Influence and layer drop, for a line of metrics.jsonl."""
         held_out = self.held_out(self.config.eval.redundancy_tokens)
         n_layers = self.config.model.n_layers
@@ -106,7 +99,7 @@ def open_run(
     Returns None if the run is finished. `notes` are further fields of run.json. Raises InputError
     before anything is written where the config, the data or the directory do not fit.
     """
-    recorded = derived(config, prepare.vocab_size_of(config.data))
+    recorded = derived(config, prepare.find_token_ids(config.data).vocab_size)
     check_writers(recorded)
     before = distributed.broadcast(
         distributed.on_first(lambda: run_dir.check_workdir(workdir, recorded))
@@ -179,31 +172,19 @@ def build_run(config, workdir: Path, say: Callable[[str], None]) -> Run:
     """
     data = prepare.prepare_data(config.data, config.model.vocab_size, log=say)
     recorded = derived(config, data.vocab_size)
-    config = in_steps(recorded)
-    if config.model.mask == "document" and data.boundary is None:
-        raise InputError(
-            f"config.model.mask='document' needs document marks, which data.source="
-            f"{config.data.source} with data.tokenizer={config.data.tokenizer} and "
-            f"data.document_mark={config.data.document_mark} does not have; use 'causal', or for "
-            f"bare shards of GPT-2's tokens data.document_mark=50256"
-        )
-    grid = mesh.make_mesh(config)
-    platform = grid.devices.flat[0].platform
-    model = build_model(config, platform=platform, bos_id=data.boundary, mesh=grid)
-    transform = optim.build_optimizer(config, model.param_rules, grid, platform)
+    setup = build_setup(in_steps(recorded), data.boundary)
+    config, grid, model = setup.config, setup.mesh, setup.model
     rows = mesh.host_rows(config.train.batch_size, grid)
     batches = TrainBatches(
         data, config.data.seq_len, config.train.batch_size, config.data.seed, rows
     )
     return Run(
         config=config,
+        mesh=grid,
+        model=model,
         recorded=recorded,
         workdir=workdir,
         data=data,
-        mesh=grid,
-        model=model,
-        transform=transform,
-        shardings=step.train_state_shardings(config, model, transform, grid),
         batches=batches,
         eval_sums=perplexity.make_loss_sums(model, grid),
         drop_sums=redundancy.make_drop_sums(model, grid),

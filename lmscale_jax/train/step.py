@@ -1,6 +1,5 @@
 """One optimizer step, (state, batch) -> (state, metrics): a pure function under one jit."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,7 +12,6 @@ from ml_collections import ConfigDict
 
 from lmscale_jax.config.keys import get
 from lmscale_jax.model.build import Model
-from lmscale_jax.model.mesh import state_shardings
 from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
@@ -73,49 +71,6 @@ def initial_state(config, model: Model, transform, seed) -> TrainState:
     return TrainState(zero, params, transform.init(params), zero, zero, start_vectors, means)
 
 
-def train_state_shardings(config, model: Model, transform, mesh: Mesh) -> TrainState:
-    """Returns the shardings of the state, a tree like it, without allocating anything."""
-    shapes = jax.eval_shape(lambda: initial_state(config, model, transform, 0))
-    return state_shardings(shapes, model.specs, mesh)
-
-
-def abstract_state(config, model: Model, transform, placed: TrainState) -> TrainState:
-    """Describes the whole state, with its shardings, for a checkpoint to be read into."""
-    shapes = jax.eval_shape(lambda: initial_state(config, model, transform, config.seed))
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
-    )
-
-
-class TrainStep(functools.partial):
-    """The jitted `step(state, batch, measure=())`, which donates its state.
-
-    A program compiled from `lower` is called with (state, batch, hparams).
-    """
-
-    def __new__(cls, config, model: Model, mesh: Mesh, shardings: TrainState):
-        platform = mesh.devices.flat[0].platform
-
-        def optimizer(config):
-            return optim.build_optimizer(config, model.param_rules, mesh, platform)
-
-        jitted = jax.jit(
-            make_train_step(config, model, optimizer, mesh),
-            static_argnames="measure",
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        return super().__new__(cls, jitted, hparams=traced_hparams(config))
-
-    @property
-    def hparams(self) -> dict[str, int | float]:
-        return self.keywords["hparams"]
-
-    def lower(self, state: TrainState, batch, measure: tuple[str, ...] = ()):
-        """Lowers as `jax.jit` does, for arrays or their descriptions."""
-        return self.func.lower(state, batch, self.hparams, measure=measure)
-
-
 def traced_hparams(config) -> dict[str, int | float]:
     """Returns TRACED_HPARAMS and TRACED_DURATIONS of a resolved config, by path."""
     # A hyperparameter of 0 stays a constant, so that its term is left out of the program.
@@ -129,14 +84,6 @@ def with_hparams(config, hparams: dict) -> ConfigDict:
     with traced_config.ignore_type():
         traced_config.update_from_flattened_dict(hparams)
     return traced_config
-
-
-def begin_state(config, model: Model, transform, shardings: TrainState) -> TrainState:
-    """Initializes the state on the mesh; one compiled program serves all seeds."""
-    program = jax.jit(
-        lambda seed: initial_state(config, model, transform, seed), out_shardings=shardings
-    )
-    return program(config.seed)
 
 
 def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Callable:
@@ -171,28 +118,30 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
             grads, factors = objective.scale(utility, state.step, grads)
             options |= factors
         updates, opt_state = transform.update(grads, state.opt_state, state.params, **options)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state, utility = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old),
-            (optim.apply_updates(state.params, updates), opt_state, utility),
-            (state.params, state.opt_state, state.utility),
+        measured, start_vectors = diagnostics.take_diagnostics(
+            measure, model, batch, grads, state, updates
         )
-        nonfinite_in_a_row = jnp.where(is_finite, 0, state.bad + 1)
-        skipped_steps = state.skipped + jnp.where(is_finite, 0, 1)
+        params = optim.apply_updates(state.params, updates)
+        taken = state._replace(
+            params=params, opt_state=opt_state, memory=start_vectors, utility=utility
+        )
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        # All of the state, so that nothing of a step that is skipped reaches the next one.
+        new_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), taken, state)
+        new_state = new_state._replace(
+            step=state.step + 1,
+            bad=jnp.where(is_finite, 0, state.bad + 1),
+            skipped=state.skipped + jnp.where(is_finite, 0, 1),
+        )
         metrics = {
             "train_loss": loss,
             "grad_norm": norm,
             "lr": traced.optim.lr * factor(state.step),
-            "bad": nonfinite_in_a_row,
-            "skipped": skipped_steps,
+            "bad": new_state.bad,
+            "skipped": new_state.skipped,
         }
-        measured, start_vectors = diagnostics.take_diagnostics(
-            measure, model, batch, grads, state.params, updates, state.memory
-        )
         if request and request.names:
-            measured |= objective.metrics(request, stats, utility, state.step)
-        counts = nonfinite_in_a_row, skipped_steps
-        new_state = TrainState(state.step + 1, params, opt_state, *counts, start_vectors, utility)
+            measured |= objective.metrics(request, stats, new_state.utility, state.step)
         return new_state, metrics | measured
 
     return train_step

@@ -7,11 +7,11 @@ attention are counted by their products, others are left out and named. Nothing 
 import collections
 import re
 
-from lmscale_jax.model import build
 from lmscale_jax.model.flops import Chip
 from lmscale_jax.train import aot, gpu_report
 from lmscale_jax.train.hlo_text import Instruction, Program, parse_program
 from lmscale_jax.train.roofline import FREE, TimedKernel, category_of, collective_kind, trip_count
+from lmscale_jax.train.setup import Setup
 
 # Cycles a second: the data sheet's peak over the products of all matrix units in a cycle.
 CLOCKS = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
@@ -26,14 +26,14 @@ _ASYNC = re.compile(r"(copy|slice|async|all-\w+|collective-\w+)-(start|done|upda
 _PRODUCT = re.compile(r"\b(convolution|dot)\b")
 
 
-def tpu_sections(config, model: build.Model, mesh, chip: Chip) -> list[tuple[str, list[tuple]]]:
+def tpu_sections(setup: Setup, chip: Chip) -> list[tuple[str, list[tuple]]]:
     """Compiles the training step for described TPUs and reads memory and time off the program.
 
     Args and result are those of `gpu_report.gpu_sections`.
     """
-    compiled = aot.lower_step(config, model, mesh).compile()
+    compiled = setup.lower_step().compile()
     kernels, missing = estimate_cycles(parse_program(compiled.as_text()), chip)
-    times = gpu_report.time_rows(config, model, mesh.size, kernels, chip)
+    times = gpu_report.time_rows(setup.config, setup.model, setup.mesh.size, kernels, chip)
     times += [
         ("not counted", f"{count:,} x {name}", "the compiler gives no cycles")
         for name, count in missing.most_common(4)

@@ -18,7 +18,7 @@ from lmscale_jax.configs import base
 from lmscale_jax.configs.ladders import gate, isoflop, muon_vs_adamw, mup_transfer, mur, quickstart
 from lmscale_jax.ladders import plan
 from lmscale_jax.model import mesh
-from lmscale_jax.train import loop, step
+from lmscale_jax.train import loop
 from tests.golden import cases
 
 HERE = Path(__file__).parent
@@ -74,7 +74,7 @@ def run(name: str) -> dict:
     text = (workdir / "metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     trained = finished.run
-    state = step.begin_state(trained.config, trained.model, trained.transform, trained.shardings)
+    state = trained.begin()
     same = ("config_hash", "counts", "flops_per_token", "flops_per_token_by_convention")
     return {
         **{field: record[field] for field in same},
