@@ -6,13 +6,11 @@ four devices.
 trained for a few steps through every door; the losses are those of the single run.
 """
 
-import functools
 import json
 import random
 
-import jax
-import numpy as np
 import pytest
+import simulated
 from test_modes import PROGRAM, REFUSED, SMALL, settings
 
 from lmscale_jax.config.keys import keys
@@ -20,10 +18,11 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.ladders import pack
-from lmscale_jax.model.mesh import one_device_mesh, put_batch
-from lmscale_jax.sweeps import coord_check, population
+from lmscale_jax.model.mesh import put_batch
 from lmscale_jax.train.run import OpenRun, build_run
-from lmscale_jax.train.setup import TrainStep, build_setup
+from lmscale_jax.train.setup import TrainStep
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 KEYS = dict(keys())
 # Another value than the default for each key without named choices that a program depends on.
@@ -65,10 +64,8 @@ ROUNDING = {
     ("model.dtype", "bfloat16"): 4e-3,
     ("optim.muon_dtype", "bfloat16"): 2e-3,
 }
-# Refused by some doors, and what they say.
-NOT_PACKED = {}
 # Configs that the choices are spread over, so that they do not hide each other's effect.
-COUNT = 6
+COUNT = 5
 STEPS = 3
 
 
@@ -150,48 +147,73 @@ def run_of(corpus_path):
     return build
 
 
-def alone(run) -> tuple[list[float], float, float]:
-    """Losses of STEPS steps of a single run; of its second step on the first batch; of validation."""
-    state, take, losses = run.begin(), TrainStep(run), []
-    for t in range(STEPS):
-        if t == 1:
-            _, metrics = take(jax.tree.map(np.copy, state), batch_of(run, 0))
-            again = float(metrics["train_loss"])
-        state, metrics = take(state, batch_of(run, t))
-        losses.append(float(metrics["train_loss"]))
-    return losses, again, run.score(state)["val_loss"]
+CONFIGS = settings_of()
+SLOW = [config for config in CONFIGS if len(config) < 12]  # few choices, each with much rounding
 
 
-def batch_of(run, t: int):
-    return put_batch(run.batches.at(t), run.mesh)
-
-
-def packed(runs) -> tuple[list[float], float]:
-    """Losses and validation loss of the first run, in the population of a pack of all of them."""
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CONFIGS],
+    ids=range(len(CONFIGS)),
+)
+def test_a_pack_trains_what_single_runs_do(run_of, changes):
+    runs = [run_of(changes), run_of(changes | {"optim.lr": 0.02})]
+    run, losses, packed = runs[0], [], []
+    state, take = run.begin(), TrainStep(run)
     members = pack.Pack([OpenRun(run, None, None) for run in runs], print)
-    together, data = members._population, runs[0].data
-    state, losses = together.begin(), []
+    states = members._population.begin()
     for t in range(STEPS):
-        state, metrics = together.advance(state, members._read(t, t + 1))
-        losses.append(float(metrics["train_loss"][0, 0]))
-    val_loss_K = population.validate_members(runs[0].config, data, together.setup.model, state)
-    return losses, float(val_loss_K[0])
+        state, metrics = take(state, put_batch(run.batches.at(t), run.mesh))
+        losses.append(float(metrics["train_loss"]))
+        states, metrics = members._population.advance(states, members._read(t, t + 1))
+        packed.append(float(metrics["train_loss"][0, 0]))
+    assert packed == pytest.approx(losses, rel=tolerance(changes))
 
 
-def checked(run) -> list[float]:
-    """Losses on the first batch, again and again, in a coordinate check."""
-    setup = build_setup(run.config, run.data.boundary, one_device_mesh())
-    batch, seeds = run.batches.at(0), [run.config.seed]
-    return coord_check.measure_coordinates(setup, batch, seeds, steps=2)["loss"][:, 0].tolist()
+ALIKE = """
+from lmscale_jax.data.batches import Batch
+from lmscale_jax.model.mesh import one_device_mesh, put_batch
+from lmscale_jax.sweeps.coord_check import measure_coordinates
+
+rng = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize("changes", settings_of(), ids=lambda c: " ".join(c)[:60])
-def test_every_door_trains_the_same(run_of, changes):
-    run, other = run_of(changes), run_of(changes | {"optim.lr": 0.02})
-    near = functools.partial(pytest.approx, rel=tolerance(changes))
-    losses, again, val_loss = alone(run)
-    assert checked(run) == near([losses[0], again])
-    assert packed([run, other]) == (near(losses), near(val_loss))
+def losses_of(setup, batch):
+    state, take, losses = setup.begin(), TrainStep(setup), []
+    for _ in range(2):
+        state, metrics = take(state, put_batch(batch, setup.mesh))
+        losses.append(float(metrics["train_loss"]))
+    return losses
+
+
+for changes in argument:
+    over_mesh = setup(changes | {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.data": 1})
+    config = over_mesh.config
+    shape = (config.train.batch_size, config.data.seq_len + 1)
+    tokens = rng.integers(0, 64, shape).astype(np.int32)
+    tokens[:, ::5] = 0
+    batch = Batch(tokens[:, :-1], tokens[:, 1:])
+    alone = build_setup(config, 0, one_device_mesh())
+    checked = measure_coordinates(alone, batch, [config.seed], steps=2)["loss"][:, 0]
+    each = [losses_of(alone, batch), losses_of(over_mesh, batch), checked.tolist()]
+    print(json.dumps(each), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_coordinate_check_and_four_devices_train_what_one_device_does(tmp_path):
+    more = {"mesh.cpu_devices": 4, "data.cache": str(tmp_path), "model.vocab_size": 320}
+    lines = simulated.run(ALIKE, [COMMON | changes | more for changes in CONFIGS]).splitlines()
+    for changes, line in zip(CONFIGS, lines, strict=True):
+        alone, over_mesh, checked = json.loads(line)
+        assert checked == pytest.approx(alone, rel=tolerance(changes)), changes
+        assert over_mesh == pytest.approx(alone, rel=10 * tolerance(changes)), changes
+
+
+def test_every_key_of_a_program_has_another_value_here():
+    groups = ("seed", "model", "parametrization", "optim", "schedule", "freeze", "mur", "train")
+    wanted = {p for p, key in KEYS.items() if key.identity and p.split(".")[0] in groups}
+    assert wanted <= {*PROGRAM, *NUMBERS, *ELSEWHERE}
 
 
 def tolerance(changes: dict) -> float:

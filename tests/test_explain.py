@@ -1,15 +1,20 @@
 """The page of --explain says what a run would do, and does nothing."""
 
+import importlib
 import re
 import subprocess
 import sys
 
+import gpt2_shards
 import jax
 import pytest
 from conftest import ROOT, flags, run
+from test_modes import KEYS, PROGRAM, REFUSED
+from test_modes import settings as choice_settings
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data import prepare
+from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
 from lmscale_jax.model.mesh import make_mesh
 from lmscale_jax.optim import schedules
@@ -43,6 +48,37 @@ def test_the_page_has_every_section(small):
         assert path in page
     for convention in ("6n", "6n_non_embedding", "model"):
         assert line_of(page, convention)
+
+
+# base and laddering hold keys.
+SHIPPED = sorted({p.stem for p in (ROOT / "configs").glob("[a-z]*.py")} - {"base", "laddering"})
+
+
+@pytest.fixture
+def no_probe(monkeypatch):
+    monkeypatch.setattr(explain, "probe_flops", lambda dtype, width: 1e11)
+
+
+@pytest.mark.parametrize("path", PROGRAM)
+def test_every_choice_is_explained(small, no_probe, path):
+    for choice in KEYS[path].choices:
+        changes = {k.replace(".", "__"): v for k, v in choice_settings(path, choice).items()}
+        config = small(**changes | {"model__vocab_size": 0, "train__steps": 40})
+        if (path, choice) in REFUSED:
+            with pytest.raises(InputError, match=REFUSED[path, choice]):
+                explained(config)
+        else:
+            assert line_of(explained(config), "embed/tokens")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_is_explained(no_probe, monkeypatch, tmp_path, name):
+    # What configs expect in the working directory.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "input.txt").write_text("First Citizen:\n")
+    gpt2_shards.write_shards(tmp_path / "fineweb_edu")
+    config = importlib.import_module(f"lmscale_jax.configs.{name}").get_config()
+    assert line_of(explained(config), "embed/tokens")
 
 
 def test_nothing_is_prepared_written_or_allocated(small, tmp_path):

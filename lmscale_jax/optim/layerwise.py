@@ -130,11 +130,14 @@ def per_block(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
     def init(params):
         blocks, others = split_tree(params)
-        return {"blocks": jax.vmap(inner.init)(blocks), "rest": inner.init(others)}
+        # Without gains and biases, beside Muon, a block has no parameter of this optimizer.
+        block_state = jax.vmap(inner.init)(blocks) if jax.tree.leaves(blocks) else ()
+        return {"blocks": block_state, "rest": inner.init(others)}
 
     def update(updates, state, params=None):
-        blocks, others = split_tree(updates)
-        blocks, block_state = jax.vmap(lambda u, s: inner.update(u, s))(blocks, state["blocks"])
+        (blocks, others), block_state = split_tree(updates), state["blocks"]
+        if jax.tree.leaves(blocks):
+            blocks, block_state = jax.vmap(lambda u, s: inner.update(u, s))(blocks, block_state)
         others, other_state = inner.update(others, state["rest"])
         return {"blocks": blocks, **others}, {"blocks": block_state, "rest": other_state}
 
