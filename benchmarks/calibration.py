@@ -22,7 +22,7 @@ from lmscale_jax import cli
 
 LENGTH = flags.DEFINE_enum("length", "short", ["short", "full"], "100 draws a row, or 400")
 ONLY = flags.DEFINE_list("only", [], "kinds of rows: law, surface, repetition, isoflop, arms, "
-                         "forecast")  # fmt: skip
+                         "test, forecast")  # fmt: skip
 COUNT = flags.DEFINE_integer("draws", None, "draws a row, instead of --length")
 OUT = flags.DEFINE_string("out", None, "JSON file; rows that it has with as many draws are kept")
 WORKERS = flags.DEFINE_integer("workers", 2, "processes")
@@ -203,6 +203,22 @@ def arms_row(truth: str, noise: str, sizes: int, seeds: int, gain=0.0, shift=0.0
     return Row("arms", truth + (effect or ", A/A"), noise, name or f"{sizes} x {seeds}", 0.95, draw)
 
 
+def test_row(truth: str, noise: str, sizes: int, seeds: int) -> Row:
+    """Makes a row for the joint test alone, that bounds the claims of equal arms; 8 ms a draw."""
+    from lmscale_jax.scaling import as_table, shift
+
+    law, runs = TRUTHS[truth], made.ladder(sizes, seeds)
+
+    def draw(rng) -> dict:
+        columns = made.both_arms(runs, law, NOISES[noise], rng, law, 0.0, 0.0)
+        data = shift.two_arms(as_table(columns), "A", "B")
+        fits = [shift.estimate_shift(kind, data) for kind in ("quadratic", "cubic")]
+        main = min((fit for fit in fits if fit is not None), key=lambda fit: fit.aicc)
+        return {"false claim": Outcome(main.p_both < 0.05)}
+
+    return Row("test", f"{truth}, A/A", noise, f"{sizes} x {seeds}", 0.95, draw)
+
+
 def forecast_row(truth: str, noise: str, sizes: int, seeds: int) -> Row:
     """Makes a row for the forecast of the next size, twice the parameters of the largest."""
     from lmscale_jax.scaling import forecast_loss
@@ -253,6 +269,9 @@ def all_rows() -> list[Row]:
     rows += [arms_row("power", usual, 6, 3, shift=0.08), arms_row("floor", usual, 6, 3, shift=0.08)]
     rows += [arms_row("floor", usual, 6, 2, gain=0.2), arms_row("floor", usual, 4, 2, gain=0.2)]
     rows += [arms_row("floor", usual, 6, 2, floor=floor) for floor in (0.02, 0.05)]
+    rows += [test_row(truth, usual, 4, 2) for truth in TRUTHS]
+    rows += [test_row("floor", noise, 6, seeds) for noise in (usual, cells) for seeds in (1, 3)]
+    rows += [test_row("floor", noise, 4, 2) for noise in (cells, tails, undertuned, "1.5 %")]
     rows += [forecast_row(truth, usual, 3, 2) for truth in TRUTHS]
     rows += [forecast_row("floor", noise, 3, 3) for noise in ("0.5 %", "1.5 %", cells)]
     rows += [forecast_row(truth, usual, 5, 2) for truth in TRUTHS]
@@ -285,28 +304,23 @@ def summarise(outcomes: list[Outcome]) -> dict:
     error, width = (np.array([getattr(o, k) for o in outcomes]) for k in ("error", "width"))
     return {
         "share": share,
-        # One pseudo-hit and one pseudo-miss, so that 0 and 1 have an error too.
         "se": _binomial_error(sum(hits), len(hits)) if hits else None,
-        "bias": _finite(np.median(error)),
-        "width": _finite(np.nanmedian(width)) if np.isfinite(width).any() else None,
+        "bias": float(np.median(error)) if np.isfinite(error).any() else None,
+        "width": float(np.nanmedian(width)) if np.isfinite(width).any() else None,
         "stated": len(hits) / len(outcomes),
         "draws": len(outcomes),
     }
 
 
 def _binomial_error(hits: int, count: int) -> float:
+    """Adds one hit and one miss, so that 0 and 1 have an error too."""
     share = (hits + 1) / (count + 2)
     return float(np.sqrt(share * (1 - share) / count))
 
 
-def _finite(value) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _measured(index_and_draws: tuple[int, int]) -> tuple[str, dict]:
-    index, draws = index_and_draws
-    row = all_rows()[index]
-    return row.name, measure(row, draws)
+def _measured(job: tuple[int, int]) -> tuple[str, dict]:
+    row = all_rows()[job[0]]
+    return row.name, measure(row, job[1])
 
 
 def _is_measured(results: dict, row: Row, count: int) -> bool:
@@ -350,7 +364,7 @@ def _cells(result: dict | None) -> list[str]:
         return [""] * 4
     share = "" if result["share"] is None else f"{result['share']:.2f} ± {result['se']:.2f}"
     bias, width = (
-        "" if result[k] is None else f"{100 * result[k]:{sign}.2g} %"
+        "" if result[k] is None else f"{100 * result[k]:{sign}.3g} %"
         for k, sign in (("bias", "+"), ("width", ""))
     )
     return [share, bias, width, f"{result['stated']:.2f}"]

@@ -302,7 +302,8 @@ def estimate_shift(baseline: str, data: TwoArms) -> ShiftEstimate | None:
     _, J = curve_jacobian(baseline, theta[None], data)
     variance = max(ssr / degrees, 1e-300)
     X = J[0] * np.sqrt(data.weight)[:, None]
-    length = np.maximum(np.linalg.norm(X, axis=0), 1e-300)
+    # Above the root of the smallest float, as lengths are multiplied.
+    length = np.maximum(np.linalg.norm(X, axis=0), 1e-150)
     inverse = np.linalg.pinv((X / length).T @ (X / length)) / np.outer(length, length)
     from scipy.stats import f as f_distribution
 
