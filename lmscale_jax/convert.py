@@ -1,9 +1,10 @@
 """Converts weights of GPT-2 and Llama from and to Hugging Face's format:
 
-python -m lmscale_jax.convert --from_hf=DIR --workdir=W --config=C    then: evaluate --workdir=W
+python -m lmscale_jax.convert --from_hf=DIR --workdir=W [--config=C]
 python -m lmscale_jax.convert --workdir=W --to_hf=DIR
 
-The config names the data on which the imported model is evaluated; its `model` group is replaced.
+A config names the data on which the imported model is evaluated; the model's own shape and
+tokenizer replace those of the config. Without a config nothing is evaluated.
 """
 
 from lmscale_jax import cli
@@ -30,12 +31,24 @@ def main() -> None:
         # What the forward pass reads.
         params = multiplied_params(loaded.run.model.param_rules, loaded.params)
         hf.write_hf(TO.value, loaded.run.config, params)
+        restore.copy_tokenizer(loaded.run.config.data, TO.value)
         print(f"written {TO.value}, from the checkpoint after step {loaded.step}")
         return
+    from lmscale_jax.config.resolve import check_names
     from lmscale_jax.train import restore
 
-    record = restore.import_run(CONFIG.value, FROM.value, WORKDIR.value, print)
-    print(f"written {WORKDIR.value}: held-out loss {record['final']['val_loss']:.4f} nats/token")
+    named = CONFIG.present or cli.overrides()
+    if named:
+        check_names(CONFIG.value)
+    config = CONFIG.value if named else None
+    record = restore.import_run(config, FROM.value, WORKDIR.value, print)
+    loss = record["final"]["val_loss"]
+    outcome = (
+        "not evaluated, since no data is named; use --config=configs/base.py or another with data"
+        if loss is None
+        else f"held-out loss {loss:.4f} nats/token"
+    )
+    print(f"written {WORKDIR.value}: {outcome}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ OUT = cli.path_flag("out", "new or empty directory; default: the cache")
 
 
 def main() -> None:
-    from lmscale_jax.config.resolve import resolve
+    from lmscale_jax.config.resolve import check_names, resolve
     from lmscale_jax.data import prepare
 
     config = CONFIG.value
+    check_names(config)
     for name, flag in (("source", SOURCE), ("path", PATH), ("tokenizer", TOKENIZER)):
         if flag.value is not None:
             config.data[name] = flag.value

@@ -13,6 +13,10 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, hf
+from lmscale_jax.reports import final_summary
+from lmscale_jax.train import evaluation, restore
+
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 GPT2 = {"mlp": "gelu", "norm": "layernorm", "bias": True, "positions": "learned", "head": "tied"}
 LLAMA = {"mlp": "swiglu", "norm": "rmsnorm", "bias": False, "positions": "rope"}
@@ -155,3 +159,114 @@ def test_without_safetensors_one_line_says_what_to_install(written, tmp_path, mo
 def test_the_command_wants_one_direction(tmp_path):
     status, _, err = run("convert", f"--workdir={tmp_path}")
     assert status == 2 and err.count("\n") == 1 and "--from_hf or --to_hf" in err
+
+
+def random_gpt2(width=16, vocab=211) -> tuple[dict, dict]:
+    """A random GPT-2 as save_pretrained names its tensors, and its config.json."""
+    chance = np.random.default_rng(0)
+    shapes = {"wte.weight": (vocab, width), "wpe.weight": (24, width), "ln_f.weight": (width,),
+              "ln_f.bias": (width,)}  # fmt: skip
+    for name, ins, out in (("attn.c_attn", 1, 3), ("attn.c_proj", 1, 1), ("mlp.c_fc", 1, 4),
+                           ("mlp.c_proj", 4, 1)):  # fmt: skip
+        shapes |= {f"h.0.{name}.weight": (ins * width, out * width)}
+        shapes |= {f"h.0.{name}.bias": (out * width,)}
+    shapes |= {f"h.0.ln_{i}.{kind}": (width,) for i in (1, 2) for kind in ("weight", "bias")}
+    settings = {"model_type": "gpt2", "n_layer": 1, "n_embd": width, "n_head": 2,
+                "n_positions": 24, "vocab_size": vocab}  # fmt: skip
+    tensors = {f"transformer.{k}": chance.normal(0, 0.1, s) for k, s in shapes.items()}
+    return tensors, settings
+
+
+def random_llama(width=16, vocab=211) -> tuple[dict, dict]:
+    """A random Llama with grouped keys."""
+    chance = np.random.default_rng(0)
+    layer = "model.layers.0."
+    shapes = {
+        "model.embed_tokens.weight": (vocab, width), "lm_head.weight": (vocab, width),
+        "model.norm.weight": (width,), f"{layer}input_layernorm.weight": (width,),
+        f"{layer}post_attention_layernorm.weight": (width,),
+        f"{layer}self_attn.q_proj.weight": (width, width),
+        f"{layer}self_attn.k_proj.weight": (width // 2, width),
+        f"{layer}self_attn.v_proj.weight": (width // 2, width),
+        f"{layer}self_attn.o_proj.weight": (width, width),
+        f"{layer}mlp.gate_proj.weight": (24, width), f"{layer}mlp.up_proj.weight": (24, width),
+        f"{layer}mlp.down_proj.weight": (width, 24),
+    }  # fmt: skip
+    settings = {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": width,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24,
+                "vocab_size": vocab}  # fmt: skip
+    return {k: chance.normal(0, 0.1, s) for k, s in shapes.items()}, settings
+
+
+def saved(directory, tensors, settings):
+    directory.mkdir()
+    tensors = {name: value.astype(np.float32) for name, value in tensors.items()}
+    save_file(tensors, directory / hf.WEIGHTS, metadata={"format": "pt"})
+    (directory / hf.CONFIG).write_text(json.dumps(settings))
+    return tensors
+
+
+def assert_exported(workdir, directory, tensors):
+    """What the command writes for --to_hf: the same names and the same bits."""
+    loaded = restore.load_run(workdir)
+    hf.write_hf(directory, loaded.run.config, loaded.params)
+    again = load_file(directory / hf.WEIGHTS)
+    assert again.keys() == tensors.keys()
+    assert all(np.array_equal(again[k].view(np.uint32), tensors[k].view(np.uint32)) for k in again)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "random_model", [random_gpt2, pytest.param(random_llama, marks=pytest.mark.slow)]
+)
+def test_in_and_out_without_data_and_tokenizer(random_model, tmp_path):
+    tensors = saved(tmp_path / "in", *random_model())
+    imported = restore.import_run(None, tmp_path / "in", tmp_path / "w", lambda line: None)
+    assert imported["final"]["val_loss"] is None
+    assert json.loads((tmp_path / "w" / "run.json").read_text())["status"] == "finished"
+    loaded = assert_exported(tmp_path / "w", tmp_path / "out", tensors)
+    # A document of nothing begins with some token; a prompt has no ids.
+    assert len(final_summary.sample_text(loaded.run, loaded.params, 3).split()) == 3
+    with pytest.raises(InputError, match="--prompt=hello: the run's data has no tokenizer"):
+        final_summary.sample_text(loaded.run, loaded.params, 3, "hello")
+    with pytest.raises(InputError, match=r"source='none' has no held-out tokens"):
+        evaluation.evaluate_run(tmp_path / "w", ["perplexity"], 0, 0, lambda line: None)
+    assert not (tmp_path / "w" / "eval.json").exists()
+
+
+@pytest.mark.slow
+def test_the_tokenizer_beside_the_weights_is_the_model_s(tmp_path, corpus):
+    """With it text is sampled without data, and the data of a config are read and evaluated."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}
+    library = Tokenizer(models.BPE(vocab, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.add_special_tokens(["<|endoftext|>"])
+    tensors = saved(tmp_path / "in", *random_gpt2(vocab=257))
+    library.save(str(tmp_path / "in" / "tokenizer.json"))
+    restore.import_run(None, tmp_path / "in", tmp_path / "w", lambda line: None)
+    loaded = assert_exported(tmp_path / "w", tmp_path / "out", tensors)
+    assert final_summary.sample_text(loaded.run, loaded.params, 3, "hello").startswith("hello")
+    restore.copy_tokenizer(loaded.run.config.data, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    config = base.get_config()
+    config.data.source, config.data.path, config.data.vocab_size = "text", str(corpus), 300
+    config.data.cache, config.data.seq_len, config.eval.tokens = str(tmp_path / "c"), 24, 500
+    # Of another architecture: the weights bring their own.
+    config.model.logit_softcap, config.parametrization.output_scale = 15.0, 1.0
+    config.parametrization.name, config.parametrization.base_width = "mup", 64
+    imported = restore.import_run(config, tmp_path / "in", tmp_path / "v", lambda line: None)
+    assert imported["final"]["val_tokens"] == 500 and imported["final"]["bits_per_byte"] > 0
+    assert imported["config"]["data"]["tokenizer_path"] == str(tmp_path / "in")
+    assert imported["config"]["model"]["logit_softcap"] == 0.0
+    assert imported["config"]["parametrization"]["name"] == "sp"
+
+
+@pytest.mark.parametrize("command", [["convert", "--from_hf=none", "--workdir=none"],
+                                     ["prepare", "--source=text", "--path=none"]],
+                         ids=["convert", "prepare"])  # fmt: skip
+def test_a_config_of_another_kind_is_one_line(command):
+    status, _, err = run(*command, "--config=configs/ladders/quickstart.py")
+    assert status == 2 and err.count("\n") == 1 and "is not a key" in err, err

@@ -1,6 +1,7 @@
 """Mixtures of prepared directories: exact shares, orders of their own, one tokenizer."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from lmscale_jax.configs import base
 from lmscale_jax.data import prepare
 from lmscale_jax.data.batches import TrainBatches
-from lmscale_jax.data.order import MixturePattern, WindowOrder
+from lmscale_jax.data.order import WindowOrder
+from lmscale_jax.data.shares import MixturePattern
 from lmscale_jax.errors import InputError
 from lmscale_jax.train import loop
 
@@ -35,21 +37,51 @@ def data_of(folders, path: str):
     return data
 
 
-@pytest.mark.parametrize("weights", [[1.0], [3, 1], [0.2, 0.5, 0.3], [1, 1, 1]])
+WEIGHTS = [
+    [1], [3, 1], [1, 1, 1], [1, 1, 7], [Fraction("0.2"), Fraction("0.5"), Fraction("0.3")],
+    [3000, 1], [500, 300, 120, 50, 29, 1], [90, 3, 2, 2, 1, 1, 1],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_shares_are_exact_and_rows_of_a_part_are_counted(weights):
-    mixture = MixturePattern(weights, seed=5)
+    """Against rows sorted by when they are due, in fractions."""
+    mixture = MixturePattern(weights)
+    n = min(3 * mixture.period, 4000)
     part, row = (
-        np.concatenate(x) for x in zip(*(mixture.rows(t, 7) for t in range(500)), strict=True)
+        np.concatenate(x)[:n]
+        for x in zip(*(mixture.rows(t, 7) for t in range(n // 7 + 1)), strict=True)
     )
-    for start in range(0, 3000, 1000):
-        counts = np.bincount(part[start : start + 1000], minlength=len(weights))
-        np.testing.assert_allclose(counts, 1000 * np.array(weights) / sum(weights), atol=1)
-    for index in range(len(weights)):
-        # Each row of a part comes once, and in its order.
-        assert np.array_equal(
-            np.sort(row[part == index])[:500], np.arange(500)[: (part == index).sum()]
-        )
-    assert len(weights) > 1 or np.array_equal(row, np.arange(3500))
+    shares = [Fraction(w) / sum(map(Fraction, weights)) for w in weights]
+    due = sorted(
+        (Fraction(2 * j + 1, 2) / share, i, j)
+        for i, share in enumerate(shares)
+        for j in range(int(n * share) + 3)
+    )
+    assert [(i, j) for _, i, j in due[:n]] == list(zip(part.tolist(), row.tolist(), strict=True))
+    read = np.cumsum(part[:, None] == np.arange(len(weights)), axis=0)
+    off = np.abs(read - np.arange(1, n + 1)[:, None] * np.array(shares, float))
+    most = 0.5 + max(0, len(weights) - 2) * np.array(shares, float) / 2
+    assert np.all(off.max(axis=0) <= most + 1e-9)
+    # To the row after every period.
+    periods = np.arange(mixture.period - 1, n, mixture.period)
+    assert np.all(off[periods] < 1e-9)
+    for rows in (0, 1, 2, n // 3, n):
+        expected = read[rows - 1] if rows else np.zeros(len(weights))
+        assert np.array_equal(mixture.counts(rows), expected)
+
+
+def test_a_small_part_is_read_and_a_run_without_it_is_refused(folders):
+    """A part of one window in 2,001: in every 2,001 windows, and refused in a run of fewer."""
+    mixed = prepare.prepare_data(
+        data_of(folders, f"{folders / 'low'}=2000,{folders / 'high'}=1"), 0
+    )
+    batches = TrainBatches(mixed, 16, 69, seed=0)
+    assert batches.part_windows(29) == [2000, 1] and batches.part_windows(58) == [4000, 2]
+    with pytest.raises(InputError, match=r"high has 1 of 2001 .* none of the run's 690 windows"):
+        batches.part_windows(10)
+    with pytest.raises(InputError, match=r"3333333333.*use weights with fewer digits"):
+        prepare.prepare_data(data_of(folders, f"{folders / 'low'}=0.3333333333,{folders}=1"), 0)
 
 
 def test_one_part_alone_is_the_order_of_the_seed(folders):

@@ -222,14 +222,16 @@ def test_a_prepared_directory_is_a_bin_source(tmp_path):
     cfg = config(tmp_path, source="bin", path=str(tmp_path / "out"))
     data = prepare_data(cfg, 0, log=quiet)
     assert data.fingerprint == shards.fingerprint
-    assert (
-        data.tokenizer.name == "bytes" and data.vocab_size == find_token_ids(cfg).vocab_size == 257
-    )
-    for name, value in (("val_path", "val.bin"), ("document_mark", 256)):
-        with pytest.raises(InputError, match=rf"data\.{name}={value}: .* use data\.{name}=(''|-1)"):
-            prepare_data(
-                config(tmp_path, source="bin", path=str(tmp_path / "out"), **{name: value}), 0
-            )
+    assert data.tokenizer.name == "bytes"
+    assert data.vocab_size == find_token_ids(cfg).vocab_size == 257
+    cfg.document_mark = 256
+    assert prepare_data(cfg, 0, log=quiet).boundary == 256
+    cfg.document_mark = 7
+    with pytest.raises(InputError, match=r"document_mark=7: .* documents begin with 256; use -1"):
+        prepare_data(cfg, 0, log=quiet)
+    cfg.val_path = "x.bin"
+    with pytest.raises(InputError, match=r"leave data\.val_path empty"):
+        prepare_data(cfg, 0, log=quiet)
 
 
 def test_a_glob_of_prepared_shards_finds_their_manifest_or_is_refused(tmp_path):

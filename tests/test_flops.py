@@ -93,8 +93,8 @@ def test_tiny_model_by_hand():
         "non_embedding": products + norms,
         "embedding": tables,
     }
-    # Two products of 2 d multiplications and additions, 2 heads, 6 / 2 tokens seen on average.
-    attention = 2 * 2 * 4 * 2 * 3
+    # Two products of 2 d multiplications and additions, 2 heads, (1 + ... + 6) / 6 keys on average.
+    attention = 2 * 2 * 4 * 2 * 3.5
     per_token = flops.flops_per_token(config, specs)
     assert per_token["model"] == 3 * (2 * products + 2 * 512 * 8 + attention)
     assert per_token["6n"] == 6 * (products + norms + tables)

@@ -260,20 +260,6 @@ def test_the_reach_of_a_block_is_a_number():
     assert reach(1, step=1, **ends, window_growth="10 steps") == 4
 
 
-def test_windows_count_in_flops():
-    """Against a count of what the mask leaves."""
-    config, model, _ = make(window_layers="ends", window=5, n_layers=6)
-    T, seen = config.data.seq_len, 0
-    for layer in range(6):
-        w = 5 if layer in (0, 2, 5) else 2
-        seen += sum(min(t + 1, w) for t in range(T)) / T
-    # T / 2 keys, not (T + 1) / 2, is the convention without windows; w / 2T is that half with them.
-    halves = sum((5 if layer in (0, 2, 5) else 2) / (2 * T) for layer in range(6))
-    assert skip_connections.mean_visible(config, T) == pytest.approx((seen - halves) / 6)
-    actual = flops.forward_flops(config, model.specs)["attention"]
-    assert actual == pytest.approx(6 * 4 * skip_connections.mean_visible(config, T) * 32)
-
-
 def test_rows_of_the_table():
     config = base.get_config()
     for name, value in (ALL | {"d_model": 128, "n_heads": 16, "head_dim": 8}).items():

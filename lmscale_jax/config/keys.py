@@ -115,8 +115,8 @@ SPEC = {
         "source": Key(
             "stdlib",
             "source of the text; stdlib: the source code of Python's standard library, which "
-            "every user has",
-            choices=(*_TEXTS, "bin", "mixture", "fineweb10B_gpt2"),
+            "every user has; none: no tokens, for weights that were converted",
+            choices=(*_TEXTS, "bin", "mixture", "fineweb10B_gpt2", "none"),
         ),
         "path": Key(
             "",
@@ -164,7 +164,7 @@ SPEC = {
             "bytes: one id per byte; char: one id per character; bpe: trained on the source; hf: "
             "a published BPE, such as GPT-2's or Llama's",
             choices=("bytes", "char", "bpe", "hf"),
-            when={"data.source": _TEXTS},
+            when={"data.source": (*_TEXTS, "none")},
         ),
         "tokenizer_path": Key(
             "",

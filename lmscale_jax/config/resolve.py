@@ -26,12 +26,17 @@ def validate(config: ConfigDict) -> None:
 
 def check_keys(config, spec: dict) -> None:
     """Raises InputError at the first key that a specification lacks, or whose value it refuses."""
-    _check_names(config, spec, "", [p for p, _ in keys(spec)])
+    check_names(config, spec)
     for path, key in keys(spec):
         _check_value(path, get(config, path), key)
     for path, key in keys(spec):
         if get(config, path) != key.default:
             _check_used(config, path, key)
+
+
+def check_names(config, spec: dict = SPEC) -> None:
+    """Raises InputError at the first key that a specification lacks, or that a config lacks."""
+    _check_names(config, spec, "", [p for p, _ in keys(spec)])
 
 
 def _check_names(config, spec: dict, prefix: str, all_paths: list[str]) -> None:

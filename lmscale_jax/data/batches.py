@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmscale_jax.data.order import MixturePattern, WindowOrder
+from lmscale_jax.data.order import WindowOrder
 from lmscale_jax.data.prepare import Prepared
+from lmscale_jax.data.shares import MixturePattern
 from lmscale_jax.errors import InputError
 
 NO_LABEL = -1
@@ -50,8 +51,13 @@ class TrainBatches:
         seed: int,
         rows: slice = slice(None),
     ):
-        parts = prepared.mixture or ((prepared.train, 1.0),)
+        parts = prepared.mixture or ((prepared.train, 1),)
         for shards, _ in parts:
+            if not shards.paths:
+                raise InputError(
+                    "config.data.source='none' has no tokens to train on; use for example "
+                    "data.source='stdlib'"
+                )
             if shards.n_tokens < seq_len + 1:
                 raise InputError(
                     f"data.seq_len={seq_len}: a window needs {seq_len + 1} tokens and the training "
@@ -64,7 +70,7 @@ class TrainBatches:
         self.n_windows = sum(self._sizes)
         # Each part has its own order; that of the first part is the one of the seed.
         self._orders = [WindowOrder(n, seed + 7919 * i) for i, n in enumerate(self._sizes)]
-        self._mixture = MixturePattern([weight for _, weight in parts], seed)
+        self._mixture = MixturePattern([weight for _, weight in parts])
 
     def at(self, step: int) -> Batch:
         """Reads this host's rows of the batch of `step` (0, 1, ...)."""
@@ -79,8 +85,21 @@ class TrainBatches:
 
     def epochs(self, step: int) -> float:
         """Returns the number of epochs in `step` steps; of a mixture, the highest of any part."""
-        n_rows = step * self.batch_size * self._mixture.counts / self._mixture.PERIOD
+        n_rows = step * self.batch_size * self._mixture.weights / self._mixture.period
         return float(np.max(n_rows / np.array(self._sizes)))
+
+    def part_windows(self, steps: int) -> list[int]:
+        """Counts the windows of each part in `steps` steps. Raises InputError if one has none."""
+        counts = self._mixture.counts(steps * self.batch_size)
+        for part, count in enumerate(counts):
+            if not count:
+                folder, weights = self._shards[part].paths[0].parent, self._mixture.weights
+                raise InputError(
+                    f"data.path: {folder} has {weights[part]} of {self._mixture.period} parts of "
+                    f"the weight, and none of the run's {counts.sum():,} windows; give it more "
+                    f"weight or leave it out"
+                )
+        return counts.tolist()
 
 
 def val_batches(
@@ -105,6 +124,11 @@ def val_batches(
         InputError: the validation split has fewer than two tokens.
     """
     shards = prepared.val
+    if not shards.paths:
+        raise InputError(
+            "config.data.source='none' has no held-out tokens; convert the weights again with "
+            "--config=C, whose data the model's tokenizer has made or can make"
+        )
     if shards.n_tokens < 2:
         raise InputError(
             f"data.val_fraction: the validation split has {shards.n_tokens} tokens and needs at "

@@ -96,6 +96,13 @@ def is_sentencepiece(library: dict) -> bool:
     return library["model"]["type"] == "BPE" and bool(library["model"].get("byte_fallback"))
 
 
+def tokenizer_files(directory: Path) -> list[Path]:
+    """Lists the files of the tokenizer in a directory; [] where there is none."""
+    names = [FAST] if (directory / FAST).is_file() else [VOCAB, MERGES]
+    paths = [directory / name for name in (*names, SETTINGS)]
+    return [p for p in paths if p.is_file()] if all(p.is_file() for p in paths[:-1]) else []
+
+
 def load_pretrained(directory: Path) -> HFTokenizer:
     """Loads the tokenizer of a directory with tokenizer.json, or with vocab.json and merges.txt.
 

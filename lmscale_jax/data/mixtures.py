@@ -3,28 +3,33 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 from lmscale_jax.data.shards import SIDES, Shards
+from lmscale_jax.data.shares import MixturePattern
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import comma_separated, user_path
 
 
-def parse_parts(text: str) -> list[tuple[Path, float]]:
+def parse_parts(text: str) -> list[tuple[Path, Fraction]]:
     """Parses "web=3,code=1" to [(directory, weight)]; a weight left out is 1.
 
+    Weights are whole or decimal numbers, taken as they are written.
+
     Raises:
-        InputError: a weight is not a positive number, or there are fewer than two parts.
+        InputError: a weight is not a positive number, there are fewer than two parts, or the
+            weights have more digits than an exact order can keep.
     """
     parsed = []
     for item in comma_separated(text, _is_part):
         name, equals, weight = item.strip().rpartition("=")
         name, weight = (name, weight) if equals else (weight, "1")
         try:
-            value = float(weight)
+            value = Fraction(weight if 0 < float(weight) < float("inf") else 0)
         except ValueError:
-            value = 0.0
-        if not name or not 0 < value < float("inf"):
+            value = Fraction(0)
+        if not name or not value:
             raise InputError(
                 f"data.path={text}: {item.strip()!r} is no directory with a positive weight; "
                 f"use for example 'shards/web=3,shards/code=1'"
@@ -34,6 +39,13 @@ def parse_parts(text: str) -> list[tuple[Path, float]]:
         raise InputError(
             f"data.path={text}: a mixture has two parts or more; use data.source='bin' for one"
         )
+    try:
+        MixturePattern([weight for _, weight in parsed])
+    except ValueError as error:
+        raise InputError(
+            f"data.path={text}: {error}, which is too fine for exact shares; use weights with "
+            f"fewer digits, such as 3 and 0.25"
+        ) from None
     return parsed
 
 
@@ -78,11 +90,11 @@ def open_mixture(text: str, open_part: Callable):
     )
 
 
-def _join_split(side: str, opened: list, weights: list[float]) -> dict:
+def _join_split(side: str, opened: list, weights: list[Fraction]) -> dict:
     """Sums what the manifests say of one side; the training fingerprint covers the weights too."""
     splits = [part.manifest["splits"][side] for part in opened]
     text = " ".join(
-        f"{split['fingerprint']} {weight if side == 'train' else ''}"
+        f"{split['fingerprint']} {float(weight) if side == 'train' else ''}"
         for split, weight in zip(splits, weights, strict=True)
     )
     totals = {

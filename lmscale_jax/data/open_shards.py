@@ -5,11 +5,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from lmscale_jax.data import sources, tokenizers
+from lmscale_jax.data import hf_tokenizers, sources, tokenizers
 from lmscale_jax.data.shards import (
     FORMAT,
     MANIFEST,
@@ -45,7 +46,7 @@ class Prepared:
     manifest: dict
     tokenizer: tokenizers.Tokenizer | None
     vocab_size: int
-    mixture: tuple[tuple[Shards, float], ...] = ()
+    mixture: tuple[tuple[Shards, Fraction], ...] = ()
     boundary: int | None = None
 
     @property
@@ -97,7 +98,13 @@ def open_bin(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
     Raises InputError where they are damaged, or vocab_size is missing for bare files.
     """
     if directory := _prepared_directory(data_cfg):
-        return open_directory(directory, cache)
+        prepared = open_directory(directory, cache)
+        if data_cfg.document_mark not in (-1, prepared.boundary):
+            raise InputError(
+                f"data.document_mark={data_cfg.document_mark}: in the prepared data.path="
+                f"{data_cfg.path} documents begin with {prepared.boundary}; use -1"
+            )
+        return prepared
     if vocab_size <= 0:
         raise InputError(
             f"model.vocab_size={vocab_size}: bare shards (data.path={data_cfg.path}) do not say "
@@ -124,8 +131,7 @@ def _prepared_directory(data_cfg) -> Path | None:
     """Finds the prepared directory that data.path names, as such or by its shards; None: bare ones.
 
     Raises:
-        InputError: some of its shards are named and others are not, or data.val_path or
-            data.document_mark say what its manifest says.
+        InputError: some of its shards are named and others are not, or data.val_path is set.
     """
     directory = user_path(data_cfg.path)
     if not (directory / MANIFEST).is_file():
@@ -144,12 +150,11 @@ def _prepared_directory(data_cfg) -> Path | None:
                 f"shards of the prepared directory {directory} and {len(paths - listed)} other "
                 f"files, so its manifest does not hold; use data.path={directory}"
             )
-    for name, unset in (("val_path", ""), ("document_mark", -1)):
-        if data_cfg[name] != unset:
-            raise InputError(
-                f"data.{name}={data_cfg[name]}: the prepared data.path={data_cfg.path} has its own "
-                f"validation shards and document mark; use data.{name}={unset!r}"
-            )
+    if data_cfg.val_path:
+        raise InputError(
+            f"data.val_path={data_cfg.val_path}: the prepared data.path={data_cfg.path} has "
+            f"its own validation shards; leave data.val_path empty"
+        )
     return directory
 
 
@@ -183,18 +188,48 @@ def _bin_paths(data_cfg) -> dict[str, list[Path]]:
     return {"train": train, "val": val}
 
 
+def open_nothing(data_cfg, vocab_size: int) -> Prepared:
+    """Returns data without tokens; with the tokenizer of data.tokenizer="hf".
+
+    Raises:
+        InputError: the number of ids is unknown, or the tokenizer cannot be read.
+    """
+    path = Path(data_cfg.tokenizer_path).expanduser()
+    tokenizer = hf_tokenizers.load_pretrained(path) if data_cfg.tokenizer == "hf" else None
+    if not (vocab_size or tokenizer):
+        raise InputError(
+            f"model.vocab_size={vocab_size}: data.source='none' has no tokens to train on; use for "
+            f"example data.source='stdlib'"
+        )
+    splits = {side: {"tokens": 0, "fingerprint": ""} for side in SIDES}
+    manifest = {"format": FORMAT, "source": "", "tokenizer": None, "splits": splits}
+    n_ids = tokenizer.vocab_size if tokenizer else vocab_size
+    boundary = tokenizer and tokenizer.boundary
+    sides = Shards([], n_ids), Shards([], n_ids)
+    return Prepared(*sides, manifest, tokenizer, n_ids, boundary=boundary)
+
+
 def _scan_cached(shards: Shards, cache: Path, log: Log) -> str:
     """Returns `shards.scan()`, cached until the files change."""
+
+    def scan() -> str:
+        log(f"data: checking {shards.n_tokens:,} tokens in {len(shards.paths)} shards, once")
+        return shards.scan()
+
+    return note_of_shards("fingerprint", shards, cache, [shards.vocab_size], scan)
+
+
+def note_of_shards(name: str, shards: Shards, cache: Path, settings: list, compute: Callable):
+    """Returns `compute()`, a JSON value, noted in the cache until files or settings change."""
     files = [file_state(path, str(path.absolute())) for path in shards.paths]
-    note = cache / f"bin-{short_hash([FORMAT, shards.vocab_size, files])}.json"
+    note = cache / f"bin-{short_hash([FORMAT, *settings, files])}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads(note.read_text(encoding="utf-8"))["fingerprint"]
-    log(f"data: checking {shards.n_tokens:,} tokens in {len(shards.paths)} shards, once")
-    fingerprint = shards.scan()
-    with contextlib.suppress(OSError):  # without a writable cache the next run scans again
+        return json.loads(note.read_text(encoding="utf-8"))[name]
+    value = compute()
+    with contextlib.suppress(OSError):  # without a writable cache the next run computes again
         note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, {"fingerprint": fingerprint, "files": files})
-    return fingerprint
+        write_json(note, {name: value, "files": files})
+    return value
 
 
 def manifest_in(directory: Path) -> dict | None:

@@ -66,41 +66,6 @@ class WindowOrder:
         return row_B * n_columns + column_B
 
 
-class MixturePattern:
-    """Which part of a mixture each row of the run's endless stream of windows comes from.
-
-    Rows repeat one pattern of 1,000, shuffled by the seed, in which each part has its share. So
-    every 1,000 rows hold the shares exactly, and the index of a row within its part is computed
-    without counting.
-
-    Args:
-        weights: positive weights of the parts; only their ratios matter.
-        seed: of the shuffle.
-    """
-
-    PERIOD = 1000
-
-    def __init__(self, weights: list[float], seed: int):
-        shares = np.array(weights, float) / sum(weights) * self.PERIOD
-        counts = np.floor(shares).astype(np.int64)
-        # Rows lost by rounding down go to the parts with the largest remainders.
-        n_missing = self.PERIOD - int(counts.sum())
-        counts[np.argsort(counts - shares, kind="stable")[:n_missing]] += 1
-        self.counts = counts
-        pattern = np.repeat(np.arange(len(counts)), counts)
-        self._part_P = np.random.default_rng(seed & _MASK_64).permutation(pattern)
-        self._index_P = np.zeros(self.PERIOD, np.int64)
-        for part, count in enumerate(counts):
-            self._index_P[self._part_P == part] = np.arange(count)
-
-    def rows(self, step: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the part of each row of a batch and its index within that part: [batch_size]."""
-        position_B = step * batch_size + np.arange(batch_size, dtype=np.int64)
-        period_B, place_B = np.divmod(position_B, self.PERIOD)
-        part_B = self._part_P[place_B]
-        return part_B, period_B * self.counts[part_B] + self._index_P[place_B]
-
-
 def _mix(x: np.ndarray) -> np.ndarray:
     """Hashes uint64 arrays by SplitMix64, where every input bit flips half of the output bits.
 

@@ -27,6 +27,7 @@ from lmscale_jax.data.open_shards import (
     mark_of,
     open_bin,
     open_directory,
+    open_nothing,
 )
 from lmscale_jax.data.shards import FORMAT, MANIFEST, file_state, read_manifest, short_hash
 from lmscale_jax.data.tokenizer_base import TokenIds, token_ids_of
@@ -276,6 +277,11 @@ PREPARATIONS = Modes(
     | {
         "bin": _SHARDS,
         corpora.SHARDS: _SHARDS,
+        "none": Preparation(
+            lambda data_cfg, vocab_size, cache, log: open_nothing(data_cfg, vocab_size),
+            lambda data_cfg, cache: None,
+            lambda data_cfg, cache: TokenIds(0, None),
+        ),
         "mixture": Preparation(
             lambda data_cfg, vocab_size, cache, log: _open_mixture(data_cfg, cache),
             lambda data_cfg, cache: _open_mixture(data_cfg, cache).manifest,

@@ -179,6 +179,15 @@ class Shards:
                 digest.update(chunk)
         return digest.hexdigest()
 
+    def find(self, token: int) -> np.ndarray:
+        """Returns the positions of a token in the stream: int64, ascending."""
+        positions = [np.zeros(0, np.int64)]
+        for end, array in zip(self._ends, self._arrays, strict=True):
+            for start in range(0, len(array), _SCAN_TOKENS):
+                matches = np.flatnonzero(array[start : start + _SCAN_TOKENS] == token)
+                positions.append(matches + (end - len(array) + start))
+        return np.concatenate(positions)
+
     def _copy(self, start: int, out_T: np.ndarray) -> None:
         """Copies tokens from `start` on into `out_T`, across shards."""
         shard = bisect.bisect_right(self._ends, start)

@@ -267,5 +267,6 @@ SOURCES = Modes(
         "bin": Source(None),
         "mixture": Source(None),
         corpora.SHARDS: Source(None, needs_path=False),
+        "none": Source(None, needs_path=False),
     },
 )

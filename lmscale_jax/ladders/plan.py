@@ -108,13 +108,17 @@ def describe_dtype(plan: LadderPlan) -> str:
 def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
     """Makes the plan of a ladder's config, whose runs have the model.dtype that RUN_DTYPES gives.
 
-    Prepares the data where its vocabulary size is unknown: parameter counts depend on it.
+    Prepares the data where parameter counts or FLOPs depend on it: where its vocabulary size is
+    unknown, or a mask follows its documents.
     """
     grid.check_ladder(ladder)
     ladder = ConfigDict(ladder.to_dict())
     ladder.run.model.dtype = RUN_DTYPES[ladder.dtype](ladder)
     vocab_size = prepare.find_token_ids(ladder.run.data).vocab_size
-    if not vocab_size:
+    masks = {
+        v for k, v in grid.flat_overrides(ladder.to_dict()).items() if k.endswith("model.mask")
+    }
+    if not vocab_size or "document" in masks:
         data, model = ladder.run.data, ladder.run.model
         vocab_size = prepare.prepare_data(data, model.vocab_size, say).vocab_size
     return LadderPlan(

@@ -6,7 +6,7 @@ The figures are from the vendors' data sheets; no device is queried.
 import re
 from typing import NamedTuple
 
-from lmscale_jax.model import skip_connections
+from lmscale_jax.model import visible_keys
 from lmscale_jax.model.param import Spec, named
 
 # For each forward product the backward pass has two: for the gradients of inputs and of weights.
@@ -35,8 +35,9 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
     """Counts the FLOPs of a forward pass over one token, by part; multiply and add count as two.
 
     "dense": the products inside the blocks. "readout": the product with the vocabulary.
-    "attention": q·k and the weighted sum of values, for the keys within mask and window. Lookups,
-    norms and activations are not counted: they grow with the width, not with its square.
+    "attention": q·k and the weighted sum of values, for the keys within mask and window
+    (`visible_keys.mean_visible`). Lookups, norms and activations are not counted: they grow with
+    the width, not with its square.
     """
     model = config.model
     hidden = [spec for spec in named(specs["blocks"]).values() if spec.n_in]
@@ -46,7 +47,7 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
         # Two products of 2 H d for each key that is seen.
         "attention": model.n_layers
         * 4.0
-        * skip_connections.mean_visible(config, config.data.seq_len)
+        * visible_keys.mean_visible(config)
         * model.n_heads
         * model.head_dim,
     }
@@ -57,8 +58,8 @@ def flops_per_token(config, specs: dict) -> dict[str, float]:
 
     "6n": 6 times all parameters (Hoffmann et al. 2022). "6n_non_embedding": 6 times those outside
     the tables (Kaplan et al. 2020). "model": all matrix products of the model, including the
-    readout and the causal half of attention; run.json's flops_per_token and MFU use it. None counts
-    recomputation (model.remat, the chunks of the loss).
+    readout and the visible keys of attention; run.json's flops_per_token and MFU use it. None
+    counts recomputation (model.remat, the chunks of the loss).
     """
     n = parameter_counts(specs)
     return {

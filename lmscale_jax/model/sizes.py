@@ -146,19 +146,17 @@ def count_parameters(config: ConfigDict, vocab_size: int = 0) -> dict[str, int]:
     return describe_shape(resolve(config, vocab_size))[0]
 
 
-_descriptions_by_shape: dict[str, tuple[dict, float]] = {}
+_specs_by_shape: dict[str, dict] = {}
 
 
 def describe_shape(resolved) -> tuple[dict, float]:
-    """Returns (counts, "model" FLOPs per token) of a resolved config, cached by shape."""
+    """Returns (counts, "model" FLOPs per token) of a resolved config."""
     groups = (resolved.model.to_dict(), resolved.parametrization.to_dict(), resolved.data.seq_len)
     key = repr(groups)
-    if key not in _descriptions_by_shape:
-        specs = declare_specs(resolved, "cpu")
-        per_token = flops.flops_per_token(resolved, specs)["model"]
-        _descriptions_by_shape[key] = flops.parameter_counts(specs), per_token
-    counts, per_token = _descriptions_by_shape[key]
-    return dict(counts), per_token
+    if key not in _specs_by_shape:
+        _specs_by_shape[key] = declare_specs(resolved, "cpu")
+    specs = _specs_by_shape[key]
+    return flops.parameter_counts(specs), flops.flops_per_token(resolved, specs)["model"]
 
 
 def _candidates(

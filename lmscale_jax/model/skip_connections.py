@@ -179,7 +179,8 @@ def attention_windows(config, step=None) -> tuple | None:
 
     A unit is model.window_block tokens. A growing full window is model.window times the fraction of
     model.window_growth that is done, rounded up to units; the half one is half of that in units,
-    rounded down. Both are at least one unit. Returns None if there are no windows.
+    rounded down. Both are at least one unit. Returns None if there are no windows. `step` may be an
+    array of NumPy's too, in float32.
     """
     model = config.model
     if full_window_blocks(model) is None:
@@ -187,29 +188,16 @@ def attention_windows(config, step=None) -> tuple | None:
     growth, (full, half), block = model.window_growth, final_windows(model), model.window_block
     if step is None or not growth:
         return full, half
-    tokens = jnp.minimum(1.0, step / growth) * model.window
-    grown = jnp.clip(jnp.ceil(tokens / block), 1, full).astype(jnp.int32)
-    return grown, jnp.maximum(1, grown // 2)
+    xp = np if isinstance(step, np.ndarray) else jnp
+    tokens = xp.minimum(1.0, step / growth) * model.window
+    grown = xp.clip(xp.ceil(tokens / block), 1, full).astype(np.int32)
+    return grown, xp.maximum(1, grown // 2)
 
 
 def final_windows(model) -> tuple[int, int]:
     """Returns the (full, half) windows after any growth, in units."""
     full = -(-model.window // model.window_block)
     return full, max(1, full // 2)
-
-
-def mean_visible(config, length: int) -> float:
-    """Returns the keys that a query attends to, on average over `length` tokens and all blocks.
-
-    That is length / 2 for the causal mask alone; documents are not counted.
-    """
-    model = config.model
-    if full_window_blocks(model) is None:
-        return length / 2
-    full, half = (min(length, w * model.window_block) for w in attention_windows(config))
-    n_full = len(full_window_blocks(model))
-    keys = {w: w - w * w / (2 * length) for w in (full, half)}
-    return (n_full * keys[full] + (model.n_layers - n_full) * keys[half]) / model.n_layers
 
 
 def describe_skips(config) -> dict[str, str]:

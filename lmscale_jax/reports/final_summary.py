@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lmscale_jax.errors import InputError
 from lmscale_jax.evals import perplexity
 from lmscale_jax.model import sampling
 from lmscale_jax.reports import plots
@@ -55,12 +56,16 @@ def sample_text(run, params, n_tokens: int = 0, prompt: str = "", **options) -> 
     """
     config, data = run.config, run.data
     ids = np.zeros(0, int)
-    if prompt and data.tokenizer:
+    if prompt and not data.tokenizer:
+        raise InputError(
+            f"--prompt={prompt}: the run's data has no tokenizer to read it with; leave it empty"
+        )
+    if prompt:
         ids = data.tokenizer.encode_batch([prompt])[0]
     if data.boundary is not None:
         ids = np.concatenate([[data.boundary], ids])
     if not len(ids):
-        ids = data.val.read(0, 1)
+        ids = data.val.read(0, 1) if data.val.paths else [0]
     sampled = sampling.sample(
         run.model.logits,
         params,

@@ -18,7 +18,7 @@ from lmscale_jax.config.keys import get_config as base_config
 from lmscale_jax.config.resolve import derived, validate
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
-from lmscale_jax.model import build, flops
+from lmscale_jax.model import build, flops, visible_keys
 from lmscale_jax.model.mesh import make_mesh, param_splits, start_jax
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
@@ -294,6 +294,7 @@ def _flops_rows(config, model: build.Model) -> list[str]:
         rows.append((name, f"{per_token:.4g}", f"{total:.4g}"))
     return [
         *aligned_rows(rows),
+        f"attention: {visible_keys.describe_visible(config)}",
         "model is what run.json and MFU use; lmscale_jax/model/flops.py defines all",
     ]
 

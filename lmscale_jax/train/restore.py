@@ -3,6 +3,8 @@
 Makes a run directory of weights that were trained elsewhere, for `evaluate` to read.
 """
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +12,8 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from lmscale_jax.config.keys import get_config, is_used
+from lmscale_jax.data import hf_tokenizers
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import hf, mesh
 from lmscale_jax.model.sharding import AXES
@@ -74,21 +78,27 @@ def _params_to_evaluate(run: Run, checkpoints: Checkpoints, step: int) -> tuple[
     return step, run.trained_params(state)
 
 
-def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[str], None]):
+def import_run(
+    config: ConfigDict | None, source: Path, workdir: Path, say: Callable[[str], None]
+) -> dict:
     """Reads a Hugging Face directory into `workdir` and returns the run's record.
 
-    The config's data must be in ids of the model's own tokenizer. The record counts one step,
-    though none was taken here. Raises InputError where the source cannot be read or `workdir` is
-    not empty.
+    The tokenizer of the directory, where it has one, reads the config's text. Without a config
+    nothing is evaluated. The record counts one step, though none was taken here.
+
+    Args:
+      config: of the data on which the weights are evaluated; None: no data.
+      source: the directory.
+      workdir: a new or empty directory.
+      say: prints a line.
+
+    Raises:
+      InputError: the source cannot be read, the model cannot read the data, or `workdir` is not
+        empty.
     """
-    config = ConfigDict(config.to_dict())
-    settings = hf.read_config(source)
-    with config.ignore_type():
-        config.model.update({"n_kv_heads": 0, "head_dim": 0, "max_seq_len": 0} | settings)
-    config.train.steps, config.train.tokens = 1, 0.0
-    config.schedule.warmup, config.eval.baselines = "0", False
     if workdir.exists() and any(workdir.iterdir()):
         raise InputError(f"--workdir={workdir} is not empty; use a new directory")
+    config = _import_config(config, source, say)
     mesh.start_jax(config)
     run = build_run(config, workdir, say)
     params = hf.read_params(source, run.config.model, run.model.specs)
@@ -105,7 +115,46 @@ def import_run(config: ConfigDict, source: Path, workdir: Path, say: Callable[[s
         checkpoints.save(1, imported, {})
         checkpoints.wait()
         checkpoints.close()
-        record.update(status="finished", final=run.validate(params), wall_seconds=0.0)
+        final = run.validate(params) if run.data.val.paths else _NOT_EVALUATED
+        record.update(status="finished", final=final, wall_seconds=0.0)
     finally:
         lock.release()
     return record
+
+
+_NOT_EVALUATED = {
+    "val_loss": None, "val_loss_sem": None, "val_tokens": 0, "bits_per_byte": None,
+    "perplexity": None,
+}  # fmt: skip
+
+
+def _import_config(config: ConfigDict | None, source: Path, say) -> ConfigDict:
+    """Returns the config of an imported model: its own groups `model` and `parametrization`.
+
+    Settings of a trained architecture would change what the weights compute.
+    """
+    model, tokenizer = hf.read_config(source), hf_tokenizers.tokenizer_files(source)
+    base = get_config()
+    config = base if config is None else ConfigDict(config.to_dict())
+    if config is base:
+        config.data.source = "none"
+        config.data.seq_len = min(config.data.seq_len, model.get("max_seq_len", math.inf))
+    if tokenizer and is_used(config, "data.tokenizer") and config.data.tokenizer != "hf":
+        config.data.tokenizer, config.data.tokenizer_path = "hf", str(source.absolute())
+        config.data.vocab_size = base.data.vocab_size
+        say(f"tokenizer            that of {source}")
+    with config.ignore_type():
+        config.model = ConfigDict(
+            get_config().model.to_dict() | {"dtype": config.model.dtype} | model
+        )
+    config.parametrization = get_config().parametrization
+    config.train.steps, config.train.tokens = 1, 0.0
+    config.schedule.warmup, config.eval.baselines = "0", False
+    return config
+
+
+def copy_tokenizer(data_cfg, directory: Path) -> None:
+    """Copies the files of the tokenizer that data.tokenizer_path names into a directory."""
+    if data_cfg.tokenizer == "hf":
+        for path in hf_tokenizers.tokenizer_files(Path(data_cfg.tokenizer_path).expanduser()):
+            shutil.copy(path, directory)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from lmscale_jax.data import prepare
 from lmscale_jax.data.batches import Batch, TrainBatches, val_batches, val_bytes
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.evals import perplexity, redundancy
-from lmscale_jax.model import flops, mesh
+from lmscale_jax.model import flops, mesh, visible_keys
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.layerwise import averaged_params
@@ -40,10 +41,19 @@ class Run(Setup):
     recorded: object
     workdir: Path
     data: prepare.Prepared
-    batches: TrainBatches
     eval_sums: Callable
     drop_sums: Callable
     parent: dict | None = None
+
+    @functools.cached_property
+    def batches(self) -> TrainBatches:
+        """The training batches. Raises InputError where the data has none."""
+        config = self.config
+        size = config.train.batch_size
+        rows = mesh.host_rows(size, self.mesh)
+        batches = TrainBatches(self.data, config.data.seq_len, size, config.data.seed, rows)
+        batches.part_windows(config.train.steps)
+        return batches
 
     def trained_params(self, state: TrainState) -> dict:
         """Returns the parameters by which a state is evaluated, sampled and exported."""
@@ -173,19 +183,14 @@ def build_run(config, workdir: Path, say: Callable[[str], None]) -> Run:
     data = prepare.prepare_data(config.data, config.model.vocab_size, log=say)
     recorded = derived(config, data.vocab_size)
     setup = build_setup(in_steps(recorded), data.boundary)
-    config, grid, model = setup.config, setup.mesh, setup.model
-    rows = mesh.host_rows(config.train.batch_size, grid)
-    batches = TrainBatches(
-        data, config.data.seq_len, config.train.batch_size, config.data.seed, rows
-    )
+    grid, model = setup.mesh, setup.model
     return Run(
-        config=config,
+        config=setup.config,
         mesh=grid,
         model=model,
         recorded=recorded,
         workdir=workdir,
         data=data,
-        batches=batches,
         eval_sums=perplexity.make_loss_sums(model, grid),
         drop_sums=redundancy.make_drop_sums(model, grid),
     )
@@ -202,6 +207,7 @@ def _warn_of_few_windows(run: Run, say: Callable[[str], None]) -> None:
 
 def _check_data(run: Run) -> None:
     """Checks that all processes and a branch's parent read the same tokens; else InputError."""
+    _ = run.batches  # refuses data that are too short
     distributed.check_agreement(
         "data.fingerprint", run.data.fingerprint, "the same files on every host"
     )
@@ -214,7 +220,7 @@ def _check_data(run: Run) -> None:
 
 def record_facts(run: Run) -> dict:
     """Returns the fields of run.json that are set before the first step."""
-    config, devices = run.config, run.mesh.devices
+    config, devices, trains = run.config, run.mesh.devices, bool(run.data.train.paths)
     per_token = flops.flops_per_token(config, run.model.specs)
     return {
         "name": run.workdir.name,
@@ -224,9 +230,11 @@ def record_facts(run: Run) -> dict:
         "counts": flops.parameter_counts(run.model.specs),
         "flops_per_token": per_token["model"],
         "flops_per_token_by_convention": per_token,
+        "visible_keys": visible_keys.describe_visible(config),
         **branch.branch_costs(config, per_token["model"]),
         "parent": run.parent,
-        "epochs": run.batches.epochs(config.train.steps),
+        "epochs": run.batches.epochs(config.train.steps) if trains else 0.0,
+        "windows_by_part": run.batches.part_windows(config.train.steps) if trains else [],
         "data": {
             "fingerprint": run.data.fingerprint,
             "val_fingerprint": run.data.val_fingerprint,
