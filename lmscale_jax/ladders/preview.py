@@ -1,20 +1,25 @@
 """Prints a ladder's cells as a table, with their cost, before anything is trained."""
 
+import math
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.ladders import executors, results
-from lmscale_jax.ladders.grid import HELD_OUT, Cell, short_count
+from lmscale_jax.ladders.grid import ANCHOR, HELD_OUT, Cell, short_count
 from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import build_model
+from lmscale_jax.scaling import design
 from lmscale_jax.train import aot, explain
 
 # Keys of `flops.BF16_PEAKS`.
+# Fewest degrees of freedom within cells for a scatter of this ladder's own.
+MIN_SPARE = 3
 ACCELERATORS = ("H100", "A100", "TPU v5e", "L4")
 
 
@@ -46,6 +51,7 @@ def preview_table(plan: LadderPlan, cells: list[Cell], workdir: Path, slots: int
         f"{sum(c.role != HELD_OUT for c in cells)} runs before the forecast, {anchors:.3g} FLOPs; "
         f"{count_runs([c for c in cells if c.role == HELD_OUT])} held out, {held_out:.3g} FLOPs"
     )
+    lines += precision_lines(plan, workdir)
     lines.append(describe_dtype(plan))
     duration = explain.readable_seconds((anchors + held_out) / rate / slots)
     lines.append(f"here: about {duration} in {slots} process(es), at {basis}")
@@ -56,6 +62,64 @@ def preview_table(plan: LadderPlan, cells: list[Cell], workdir: Path, slots: int
             f"{explain.EFFICIENCY:.0%} of its bfloat16 peak, which small models do not reach"
         )
     return "\n".join(lines)
+
+
+def precision_lines(plan: LadderPlan, workdir: Path) -> list[str]:
+    """Says what the ladder will be able to tell, and what one more seed or small size would add.
+
+    The scatter of seeds is that of the finished runs, or assumed where there are too few.
+    """
+    first = next(iter(plan.ladder["arms"]))
+    anchors = [c for c in plan.cells if c.role == ANCHOR and c.arm == first]
+    targets = [c.flops for c in plan.cells if c.role == HELD_OUT]
+    log_c = np.unique([round(math.log(c.flops), 6) for c in anchors])
+    if len(log_c) < 2 or not targets:
+        return []
+    seeds, target = len({c.seed for c in anchors}), math.log(max(targets))
+    scatter, basis = _scatter_of_seeds(plan, workdir)
+    smaller = np.append(log_c[0] - np.diff(log_c).mean(), log_c)
+    designs = {
+        "as planned": (log_c, seeds),
+        "one more seed": (log_c, seeds + 1),
+        "one smaller size": (smaller, seeds),
+    }
+    results_by_design = {
+        name: design.predict_precision(x, n, target, scatter) for name, (x, n) in designs.items()
+    }
+    planned = results_by_design["as planned"].flops
+    rows = [
+        ("it can tell", "forecast +-", "offset of compute", "shift of exponent", "anchors' cost")
+    ]
+    for name, told in results_by_design.items():
+        shown = [f"{v:.2g} %" if v is not None else "no test" for v in (
+            100 * told.width / 2 if told.width else None,
+            100 * told.offset if told.offset else None,
+            100 * told.shift if told.shift else None,
+        )]  # fmt: skip
+        rows.append((name, *shown, f"{told.flops / planned:.2f}"))
+    note = (
+        f"(smallest effects found with 90 % power at 5 %, if seeds scatter by {100 * scatter:.2g} "
+        f"% {basis} and the loss falls by {design.USUAL_SLOPE:g} % per % of compute)"
+    )
+    return ["", *explain.aligned_rows(rows), note, ""]
+
+
+def _scatter_of_seeds(plan: LadderPlan, workdir: Path) -> tuple[float, str]:
+    """Returns the standard deviation of ln L between seeds, and where it comes from."""
+    finished = [
+        row
+        for row in results.result_rows(plan, workdir)
+        if row["val_loss"] and row["role"] == ANCHOR
+    ]
+    cells = [
+        f"{r['variant']} {r['size']} {r['budget']} {sorted(r['tune'].items())}" for r in finished
+    ]
+    if finished:
+        losses = np.log([row["val_loss"] for row in finished])
+        scatter, spare = design.seed_scatter(losses, cells)
+        if spare >= MIN_SPARE:
+            return scatter, f"as the {len(finished)} finished runs here do"
+    return design.USUAL_SCATTER, "(assumed)"
 
 
 def check_hours(plan: LadderPlan, cells: list[Cell], workdir: Path, slots: int) -> None:
