@@ -5,7 +5,7 @@
 Each row is the step of train/step.py for one config. `compiled`: the compiler's bytes on one
 device; rows that are there already keep theirs unless --fresh. `measured`, on CPU: the highest
 resident size of a process that takes three steps, less its size before it has a state, from a warm
-cache of compiled programs, over its devices. Rows of a TPU topology need libtpu, and no TPU.
+cache of compiled programs, over its devices. Rows of GPUs need JAX's CUDA plugin, and no GPU.
 """
 
 import importlib
@@ -20,7 +20,7 @@ from benchmarks import machine
 from lmscale_jax import cli
 
 CASE = flags.DEFINE_string("case", "", "what one process does, by the command itself")
-WHERE = flags.DEFINE_string("where", "", "only rows whose place begins with this: cpu, v5e")
+WHERE = flags.DEFINE_string("where", "", "only rows whose place begins with this: cpu, H100")
 FRESH = flags.DEFINE_bool("fresh", False, "compile rows again that are there already")
 VOCABULARY = 32_000
 
@@ -48,29 +48,23 @@ def cases() -> list[dict]:
         case("transformer_pp_100m", "cpu1", train__batch_size=8, train__accum=2),
         case("llama_300m", "cpu1", train__batch_size=4),
     ]
-    split = {"mesh__data": 1, "mesh__fsdp": 16}
-    on_tpu = [
-        case("llama_50m", "v5e:4x4", train__batch_size=128),
-        case("llama_50m", "v5e:4x4", train__batch_size=128, **split),
-        case("llama_300m", "v5e:4x4", train__batch_size=64, model__remat="block", **split),
-        case("gpt2_100m", "v5e:4x4", train__batch_size=128, model__remat="block"),
-        case("gpt2_100m", "v5e:4x4", train__batch_size=128),
+    on_gpu = [
+        case("llama_100m", "H100:1", train__batch_size=32),
+        case("llama_100m", "H100:1", train__batch_size=32, model__residual_dtype="dtype"),
+        case("llama_100m", "H100:1", train__batch_size=32, model__remat="dots"),
+        case("llama_100m", "H100:1", train__batch_size=32, model__remat="block"),
+        case("llama_100m", "H100:1", train__batch_size=32, model__stack="scan"),
+        case("gpt2_100m", "H100:1", train__batch_size=32),
+        case("llama_300m", "H100:1", train__batch_size=16),
+        case("llama_100m", "H100:8", train__batch_size=256),
     ]
-    # Rows of docs/scale.md.
-    llama_1b = {
-        "model__n_layers": 22, "model__d_model": 2048, "model__n_heads": 32,
-        "model__n_kv_heads": 4, "model__d_ff": 5632, "data__seq_len": 2048,
-    }  # fmt: skip
-    whole = {"train__batch_size": 512, "mesh__data": 1, "mesh__fsdp": 64}
-    on_many = [
-        case("llama_300m", "v5p:4x4x4", **whole),
-        case("llama_300m", "v5p:4x4x4", train__accum=2, **llama_1b, **whole),
-    ]
-    return on_cpu + on_tpu + on_many
+    return on_cpu + on_gpu
 
 
 def described(row: dict):
     """The setup of a case."""
+    import jax
+
     from lmscale_jax.config.resolve import resolve
     from lmscale_jax.model.mesh import make_mesh, start_jax
     from lmscale_jax.train import aot
@@ -81,14 +75,19 @@ def described(row: dict):
     config = resolve(config, VOCABULARY)
     start_jax(config)
     where = row["where"]
+    if where.startswith("H100"):
+        jax.config.update("jax_platforms", "cpu")
     devices = None if where.startswith("cpu") else aot.parse_topology(where).devices()
     return build_setup(config, None, make_mesh(config, devices))
 
 
 def compiled(row: dict) -> dict:
-    from lmscale_jax.train import aot
+    from lmscale_jax.train import aot, gpu_report
 
-    return aot.compiled_memory(described(row).lower_step().compile())
+    setup = described(row)
+    on_gpu = setup.platform in ("gpu", "cuda")
+    options = gpu_report.COMPILER_OPTIONS if on_gpu else None
+    return aot.compiled_memory(setup.lower_step().compile(compiler_options=options))
 
 
 def measured(row: dict) -> dict:
@@ -136,7 +135,8 @@ def estimate(row: dict) -> dict:
     from lmscale_jax.train import aot
 
     setup = described(row)
-    return aot.memory_sizes(setup.config, setup.model, setup.mesh.shape, setup.platform)
+    kind = setup.mesh.devices.flat[0].device_kind
+    return aot.memory_sizes(setup.config, setup.model, setup.mesh.shape, setup.platform, kind)
 
 
 def key(row: dict) -> str:

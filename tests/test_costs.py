@@ -76,10 +76,11 @@ def test_each_micro_batch_gathers_again_and_so_does_recomputing():
 def test_the_loss_in_chunks_gathers_the_readout_once_and_multiplies_again():
     # 4 rows a chip: 32 tokens a chunk are 8 positions, 4 chunks, each computed again.
     whole, cut = small(), small(model__loss_chunk=32)
-    assert costs.loss_chunks(cut, {"fsdp": 4}) == 4
+    assert costs.loss_chunks(cut, {"fsdp": 4}, ROUND) == 4
     assert sent(cut, fsdp=4) == sent(whole, fsdp=4)
     more = [
-        costs.recomputed_flops(config, specs_of(config), {"fsdp": 4}) for config in (whole, cut)
+        costs.recomputed_flops(config, specs_of(config), {"fsdp": 4}, ROUND)
+        for config in (whole, cut)
     ]
     assert more == [0, 2 * TABLE]
 

@@ -181,7 +181,7 @@ def test_execution_changes_no_number(how, dropout):
 def test_chunks_need_not_divide_the_sequence():
     """A prime number of positions has chunks of nearly equal length, not of one position."""
     model = types.SimpleNamespace(loss_chunk=256)
-    lengths = {T: loss.chunk_length(model, (2, T), 50304) for T in (1021, 1022, 1024, 100)}
+    lengths = {T: loss.chunk_length(model, (2, T), 50304, 2**28) for T in (1021, 1022, 1024, 100)}
     assert lengths == {1021: 128, 1022: 73, 1024: 128, 100: 100}
     chance = np.random.default_rng(0)
     x, w = chance.normal(size=(2 * 13, 4)), chance.normal(size=(4, 7))
@@ -189,12 +189,60 @@ def test_chunks_need_not_divide_the_sequence():
 
     def total(x, w, length):
         nll = loss.next_token_losses(
-            lambda x: x @ w, x, targets, length, primitives.SETS["plain"].cross_entropy
+            lambda x: x @ w, x, targets, length, primitives.plain.cross_entropy
         )
         return (nll * np.arange(13)).sum()
 
     whole, parts = (jax.value_and_grad(total, (0, 1))(x, w, length) for length in (13, 3))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), whole, parts)
+
+
+@pytest.mark.parametrize("how", [
+    {"head": "tied", "norm": "layernorm", "bias": True, "logit_softcap": 3.0},
+    {"stack": "scan", "remat": "dots", "loss_chunk": 8, "softcap_form": "algebraic",
+     "logit_softcap": 3.0},
+])  # fmt: skip
+def test_the_rules_of_accelerators_change_no_number(how):
+    """The program of a GPU, run here: its loss has padding, missing labels and a softcap."""
+    kind = VARIANTS["llama, grouped queries"] | {"vocab_multiple": 32} | how
+    config, on_cpu, params = make(**(kind | {"stack": "scan", "remat": "none"}))
+    _, on_gpu, _ = make("gpu", **(kind | {"attention": "xla"}))
+    assert config.model.vocab_size == 64
+    ids = tokens()
+    targets = jnp.where(ids % 5 == 0, -1, jnp.roll(ids, -1, 1))
+    weight = jnp.linspace(-1, 1, ids.size).reshape(ids.shape)
+    (value, gradient), (value2, gradient2) = (
+        jax.jit(jax.value_and_grad(lambda p, m=model: (weight * m.losses(p, ids, targets)).sum()))(
+            params
+        )
+        for model in (on_cpu, on_gpu)
+    )
+    assert abs(value - value2) < 2e-6 * float(abs(weight).sum())
+    for path, expected in param.named(gradient).items():
+        other = param.named(gradient2)[path]
+        assert jnp.abs(expected - other).max() < 2e-5 * jnp.abs(expected).max() + 1e-9, path
+
+
+def test_a_residual_stream_in_bfloat16_is_rounded_and_learns_alike():
+    """The stream has the type; loss and gradients stay within what roundings of sums explain."""
+    kind = VARIANTS["llama, grouped queries"] | {"dtype": "bfloat16"}
+    _, wide, params = make(**kind)
+    _, narrow, _ = make(**kind, residual_dtype="dtype")
+    types = {}
+
+    def keep(name, x):
+        types.setdefault(name, x.dtype)
+        return x
+
+    jax.eval_shape(lambda p: narrow.taps(p, tokens(), keep), params)
+    assert types["residual"] == types["embed"] == types["final"] == jnp.bfloat16
+    value, gradient = loss_and_gradient(wide, params, tokens())
+    value2, gradient2 = loss_and_gradient(narrow, params, tokens())
+    # Three blocks round the stream six times by 2^-9 of it, and each gradient as often.
+    assert 0 < abs(value - value2) < 0.01 * value
+    for path, expected in param.named(gradient).items():
+        error = jnp.linalg.norm(expected - param.named(gradient2)[path])
+        assert error < 0.05 * jnp.linalg.norm(expected), path
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "geglu, wide heads, documents"])

@@ -45,6 +45,7 @@ SMALL = {
 WITH_KEY = {
     "model.gate_place": {"model.attn_gate": "elementwise"},
     "model.softcap_form": {"model.logit_softcap": 15.0},
+    "model.residual_dtype": {"model.dtype": "bfloat16"},
 }
 # What a choice needs beside its key's `when`.
 WITH_CHOICE = {
@@ -63,7 +64,6 @@ WITH_CHOICE = {
 SAME = {
     ("model.matmul", "dtype", "fp8"): "a CPU has no float8 products; documented fallback",
     ("model.attention", "auto", "saved"): "auto chooses saved on CPU",
-    ("model.remat", "block", "dots"): "CPU products have backward rules that keep nothing for dots",
     ("model.stack", "auto", "unroll"): "auto chooses unroll on CPU",
     ("optim.muon_dtype", "auto", "float32"): "auto chooses float32 on CPU",
 }

@@ -1,4 +1,4 @@
-"""Every primitive, plain and for CPU, against float64 formulas written out in numpy.
+"""Every primitive, plain and with its rules, against float64 formulas written out in numpy.
 
 Bounds. In float32 a result may differ by 5e-6 of the largest entry. In bfloat16 the oracle gets the
 rounded inputs, so only roundings inside count: U = 2^-8 is bfloat16's unit roundoff, and a bound is
@@ -17,7 +17,8 @@ import pytest
 
 from lmscale_jax.model import primitives
 
-SETS = pytest.mark.parametrize("kernels", [primitives.plain, primitives.cpu], ids=["plain", "cpu"])
+NAMES = ("plain", "cpu", "accelerator")
+SETS = pytest.mark.parametrize("kernels", [getattr(primitives, n) for n in NAMES], ids=NAMES)
 TYPES = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 U, EPS = 2.0**-8, 1e-5
 B, H, T, D = 2, 3, 10, 8
@@ -159,7 +160,7 @@ def test_attention(kernels, dtype, segmented, length):
     want, bounds = attention_oracle(*exact(q, k, v, g), 0.3, segments if segmented else None)
     for got, value, bound in zip((y, *grads), want, bounds, strict=True):
         assert got.dtype == dtype
-        if kernels is primitives.plain:  # float32 throughout, rounded once
+        if kernels is not primitives.cpu:  # float32 throughout, rounded once
             bound = U * np.abs(value)
         close(got, value, bound * (dtype == jnp.bfloat16))
 
@@ -198,6 +199,22 @@ def test_attention_is_causal(kernels):
         assert not dk[t + 1 :].any() and not dv[t + 1 :].any()
         assert dv[: t + 1].all() and (t == 0 or dk[: t + 1].all())
         assert set(np.flatnonzero(dq)) <= {t}
+
+
+@SETS
+@TYPES
+def test_padding_of_the_vocabulary_has_neither_probability_nor_gradient(kernels, dtype):
+    # More columns than one tile of a reduction: two of -inf are merged before anything else.
+    logits, targets = 4 * normal(0, 5, 70, dtype=dtype), jnp.array([0, 69, -1, 3, 40], jnp.int32)
+    padded = jnp.pad(logits, ((0, 0), (0, 190)), constant_values=-jnp.inf)
+    g = normal(1, 5)
+    y, (dlogits,) = pull(lambda x: kernels.cross_entropy(x, targets), (logits,), g)
+    y_padded, (dpadded,) = pull(lambda x: kernels.cross_entropy(x, targets), (padded,), g)
+    np.testing.assert_allclose(y_padded, y, rtol=1e-6)
+    np.testing.assert_allclose(
+        exact(dpadded[:, :70])[0], exact(dlogits)[0], atol=unit(dtype), rtol=1e-5
+    )
+    assert not np.any(exact(dpadded[:, 70:])[0])
 
 
 @SETS

@@ -49,7 +49,7 @@ def config_of(size: Size):
     model.n_layers, model.d_model, model.d_ff = size.n_layers, size.d_model, size.d_ff
     model.n_heads, model.n_kv_heads = size.n_heads, size.n_kv_heads
     model.norm, model.mlp, model.positions, model.head = "rmsnorm", "swiglu", "rope", "untied"
-    model.dtype, model.stack = "bfloat16", "scan"
+    model.dtype = "bfloat16"
     config.parametrization.residual_init = "plain"
     config.data.seq_len, config.data.vocab_size = size.seq_len, VOCABULARY
     config.train.batch_size = size.batch // size.seq_len

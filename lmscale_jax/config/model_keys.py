@@ -175,6 +175,12 @@ MODEL = {
         "type of products; parameters, norms, softmax and loss remain float32",
         choices=("float32", "bfloat16"),
     ),
+    "residual_dtype": Key(
+        "float32",
+        "type of the residual stream between blocks; dtype: model.dtype, which in bfloat16 saves "
+        "accelerators time and memory and rounds each sum (docs/performance.md)",
+        choices=("float32", "dtype"),
+    ),
     "matmul": Key(
         "dtype",
         "type of products with block weights; dtype: model.dtype; fp8: float8 e4m3 (gradients "
@@ -191,8 +197,8 @@ MODEL = {
     ),
     "stack": Key(
         "auto",
-        "execution of the blocks; auto: unrolled on CPU, scan on accelerators, to save compile "
-        "time",
+        "execution of the blocks; auto: unrolled, but a scan on accelerators for more than 32 "
+        "blocks, to save compile time, and on CPU with model.remat",
         choices=("auto", "scan", "unroll"),
         identity=False,
     ),
@@ -205,7 +211,8 @@ MODEL = {
     ),
     "loss_chunk": Key(
         0,
-        "tokens per chunk of the loss; 0: chunks only if the logits exceed 256 MiB",
+        "tokens per chunk of the loss; 0: chunks only if the float32 logits exceed 256 MiB on CPU, "
+        "a sixteenth of the device's memory elsewhere",
         low=0,
         identity=False,
     ),

@@ -25,8 +25,8 @@ from lmscale_jax.model import (
     primitives,
     skip_connections,
 )
-from lmscale_jax.model.context import DTYPES, ForwardContext
-from lmscale_jax.model.loss import token_losses
+from lmscale_jax.model.context import DTYPES, RESIDUAL_DTYPES, ForwardContext
+from lmscale_jax.model.loss import chunk_length, logit_bytes, token_losses
 from lmscale_jax.model.mesh import describe_mesh
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.model.stack import STACKS, run_blocks
@@ -85,6 +85,9 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
     final_norm = functools.partial(_final_norm, defs["readout"])
     read, read_tokens = _readout(config, fixed, head)
+    device_kind = getattr(_first_device(mesh), "device_kind", "")
+    most_bytes = logit_bytes(platform, device_kind)
+    cut = functools.partial(chunk_length, model, most_bytes=most_bytes)
 
     def logits(params, tokens_BxT, key=None):
         params = parametrization.multiplied_params(param_rules, params)
@@ -100,7 +103,7 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
         spec, entropy = head.of(specs), fixed.ops.cross_entropy
         x_NxD = final_norm(params, h_NxD, context)
         nll_BxT = token_losses(
-            sharding, model, read_tokens, head.of(params), spec, x_NxD, targets_BxT, entropy
+            sharding, read_tokens, head.of(params), spec, x_NxD, targets_BxT, cut, entropy
         )
         return nll_BxT if wrapper is None else wrapper.close(nll_BxT, wrapper_output)
 
@@ -156,6 +159,7 @@ def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id,
     context = context.replace(batch=B, length=T, document_starts_BxT=starts_BxT)
     embed = nnx.merge(defs["embed"], params["embed"])
     h_NxD = context.dropout(embed(tokens_BxT, context), 0)
+    h_NxD = h_NxD.astype(RESIDUAL_DTYPES[config.model.residual_dtype](config.model))
     return h_NxD, skip_connections.begin_pass(config, embed, h_NxD, tokens_BxT, context, step)
 
 
@@ -245,7 +249,7 @@ def model_context(
       sharding: how arrays are split over the mesh.
       mesh: of the devices that run the model, which may only be described; None: those here.
     """
-    ops = primitives.SETS["cpu" if platform == "cpu" else "plain"]
+    ops = primitives.platform_primitives(platform)
     return ForwardContext(
         ops=ops,
         product=fp8.choose_fp8(config.model, platform, _first_device(mesh)).product or ops.dense,

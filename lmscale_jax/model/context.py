@@ -14,6 +14,11 @@ from lmscale_jax.model.sharding import ShardingContext
 
 # The type that products are computed in.
 DTYPES = Modes("model.dtype", {"float32": jnp.dtype("float32"), "bfloat16": jnp.dtype("bfloat16")})
+# model -> type of the residual stream.
+RESIDUAL_DTYPES = Modes(
+    "model.residual_dtype",
+    {"float32": lambda model: jnp.dtype("float32"), "dtype": lambda model: DTYPES[model.dtype]},
+)
 
 # Arrays of a pass and of a layer. The other fields are static, so that a context may be an argument
 # of `jax.checkpoint` and of a `jax.custom_vjp`.

@@ -36,8 +36,9 @@ PRODUCT_SHARE, BANDWIDTH_SHARE, LINK_SHARE = 0.75, 0.8, 0.8
 # Assumed: seconds of launch and hops of each message, in addition to its bytes.
 LATENCY = 10e-6
 # Reads and writes of a stored activation outside products: written and read forward, read backward,
-# its gradient written and read. As many for the logits.
-SWEEPS = 5
+# its gradient written and read. Of the logits: written, read for their log-sum-exp, read again and
+# overwritten by their gradient.
+SWEEPS, LOGIT_SWEEPS = 5, 4
 # Bytes a second that one host writes of a checkpoint to a parallel file system or object store.
 WRITE_PER_HOST = 1e9
 
@@ -94,7 +95,7 @@ def step_cost(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments
     chips = math.prod(sizes.values())
     tokens = config.train.batch_size * config.data.seq_len
     model_flops = flops.flops_per_token(config, specs)["model"] * tokens / chips
-    chip_flops = model_flops + recomputed_flops(config, specs, sizes) * tokens / chips
+    chip_flops = model_flops + recomputed_flops(config, specs, sizes, chip) * tokens / chips
     moved = sum(memory_traffic(config, specs, sizes, moments).values())
     messages = step_messages(config, specs, sizes, chip)
     compute = chip_flops / (chip.peak * PRODUCT_SHARE) + moved / (chip.bandwidth * BANDWIDTH_SHARE)
@@ -109,11 +110,11 @@ def step_cost(config, specs: dict, sizes: Mapping[str, int], chip: Chip, moments
     )
 
 
-def recomputed_flops(config, specs: dict, sizes: Mapping[str, int]) -> float:
+def recomputed_flops(config, specs: dict, sizes: Mapping[str, int], chip: Chip) -> float:
     """Returns the FLOPs of one token that the backward pass recomputes."""
     parts = flops.forward_flops(config, specs)
     blocks = REMAT[config.model.remat].recomputed(parts)
-    return blocks + (parts["readout"] if loss_chunks(config, sizes) > 1 else 0.0)
+    return blocks + (parts["readout"] if loss_chunks(config, sizes, chip) > 1 else 0.0)
 
 
 def memory_traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) -> dict[str, float]:
@@ -128,7 +129,7 @@ def memory_traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) 
     )
     stored = memory.block_bytes(config.model, config.data.seq_len, sizes, "flash").total
     sweep_factor = 1 + REMAT[config.model.remat].more_sweeps / SWEEPS
-    logits = 4 * tokens * config.model.vocab_size / sizes.get("tensor", 1)
+    logits = compute * tokens * config.model.vocab_size / sizes.get("tensor", 1)
     param_bytes = {path: 4 * size for path, size in local.items()}
     return {
         # Read and written: the parameter, its moments; read: the gradient.
@@ -141,13 +142,13 @@ def memory_traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) 
         # Cast or gathered, and then read by each pass.
         "weights": accum * REMAT[config.model.remat].weight_uses * 2 * compute * matrix_size,
         "activations": accum * tokens * config.model.n_layers * stored * SWEEPS * sweep_factor,
-        "logits": accum * logits * SWEEPS,
+        "logits": accum * logits * LOGIT_SWEEPS,
     }
 
 
-def loss_chunks(config, sizes: Mapping[str, int]) -> int:
+def loss_chunks(config, sizes: Mapping[str, int], chip: Chip) -> int:
     """Returns the number of chunks of the loss."""
-    chunk, length = memory.loss_positions(config, sizes)
+    chunk, length = memory.loss_positions(config, sizes, chip.platform, chip.kind)
     return -(-length // chunk)
 
 
@@ -343,7 +344,9 @@ def _fit(config, specs, chip: Chip, sizes, remat: str) -> tuple[Layout | None, i
     bytes_ = {}
     for accum in _divisors(config.train.batch_size // shards):
         config.train.accum = accum
-        bytes_ = memory.chip_memory(config, specs, sizes, platform=chip.platform, kernel=kernel)
+        bytes_ = memory.chip_memory(
+            config, specs, sizes, platform=chip.platform, device_kind=chip.kind, kernel=kernel
+        )
         if bytes_["total"] <= FILL * chip.memory:
             step = step_cost(config, specs, sizes, chip)
             return Layout(sizes, accum, remat, bytes_, step), bytes_["total"]

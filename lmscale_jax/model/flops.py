@@ -179,3 +179,11 @@ CHIPS = {
              32 * GIB, 1.6 * TB, 400 * GB, 256, 25600 / 256 / 8 * GB, 8),
     )
 }  # fmt: skip
+# Of chips that are not listed; the least that anyone trains on.
+UNKNOWN_MEMORY = 16 * GB
+
+
+def device_memory(device_kind: str) -> float:
+    """Returns the bytes of memory of one device, UNKNOWN_MEMORY where its kind is not listed."""
+    chips = (chip for chip in CHIPS.values() if re.search(chip.pattern, device_kind))
+    return next((chip.memory for chip in chips), UNKNOWN_MEMORY)

@@ -8,12 +8,15 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.mlp_forms import MLP_FORMS
 from lmscale_jax.model import param
 from lmscale_jax.model.context import ForwardContext
 
+# Name of the results that model.remat="dots" stores.
+PRODUCT = "product"
 # Width -> the parameter with a factor for each channel of a norm, or None.
 NORM_GAINS = Modes(
     "model.norm_gain",
@@ -76,7 +79,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x_NxI: jax.Array, context: ForwardContext) -> jax.Array:
         product, w = context.sharding.bind(context.product, self.weight[...], self.weight.spec)
-        y_NxO = product(x_NxI, w)
+        y_NxO = checkpoint_name(product(x_NxI, w), PRODUCT)
         if hasattr(self, "bias"):
             y_NxO = y_NxO + self.bias[...].reshape(-1).astype(y_NxO.dtype)
         return y_NxO

@@ -1,27 +1,36 @@
 """Computes next-token cross-entropy, in chunks of the sequence where the logits are large."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from lmscale_jax.model import flops
 from lmscale_jax.model.param import Spec
 from lmscale_jax.model.sharding import BATCH, TOKENS, ShardingContext, gathered
 
-LOGIT_BYTES = 256 * 2**20
+# Bytes of one chunk's logits, counted as float32: on CPU a few times the caches, elsewhere a share
+# of the device's memory. There each chunk reads the whole readout and adds to its whole gradient.
+CPU_LOGIT_BYTES, LOGIT_SHARE = 256 * 2**20, 1 / 16
 
 
-def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int) -> int:
+def logit_bytes(platform: str, device_kind: str) -> float:
+    """Returns the bytes that one chunk's logits may have on a device, counted as float32."""
+    return CPU_LOGIT_BYTES if platform == "cpu" else flops.device_memory(device_kind) * LOGIT_SHARE
+
+
+def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int, most_bytes: float) -> int:
     """Returns the positions per chunk: a divisor of T, or where that is less than half of it, the
     length of n nearly equal chunks.
 
     The shape and the size of the vocabulary are those of one device. `model.loss_chunk` is the
-    tokens of a chunk; 0: as many as have 256 MiB of float32 logits.
+    tokens of a chunk; 0: as many as have `most_bytes` of float32 logits.
     """
     B, T = shape_BxT
-    tokens = model.loss_chunk or max(1, LOGIT_BYTES // (4 * vocab_size))
+    tokens = model.loss_chunk or max(1, int(most_bytes // (4 * vocab_size)))
     most = max(1, tokens // B)
     divisor = max(t for t in range(1, T + 1) if T % t == 0 and (t <= most or t == 1))
     even = -(-T // -(-T // most))
@@ -29,13 +38,14 @@ def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int) -> int:
 
 
 def token_losses(
-    sharding: ShardingContext, model, read, w, spec: Spec, x_NxD, targets_BxT, cross_entropy
+    sharding: ShardingContext, read, w, spec: Spec, x_NxD, targets_BxT, cut: Callable, cross_entropy
 ):
     """Computes losses in nats, [B, T] float32; 0 where the target is -1.
 
     `read(w, x_NxD, first)` computes the logits of the tokens of the readout's part `w`, from the
-    id `first` on. On a mesh each device scores its own tokens: the readout is gathered once for all
-    chunks, but remains split over the vocabulary.
+    id `first` on; `cut` is `chunk_length` of the shape and the vocabulary's size on one device.
+    On a mesh each device scores its own tokens: the readout is gathered once for all chunks, but
+    remains split over the vocabulary.
     """
     parts = sharding.parts(spec) if sharding.mesh else (None,) * len(spec.axes)
     vocab_axis = spec.axes.index("vocab")
@@ -46,7 +56,7 @@ def token_losses(
         if axis := parts[vocab_axis]:
             first = lax.axis_index(axis) * w.shape[vocab_axis]
             compare = functools.partial(split_cross_entropy, axis=axis, first=first)
-        length = chunk_length(model, targets_BxT.shape, w.shape[vocab_axis])
+        length = cut(targets_BxT.shape, w.shape[vocab_axis])
         return next_token_losses(
             lambda x_nxD: read(w, x_nxD, first), x_NxD, targets_BxT, length, compare
         )

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from lmscale_jax.config.mlp_forms import MLP_FORMS
-from lmscale_jax.model.context import DTYPES
+from lmscale_jax.model.context import DTYPES, RESIDUAL_DTYPES
 from lmscale_jax.model.kernels import KERNELS
-from lmscale_jax.model.loss import chunk_length
+from lmscale_jax.model.loss import chunk_length, logit_bytes
 from lmscale_jax.model.param import named
 from lmscale_jax.model.sharding import ROWS, partition
 from lmscale_jax.model.stack import REMAT
 from lmscale_jax.model.transformer import HEADS
 
-# Bytes of all arrays per logit, measured (docs/scale.md): on accelerators for any type, on CPU for
-# each byte of the type of products.
-LOGITS, CPU_LOGITS = 10.5, 4.75
+# Bytes of all arrays per logit, for each byte of the type of products (docs/scale.md). On
+# accelerators the gradient takes the place of the logits.
+LOGITS, CPU_LOGITS = 1.1, 4.75
 # Kernels that keep no probabilities for the backward pass.
 FLASH = ("flash", *(name for name, k in KERNELS.items() if not k.keeps_probabilities))
 
@@ -26,6 +26,7 @@ def chip_memory(
     sizes: Mapping[str, int],
     *,
     platform: str,
+    device_kind: str = "",
     kernel: str,
     stack: str = "scan",
     moments: Mapping[str, int] | None = None,
@@ -36,7 +37,7 @@ def chip_memory(
         config: a resolved config.
         specs: the model's annotations.
         sizes: sizes of the mesh axes by name; a missing axis is 1.
-        platform: JAX's name of the chip's platform.
+        platform, device_kind: JAX's names of the chip's platform and kind.
         kernel: attention kernel, a name of `kernels.KERNELS`.
         stack: execution of the blocks, "scan" or "unroll".
         moments: {path: number of arrays of its size in the optimizer}; None: AdamW's two.
@@ -61,7 +62,7 @@ def chip_memory(
             {
                 "gradients": summed + ends,
                 "activations": stored,
-                "logits": _logits(config, sizes, platform, stack),
+                "logits": _logits(config, sizes, (platform, device_kind), stack),
                 "gathered": tables,
             },
             {
@@ -99,13 +100,16 @@ def tokens_on_chip(config, sizes: Mapping[str, int]) -> float:
     return max(1.0, rows * config.data.seq_len / shards)
 
 
-def loss_positions(config, sizes: Mapping[str, int]) -> tuple[int, int]:
+def loss_positions(
+    config, sizes: Mapping[str, int], platform: str, device_kind: str
+) -> tuple[int, int]:
     """Returns (positions in one chunk of the loss, positions of a window) on one chip."""
     shards = math.prod(sizes.get(axis, 1) for axis in ROWS)
     rows = max(1, config.train.batch_size // config.train.accum // shards)
     length = config.data.seq_len // sizes.get("sequence", 1)
     vocabulary = config.model.vocab_size // sizes.get("tensor", 1)
-    return chunk_length(config.model, (rows, length), vocabulary), length
+    most_bytes = logit_bytes(platform, device_kind)
+    return chunk_length(config.model, (rows, length), vocabulary, most_bytes), length
 
 
 def type_bytes(model) -> int:
@@ -134,14 +138,16 @@ def block_bytes(
 ) -> BlockBytes:
     """Estimates the bytes that the backward pass may store of one token in one block.
 
-    They are: the stream before both branches (float32); two normed inputs; queries, keys, values
+    They are: the stream before both branches; two normed inputs; queries, keys, values
     and the output of attention; hidden values of the MLP before the activation and, for some forms,
     after it; and the float32 probabilities of kernels that store them. On CPU everything is
     float32, as its compiler widens bfloat16, and attention copies its operands with heads first.
     """
     on_cpu, tensor = platform == "cpu", sizes.get("tensor", 1)
     size = 4 if on_cpu else type_bytes(model)
-    stream = 4 * model.d_model
+    stream = (
+        4 if on_cpu else RESIDUAL_DTYPES[model.residual_dtype](model).itemsize
+    ) * model.d_model
     heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / tensor
     hidden, form = model.d_ff / tensor, MLP_FORMS[model.mlp]
     products = size * (heads + form.input_matrices * hidden + 2 * model.d_model)
@@ -160,10 +166,9 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
     model, tokens = config.model, tokens_on_chip(config, sizes)
     block = block_bytes(model, config.data.seq_len, sizes, kernel, platform)
     remat = model.remat
-    if platform == "cpu":
-        # In an unrolled stack the compiler merges recomputed values with the first ones. And "dots"
-        # does not recognize products with custom backward rules.
-        remat = "none" if stack == "unroll" or remat == "none" else "block"
+    if platform == "cpu" and stack == "unroll":
+        # The compiler merges recomputed values with the first ones.
+        remat = "none"
     # The recomputed values of one block, with the gradients of its gate and its hidden values.
     recomputed = block.total + 2 * type_bytes(model) * model.d_ff / sizes.get("tensor", 1)
     transient = 0 if remat == "none" else recomputed
@@ -174,11 +179,15 @@ def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple
     return tokens * REMAT[remat].stored(block) * model.n_layers, tokens * transient
 
 
-def _logits(config, sizes, platform: str, stack: str) -> float:
-    """Returns the bytes of one chunk's logits, of arrays computed from them, and their gradient."""
-    chunk, length = loss_positions(config, sizes)
+def _logits(config, sizes, chip: tuple[str, str], stack: str) -> float:
+    """Returns the bytes of one chunk's logits, of arrays computed from them, and their gradient.
+
+    `chip`: its platform and kind.
+    """
+    platform = chip[0]
+    chunk, length = loss_positions(config, sizes, *chip)
     tokens = tokens_on_chip(config, sizes) * chunk / length
-    each = CPU_LOGITS * type_bytes(config.model) if platform == "cpu" else LOGITS
+    each = type_bytes(config.model) * (CPU_LOGITS if platform == "cpu" else LOGITS)
     if platform == "cpu" and stack == "scan":
         # Measured: one more copy, in float32.
         each += 4

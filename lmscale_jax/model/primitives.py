@@ -1,15 +1,15 @@
-"""The primitives of a training step: plain definitions, and custom backward rules for CPU.
+"""The primitives of a training step: plain definitions, and custom backward rules.
 
 Tokens are flat, N = B*T, sequence-major; attention is flat in heads, B*H with B major. So every
 product has one contracting dimension: with [B, T, D] activations XLA's CPU backend makes transposed
 copies for the weight gradients, at twice the step time.
 
 `plain` defines every primitive and leaves derivatives to JAX, except the type of a weight's
-gradient. `cpu` computes the same values, with
-custom backward rules where measurements favour them (docs/performance.md): they do not store what
-one pass recomputes, and they arrange weight gradients for XLA's fast kernels. All are pure
-functions of arrays and work under jit, vmap, scan, checkpoint and sharding; the CPU rules have
-reverse mode only (no jvp).
+gradient. `cpu` and `accelerator` compute the same values, with custom backward rules where
+measurements, or the compiled program, favour them (docs/performance.md): they do not store what one
+pass recomputes, and on CPU they arrange weight gradients for XLA's fast kernels. All are pure
+functions of arrays and work under jit, vmap, scan, checkpoint and sharding; the rules have reverse
+mode only (no jvp).
 """
 
 import functools
@@ -19,6 +19,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from lmscale_jax.model.cross_entropy import (
+    accelerator_cross_entropy,
+    cpu_cross_entropy,
+    cross_entropy,
+)
 
 FLOAT = jnp.float32
 
@@ -111,16 +117,6 @@ def attention(
     return jnp.einsum("bts,bsd->btd", p_BHxTxT, v).astype(q_BHxTxd.dtype)
 
 
-def cross_entropy(logits_NxV: jax.Array, targets_N: jax.Array) -> jax.Array:
-    """Computes -log softmax(logits)[target] in nats, [N] float32; 0 where the target is -1.
-
-    The log-sum-exp is float32 for logits of any type. Targets are int32.
-    """
-    logits_NxV = logits_NxV.astype(FLOAT)
-    picked_N = jnp.take_along_axis(logits_NxV, jnp.maximum(targets_N, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(targets_N < 0, 0, jax.nn.logsumexp(logits_NxV, axis=1) - picked_N)
-
-
 def _normalize(x_NxD, eps: float, centre: bool):
     """Returns normalized x and 1 / its scale, both float32: [N, D] and [N, 1]."""
     x_NxD = x_NxD.astype(FLOAT)
@@ -163,7 +159,7 @@ def _cast_product(a, b, contract: tuple, batch: tuple = ((), ())):
     return lax.dot_general(a, b, (contract, batch), preferred_element_type=FLOAT)
 
 
-# --- Rules for CPU ------------------------------------------------------------------------------
+# --- Backward rules -------------------------------------------------------------------------------
 
 
 def _transposed_product(a_BxNxI, b_BxNxO):
@@ -209,7 +205,7 @@ _cpu_dense.defvjp(_product_forward, _product_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cpu_layer_norm(x_NxD, scale_D, bias_D, eps):
+def _layer_norm_rule(x_NxD, scale_D, bias_D, eps):
     return layer_norm(x_NxD, scale_D, bias_D, eps)
 
 
@@ -225,11 +221,11 @@ def _layer_norm_backward(eps, saved, dy_NxD):
     return dx_NxD, dscale_D, dy_NxD.astype(FLOAT).sum(axis=0).astype(bias_D.dtype)
 
 
-_cpu_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_layer_norm_rule.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _cpu_rms_norm(x_NxD, scale_D, eps):
+def _rms_norm_rule(x_NxD, scale_D, eps):
     return rms_norm(x_NxD, scale_D, eps)
 
 
@@ -241,7 +237,7 @@ def _rms_norm_backward(eps, saved, dy_NxD):
     return _norm_backward(*saved, dy_NxD, eps, centre=False)
 
 
-_cpu_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+_rms_norm_rule.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def _norm_backward(x_NxD, scale_D, dy_NxD, eps, centre: bool):
@@ -312,31 +308,13 @@ def _attend_backward(scale, saved, do_BHxTxd):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-@jax.custom_vjp
-def _cpu_cross_entropy(logits_NxV, targets_N):
-    """Computes `cross_entropy`, storing logits in their type and N log-sum-exps, no softmax."""
-    return cross_entropy(logits_NxV, targets_N)
-
-
-def _cross_entropy_forward(logits_NxV, targets_N):
-    lse_N = jax.nn.logsumexp(logits_NxV.astype(FLOAT), axis=1)
-    picked_N = jnp.take_along_axis(logits_NxV, jnp.maximum(targets_N, 0)[:, None], axis=1)[:, 0]
-    nll_N = jnp.where(targets_N < 0, 0, lse_N - picked_N.astype(FLOAT))
-    return nll_N, (logits_NxV, targets_N, lse_N)
-
-
-def _cross_entropy_backward(saved, dnll_N):
-    logits_NxV, targets_N, lse_N = saved
-    p_NxV = jnp.exp(logits_NxV.astype(FLOAT) - lse_N[:, None])
-    onehot_NxV = targets_N[:, None] == _iota(p_NxV.shape, 1)
-    weight_N = jnp.where(targets_N < 0, 0, dnll_N)
-    return ((p_NxV - onehot_NxV) * weight_N[:, None]).astype(logits_NxV.dtype), None
-
-
-_cpu_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
-
-
 plain = Primitives(dense, layer_norm, rms_norm, attention, cross_entropy)
-cpu = Primitives(_cpu_dense, _cpu_layer_norm, _cpu_rms_norm, _cpu_attention, _cpu_cross_entropy)
+cpu = Primitives(_cpu_dense, _layer_norm_rule, _rms_norm_rule, _cpu_attention, cpu_cross_entropy)
+accelerator = Primitives(
+    dense, _layer_norm_rule, _rms_norm_rule, attention, accelerator_cross_entropy
+)
 
-SETS = {"plain": plain, "cpu": cpu}
+
+def platform_primitives(platform: str) -> Primitives:
+    """Returns the primitives of a platform, by JAX's name of it."""
+    return cpu if platform == "cpu" else accelerator

@@ -11,6 +11,7 @@ from flax import nnx
 from lmscale_jax.config.key import Modes
 from lmscale_jax.model import skip_connections
 from lmscale_jax.model.context import ForwardContext
+from lmscale_jax.model.layers import PRODUCT
 from lmscale_jax.model.transformer import Block
 
 
@@ -85,7 +86,7 @@ REMAT = Modes(
         ),
         "dots": Remat(
             functools.partial(
-                jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+                jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)
             ),
             lambda b: b.stream + b.products,
             lambda parts: parts["attention"],
@@ -249,9 +250,15 @@ RUNNERS = {
 }
 
 
+# Accelerators unroll up to so many blocks. Each adds about 2 s to compiling, once, since programs
+# are kept; a scan copies what each block stores into and out of arrays of all blocks.
+MOST_UNROLLED = 32
+
+
 def _cheapest(model, platform: str) -> str:
     # The compiler merges unrolled blocks: on CPU remat would save nothing there.
-    return "unroll" if platform == "cpu" and model.remat == "none" else "scan"
+    unrolled = model.remat == "none" if platform == "cpu" else model.n_layers <= MOST_UNROLLED
+    return "unroll" if unrolled else "scan"
 
 
 # (model, platform) -> key of RUNNERS.

@@ -46,7 +46,7 @@ class Embed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the float32 residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, model, kernel: str):
         norm = NORMS[model.norm]
@@ -60,11 +60,13 @@ class Block(nnx.Module):
 
     def attend(self, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
         """Adds the skip, the embedding (x0 mix) and attention to the residual stream."""
+        dtype = h_NxD.dtype
         if context.skip_NxD is not None:
             h_NxD = h_NxD + self.skip[...] * context.skip_NxD
         if context.origin_NxD is not None:
             h_NxD = self.stream_share[...] * h_NxD
             h_NxD = h_NxD + self.origin_share[...] * context.origin_NxD
+        h_NxD = h_NxD.astype(dtype)
         a_NxD = self.attention(self.attention_norm(h_NxD, context), context)
         context.tap("attention", lambda: a_NxD)
         return h_NxD + context.scales.branch * context.dropout(a_NxD, 1).astype(h_NxD.dtype)

@@ -145,6 +145,10 @@ class HingeGradient(UtilityProbe):
         return _join_streams(x_NxD, shadow_NxD), side_N
 
 
+def _delta(y_NxD, x_NxD):
+    return y_NxD.astype(FLOAT) - x_NxD.astype(FLOAT)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _probe(spec, y_NxD, x_NxD, side_N, buffer, inputs, tau):
     return y_NxD, side_N
@@ -156,7 +160,7 @@ def _probe_forward(spec, y_NxD, x_NxD, side_N, buffer, inputs, tau):
 
 def _probe_backward(spec, saved, cotangents):
     (y_NxD, x_NxD, inputs, tau), (c_NxD, weight_N) = saved, cotangents
-    stats = spec.collect(c_NxD * inputs.n_targets, y_NxD - x_NxD, weight_N, inputs, tau)
+    stats = spec.collect(c_NxD * inputs.n_targets, _delta(y_NxD, x_NxD), weight_N, inputs, tau)
     return c_NxD, None, weight_N, stats, None, None
 
 
@@ -226,14 +230,14 @@ def _paired(part, spec: UtilitySpec, remat: str):
             shared, params, index = recompute
             primals = jax.lax.optimization_barrier((x_NxD, params))
             _, pull = pull_back("none", shared, *primals, index)
-        sum_g_NxD, delta_NxD = g_NxD * inputs.n_targets, y_NxD - x_NxD
+        sum_g_NxD, delta_NxD = g_NxD * inputs.n_targets, _delta(y_NxD, x_NxD)
         e_NxD = inputs.gain * jax.grad(hinge, argnums=2)(
             spec.measure, sum_g_NxD, delta_NxD, inputs.labelled_BxT.reshape(-1), weight_N, tau
         )
-        params_grad, x_grad_NxD = pull(c_NxD + e_NxD)
+        params_grad, x_grad_NxD = pull((c_NxD + e_NxD).astype(c_NxD.dtype))
         _, shadow_grad_NxD = pull(g_NxD)
         stats = spec.collect(sum_g_NxD, delta_NxD, weight_N, inputs, tau)
-        carry_grad = (x_grad_NxD - e_NxD, shadow_grad_NxD, weight_N)
+        carry_grad = ((x_grad_NxD - e_NxD).astype(x_NxD.dtype), shadow_grad_NxD, weight_N)
         return None, carry_grad, params_grad, None, stats, None, None
 
     run.defvjp(forward, backward)

@@ -176,7 +176,7 @@ def optimizer_moments(config, model: build.Model) -> dict[str, int]:
 
 
 def memory_sizes(
-    config, model: build.Model, axes: Mapping[str, int], platform: str
+    config, model: build.Model, axes: Mapping[str, int], platform: str, device_kind: str = ""
 ) -> dict[str, int]:
     """Computes `memory.chip_memory` of a built model from the sizes of the mesh axes."""
     return memory.chip_memory(
@@ -184,6 +184,7 @@ def memory_sizes(
         model.specs,
         axes,
         platform=platform,
+        device_kind=device_kind,
         kernel=model.choices["attention"].split(":")[0],
         stack=model.choices["blocks"],
         moments=optimizer_moments(config, model),
@@ -193,7 +194,7 @@ def memory_sizes(
 def forecast_step(config, model: build.Model, mesh) -> list[tuple[str, list[tuple]]]:
     """Forecasts memory, messages, time and checkpoints on described chips, as titles and rows."""
     chip = mesh.chip
-    total = memory_sizes(config, model, mesh.shape, chip.platform)["total"]
+    total = memory_sizes(config, model, mesh.shape, chip.platform, chip.kind)["total"]
     moments = optimizer_moments(config, model)
     sections = [
         (

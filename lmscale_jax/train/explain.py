@@ -300,7 +300,8 @@ def _flops_rows(config, model: build.Model) -> list[str]:
 
 
 def _memory(config, model: build.Model, mesh) -> list[str]:
-    sizes = aot.memory_sizes(config, model, mesh.shape, mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    sizes = aot.memory_sizes(config, model, mesh.shape, device.platform, device.device_kind)
     return aligned_rows([(name, f"{size / 2**20:,.0f} MiB") for name, size in sizes.items()])
 
 
