@@ -180,6 +180,7 @@ MODEL = {
         "type of the residual stream between blocks; dtype: model.dtype, which in bfloat16 saves "
         "accelerators time and memory and rounds each sum (docs/performance.md)",
         choices=("float32", "dtype"),
+        late=True,
     ),
     "matmul": Key(
         "dtype",
