@@ -76,6 +76,7 @@ REFUSED = {
 # Keys with several tables, and why.
 SEVERAL_TABLES = {
     "data.source": "reading documents (sources.py) and opening shards (prepare.py) are two layers",
+    "model.mask": "visible_keys.py counts what the mask of skip_connections.py leaves",
     **dict.fromkeys(
         ("model.gelu", "model.mlp", "model.positions"),
         "hf.py has the names that Hugging Face uses",
