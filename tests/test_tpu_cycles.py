@@ -30,7 +30,9 @@ ENTRY %main (x: bf16[64,64]) -> bf16[64,64] {
   %loop = (s32[]) while(%x), condition=%more, body=%turn
   %start = (bf16[64,64]{1,0}, u32[]) copy-start(%x)
   %splash = (bf16[16,12,512,128]{3,2,1,0}, f32[16,12,512]{2,1,0}) custom-call(%x), \
-custom_call_target="tpu_custom_call", metadata={op_name="jvp(mean_keys_512)/splash_mha_fwd"}
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jvp(mean_keys_512)/splash_mha_fwd"}
   ROOT %other = bf16[64,64]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
 }
 """.replace("\\\n", "")

@@ -12,6 +12,8 @@ ELEMENT_BYTES = {
 }  # fmt: skip
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+# The metadata of a kernel of Pallas for TPU, on lines of its own within an instruction.
+_SPLIT_ATTRIBUTE = re.compile(r'=\{\n("[^\n]*)\n\}')
 _TABLE = re.compile(r"(FileNames|FunctionNames|FileLocations|StackFrames)\s*$")
 _TABLE_ROW = re.compile(r'(\d+) (?:"(.*)"|\{(.*)\})')
 
@@ -108,7 +110,7 @@ def parse_program(text: str) -> Program:
     computations: dict[str, Computation] = {}
     tables: dict[str, dict] = collections.defaultdict(dict)
     entry, computation, table = None, None, None
-    for line in text.splitlines():
+    for line in _SPLIT_ATTRIBUTE.sub(r"={\1}", text).splitlines():
         if match := _INSTRUCTION.match(line):
             root, name, type_, opcode, rest = match.groups()
             if computation is not None:
