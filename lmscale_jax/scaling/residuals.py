@@ -53,8 +53,10 @@ def _other_law(law: Law) -> str:
 def neighbour_correlation(r: np.ndarray, run_id: np.ndarray) -> float | None:
     """Computes the lag-1 correlation of residuals within runs of at least three rows, or None."""
     pairs = []
-    for run in dict.fromkeys(run_id):
-        r_run = r[run_id == run]
+    _, number, count = np.unique(run_id.astype(str), return_inverse=True, return_counts=True)
+    if count.max() < 3:
+        return None
+    for r_run in np.split(r[np.argsort(number, kind="stable")], np.cumsum(count)[:-1]):
         if len(r_run) >= 3:
             pairs.append(np.stack([r_run[:-1], r_run[1:]]))
     if not pairs:
