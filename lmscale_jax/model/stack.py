@@ -159,21 +159,6 @@ def run_blocks(
     def part(branch, context, h_NxD, layer):
         return branch(*at_layer(context, layer), h_NxD)
 
-    def body_of(segment: Segment, context: ForwardContext) -> Callable:
-        def body(h_NxD, layer):
-            params, index = layer
-
-            # The index is no argument: where it is a number it stays one, for the block's window.
-            def run_block(h_NxD, params):
-                block, block_context = at_layer(context.replace(taps={}), (params, index))
-                for branch in (Block.attend, Block.feed):
-                    h_NxD = branch(block, block_context, h_NxD)
-                return h_NxD, (block_context.taps, h_NxD if segment.hands_out else None)
-
-            return REMAT[model.remat].wrap(run_block)(h_NxD, params)
-
-        return body
-
     plan = segments(model, wrapper)
     runs = cut_layers(params_blocks, stack, [segment.size for segment in plan])
     wrapper_output, streams, taps = None, None, []
@@ -182,7 +167,7 @@ def run_blocks(
             carry, body = wrapper.begin(h_NxD), _wrapped_body(wrapper, part, context, model.remat)
         else:
             segment_context = context.replace(skips_SxNxD=streams if segment.takes_in else None)
-            carry, body = h_NxD, body_of(segment, segment_context)
+            carry, body = h_NxD, _block_body(segment, at_layer, segment_context, model.remat)
         outs = []
         for apply, layers in run(body):
             carry, out = apply(carry, layers)
@@ -196,6 +181,24 @@ def run_blocks(
     if len(taps) > 1:
         taps = [jax.tree.map(lambda *of_segments: jnp.concatenate(of_segments), *taps)]
     return h_NxD, taps[0] if taps else {}, wrapper_output
+
+
+def _block_body(segment: Segment, at_layer, context: ForwardContext, remat: str) -> Callable:
+    """Makes the body (h_NxD, layer) -> (h_NxD, (taps, handed_out)) of blocks without wrapper."""
+
+    def body(h_NxD, layer):
+        params, index = layer
+
+        # The index is no argument: where it is a number it stays one, for the block's window.
+        def run_block(h_NxD, params):
+            block, block_context = at_layer(context.replace(taps={}), (params, index))
+            for branch in (Block.attend, Block.feed):
+                h_NxD = branch(block, block_context, h_NxD)
+            return h_NxD, (block_context.taps, h_NxD if segment.hands_out else None)
+
+        return REMAT[remat].wrap(run_block)(h_NxD, params)
+
+    return body
 
 
 def _wrapped_body(wrapper: BlockWrapper, part, context: ForwardContext, remat: str) -> Callable:

@@ -224,8 +224,7 @@ def scale_by_muon(
     layouts = {p: as_matrices(r.spec, optim.muon_unit) for p, r in rules.items()}
     dtype = products_dtype(config, platform)
 
-    def columns(path: str) -> bool:
-        return NEURONS[optim.muon_neurons](layouts[path].fan_in, layouts[path].fan_out)
+    columns = {p: NEURONS[optim.muon_neurons](x.fan_in, x.fan_out) for p, x in layouts.items()}
 
     def iterate(x_Bxmxn):
         return newton_schulz(x_Bxmxn, optim.muon_coefficients, dtype)
@@ -238,7 +237,7 @@ def scale_by_muon(
         def squares(path, p):
             if _is_masked(p):
                 return p
-            return jnp.zeros((*layouts[path].batch, layouts[path].shape[columns(path)]))
+            return jnp.zeros((*layouts[path].batch, layouts[path].shape[columns[path]]))
 
         return MuonState(zeros, map_named(squares, params))
 
@@ -257,7 +256,7 @@ def scale_by_muon(
         }
         squares = named(state.squares)
         for path in factors if squares else ():
-            axis = 2 if columns(path) else 1
+            axis = 2 if columns[path] else 1
             factors[path], squares[path] = normalize_neurons(
                 factors[path], squares[path], beta2, axis
             )
