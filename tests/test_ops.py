@@ -3,8 +3,7 @@
 Bounds. In float32 a result may differ by 5e-6 of the largest entry. In bfloat16 the oracle gets the
 rounded inputs, so only roundings inside count: U = 2^-8 is bfloat16's unit roundoff, and a bound is
 first order in U with 5 % for the rest, plus the float32 bound. A result rounded once is within
-U |y|; what else a fast rule rounds is derived where it is tested.
-"""
+U |y|; what else a fast rule rounds is derived where it is tested."""
 
 import functools
 import subprocess
@@ -52,9 +51,6 @@ def pull(f, args, cotangent):
         return y, back(cotangent)
 
     return jax.jit(both)(args, cotangent)
-
-
-# --- Values and gradients -----------------------------------------------------------------------
 
 
 @SETS
@@ -393,10 +389,9 @@ def sharded():
 @pytest.mark.slow
 def test_eight_devices_agree_with_one():
     code = (
-        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
+        f"import jax, sys; sys.path[:0] = {sys.path!r}; jax.config.update('jax_platforms', 'cpu')\n"
         "jax.config.update('jax_num_cpu_devices', 8)\n"
-        f"import sys; sys.path[:0] = {sys.path!r}\n"
         "from tests import test_ops; test_ops.sharded()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "sharded: ok" in done.stdout, done.stderr[-2000:]

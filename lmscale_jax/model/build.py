@@ -63,7 +63,7 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
 
     Args:
       config: resolved.
-      platform: JAX's name of the platform that runs the model.
+      platform: of the model, JAX's name.
       bos_id: the token that begins a document, for model.mask="document".
       mesh: of `losses` and `taps`; it must divide their batches. `logits` takes any batch.
 
@@ -85,8 +85,7 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
     final_norm = functools.partial(_final_norm, defs["readout"])
     read, read_tokens = _readout(config, fixed, head)
-    device_kind = getattr(_first_device(mesh), "device_kind", "")
-    most_bytes = logit_bytes(platform, device_kind)
+    most_bytes = logit_bytes(platform, getattr(_first_device(mesh), "device_kind", ""))
     cut = functools.partial(chunk_length, model, most_bytes=most_bytes)
 
     def logits(params, tokens_BxT, key=None):
@@ -100,11 +99,9 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
         params = parametrization.multiplied_params(param_rules, params)
         h_NxD, context = begin(params, tokens_BxT, fixed.replace(key=key), step=step)
         h_NxD, _, wrapper_output = run(params["blocks"], h_NxD, context, wrapper=wrapper)
-        spec, entropy = head.of(specs), fixed.ops.cross_entropy
-        x_NxD = final_norm(params, h_NxD, context)
-        nll_BxT = token_losses(
-            sharding, read_tokens, head.of(params), spec, x_NxD, targets_BxT, cut, entropy
-        )
+        weight, x_NxD = (head.of(params), head.of(specs)), final_norm(params, h_NxD, context)
+        how = (cut, fixed.ops.cross_entropy)
+        nll_BxT = token_losses(sharding, read_tokens, *weight, x_NxD, targets_BxT, *how)
         return nll_BxT if wrapper is None else wrapper.close(nll_BxT, wrapper_output)
 
     def taps(params, tokens_BxT, keep, step=None):

@@ -223,7 +223,6 @@ def scale_by_muon(
     optim, decay_at = config.optim, schedules.momentum_schedule(config)
     layouts = {p: as_matrices(r.spec, optim.muon_unit) for p, r in rules.items()}
     dtype = products_dtype(config, platform)
-
     columns = {p: NEURONS[optim.muon_neurons](x.fan_in, x.fan_out) for p, x in layouts.items()}
 
     def iterate(x_Bxmxn):
@@ -256,10 +255,8 @@ def scale_by_muon(
         }
         squares = named(state.squares)
         for path in factors if squares else ():
-            axis = 2 if columns[path] else 1
-            factors[path], squares[path] = normalize_neurons(
-                factors[path], squares[path], beta2, axis
-            )
+            of_path = factors[path], squares[path], beta2, 2 if columns[path] else 1
+            factors[path], squares[path] = normalize_neurons(*of_path)
         directions = {
             path: layouts[path].join(x, nesterov[path].shape) * rules[path].update_scale
             for path, x in factors.items()
