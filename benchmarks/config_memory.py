@@ -61,15 +61,14 @@ def compiled_row(case: str) -> dict:
 
     from lmscale_jax.config.durations import tokens_per_step
     from lmscale_jax.model import flops, mesh
-    from lmscale_jax.model.build import build_model
     from lmscale_jax.train import aot, gpu_descriptions, gpu_report, hlo_text
+    from lmscale_jax.train.setup import build_setup
 
     jax.config.update("jax_platforms", "cpu")
     begin, config, chip = time.perf_counter(), config_of(case), flops.CHIPS["H100"]
     devices = gpu_descriptions.described_gpus(chip, 1, "H100:1")
-    grid = mesh.make_mesh(config, devices)
-    model = build_model(config, platform="gpu", mesh=grid, bos_id=0)
-    compiled = aot.lower_step(config, model, grid).compile(gpu_report.COMPILER_OPTIONS)
+    setup = build_setup(config, 0, mesh.make_mesh(config, devices))
+    model, compiled = setup.model, setup.lower_step().compile(gpu_report.COMPILER_OPTIONS)
     kernels = gpu_report.estimate_step(hlo_text.parse_program(compiled.as_text()), chip)
     seconds, tokens = sum(k.seconds for k in kernels), tokens_per_step(config)
     per_token = flops.flops_per_token(config, model.specs)["model"]

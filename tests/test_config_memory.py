@@ -38,7 +38,7 @@ def test_forms_differ_in_micro_batches_alone():
         for config in forms:
             assert config.train.batch_size % config.train.accum == 0
             config.unlock()
-            config.train.accum, config.model.remat = 1, "none"
+            config.train.accum, config.model.remat, config.model.stack = 1, "none", "auto"
         assert forms[0] == forms[1], name
 
 
