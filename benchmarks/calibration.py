@@ -20,7 +20,10 @@ from benchmarks import tables
 from benchmarks.calibration_tables import NOISES, SURFACE, TRUTHS
 from lmscale_jax import cli
 
-LENGTH = flags.DEFINE_enum("length", "short", ["short", "full"], "100 draws a row, or 400")
+# The command that runs all benchmarks has a flag of this name too, and tests import both.
+LENGTH = flags.DEFINE_enum(
+    "length", "short", ["short", "full"], "100 draws a row, or 400", allow_override=True
+)
 ONLY = flags.DEFINE_list("only", [], "kinds of rows: law, surface, repetition, isoflop, arms, "
                          "test, forecast")  # fmt: skip
 COUNT = flags.DEFINE_integer("draws", None, "draws a row, instead of --length")

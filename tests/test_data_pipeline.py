@@ -88,7 +88,7 @@ def test_validation_labels_are_the_same_for_every_shape(
 
 def test_validation_needs_two_tokens(data):
     with pytest.raises(InputError, match="validation split has 1 tokens"):
-        val_batches(SimpleNamespace(val=SimpleNamespace(n_tokens=1)), 8, 4, 0)
+        val_batches(SimpleNamespace(val=SimpleNamespace(n_tokens=1, paths=("val.bin",))), 8, 4, 0)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

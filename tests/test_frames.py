@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT, flags
 
-MOST = 16
+MOST = 17
 
 # Runs the command up to the first product and prints (file, function) of our frames there.
 PROGRAM = """

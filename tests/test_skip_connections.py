@@ -270,7 +270,7 @@ def test_rows_of_the_table():
     config.parametrization.embed_std, config.optim.vector_lr_factor = 1.0, 0.25
     config.model.n_kv_heads = 4
     config = resolve(config)
-    rows = build.build_model(config, platform="cpu").param_rules
+    rows = build.build_model(config, platform="cpu", bos_id=0).param_rules
     updates = update_rules(rows, config)
     values, update = rows["embed/values"], updates["embed/values"]
     assert (values.spec.role, update.optimizer, values.init_std) == ("input", "adamw", 1.0)
@@ -286,7 +286,7 @@ def test_rows_of_the_table():
 def test_counts_are_those_of_the_originals():
     def counted(module, *arguments):
         config = resolve(module.get_config(*arguments))
-        return flops.parameter_counts(build.build_model(config, platform="cpu").specs)
+        return flops.parameter_counts(build.build_model(config, platform="cpu", bos_id=0).specs)
 
     counts = counted(speedrun_record26)
     # Beyond the published 275,742,784: attention in block 7; and 60 scalars, as 12 skips, 12 x 2
@@ -310,7 +310,7 @@ def test_first_losses_of_the_originals(module, loss, within):
     with config.unlocked():
         config.model.dtype = "float32"
     config = resolve(config)
-    model = build.build_model(config, platform="cpu")
+    model = build.build_model(config, platform="cpu", bos_id=50256)
     params = model.init(jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 50_257, (1, 257)))
     first_loss = float(jax.jit(model.losses)(params, ids[:, :-1], ids[:, 1:]).mean())

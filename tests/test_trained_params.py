@@ -24,6 +24,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiler")
 PACKAGE = Path(__file__).parents[1] / "lmscale_jax"
 # Who may take the parameters out of a state: what trains them, and what asks for those to evaluate.
 MAY = {"train/step.py", "train/run.py", "optim/layerwise.py", "sweeps/population.py"}
+# These measure the training step itself, at the point where it takes gradients.
+MAY |= {"train/diagnostics.py", "sweeps/coord_check.py"}
 
 
 def quiet(line: str) -> None:
