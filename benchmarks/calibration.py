@@ -25,7 +25,7 @@ LENGTH = flags.DEFINE_enum(
     "length", "short", ["short", "full"], "100 draws a row, or 400", allow_override=True
 )
 ONLY = flags.DEFINE_list("only", [], "kinds of rows: law, surface, repetition, isoflop, arms, "
-                         "test, forecast")  # fmt: skip
+                         "test, forecast", allow_override=True)  # fmt: skip
 COUNT = flags.DEFINE_integer("draws", None, "draws a row, instead of --length")
 OUT = flags.DEFINE_string("out", None, "JSON file; rows that it has with as many draws are kept")
 WORKERS = flags.DEFINE_integer("workers", 2, "processes")

@@ -193,7 +193,7 @@ def stable(settings, tmp_path_factory):
 BAD = {
     "no run": ({"train__parent": "nowhere"}, ["train.parent='nowhere'", "--workdir of a run"]),
     "no such step": ({"train__parent_step": 5}, ["parent_step=5", "[4, 8]", "use 8"]),
-    "no step": ({"train__parent_step": 0}, ["train.parent_step=0", "need each other"]),
+    "no step": ({"train__parent_step": 0}, ["train.parent_step=0", "names no checkpoint"]),
     "budget already spent": ({"train__steps": 4}, ["train.steps=4", "parent_step=4", "use 8"]),
     "another rate": ({"optim__muon_lr": 0.5}, ["optim.muon_lr=0.5", "use 0.02"]),
     "another seed": ({"data__seed": 3}, ["data.seed=3", "use 0 "]),

@@ -161,6 +161,7 @@ def test_record_26_trains_on_published_shards(published, tmp_path):
     assert config.model.mask == "document" and config.data.document_mark == gpt2_shards.MARK
     config = make(config, {}, model__n_layers=6, data__cache=str(tmp_path / "cache"))
     config.data.seq_len, config.eval.sample, config.model.window_block = 64, 0, 16
+    config.train.accum = 1
     result = loop.train(config, tmp_path / "run", say=quiet)
     assert result.run.data.boundary == gpt2_shards.MARK
     assert np.isfinite(result.record["final"]["val_loss"])

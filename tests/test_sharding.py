@@ -251,13 +251,15 @@ def test_attention_of_cudnn_compiles_for_eight_gpus(tmp_path):
 
 
 MASKED = """
+from jax.sharding import NamedSharding
+from lmscale_jax.model.sharding import BATCH
 losses = []
 for changes in argument:
-    config, grid, model, _, placed = setup(changes)
-    params = jax.jit(model.init, out_shardings=placed.params)(jax.random.key(0))
+    setup_of_run = setup(changes)
+    model, grid = setup_of_run.model, setup_of_run.mesh
+    params = jax.jit(model.init, out_shardings=setup_of_run.shardings.params)(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(0, 64, (8, 64)) % 11
     tokens = jax.device_put(tokens.astype(np.int32), NamedSharding(grid, BATCH))
-    model = build_model(config, platform="cpu", bos_id=0, mesh=grid)
     value = lambda p: model.losses(p, tokens, tokens).mean()
     loss, slopes = jax.jit(jax.value_and_grad(value))(params)
     norms = [float(jnp.linalg.norm(x)) for x in jax.tree.leaves(slopes["blocks"])]

@@ -11,7 +11,8 @@ def check_conflicts(config) -> None:
     _check_model(config)
     model, train, data = config.model, config.train, config.data
     if train.batch_size % train.accum:
-        good = max(a for a in range(1, train.accum) if train.batch_size % a == 0)
+        below = min(train.accum - 1, train.batch_size)
+        good = next(a for a in range(below, 0, -1) if train.batch_size % a == 0)
         raise InputError(
             f"config.train.accum={train.accum} does not divide train.batch_size="
             f"{train.batch_size}; use {good}"
@@ -46,23 +47,30 @@ def check_conflicts(config) -> None:
     _check_schedule(config, steps)
     _check_freeze(config, steps)
     _check_mur(config, steps)
-    if bool(train.parent) != bool(train.parent_step):
+    if train.parent and not train.parent_step:
         raise InputError(
-            f"config.train.parent={train.parent!r} and train.parent_step={train.parent_step} need "
-            f"each other; use parent='runs/stable' with parent_step=1000, or '' with 0"
+            f"config.train.parent_step=0 names no checkpoint of train.parent={train.parent!r}; use "
+            "one of its steps, such as 1000"
+        )
+    if train.parent_step and not train.parent:
+        raise InputError(
+            f"config.train.parent_step={train.parent_step} needs train.parent, a run directory; "
+            "use 0 without one"
         )
 
 
 def _check_model(config) -> None:
     model, data = config.model, config.data
     if not model.head_dim and model.d_model % model.n_heads:
-        good = max(h for h in range(1, model.n_heads) if model.d_model % h == 0)
+        below = min(model.n_heads - 1, model.d_model)
+        good = next(h for h in range(below, 0, -1) if model.d_model % h == 0)
         raise InputError(
             f"config.model.n_heads={model.n_heads} does not divide model.d_model={model.d_model}; "
             f"use {good}, or set model.head_dim"
         )
     if model.n_kv_heads and model.n_heads % model.n_kv_heads:
-        good = max(h for h in range(1, model.n_kv_heads) if model.n_heads % h == 0)
+        below = min(model.n_kv_heads - 1, model.n_heads)
+        good = next(h for h in range(below, 0, -1) if model.n_heads % h == 0)
         raise InputError(
             f"config.model.n_kv_heads={model.n_kv_heads} does not divide "
             f"model.n_heads={model.n_heads}; use {good}"

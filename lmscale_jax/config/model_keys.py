@@ -7,9 +7,9 @@ _READING = {"model.attn_gate": ("headwise", "elementwise")}
 _WINDOWED = {"model.window_layers": ("all", "ends", "fourth")}
 
 MODEL = {
-    "n_layers": Key(4, "decoder blocks", low=1),
-    "d_model": Key(256, "width of the residual stream", low=1),
-    "n_heads": Key(4, "query heads", low=1),
+    "n_layers": Key(4, "decoder blocks", low=1, high=10_000),
+    "d_model": Key(256, "width of the residual stream", low=1, high=2**20),
+    "n_heads": Key(4, "query heads", low=1, high=2**16),
     "n_kv_heads": Key(0, "key and value heads; 0: as many as query heads (MHA)", low=0),
     "head_dim": Key(0, "channels per head; 0: d_model / n_heads", low=0),
     "d_ff": Key(

@@ -239,8 +239,13 @@ def _open_text(data_cfg, vocab_size: int, cache: Path, log: Log) -> Prepared:
     )
 
 
+def _find_bin_manifest(data_cfg, cache: Path) -> dict | None:
+    """Returns None where no shards are there, so that --explain has a page without data."""
+    return bin_manifest(data_cfg, cache) if sources.has_files(data_cfg.path, (".bin",)) else None
+
+
 def _bin_token_ids(data_cfg, cache: Path) -> TokenIds:
-    if tokenizer := bin_manifest(data_cfg, cache)["tokenizer"]:
+    if tokenizer := (_find_bin_manifest(data_cfg, cache) or {}).get("tokenizer"):
         return TokenIds(tokenizer["vocab_size"], tokenizer["boundary"])
     return TokenIds(0, mark_of(data_cfg))
 
@@ -268,7 +273,7 @@ _TEXT = Preparation(
 )
 _SHARDS = Preparation(
     open_bin,
-    bin_manifest,
+    _find_bin_manifest,
     _bin_token_ids,
 )
 PREPARATIONS = Modes(

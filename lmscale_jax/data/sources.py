@@ -146,6 +146,12 @@ def find_files(paths: str, field: str, endings: tuple[str, ...]) -> list[Path]:
     return list(matches)
 
 
+def has_files(paths: str, endings: tuple[str, ...]) -> bool:
+    """Tells whether any item of a key's value matches a file; see `find_files`."""
+    files_of = functools.cache(lambda item: _matches(item, endings))
+    return any(map(files_of, comma_separated(paths, files_of)))
+
+
 def _matches(item: str, endings: tuple[str, ...]) -> list[Path]:
     item = str(user_path(item)) if item.startswith("~") else item
     if os.path.isdir(item):
