@@ -3,7 +3,7 @@
     python -m benchmarks.calibration [--length=short|full] [--only=law,arms] [--out=FILE.json]
     python -m benchmarks.calibration --before=OLD.json --after=NEW.json
 
-The second form runs nothing: it sets two results side by side, as in docs/calibration.md.
+The second form only sets two results side by side, as in docs/calibration.md.
 """
 
 import json
@@ -20,17 +20,15 @@ from benchmarks import tables
 from benchmarks.calibration_tables import NOISES, SURFACE, TRUTHS
 from lmscale_jax import cli
 
-# The command that runs all benchmarks has a flag of this name too, and tests import both.
-LENGTH = flags.DEFINE_enum(
-    "length", "short", ["short", "full"], "100 draws a row, or 400", allow_override=True
-)
-ONLY = flags.DEFINE_list("only", [], "kinds of rows: law, surface, repetition, isoflop, arms, "
-                         "test, forecast", allow_override=True)  # fmt: skip
-COUNT = flags.DEFINE_integer("draws", None, "draws a row, instead of --length")
-OUT = flags.DEFINE_string("out", None, "JSON file; rows that it has with as many draws are kept")
-WORKERS = flags.DEFINE_integer("workers", 2, "processes")
-BEFORE = flags.DEFINE_string("before", None, "JSON of an earlier version")
-AFTER = flags.DEFINE_string("after", None, "JSON to set beside --before")
+# Only the command has them: tests import this file beside others with flags of these names.
+FLAGS = flags.FLAGS if __name__ == "__main__" else flags.FlagValues()
+LENGTH = flags.DEFINE_enum("length", "short", ["short", "full"], "draws", flag_values=FLAGS)
+ONLY = flags.DEFINE_list("only", [], "kinds of rows: law, ... (see `all_rows`)", flag_values=FLAGS)
+COUNT = flags.DEFINE_integer("draws", None, "draws a row, not of --length", flag_values=FLAGS)
+OUT = flags.DEFINE_string("out", None, "JSON file; its rows are kept", flag_values=FLAGS)
+WORKERS = flags.DEFINE_integer("workers", 2, "processes", flag_values=FLAGS)
+BEFORE = flags.DEFINE_string("before", None, "JSON of an earlier version", flag_values=FLAGS)
+AFTER = flags.DEFINE_string("after", None, "JSON to set beside --before", flag_values=FLAGS)
 DRAWS = {"short": 100, "full": 400}
 BOOTSTRAP = 300
 
