@@ -1,6 +1,6 @@
 """Measures by simulation how often intervals and verdicts are right, and prints a table:
 
-    python -m benchmarks.calibration [--length=short|full] [--only=law,arms] [--out=FILE.json]
+    python -m benchmarks.calibration [--length=full] [--only=law,arms] [--out=FILE.json]
     python -m benchmarks.calibration --before=OLD.json --after=NEW.json
 
 The second form only sets two results side by side, as in docs/calibration.md.
@@ -29,8 +29,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file; its rows are kept", flag_valu
 WORKERS = flags.DEFINE_integer("workers", 2, "processes", flag_values=FLAGS)
 BEFORE = flags.DEFINE_string("before", None, "JSON of an earlier version", flag_values=FLAGS)
 AFTER = flags.DEFINE_string("after", None, "JSON to set beside --before", flag_values=FLAGS)
-DRAWS = {"short": 100, "full": 400}
-BOOTSTRAP = 300
+DRAWS, BOOTSTRAP = {"short": 100, "full": 400}, 300
 
 
 @dataclass(frozen=True)
