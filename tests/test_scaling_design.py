@@ -1,7 +1,10 @@
 """What a design is said to tell, against simulated ladders."""
 
+import csv
+
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from lmscale_jax.scaling import design
 
@@ -46,6 +49,15 @@ def test_richer_designs_tell_more():
     assert size.width < planned.width
     two = design.predict_precision(X[:2], 2, target, 0.002)
     assert two.offset is None and two.shift is None and two.width > planned.width
+
+
+def test_what_is_assumed_is_what_the_documented_ladder_shows():
+    rows = list(csv.DictReader((ROOT / "docs/ladders/results.csv").read_text().splitlines()))
+    y = np.log([float(row["val_loss"]) for row in rows])
+    x = np.log([float(row["flops"]) for row in rows])
+    scatter, _ = design.seed_scatter(y, [f"{row['variant']} {row['size']}" for row in rows])
+    assert pytest.approx(scatter, rel=0.05) == design.USUAL_SCATTER
+    assert pytest.approx(-np.polyfit(x, y, 1)[0], rel=0.05) == design.USUAL_SLOPE
 
 
 def test_the_scatter_of_seeds_is_pooled_within_cells():
