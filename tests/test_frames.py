@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT, flags
 
-MOST = 17
+MOST = 16
 
 # Runs the command up to the first product and prints (file, function) of our frames there.
 PROGRAM = """

@@ -187,12 +187,13 @@ def _transposed_product(a_BxNxI, b_BxNxO):
 @jax.custom_vjp
 def _cpu_dense(x_NxI, w_IxO):
     """Computes `dense`; the gradient of w in a form that the fast CPU kernels take."""
-    w_IxO, contract = w_IxO.astype(x_NxI.dtype), (((1,), (0,)), ((), ()))
-    return lax.dot_general(x_NxI, w_IxO, contract, preferred_element_type=FLOAT).astype(x_NxI.dtype)
+    return _product_forward(x_NxI, w_IxO)[0]
 
 
 def _product_forward(x_NxI, w_IxO):
-    return _cpu_dense(x_NxI, w_IxO), (x_NxI, w_IxO)
+    w, contract = w_IxO.astype(x_NxI.dtype), (((1,), (0,)), ((), ()))
+    y_NxO = lax.dot_general(x_NxI, w, contract, preferred_element_type=FLOAT).astype(x_NxI.dtype)
+    return y_NxO, (x_NxI, w_IxO)
 
 
 def _product_backward(saved, dy_NxO):
