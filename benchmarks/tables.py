@@ -246,8 +246,8 @@ def packs_compiled(result: dict) -> str:
     return table(head, rows)
 
 
-def attention(*results: dict) -> str:
-    """attention_*.json of one or several types, side by side."""
+def attention(*results: dict, digits: int = 1) -> str:
+    """attention_*.json of one or several types, side by side; times in ms with so many digits."""
     head, rows = ["length", "kernel"], {}
     for result in results:
         head += [f"{result['asked']['dtype']}: ms", "over xla", "temporaries, MiB"]
@@ -257,7 +257,7 @@ def attention(*results: dict) -> str:
             cells = rows.setdefault(key, [""] * 3 * len(results))
             memory = row["temporary_bytes"] / 2**20
             cells[3 * number : 3 * number + 3] = [
-                f"{row['ms']:.1f}", f"{row['over_xla']:.2f}", f"{memory:.0f}"
+                f"{row['ms']:.{digits}f}", f"{row['over_xla']:.2f}", f"{memory:.0f}"
             ]  # fmt: skip
     return table(head, [[str(a), b, *rows[a, b]] for a, b in sorted(rows)])
 
