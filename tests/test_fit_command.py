@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,28 +113,33 @@ def test_a_result_is_replaced_aloud_and_other_files_never(tmp_path, call):
     assert (tmp_path / "g.png").read_text() == "mine"
 
 
-def test_two_arms_get_a_verdict(tmp_path, call):
-    table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.4, seeds=3))
-    out = tmp_path / "v.json"
-    status, printed, err = call(f"--input={table}", "--compare=A,B", "--law=power_floor",
-                            "--bootstrap=200", "--target_c=1e21", f"--out={out}")  # fmt: skip
-    assert status == 0, err
-    written = json.loads(out.read_text())
+@pytest.fixture
+def compared(tmp_path, call):
+    """Compares two arms of a constant offset: (what was written, what was printed, the file)."""
+
+    def compare(seeds: int, *flags) -> tuple[dict, str, Path]:
+        table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.4, seeds=seeds))
+        out = tmp_path / "v.json"
+        common = (f"--input={table}", "--compare=A,B", "--law=power_floor", f"--out={out}")
+        status, printed, err = call(*common, *flags)
+        assert status == 0, err
+        return json.loads(out.read_text()), printed, out
+
+    return compare
+
+
+def test_two_arms_get_a_verdict(compared):
+    written, printed, out = compared(3, "--bootstrap=200", "--target_c=1e21")
     assert written["verdict"] == "constant offset" and "verdict: constant offset" in printed
     assert {"s", "se", "interval", "p"} <= set(written["shift"])
     assert all({"c", "k", "low", "high"} == set(row) for row in written["gain"])
     assert written["law"] == "power_floor" and set(written["params"]) == {"E", "a", "b"}
     assert set(written["arms"]) == {"A", "B"}
-    assert (tmp_path / "v.png").exists()
+    assert out.with_suffix(".png").exists()
 
 
-def test_a_floor_is_pinned_in_the_test_and_in_the_fits(tmp_path, call):
-    table = write(tmp_path / "t.csv", two_arms(0.0, tau=0.4, seeds=2))
-    out = tmp_path / "v.json"
-    status, printed, err = call(f"--input={table}", "--compare=A,B", "--law=power_floor",
-                            "--bootstrap=0", "--floor=1.7", f"--out={out}")  # fmt: skip
-    assert status == 0, err
-    written = json.loads(out.read_text())
+def test_a_floor_is_pinned_in_the_test_and_in_the_fits(compared):
+    written, printed, _ = compared(2, "--bootstrap=0", "--floor=1.7")
     assert written["shift"]["baseline"] == "floor" and written["shift"]["p_bootstrap"] is None
     assert written["shift"]["floor"] == written["params"]["E"] == 1.7
     assert "would have shown" in printed and "joint laws" in printed
