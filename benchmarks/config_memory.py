@@ -49,10 +49,12 @@ def limit_gib(case: str) -> float:
 
 
 def account_gib(config, model) -> float:
-    """GiB of a step by the account of --explain."""
+    """GiB of a step on an H100 by the account of --explain."""
+    from lmscale_jax.model import flops
     from lmscale_jax.train import aot
 
-    return aot.memory_sizes(config, model, {}, "gpu")["total"] / 2**30
+    kind = flops.CHIPS["H100"].kind
+    return aot.memory_sizes(config, model, {}, "gpu", kind)["total"] / 2**30
 
 
 def compiled_row(case: str) -> dict:

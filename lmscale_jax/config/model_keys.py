@@ -213,7 +213,7 @@ MODEL = {
     "loss_chunk": Key(
         0,
         "tokens per chunk of the loss; 0: chunks only if the float32 logits exceed 256 MiB on CPU, "
-        "a sixteenth of the device's memory elsewhere",
+        "a quarter of the device's memory elsewhere",
         low=0,
         identity=False,
     ),

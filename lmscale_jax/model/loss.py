@@ -14,7 +14,7 @@ from lmscale_jax.model.sharding import BATCH, TOKENS, ShardingContext, gathered
 
 # Bytes of one chunk's logits, counted as float32: on CPU a few times the caches, elsewhere a share
 # of the device's memory. There each chunk reads the whole readout and adds to its whole gradient.
-CPU_LOGIT_BYTES, LOGIT_SHARE = 256 * 2**20, 1 / 16
+CPU_LOGIT_BYTES, LOGIT_SHARE = 256 * 2**20, 1 / 4
 
 
 def logit_bytes(platform: str, device_kind: str) -> float:
