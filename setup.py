@@ -76,6 +76,7 @@ setup(
     # configs/ is packaged as lmscale_jax.configs, through the link lmscale_jax/configs.
     packages=find_namespace_packages(include=["lmscale_jax", "lmscale_jax.*"]),
     package_data={"lmscale_jax.scaling": ["tables/*"], "lmscale_jax.train": ["gpu_targets/*"]},
+    entry_points={"console_scripts": ["lmscale = lmscale_jax.__main__:main"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
 )

@@ -153,6 +153,28 @@ def config_file() -> str:
     return path.replace(f"{PACKAGE}/configs/", f"{PACKAGE.name}/configs/", 1)
 
 
+def _with_flag_of_first(argv: list[str]) -> list[str]:
+    """Replaces a file or directory that comes first, without a flag, by the flags that it means.
+
+    FILE.py is --config=FILE.py, and unless it is set --workdir=runs/FILE. Commands without a config
+    take their --workdir, or --input, so.
+    """
+    first = argv[1] if len(argv) > 1 else "-"
+    path, _, name = first.partition(":")
+    if first.startswith("-") or "=" in first:
+        return argv
+    if "config" in flags.FLAGS:
+        if not path.endswith(".py"):
+            return argv
+        meant = [f"--config={first}"]
+        if "workdir" in flags.FLAGS and not any(re.match("--?workdir", a) for a in argv[2:]):
+            stem = "_".join([Path(path).stem, *re.findall(r"\w+", name)])
+            meant.append(f"--workdir=runs/{stem}")
+    else:
+        meant = [f"--{flag}={first}" for flag in ("workdir", "input") if flag in flags.FLAGS][:1]
+    return [argv[0], *(meant or [first]), *argv[2:]]
+
+
 def _with_config_path(argv: list[str]) -> list[str]:
     """Replaces the value of --config by `find_config` of it, in either spelling of the flag."""
     changed = list(argv)
@@ -169,7 +191,8 @@ def _parse(argv: list[str]) -> list[str]:
     # The config library warns of errors that are reported here in one line.
     logging.set_verbosity(logging.ERROR)
     try:
-        argv = _with_config_path(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
+        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        argv = _with_config_path(_with_flag_of_first(argv))
         positional = flags.FLAGS(argv)
         if len(positional) > 1:
             raise flags.Error(f"{positional[1]!r} is not a flag; use --name=value")
@@ -178,10 +201,7 @@ def _parse(argv: list[str]) -> list[str]:
         # A config file that cannot be read shows only when its config is used.
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
             flags.FLAGS.config.to_dict()
-            reset_unused(flags.FLAGS.config, overrides())
-            runs = flags.FLAGS.config.get("run")
-            if isinstance(runs, ConfigDict):  # the config of a ladder's runs
-                reset_unused(runs, {path.removeprefix("run.") for path in overrides()})
+            settle_unused(flags.FLAGS.config, overrides())
         return positional
     except Exception as error:
         exit_with_error(_explain(error, argv), status=2)
@@ -245,6 +265,14 @@ def load_config(argument: str) -> tuple[ConfigDict | None, str | None]:
     return None, f"--config={path}:{line}: {message}"
 
 
+def settle_unused(config: ConfigDict, changes) -> None:
+    """Resets what `changes` (dotted paths) leave unused, in a run's config or a ladder's."""
+    reset_unused(config, changes)
+    runs = config.get("run")
+    if isinstance(runs, ConfigDict):  # the config of a ladder's runs
+        reset_unused(runs, {path.removeprefix("run.") for path in changes})
+
+
 def _override_fault(config: ConfigDict, argv: list[str], message: str) -> str | None:
     """Returns what is wrong with an override --config.a.b=value: its key or its value's type.
 
@@ -256,7 +284,7 @@ def _override_fault(config: ConfigDict, argv: list[str], message: str) -> str | 
         path, value = match.groups()
         default = _default_of(config, path)
         if default is None:
-            return f"config.{path} is not a key; {hint(path, list(_paths(config)))}"
+            return f"config.{path} is not a key; {hint(path, list(config_paths(config)))}"
         if isinstance(default, ConfigDict):
             return f"config.{path}={value} is a group of keys; set one, config.{path}.KEY=value"
         if f"config.{path}={value}" in message:
@@ -281,9 +309,10 @@ def _default_of(config: ConfigDict, path: str):
     return config
 
 
-def _paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+def config_paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted path of every key of a config."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _paths(value, f"{prefix}{name}.")
+            yield from config_paths(value, f"{prefix}{name}.")
         else:
             yield prefix + name

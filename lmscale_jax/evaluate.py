@@ -7,7 +7,6 @@ and says so.
 from absl import flags
 
 from lmscale_jax import cli
-from lmscale_jax.errors import InputError
 from lmscale_jax.files import check_writable
 
 WORKDIR = cli.path_flag("workdir", "directory of a run", required=True)
@@ -22,13 +21,6 @@ OUT = cli.path_flag("out", "directory for eval.json; default: that of the run")
 
 
 def main() -> None:
-    names = ("perplexity", "redundancy", "mur", "attention")
-    wrong = [name for name in SUITES.value if name not in names]
-    if wrong or not SUITES.value:
-        raise InputError(
-            f"--suites={','.join(SUITES.value)}: {wrong or 'nothing'} is not a suite; "
-            f"use --suites={','.join(names)}"
-        )
     from lmscale_jax.train.evaluation import evaluate_run
 
     folder = OUT.value or WORKDIR.value

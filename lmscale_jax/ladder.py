@@ -4,6 +4,7 @@ python -m lmscale_jax.ladder --config=configs/ladders/quickstart.py --workdir=ru
 """
 
 import functools
+import shlex
 import sys
 from pathlib import Path
 
@@ -32,13 +33,14 @@ def main() -> None:
     from lmscale_jax.reports import ladder_report as page
 
     workdir = WORKDIR.value
+    command = f"python -m lmscale_jax.ladder {shlex.join(sys.argv[1:])}"
     try:
         message = run.run_ladder(
             CONFIG.value,
             workdir,
             only=ONLY.value,
             until="forecast" if ANCHORS_ONLY.value else "verdict",
-            write_report=functools.partial(page.write_ladder_report, argv=sys.argv[1:]),
+            write_report=functools.partial(page.write_ladder_report, command=command),
         )
     except scheduler.Interrupted as error:
         print("stopped: run the same command to continue", flush=True)

@@ -88,7 +88,6 @@ def test_fp8_is_no_arm_where_it_would_be_something_else(config, tmp_path, monkey
         run_ladder(ladder, tmp_path / "w", [], "verdict", page.write_ladder_report)
     assert not (tmp_path / "w").exists()
     planned = plan.make_plan(ladder, lambda line: None)
-    monkeypatch.setattr(worker, "leave_with_parent", lambda: None)
     with pytest.raises(InputError, match=r"arms\.fp8"):
         worker.train_cells(planned, planned.cells[:1], tmp_path / "w")
     # In all arms it is no difference, and each run records what it was computed in.
@@ -181,7 +180,7 @@ def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
         "slurm": functools.partial(executors.SlurmExecutor, cluster="local"),
         "ray": executors.RayExecutor,
     }
-    report = functools.partial(page.write_ladder_report, argv=[])
+    report = functools.partial(page.write_ladder_report, command="")
     last = run_ladder(ladder, workdir, [], "verdict", report, make_executor=kinds[name])
     assert "report:" in last and len(losses(workdir)) == 6
 
@@ -202,7 +201,7 @@ def test_a_full_disk_is_one_line(config, tmp_path):
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "sys.argv[0] = 'ladder';"
-        "from lmscale_jax import cli, ladder; cli.run_command(ladder.main)"
+        "from lmscale_jax.ladder import cli, main; cli.run_command(main)"
     )
     prepared = load(config)
     plan.make_plan(prepared, print)

@@ -15,7 +15,7 @@ from lmscale_jax.reports import ladder_report as page
 pytestmark = pytest.mark.usefixtures("quick_compiler", "planned_once")
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
-REPORT = functools.partial(page.write_ladder_report, argv=["--config=x"])
+REPORT = functools.partial(page.write_ladder_report, command="ladder --config=x")
 
 
 def loss_of(cell, shift=0.0, offset=0.02, rng=None) -> float:
@@ -113,7 +113,7 @@ def test_from_a_law_to_a_verdict(ladder, tmp_path):
     html = (workdir / "report" / "index.html").read_text()
     assert "http" not in html.split("<body", 1)[-1].replace("http-equiv", "")
     assert "<script" not in html and html.count("data:image/png;base64") == 4
-    assert "python -m lmscale_jax.ladder --config=x" in html
+    assert "<pre>ladder --config=x</pre>" in html
 
 
 @pytest.mark.slow

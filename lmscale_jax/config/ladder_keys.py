@@ -1,19 +1,22 @@
 """Specifies the keys of a ladder: a question, its arms, their sizes, and how they are run.
 
-`run` holds the config that all runs of a ladder share; the other keys specify how they differ.
-Three groups have no fixed keys, because they hold keys of `run`:
-
-`arms`: {arm: {group: {key: value}}}, what each arm changes; only keys under `switch` are allowed.
-`tune`: {arm or "all": {group: {key: values}}}, tried at every anchor; the best values of each arm
-are compared, and the held-out rung uses the best ones of the largest anchor.
-`per_rung`: {group: {key: values}}, one value for each anchor and, last, one for the held-out rung.
+LADDER has the keys that specify how the runs of a ladder differ; FREE has the groups without fixed
+keys, because they hold keys of a run.
 """
 
 import ml_collections
 
 from lmscale_jax.config.key import Key
 
-FREE = ("run", "arms", "tune", "per_rung")
+# {group: what it holds}
+FREE = {
+    "run": "the config that all runs of the ladder share",
+    "arms": "{arm: {group: {key: value}}}, what each arm changes; only keys under `switch`",
+    "tune": '{arm or "all": {group: {key: values}}}, tried at every anchor; the best values of '
+    "each arm are compared, and the held-out rung uses the best ones of the largest anchor",
+    "per_rung": "{group: {key: values}}, one value for each anchor and, last, one for the "
+    "held-out rung",
+}
 
 _SOLVED = {"rungs.by": ("non_embedding", "total", "flops")}
 

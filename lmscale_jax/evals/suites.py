@@ -14,6 +14,8 @@ from lmscale_jax.model.build import Model
 from lmscale_jax.mur.settings import GRANULARITIES, THRESHOLDS
 from lmscale_jax.mur.utility import METRICS
 
+SUITES = ("perplexity", "redundancy", "mur", "attention")
+
 
 class TrainedModel(NamedTuple):
     """A trained model with held-out tokens, for suites to measure.
@@ -35,7 +37,16 @@ class TrainedModel(NamedTuple):
 
 
 def check_suite(names: list[str], model) -> None:
-    """Raises InputError where a suite cannot measure a model with this config group."""
+    """Raises InputError where a name is no suite's, or one cannot measure such a model.
+
+    `model` is the config group.
+    """
+    wrong = [name for name in names if name not in SUITES]
+    if wrong or not names:
+        raise InputError(
+            f"--suites={','.join(names)}: {wrong or 'nothing'} is not a suite; "
+            f"use --suites={','.join(SUITES)}"
+        )
     for name in {"redundancy", "mur"}.intersection(names):
         conflicts.check_chain(model, f"--suites={name}", conflicts.READ_ONLY)
     if "attention" in names:

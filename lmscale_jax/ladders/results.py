@@ -20,7 +20,7 @@ FINAL = ("val_loss", "val_loss_sem", "val_tokens", "bits_per_byte")
 COLUMNS = (
     "run_id", "variant", "role", "size", "budget", "seed", "status", "n_total", "n_non_embedding",
     "n_layers", "d_model", "n_heads", "d_ff", "tokens", "epochs", "flops", "flops_per_token",
-    *FINAL, "train_seconds", "tokens_per_second",
+    *FINAL, "train_seconds", "tokens_per_second", "devices", "packed",
     "val_fingerprint",
 )  # fmt: skip
 
@@ -32,33 +32,53 @@ def result_rows(plan: LadderPlan, workdir: Path) -> list[dict]:
     """
     cell_rows = []
     for cell in plan.cells:
-        record = cell_record(workdir, cell) or {}
-        final, data = record.get("final") or {}, record.get("data") or {}
         cell_rows.append(
-            {
+            record_columns(cell_record(workdir, cell) or {"status": "planned"})
+            | {
                 "run_id": cell.id,
                 "variant": cell.arm,
                 "role": cell.role,
                 "size": cell.size,
                 "budget": cell.budget,
                 "seed": cell.seed,
-                "status": record.get("status", "planned"),
                 "n_total": cell.counts["total"],
                 "n_non_embedding": cell.counts["non_embedding"],
                 **{name: cell.shape[name] for name in ("n_layers", "d_model", "n_heads", "d_ff")},
                 "tokens": cell.tokens,
-                "epochs": record.get("epochs"),
                 "flops": cell.flops,
                 "flops_per_token": cell.flops_per_token,
-                **{k: final.get(k) for k in FINAL},
-                "train_seconds": record.get("wall_seconds"),
-                "tokens_per_second": (record.get("throughput") or {}).get("tokens_per_second"),
-                "val_fingerprint": data.get("val_fingerprint"),
                 "tune": cell.tune,
             }
         )
     _check_same_held_out_tokens(cell_rows)
     return cell_rows
+
+
+def record_columns(record: dict) -> dict:
+    """Returns those of COLUMNS that a run's record has; None for what is not measured yet.
+
+    `packed` is the number of runs that trained as one program.
+    """
+    final, counts = record.get("final") or {}, record.get("counts") or {}
+    model = (record.get("config") or {}).get("model") or {}
+    device = record.get("device")
+    return {
+        "seed": record.get("seed"),
+        "status": record["status"],
+        "n_total": counts.get("total"),
+        "n_non_embedding": counts.get("non_embedding"),
+        **{name: model.get(name) for name in ("n_layers", "d_model", "n_heads", "d_ff")},
+        "tokens": record.get("tokens"),
+        "epochs": record.get("epochs"),
+        "flops": record.get("flops_total"),
+        "flops_per_token": record.get("flops_per_token"),
+        **{name: final.get(name) for name in FINAL},
+        "train_seconds": record.get("wall_seconds"),
+        "tokens_per_second": (record.get("throughput") or {}).get("tokens_per_second"),
+        "devices": device and f"{device['count']} x {device['kind']}",
+        "packed": record.get("packed", 1),
+        "val_fingerprint": (record.get("data") or {}).get("val_fingerprint"),
+    }
 
 
 def _check_same_held_out_tokens(rows: list[dict]) -> None:

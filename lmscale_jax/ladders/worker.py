@@ -26,7 +26,6 @@ def train_cells(plan: LadderPlan, cells: list[Cell], workdir: Path) -> None:
     """
     if not cells:
         raise InputError("--ids is empty; use ids of cells from plan.json")
-    leave_with_parent()
     notes = {}
     if any(cell.role == HELD_OUT for cell in cells):
         notes["forecast"] = forecasts.fixed_hash(workdir)
@@ -55,6 +54,7 @@ def leave_with_parent() -> None:
 
 def train_job(workdir: Path, ids: list[str]) -> None:
     """Trains the cells with these ids. Raises InputError where there is no plan or no such cell."""
+    leave_with_parent()
     plan = read_plan(workdir)
     if plan is None:
         raise InputError(f"--workdir={workdir} holds no plan.json; run lmscale_jax.ladder first")

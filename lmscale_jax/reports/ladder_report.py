@@ -1,6 +1,5 @@
 """Writes the page of a ladder as one HTML file, from its records."""
 
-import shlex
 from pathlib import Path
 
 from lmscale_jax.files import read_json
@@ -18,7 +17,7 @@ def write_ladder_report(
     rows: list[dict],
     forecast: dict | None,
     verdict: dict,
-    argv: list[str],
+    command: str,
 ) -> Path:
     """Writes report/index.html and its figures as PNG; returns the path of the page.
 
@@ -26,7 +25,7 @@ def write_ladder_report(
       rows: all rows of `results.csv`.
       forecast: forecast.json, or None without a held-out rung.
       verdict: verdict.json.
-      argv: arguments of the command; the page shows how to repeat it.
+      command: repeats the ladder; the page shows it.
     """
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +50,7 @@ def write_ladder_report(
     page.figures([figures.plot_training_curves(arms, tuned, workdir, folder / "curves.png")])
     _add_laws(page, arms, fits, reasons, folder)
     _add_settings(page, plan, verdict)
-    _add_reproduction(page, plan, workdir, rows, argv)
+    _add_reproduction(page, plan, workdir, rows, command)
     return page.write(folder)
 
 
@@ -185,10 +184,10 @@ def _add_settings(page: Page, plan: LadderPlan, verdict: dict) -> None:
 
 
 def _add_reproduction(
-    page: Page, plan: LadderPlan, workdir: Path, rows: list[dict], argv: list[str]
+    page: Page, plan: LadderPlan, workdir: Path, rows: list[dict], command: str
 ) -> None:
     page.head("How to repeat this")
-    page.code("python -m lmscale_jax.ladder " + shlex.join(argv))
+    page.code(command)
     first = next((row for row in rows if row["status"] == "finished"), None)
     if first is None:
         return

@@ -48,7 +48,7 @@ def explain(
     Args:
         config: not yet resolved.
         overrides: {dotted path: value} given on the command line.
-        config_file: the value of --config.
+        config_file: the value of --config; "": there is no file.
         print: takes the text.
         topology: chips to explain it for, as `aot.parse_topology` reads them; empty: those here.
 
@@ -108,10 +108,10 @@ def value_origins(config_file: str, overrides: dict, config) -> dict[str, str]:
     A file that sets a key to its default counts as one that leaves it alone.
     """
     defaults = base_config()
-    origins = {}
+    origins, file = {}, os.path.relpath(config_file) if config_file else "config"
     for path, _ in keys():
         same = get(config, path) == get(defaults, path)
-        origins[path] = "base" if same else os.path.relpath(config_file)
+        origins[path] = "base" if same else file
         if path in overrides:
             origins[path] = f"--config.{path}"
     return origins
