@@ -6,5 +6,6 @@ keys of a ladder are in ladder_keys.py.
 """
 
 from lmscale_jax.config.keys import SPEC, Key, get_config
+from lmscale_jax.config.own_code import here
 
-__all__ = ["SPEC", "Key", "get_config"]
+__all__ = ["SPEC", "Key", "get_config", "here"]

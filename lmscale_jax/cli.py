@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from lmscale_jax.config import own_code
 from lmscale_jax.config.resolve import hint, reset_unused
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.files import user_path
@@ -29,6 +30,8 @@ def run_command(main: Callable[[], None]) -> None:
         # terminal has all characters.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
         try:
+            if "trust_code" in flags.FLAGS:
+                own_code.trust(flags.FLAGS.trust_code)
             main()
         except Exception as error:
             if (line := line_of(error)) is None:
@@ -45,7 +48,8 @@ def line_of(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, OSError) and error.errno in _REMEDIES and error.filename is not None:
         status, remedy = _REMEDIES[error.errno]
         return f"{error.filename}: {error.strerror}; {remedy}", status
-    return None
+    message = own_code.fault_of_code(error)
+    return message and (message, 2)
 
 
 def _take_huge_pages() -> None:
@@ -124,6 +128,15 @@ class _PathParser(flags.ArgumentParser):
 def path_flag(name: str, help: str, required: bool = False):
     """Defines a flag whose value is a `Path`; None where it is not set."""
     return flags.DEFINE(_PathParser(), name, None, help, required=required)
+
+
+def trust_flag() -> None:
+    """Defines the flag --trust_code=HASH,..., which lets code of a run's directory be executed."""
+    flags.DEFINE_list(
+        "trust_code",
+        [],
+        "hashes of code of its own that this command may take from a run's source/",
+    )
 
 
 def overrides() -> dict:

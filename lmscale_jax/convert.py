@@ -14,6 +14,7 @@ CONFIG = cli.config_flag(required=False, default="configs/base.py")
 WORKDIR = cli.path_flag("workdir", "directory of a run, or a new one")
 FROM = cli.path_flag("from_hf", "directory with config.json and safetensors")
 TO = cli.path_flag("to_hf", "new directory for transformers to load")
+cli.trust_flag()
 
 
 def main() -> None:

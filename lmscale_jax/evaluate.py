@@ -18,6 +18,7 @@ TOKENS = flags.DEFINE_integer(
     "tokens", 0, "held-out tokens of redundancy and mur; 0: as eval.tokens", lower_bound=0
 )
 OUT = cli.path_flag("out", "directory for eval.json; default: that of the run")
+cli.trust_flag()
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ TOKENS = flags.DEFINE_integer("tokens", 200, "tokens to add", lower_bound=1)
 TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0: the likeliest token", lower_bound=0.0)
 TOP_K = flags.DEFINE_integer("top_k", 50, "likeliest tokens to draw from; 0: all", lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, "seed of the sampling")
+cli.trust_flag()
 
 
 def main() -> None:

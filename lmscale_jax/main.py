@@ -36,11 +36,12 @@ def main() -> None:
         return
     if not WORKDIR.value:
         raise InputError("--workdir is missing; use --workdir=runs/first")
+    from lmscale_jax.config.own_keys import adopted
     from lmscale_jax.config.resolve import fingerprint, validate
     from lmscale_jax.model import mesh
     from lmscale_jax.train import distributed
 
-    config = CONFIG.value
+    config = adopted(CONFIG.value)
     validate(config)
     launch = distributed.Launch(
         CLUSTER.value, COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value

@@ -14,7 +14,7 @@ from lmscale_jax.ladders import grid
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {".git", ".ruff_cache", ".pytest_cache", "__pycache__", "build", "runs", "logs"}
-PYTHON_FOLDERS = ("lmscale_jax", "configs", "tests", "benchmarks", "launch", "colab")
+PYTHON_FOLDERS = ("lmscale_jax", "configs", "examples", "tests", "benchmarks", "launch", "colab")
 MAX_FILE, MAX_FUNCTION = 400, 60
 
 

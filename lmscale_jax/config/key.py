@@ -2,7 +2,11 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from lmscale_jax.config import own_code
+from lmscale_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +20,8 @@ class Key:
 
     `identity=False` marks a key that cannot change a run's numbers (machine, logging): it may
     differ when a run is resumed, and the hash that names a run omits it.
+
+    `code` says what a user's FILE.py:NAME at this key must be; "": the key takes no code.
     """
 
     default: Any
@@ -28,27 +34,31 @@ class Key:
     when: dict[str, tuple] = dataclasses.field(default_factory=dict)
     late: bool = False
     identity: bool = True
+    code: str = ""
 
 
 class Modes(dict):
     """Maps each choice of a string-valued key to code: `NORMS = Modes("model.norm", {...})`.
 
     A choice that the key declares and the table lacks raises InputError at the first look-up; the
-    message names this table and its file.
+    message names this table and its file. A look-up of a user's code (`own_code`) returns what
+    `adapt` makes of it, so that whoever looks up need not know which of both it is.
 
     Attributes:
       key: dotted path of the key, such as "model.norm".
+      adapt: `own_code.OwnCode` -> entry of the table; None where the key takes no code.
       module: name of the module that holds the table.
     """
 
-    def __init__(self, key: str, table: dict):
+    def __init__(self, key: str, table: dict, adapt: Callable | None = None):
         super().__init__(table)
+        self.adapt = adapt
         self.key, self.module = key, sys._getframe(1).f_globals["__name__"]
         TABLES.setdefault(key, []).append(self)
 
     def __missing__(self, choice):
-        from lmscale_jax.errors import InputError
-
+        if self.adapt and own_code.is_code(choice):
+            return self.adapt(own_code.load(choice))
         holder = vars(sys.modules[self.module])
         name = next(n for n, value in holder.items() if value is self)
         raise InputError(

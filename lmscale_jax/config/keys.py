@@ -111,6 +111,7 @@ SPEC = {
     "schedule": SCHEDULE,
     "freeze": FREEZE,
     "mur": MUR,
+    "own": {},  # own.GROUP: the keys that a user's code declares (own_keys.py)
     "data": {
         "source": Key(
             "stdlib",

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.config.own_code import OwnCode
 
 
 def _four_widths(width: int) -> int:
@@ -31,6 +32,11 @@ class MLPForm(NamedTuple):
     recomputed: bool
 
 
+def _form_of_code(code: OwnCode) -> MLPForm:
+    d_ff = getattr(code.entry, "d_ff", _four_widths)
+    return MLPForm(1, d_ff, recomputed_on_cpu=False, recomputed=False)
+
+
 MLP_FORMS = Modes(
     "model.mlp",
     {
@@ -39,4 +45,5 @@ MLP_FORMS = Modes(
         "swiglu": MLPForm(2, _gated_width, recomputed_on_cpu=False, recomputed=True),
         "geglu": MLPForm(2, _gated_width, recomputed_on_cpu=False, recomputed=True),
     },
+    _form_of_code,
 )

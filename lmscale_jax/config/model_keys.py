@@ -22,6 +22,7 @@ MODEL = {
         "gelu",
         "activation of the MLP; swiglu and geglu are gated",
         choices=("gelu", "relu2", "swiglu", "geglu"),
+        code="class (model, settings) -> nnx.Module, called (x_NxD, context) -> [N, D]",
     ),
     "gelu": Key(
         "tanh",

@@ -12,6 +12,8 @@ from lmscale_jax.config.durations import DURATION, in_steps, total_steps
 from lmscale_jax.config.key import Key
 from lmscale_jax.config.keys import SPEC, get, has, is_used, keys
 from lmscale_jax.config.mlp_forms import MLP_FORMS
+from lmscale_jax.config.own_code import is_code
+from lmscale_jax.config.own_keys import adopted, own_keys, own_values, with_own_values
 from lmscale_jax.errors import InputError
 
 # Of NumPy's and JAX's indices.
@@ -20,7 +22,8 @@ _LARGEST_INT = 2**63 - 1
 
 def validate(config: ConfigDict) -> None:
     """Raises InputError at the first unknown, mistyped, out-of-range, unused or clashing key."""
-    check_keys(config, SPEC)
+    config = adopted(config)
+    check_keys(config, SPEC | {"own": own_keys(config)})
     conflicts.check_conflicts(config)
 
 
@@ -36,7 +39,8 @@ def check_keys(config, spec: dict) -> None:
 
 def check_names(config, spec: dict = SPEC) -> None:
     """Raises InputError at the first key that a specification lacks, or that a config lacks."""
-    _check_names(config, spec, "", [p for p, _ in keys(spec)])
+    groups = [f"own.{group}" for group in spec.get("own", {})]
+    _check_names(config, spec, "", [*groups, *(p for p, _ in keys(spec))])
 
 
 def _check_names(config, spec: dict, prefix: str, all_paths: list[str]) -> None:
@@ -44,13 +48,15 @@ def _check_names(config, spec: dict, prefix: str, all_paths: list[str]) -> None:
         path = prefix + name
         if name not in spec:
             paths = all_paths if prefix else [*spec, *all_paths]
+            if prefix.startswith("own."):
+                paths = [p for p in paths if p.startswith("own.")]
             raise InputError(f"config.{path} is not a key; {hint(path, paths)}")
         if isinstance(spec[name], dict):
             if not isinstance(config[name], ConfigDict):
                 raise InputError(f"config.{path}={config[name]!r} must be a group of keys")
             _check_names(config[name], spec[name], f"{path}.", all_paths)
     for name in spec:
-        if name not in config:
+        if name not in config and spec[name] != {}:
             raise InputError(
                 f"config.{prefix}{name} is missing; start from "
                 f"lmscale_jax.configs.base.get_config()"
@@ -82,6 +88,9 @@ def hint(path: str, paths: list[str]) -> str:
     siblings = {p.rpartition(".")[2]: p for p in paths if p.rpartition(".")[0] == group}
     near += [siblings[n] for n in difflib.get_close_matches(name, siblings, n=1)]
     near += difflib.get_close_matches(path, paths, n=1, cutoff=0.8)
+    if path.startswith("own.") and not near:
+        declared = [p for p in paths if p.startswith("own.") and p.count(".") == 2]
+        return f"code of this config declares {', '.join(declared) or 'no key'}"
     return f"did you mean {near[0]}?" if near else "configs/base.py lists all keys"
 
 
@@ -102,8 +111,12 @@ def _check_value(path: str, value, key: Key) -> None:
         refuse(f"must be of type {type(key.default).__name__}")
     if value == "None":
         refuse("is a text, not Python's None")
-    if key.choices and value not in key.choices:
-        refuse("must be one of " + ", ".join(map(str, key.choices)))
+    if is_code(value) and key.choices and not key.code:
+        takers = ", ".join(p for p, k in keys() if k.code)
+        refuse(f"takes no code of your own, which {takers} take")
+    if key.choices and value not in key.choices and not (key.code and is_code(value)):
+        code = f", or FILE.py:NAME, a {key.code}" if key.code else ""
+        refuse("must be one of " + ", ".join(map(str, key.choices)) + code)
     if isinstance(value, float) and not math.isfinite(value):
         refuse("must be finite")
     if key.low is not None and value < key.low:
@@ -142,8 +155,8 @@ def derived(config: ConfigDict, vocab_size: int = 0) -> ConfigDict:
     runs are compared by it. `vocab_size` is the tokenizer's; 0 leaves model.vocab_size as it is.
     Raises InputError.
     """
+    config = ConfigDict(adopted(config).to_dict())
     validate(config)
-    config = ConfigDict(config.to_dict())
     model = config.model
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.head_dim = model.head_dim or model.d_model // model.n_heads
@@ -184,7 +197,9 @@ def differences(a: dict, b: dict, identity_only: bool = False) -> list[str]:
             return key.default if key.late else _missing
 
     compared = [(p, key) for p, key in keys() if key.identity or not identity_only]
-    return [path for path, key in compared if value(a, path, key) != value(b, path, key)]
+    paths = [path for path, key in compared if value(a, path, key) != value(b, path, key)]
+    a, b = own_values(a), own_values(b)
+    return paths + [p for p in sorted(a.keys() | b.keys()) if a.get(p) != b.get(p)]
 
 
 def fingerprint(config: ConfigDict) -> str:
@@ -195,7 +210,7 @@ def fingerprint(config: ConfigDict) -> str:
     omitted = late_defaults(config)
     identity = {
         path: get(config, path) for path, key in keys() if key.identity and path not in omitted
-    }
+    } | own_values(config)
     if not all(isinstance(identity[path], str) for path, key in keys() if key.duration):
         raise ValueError("fingerprint() takes a config whose durations are texts")
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -216,8 +231,9 @@ def apply_overrides(config: ConfigDict, overrides: dict) -> ConfigDict:
 
     Raises InputError where a key does not exist or a value is not allowed.
     """
-    config = ConfigDict(config.to_dict())
-    allowed = dict(keys())
+    of_code = {key: v for key, v in overrides.items() if key.split(".")[0] == "own"}
+    config = with_own_values(config, of_code)
+    allowed = dict(keys()) | of_code
     for key, value in overrides.items():
         if key not in allowed:
             raise InputError(f"config.{key} is not a key; {hint(key, list(allowed))}")

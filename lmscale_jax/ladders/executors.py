@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.config.own_code import trusted_digests
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.mesh import ACCELERATORS
 
@@ -86,7 +87,7 @@ def worker_command(workdir: Path, job: Job) -> list[str]:
     """Returns the command line of a job, for any machine that sees the same directory."""
     return [
         sys.executable, "-m", "lmscale_jax.ladders.worker", f"--workdir={workdir.absolute()}",
-        f"--ids={','.join(job)}",
+        f"--ids={','.join(job)}", f"--trust_code={','.join(trusted_digests())}",
     ]  # fmt: skip
 
 

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from lmscale_jax.config import own_code
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.keys import keys
+from lmscale_jax.config.own_keys import adopted_ladder, code_values
 from lmscale_jax.config.resolve import apply_overrides, late_defaults
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
@@ -111,8 +113,8 @@ def make_plan(ladder: ConfigDict, say: Callable[[str], None]) -> LadderPlan:
     Prepares the data where parameter counts or FLOPs depend on it: where its vocabulary size is
     unknown, or a mask follows its documents.
     """
+    ladder = ConfigDict(adopted_ladder(ladder.to_dict()))
     grid.check_ladder(ladder)
-    ladder = ConfigDict(ladder.to_dict())
     ladder.run.model.dtype = RUN_DTYPES[ladder.dtype](ladder)
     vocab_size = prepare.find_token_ids(ladder.run.data).vocab_size
     masks = {
@@ -195,12 +197,25 @@ def check_plan(plan: LadderPlan, workdir: Path) -> LadderPlan | None:
             )
     for arm in plan.ladder["arms"].keys() & previous.ladder["arms"].keys():
         if plan.ladder["arms"][arm] != previous.ladder["arms"][arm]:
+            _check_same_code(arm, plan.ladder["arms"][arm], previous.ladder["arms"][arm])
             raise InputError(
                 f"--workdir={workdir} holds a ladder that disagrees: arm {arm!r} is "
                 f"{previous.ladder['arms'][arm]} there and {plan.ladder['arms'][arm]} here; use "
                 f"another name for the new arm, or a new --workdir"
             )
     return previous
+
+
+def _check_same_code(arm: str, settings: dict, previous: dict) -> None:
+    """Raises InputError where the settings of an arm differ in the content of its code alone."""
+    settings, previous = grid.flat_overrides(settings), grid.flat_overrides(previous)
+    for key in settings.keys() & previous.keys():
+        here, there = settings[key], previous[key]
+        if here != there and own_code.is_code(here) and own_code.is_code(there):
+            raise InputError(
+                f"config.arms.{arm}: arm {arm} was trained by other code ({there[:12]} there, "
+                f"{here[:12]} here); give it another name, or use a new --workdir"
+            )
 
 
 def _fixed(ladder: dict) -> dict:
@@ -216,7 +231,9 @@ def _fixed(ladder: dict) -> dict:
 
 
 def write_plan(plan: LadderPlan, previous: LadderPlan | None, workdir: Path) -> None:
-    """Writes plan.json; keeps a different previous plan as plans/ID.json."""
+    """Writes plan.json and the arms' code; keeps a different previous plan as plans/ID.json."""
+    for cell in plan.cells:
+        own_code.save_sources(code_values(plan.config(cell, workdir)).values(), workdir)
     if previous is not None and previous.id == plan.id and previous.ladder == plan.ladder:
         return
     path = workdir / "plan.json"

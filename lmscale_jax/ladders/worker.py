@@ -10,6 +10,7 @@ import platform
 import signal
 from pathlib import Path
 
+from lmscale_jax.config import own_code
 from lmscale_jax.errors import InputError
 from lmscale_jax.ladders import forecasts
 from lmscale_jax.ladders.grid import HELD_OUT, Cell
@@ -58,6 +59,7 @@ def train_job(workdir: Path, ids: list[str]) -> None:
     plan = read_plan(workdir)
     if plan is None:
         raise InputError(f"--workdir={workdir} holds no plan.json; run lmscale_jax.ladder first")
+    own_code.look_in(workdir)
     train_cells(plan, [plan.cell(name) for name in ids], workdir)
 
 
@@ -69,4 +71,5 @@ if __name__ == "__main__":
     # Not at the top: commands that import this module define a --workdir of their own.
     WORKDIR = cli.path_flag("workdir", "directory of a ladder", required=True)
     IDS = flags.DEFINE_list("ids", None, "cells of its plan.json; several train as one program")
+    cli.trust_flag()
     cli.run_command(lambda: train_job(WORKDIR.value, IDS.value or []))

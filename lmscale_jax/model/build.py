@@ -75,8 +75,8 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     sharding = ShardingContext(mesh if mesh is not None and mesh.size > 1 else None)
     kernel, why = kernels.choose_kernel(config, platform, sharding)
     stack = STACKS[model.stack](model, platform)
-    modules, specs = _declare(model, kernel)
-    base_specs = _declare(parametrization.base_model(config), kernel)[1]
+    modules, specs = _declare(config, kernel)
+    base_specs = _declare(parametrization.base_config(config), kernel)[1]
     param_rules = parametrization.param_rules(specs, base_specs, config)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
     fixed, head = model_context(config, platform, sharding, mesh), HEADS[model.head]
@@ -146,7 +146,7 @@ def _check_choices(config, bos_id: int | None) -> None:
 def declare_specs(config, platform: str) -> dict:
     """Returns `Model.specs` of a resolved config, without anything that needs data or devices."""
     kernel, _ = kernels.choose_kernel(config, platform, ShardingContext())
-    return _declare(config.model, kernel)[1]
+    return _declare(config, kernel)[1]
 
 
 def _begin(params, tokens_BxT, context: ForwardContext, *, defs, config, bos_id, step=None):
@@ -204,9 +204,10 @@ def _readout(config, fixed: ForwardContext, head) -> tuple[Callable, Callable]:
     return read, read_tokens
 
 
-def _declare(model, kernel: str) -> tuple[dict, dict]:
+def _declare(config, kernel: str) -> tuple[dict, dict]:
     """Returns the modules of a model by name, and the annotations of their parameters."""
-    parts = {"embed": Embed(model), "blocks": Block(model, kernel), "readout": Readout(model)}
+    model = config.model
+    parts = {"embed": Embed(model), "blocks": Block(config, kernel), "readout": Readout(model)}
     specs = {name: param.specs(part) for name, part in parts.items()}
     specs["blocks"] = param.map_named(lambda _, s: s.stacked(model.n_layers), specs["blocks"])
     return parts, specs

@@ -4,6 +4,7 @@ Flat activations make every product two-dimensional.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.mlp_forms import MLP_FORMS
+from lmscale_jax.config.own_code import OwnCode
 from lmscale_jax.model import param
 from lmscale_jax.model.context import ForwardContext
 
@@ -55,6 +57,13 @@ class LayerNorm(RMSNorm):
 
 
 NORMS = Modes("model.norm", {"layernorm": LayerNorm, "rmsnorm": RMSNorm})
+
+
+def own_module(code: OwnCode) -> Callable:
+    """Returns (config, ...) -> the module of a user's class, constructed from (model, settings)."""
+    fits = isinstance(code.entry, type) and issubclass(code.entry, nnx.Module)
+    code.require("a class of modules (nnx.Module)", fits)
+    return lambda config, *_: code.entry(config.model, code.settings(config))
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
@@ -104,24 +113,17 @@ GELUS = Modes(
         "erf": functools.partial(jax.nn.gelu, approximate=False),
     },
 )
-# (form of GELU, results of the input matrices, the gate's first) -> hidden values.
-ACTIVATIONS = Modes(
-    "model.mlp",
-    {
-        "gelu": lambda gelu, up: gelu(up),
-        "geglu": lambda gelu, gate, up: gelu(gate) * up,
-        "relu2": lambda gelu, up: jnp.square(jax.nn.relu(up)),
-        "swiglu": lambda gelu, gate, up: jax.nn.silu(gate) * up,
-    },
-)
 
 
 class MLP(nnx.Module):
-    """Two products around an activation, or three with a gate."""
+    """Two products around an activation, or three with a gate.
 
-    def __init__(self, model):
+    `activation`: (form of GELU, results of the input matrices, the gate's first) -> hidden values.
+    """
+
+    def __init__(self, model, activation: Callable):
         width, hidden = {"embed": model.d_model}, {"mlp": model.d_ff}
-        self.activation = pointwise(functools.partial(ACTIVATIONS[model.mlp], GELUS[model.gelu]))
+        self.activation = pointwise(functools.partial(activation, GELUS[model.gelu]))
         if MLP_FORMS[model.mlp].input_matrices == 2:
             self.gate = Dense(width, hidden, model.bias)
         self.up = Dense(width, hidden, model.bias)
@@ -133,3 +135,16 @@ class MLP(nnx.Module):
         hidden_NxF = self.activation(*gates, up_NxF)
         context.tap("mlp_hidden", lambda: hidden_NxF)
         return self.down(hidden_NxF, context)
+
+
+# Config -> the module.
+MLPS = Modes(
+    "model.mlp",
+    {
+        "gelu": lambda config: MLP(config.model, lambda gelu, up: gelu(up)),
+        "geglu": lambda config: MLP(config.model, lambda gelu, gate, up: gelu(gate) * up),
+        "relu2": lambda config: MLP(config.model, lambda gelu, up: jnp.square(jax.nn.relu(up))),
+        "swiglu": lambda config: MLP(config.model, lambda gelu, gate, up: jax.nn.silu(gate) * up),
+    },
+    own_module,
+)

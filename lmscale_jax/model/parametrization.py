@@ -202,14 +202,15 @@ class ParamRule(NamedTuple):
     matrix_multiplier: float
 
 
-def base_model(config):
-    """Returns the model group of a resolved config at its base size; a copy if it has no base.
+def base_config(config) -> ConfigDict:
+    """Copies a resolved config at its base size; an equal copy if it has no base.
 
     Raises InputError where the parametrization needs a size of the base that is not used with it.
     """
-    model, base = ConfigDict(config.model.to_dict()), config.parametrization
+    config = ConfigDict(config.to_dict())
+    model, base = config.model, config.parametrization
     if not scheme_of(config).has_base:
-        return model
+        return config
     for name in scheme_of(config).base_keys:
         if not base[name]:
             raise InputError(
@@ -221,7 +222,7 @@ def base_model(config):
     model.d_model, model.d_ff = base.base_width, base.base_d_ff
     model.head_dim, model.n_heads = base.base_head_dim, base.base_width // base.base_head_dim
     model.n_kv_heads = model.n_heads // group
-    return model
+    return config
 
 
 def forward_scales(config) -> Scales:

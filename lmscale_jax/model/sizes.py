@@ -151,8 +151,8 @@ _specs_by_shape: dict[str, dict] = {}
 
 def describe_shape(resolved) -> tuple[dict, float]:
     """Returns (counts, "model" FLOPs per token) of a resolved config."""
-    groups = (resolved.model.to_dict(), resolved.parametrization.to_dict(), resolved.data.seq_len)
-    key = repr(groups)
+    groups = (resolved.model, resolved.parametrization, resolved.own)
+    key = repr(([group.to_dict() for group in groups], resolved.data.seq_len))
     if key not in _specs_by_shape:
         _specs_by_shape[key] = declare_specs(resolved, "cpu")
     specs = _specs_by_shape[key]

@@ -10,7 +10,7 @@ from lmscale_jax.config.key import Modes
 from lmscale_jax.model import param
 from lmscale_jax.model.attention import Attention
 from lmscale_jax.model.context import ForwardContext
-from lmscale_jax.model.layers import MLP, NORMS, no_norm, unit_rms
+from lmscale_jax.model.layers import MLPS, NORMS, no_norm, unit_rms
 from lmscale_jax.model.skip_connections import POSITIONS, SKIPS, X0_MIXES
 
 # (embedding, epsilon) -> normed embedding.
@@ -48,10 +48,11 @@ class Embed(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, model, kernel: str):
+    def __init__(self, config, kernel: str):
+        model = config.model
         norm = NORMS[model.norm]
         self.attention_norm, self.attention = norm(model), Attention(model, kernel)
-        self.mlp_norm, self.mlp = norm(model), MLP(model)
+        self.mlp_norm, self.mlp = norm(model), MLPS[model.mlp](config)
         for factor in SKIPS[model.skips].factors:
             self.skip = param.scalar(factor, in_branch=False)
         if mix := X0_MIXES[model.x0_mix]:

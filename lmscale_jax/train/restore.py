@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from lmscale_jax.config import own_code
 from lmscale_jax.config.keys import get_config, is_used
 from lmscale_jax.data import hf_tokenizers
 from lmscale_jax.errors import InputError
@@ -47,6 +48,7 @@ def load_run(workdir: Path, step: int = 0) -> LoadedRun:
     completely, and where the data differ from those that the run was trained with.
     """
     record = read_record(workdir)
+    own_code.look_in(workdir)
     config = ConfigDict(record["config"])
     config.mesh.update(dict.fromkeys(AXES, 1) | {"data": -1, "cpu_devices": 0})
     # Before anything large, so that a directory without checkpoints is an error at once.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 
+from lmscale_jax.config import own_code, own_keys
 from lmscale_jax.config.durations import in_steps
 from lmscale_jax.config.resolve import derived, fingerprint
 from lmscale_jax.data import prepare
@@ -132,6 +133,7 @@ def open_run(
         splits = mesh.param_splits(run.model.param_rules, run.mesh)
         table = rules_as_json(run.model.param_rules, run.config, splits)
         run_dir.write_json(workdir / "parametrization.json", table)
+        own_code.save_sources(own_keys.code_values(recorded).values(), workdir)
     return OpenRun(run, record, lock)
 
 
@@ -233,6 +235,10 @@ def record_facts(run: Run) -> dict:
         "visible_keys": visible_keys.describe_visible(config),
         **branch.branch_costs(config, per_token["model"]),
         "parent": run.parent,
+        "own": [
+            {"key": path} | own_code.describe_source(value)
+            for path, value in own_keys.code_values(config).items()
+        ],
         "epochs": run.batches.epochs(config.train.steps) if trains else 0.0,
         "windows_by_part": run.batches.part_windows(config.train.steps) if trains else [],
         "data": {
