@@ -93,21 +93,34 @@ def ladder(sizes: int, seeds: int, smallest: float = SMALLEST) -> dict:
             "seed": seed}  # fmt: skip
 
 
-def table(runs: dict, loss, noise: Noise, rng, variant: str = "A") -> dict:
-    """Draws the table of one arm: columns as `lmscale_jax.scaling.as_table` takes them."""
+def table(runs: dict, loss, noise: Noise, rng, variant: str = "A", shared=None) -> dict:
+    """Draws the table of one arm: columns as `lmscale_jax.scaling.as_table` takes them.
+
+    `shared`: (errors [R], correlation) of runs of which these have a part.
+    """
     labels = [f"{variant}{i}" for i in range(len(runs["n"]))]
-    drawn = np.asarray(loss) * np.exp(noise.draw(runs["cell"], rng))
+    error = noise.draw(runs["cell"], rng)
+    if shared is not None:
+        common, correlation = shared
+        error = np.sqrt(correlation) * common + np.sqrt(1 - correlation) * error
+    drawn = np.asarray(loss) * np.exp(error)
     columns = {k: runs[k] for k in ("n", "d", "c")}
     return columns | {"loss": drawn, "run_id": labels, "variant": [variant] * len(labels),
                       "seed": runs["seed"].astype(str)}  # fmt: skip
 
 
-def both_arms(runs: dict, truth: Truth, noise: Noise, rng, other: Truth, gain, shift) -> dict:
-    """Draws two arms: B follows `other` with its compute multiplied by k(C)."""
+def both_arms(
+    runs: dict, truth: Truth, noise: Noise, rng, other: Truth, gain, shift, correlation=0.0
+) -> dict:
+    """Draws two arms: B follows `other` with its compute multiplied by k(C).
+
+    Runs of one size and seed have errors of that correlation.
+    """
     middle = float(np.log(runs["c"] / MIDDLE_C).mean())
-    first = table(runs, truth.loss(runs["c"]), noise, rng, "A")
+    shared = (noise.draw(runs["cell"], rng), correlation) if correlation else None
+    first = table(runs, truth.loss(runs["c"]), noise, rng, "A", shared)
     shifted = other.loss(runs["c"], gain, shift, middle)
-    second = table(runs, shifted, noise, rng, "B")
+    second = table(runs, shifted, noise, rng, "B", shared)
     return {k: np.concatenate([first[k], second[k]]) for k in first}
 
 

@@ -8,7 +8,7 @@ pooled variance .88 with 13 % of false claims.
 import numpy as np
 import pytest
 
-from benchmarks import calibration
+from benchmarks import calibration, calibration_rows
 from benchmarks import calibration_tables as made
 from benchmarks.calibration_tables import NOISES, TRUTHS
 from lmscale_jax.scaling import as_table, fit_law, intervals, laws, shift, solve, verdicts
@@ -92,7 +92,7 @@ def test_one_degree_of_freedom_has_no_interval():
 
 def test_the_interval_of_repetition_includes_its_estimate():
     """On a grid of 60 values it was often one point, 14.09, beside an estimate of 14.91."""
-    row = calibration.repetition_row("0.2 %")
+    row = calibration_rows.repetition_row("0.2 %")
     outcome = row.draw(np.random.default_rng(3))["R*"]
     assert outcome.hit and 0.01 < outcome.width < 0.2 and abs(outcome.error) < outcome.width
 
@@ -112,8 +112,8 @@ def test_repetition_at_its_bound_says_so():
 
 
 def test_the_table_has_a_line_for_each_statement():
-    row = next(r for r in calibration.all_rows() if r.kind == "law")
+    row = next(r for r in calibration_rows.all_rows() if r.kind == "law")
     text = calibration.table_text({"now": {row.name: calibration.measure(row, 2)}})
     assert len(text.splitlines()) == 3 and "| b |" in text
-    names = [r.name for r in calibration.all_rows()]
+    names = [r.name for r in calibration_rows.all_rows()]
     assert len(set(names)) == len(names)

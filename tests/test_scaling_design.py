@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lmscale_jax.scaling import design
+from lmscale_jax.scaling import design, pairs
 
 X = np.arange(4) * np.log(4) + 26.0
 
@@ -55,14 +55,32 @@ def test_what_is_assumed_is_what_the_documented_ladder_shows():
     rows = list(csv.DictReader((ROOT / "docs/ladders/results.csv").read_text().splitlines()))
     y = np.log([float(row["val_loss"]) for row in rows])
     x = np.log([float(row["flops"]) for row in rows])
-    scatter, _ = design.seed_scatter(y, [f"{row['variant']} {row['size']}" for row in rows])
-    assert pytest.approx(scatter, rel=0.05) == design.USUAL_SCATTER
+    columns = ([row[k] for row in rows] for k in ("variant", "size", "seed"))
+    noise = design.seed_noise(y, *columns)
+    assert pytest.approx(noise.scatter, rel=0.05) == design.USUAL_SCATTER and noise.degrees == 8
+    # The seeds of this ladder correlate by more than is assumed where nothing is known.
+    assert pairs.USUAL_CORRELATION < noise.correlation < 1
     assert pytest.approx(-np.polyfit(x, y, 1)[0], rel=0.05) == design.USUAL_SLOPE
 
 
-def test_the_scatter_of_seeds_is_pooled_within_cells():
+def test_the_noise_of_seeds_is_pooled_within_cells():
     rng = np.random.default_rng(0)
-    cells = np.repeat(np.arange(500), 3)
-    y = 0.3 * cells + 0.004 * rng.standard_normal(1500)
-    scatter, spare = design.seed_scatter(y, cells)
-    assert spare == 1000 and scatter == pytest.approx(0.004, rel=0.05)
+    place, seed = (x.ravel() for x in np.meshgrid(np.arange(300), np.arange(3), indexing="ij"))
+    shared = rng.standard_normal(900)
+    losses = [
+        0.3 * place + 0.004 * (np.sqrt(0.6) * shared + np.sqrt(0.4) * rng.standard_normal(900))
+        for _ in "AB"
+    ]
+    arms = ["A"] * 900 + ["B"] * 900
+    noise = design.seed_noise(np.concatenate(losses), arms, [*place] * 2, [*seed] * 2)
+    assert noise.degrees == 1200 and noise.scatter == pytest.approx(0.004, rel=0.05)
+    assert noise.correlation == pytest.approx(0.6, abs=0.06)
+    assert design.seed_noise(losses[0], ["A"] * 900, place, seed).correlation is None
+
+
+def test_correlated_arms_need_fewer_runs():
+    apart, alike = (
+        design.predict_precision(X, 2, X[-1] + np.log(4), 0.002, correlation=r) for r in (0, 0.9)
+    )
+    assert alike.shift < 0.6 * apart.shift and alike.offset < 0.6 * apart.offset
+    assert alike.width == apart.width

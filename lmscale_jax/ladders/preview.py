@@ -14,12 +14,12 @@ from lmscale_jax.ladders.grid import ANCHOR, HELD_OUT, Cell, short_count
 from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
 from lmscale_jax.model import flops
 from lmscale_jax.model.build import build_model
-from lmscale_jax.scaling import design
+from lmscale_jax.scaling import design, pairs
 from lmscale_jax.train import aot, explain
 
-# Keys of `flops.BF16_PEAKS`.
 # Fewest degrees of freedom within cells for a scatter of this ladder's own.
 MIN_SPARE = 3
+# Keys of `flops.BF16_PEAKS`.
 ACCELERATORS = ("H100", "A100", "TPU v5e", "L4")
 
 
@@ -67,7 +67,7 @@ def preview_table(plan: LadderPlan, cells: list[Cell], workdir: Path, slots: int
 def precision_lines(plan: LadderPlan, workdir: Path) -> list[str]:
     """Says what the ladder will be able to tell, and what one more seed or small size would add.
 
-    The scatter of seeds is that of the finished runs, or assumed where there are too few.
+    The noise of seeds is that of the finished runs, or assumed where there are too few.
     """
     first = next(iter(plan.ladder["arms"]))
     anchors = [c for c in plan.cells if c.role == ANCHOR and c.arm == first]
@@ -76,7 +76,7 @@ def precision_lines(plan: LadderPlan, workdir: Path) -> list[str]:
     if len(log_c) < 2 or not targets:
         return []
     seeds, target = len({c.seed for c in anchors}), math.log(max(targets))
-    scatter, basis = _scatter_of_seeds(plan, workdir)
+    noise, basis = _noise_of_seeds(plan, workdir)
     smaller = np.append(log_c[0] - np.diff(log_c).mean(), log_c)
     designs = {
         "as planned": (log_c, seeds),
@@ -84,7 +84,10 @@ def precision_lines(plan: LadderPlan, workdir: Path) -> list[str]:
         "one smaller size": (smaller, seeds),
     }
     results_by_design = {
-        name: design.predict_precision(x, n, target, scatter) for name, (x, n) in designs.items()
+        name: design.predict_precision(
+            x, n, target, noise.scatter, correlation=max(noise.correlation or 0.0, 0.0)
+        )
+        for name, (x, n) in designs.items()
     }
     planned = results_by_design["as planned"].flops
     rows = [
@@ -98,28 +101,30 @@ def precision_lines(plan: LadderPlan, workdir: Path) -> list[str]:
         )]  # fmt: skip
         rows.append((name, *shown, f"{told.flops / planned:.2f}"))
     note = (
-        f"(smallest effects found with 90 % power at 5 %, if seeds scatter by {100 * scatter:.2g} "
-        f"% {basis} and the loss falls by {design.USUAL_SLOPE:g} % per % of compute)"
+        f"(smallest effects found with 90 % power at 5 %, if seeds scatter by "
+        f"{100 * noise.scatter:.2g} % and correlate by {noise.correlation or 0:.2g} between the "
+        f"arms {basis} and the loss falls by {design.USUAL_SLOPE:g} % per % of compute)"
     )
     return ["", *explain.aligned_rows(rows), note, ""]
 
 
-def _scatter_of_seeds(plan: LadderPlan, workdir: Path) -> tuple[float, str]:
-    """Returns the standard deviation of ln L between seeds, and where it comes from."""
+def _noise_of_seeds(plan: LadderPlan, workdir: Path) -> tuple[design.SeedNoise, str]:
+    """Returns the noise of ln L between seeds, and where it comes from."""
     finished = [
         row
         for row in results.result_rows(plan, workdir)
         if row["val_loss"] and row["role"] == ANCHOR
     ]
-    cells = [
-        f"{r['variant']} {r['size']} {r['budget']} {sorted(r['tune'].items())}" for r in finished
-    ]
     if finished:
-        losses = np.log([row["val_loss"] for row in finished])
-        scatter, spare = design.seed_scatter(losses, cells)
-        if spare >= MIN_SPARE:
-            return scatter, f"as the {len(finished)} finished runs here do"
-    return design.USUAL_SCATTER, "(assumed)"
+        noise = design.seed_noise(
+            np.log([row["val_loss"] for row in finished]),
+            [row["variant"] for row in finished],
+            [f"{r['size']} {r['budget']} {sorted(r['tune'].items())}" for r in finished],
+            [row["seed"] for row in finished],
+        )
+        if noise.degrees >= MIN_SPARE:
+            return noise, f"as the {len(finished)} finished runs here do"
+    return design.SeedNoise(design.USUAL_SCATTER, 0, pairs.USUAL_CORRELATION), "(assumed)"
 
 
 def check_hours(plan: LadderPlan, cells: list[Cell], workdir: Path, slots: int) -> None:

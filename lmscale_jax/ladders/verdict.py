@@ -82,8 +82,8 @@ def _compare(ladder: dict, rows: list[dict], arm: str) -> dict:
     except InputError as error:
         comparison = {
             "arms": [baseline, arm], "verdict": "undetermined", "reason": str(error), "shift": None,
-            "gain": [], "detectable": None, "power": None, "checks": [], "nested": None,
-            "next_runs": [], "warnings": [],
+            "pairing": None, "gain": [], "detectable": None, "power": None, "checks": [],
+            "nested": None, "next_runs": [], "warnings": [],
         }  # fmt: skip
     return comparison | {"verdict": WORDS.get(comparison["verdict"], comparison["verdict"])}
 

@@ -9,6 +9,7 @@ from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
 from lmscale_jax.ladders.verdict import NOT_ENOUGH
 from lmscale_jax.reports import ladder_plots as figures
 from lmscale_jax.reports.page import Page
+from lmscale_jax.scaling.summary import pairing_sentence
 
 
 def write_ladder_report(
@@ -107,6 +108,8 @@ def _add_comparisons(page: Page, verdict: dict, folder: Path) -> None:
     for comparison in verdict["comparisons"]:
         first, second = comparison["arms"]
         page.say(f"{second} against {first}: {comparison['verdict']}. {comparison['reason']}.")
+        if comparison.get("pairing"):
+            page.say(f"{pairing_sentence(comparison['pairing'])}.")
         if comparison["gain"]:
             rows = [[f"{g['c']:.3g}", g["k"], g["low"], g["high"]] for g in comparison["gain"]]
             page.table(["FLOPs", f"compute of {first} / of {second}", "low", "high"], rows)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from lmscale_jax.errors import InputError
-from lmscale_jax.scaling import second_views, shift, verdicts
+from lmscale_jax.scaling import pairs, second_views, shift, verdicts
 from lmscale_jax.scaling.shift import ShiftEstimate, TwoArms
 from lmscale_jax.scaling.summary import plain
 from lmscale_jax.scaling.table import Table, as_table, fit_warning
@@ -43,10 +43,11 @@ def compare_arms(
     Returns:
         `verdict`: "exponent shift", "changes with scale", "constant offset", "no detectable
         difference" or "undetermined"; `reason`: a sentence; `shift`: s, se, interval, p, p_both,
-        ...; `gain`: rows of c, k, low, high, with k the factor of compute that the first arm needs
-        more than the second for equal loss; `detectable`; `power`: the smallest `shift` and
-        relative `offset` that would have shown; `checks`; `floors`; `nested`; `next_runs`;
-        `warnings`.
+        ...; `pairing`: how cells of equal size and seeds correlate between the arms, and whether
+        the test uses it, or None; `gain`: rows of c, k, low, high, with k the factor of compute
+        that the first arm needs more than the second for equal loss; `detectable`; `power`: the
+        smallest `shift` and relative `offset` that would have shown; `checks`; `floors`; `nested`;
+        `next_runs`; `warnings`.
 
     Raises:
         InputError: an arm is not in the table or has too few sizes, or the floor cannot be pinned.
@@ -81,6 +82,7 @@ def _as_fields(e: verdicts.Evidence, data: TwoArms, target_c: float | None) -> d
         "verdict": verdict,
         "reason": reason,
         "shift": _shift(e.main, data, e.level, e.p_wild),
+        "pairing": _pairing(e.main, data),
         "gain": _gain(e.main, data, e.level, target_c),
         "target_c": target_c,
         "effect": e.effect,
@@ -106,9 +108,27 @@ def _shift(main: ShiftEstimate, data: TwoArms, level: float, p_wild) -> dict:
         "at_c": float(np.exp(data.ln_c0)),
         "baseline": main.baseline,
         "floor": None if data.ln_floor is None else float(np.exp(data.ln_floor)),
-        "unit": "cells" if data.seeds.max() > 1 else "runs",
+        "unit": "pairs" if main.paired else "cells" if data.seeds.max() > 1 else "runs",
         "degrees_of_freedom": main.degrees,
         "n_runs": int(data.seeds.sum()),
+    }
+
+
+def _pairing(main: ShiftEstimate, data: TwoArms) -> dict | None:
+    """Collects what the pairs of cells share and save; None without pairs."""
+    if data.pairs is None:
+        return None
+    f, _ = shift.curve_jacobian(main.baseline, main.theta[None], data)
+    size = len(main.theta)
+    unpaired, _ = pairs.error_variance(None, data.weight, data.y - f, size)
+    return {
+        "pairs": len(data) // 2,
+        "used": main.paired,
+        "seed_correlation": data.pairs.correlation,
+        "cell_correlation": pairs.residual_correlation(
+            data.pairs, data.weight, (data.y - f)[0], size
+        ),
+        "variance_ratio": main.variance / float(unpaired[0]),
     }
 
 
@@ -292,8 +312,8 @@ def settling_runs(main: ShiftEstimate, data: TwoArms, effect: float, level: floa
     for sizes in range(MORE_SIZES + 1):
         larger = _larger_budgets(data, sizes)
         larger_cost = float(np.exp(larger.x + data.ln_c0).sum())
-        # Each new size is two further cells.
-        enough = replace(main, degrees=main.degrees + 2 * sizes)
+        # Each new size is two further cells, or one pair.
+        enough = replace(main, degrees=main.degrees + (1 if main.paired else 2) * sizes)
         for seeds in range(MORE_SEEDS + 1):
             # New sizes get one run, plus as many seeds as are added to the other cells.
             parts = [(data, seeds), *([(larger, seeds)] if sizes else [])]

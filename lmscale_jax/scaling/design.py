@@ -1,5 +1,6 @@
 """Predicts, before anything is trained, what a ladder of given budgets and seeds can tell."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,26 +33,39 @@ class Precision:
 
 
 def predict_precision(
-    log_c_K, seeds: int, target_log_c: float, scatter: float, slope: float = USUAL_SLOPE
+    log_c_K,
+    seeds: int,
+    target_log_c: float,
+    scatter: float,
+    slope: float = USUAL_SLOPE,
+    correlation: float = 0.0,
 ) -> Precision:
     """Predicts the precision of anchors at K budgets with `seeds` runs each, for both arms alike.
 
     Two arms' lines in ln C have 2 K means of `seeds` runs; offset and shift are their differences
     in level and in slope, over the slope. Their smallest effects are (t_0.975 + t_0.9) standard
-    errors (Cohen 1988, section 2.4). The width is the median over simulated tables.
+    errors (Cohen 1988, section 2.4), of K differences of pairs with that correlation where these
+    tell more. The width is the median over simulated tables.
     """
     x_K = np.sort(np.asarray(log_c_K, float))
-    spare = 2 * len(x_K) - 4
     offset = shift = None
-    if spare > 0:
-        from scipy.stats import t
-
-        quantile = float(t.ppf(1 - LEVEL / 2, spare) + t.ppf(POWER, spare))
-        variance = 2 * scatter**2 / seeds
-        offset = float(np.expm1(quantile * np.sqrt(variance / len(x_K)) / slope))
-        shift = quantile * float(np.sqrt(variance / ((x_K - x_K.mean()) ** 2).sum())) / slope
+    if len(x_K) > 2:
+        sd = np.sqrt(2 * scatter**2 / seeds)
+        error = min(
+            _detected(2 * len(x_K) - 4) * sd,
+            _detected(len(x_K) - 2) * sd * np.sqrt(1 - correlation),
+        )
+        offset = float(np.expm1(error / np.sqrt(len(x_K)) / slope))
+        shift = float(error / np.sqrt(((x_K - x_K.mean()) ** 2).sum()) / slope)
     width = forecast_width(x_K, seeds, target_log_c, scatter, slope) if len(x_K) > 1 else None
     return Precision(width, offset, shift, float(seeds * np.exp(x_K).sum()))
+
+
+def _detected(degrees: int) -> float:
+    """Computes how many standard errors an effect has that is detected with POWER at LEVEL."""
+    from scipy.stats import t
+
+    return float(t.ppf(1 - LEVEL / 2, degrees) + t.ppf(POWER, degrees))
 
 
 def forecast_width(x_K, seeds: int, target: float, scatter: float, slope: float) -> float:
@@ -73,10 +87,36 @@ def forecast_width(x_K, seeds: int, target: float, scatter: float, slope: float)
     return float(np.median(widths))
 
 
-def seed_scatter(log_loss, cells) -> tuple[float, int]:
-    """Computes the pooled standard deviation of ln L within cells: (it, degrees of freedom)."""
-    _, cell = np.unique(np.asarray(cells, str), return_inverse=True)
+@dataclass(frozen=True)
+class SeedNoise:
+    """What seeds do to ln L.
+
+    Attributes:
+        scatter: pooled standard deviation within cells, with `degrees` degrees of freedom.
+        correlation: of these deviations between arms, at equal size and seed; None without pairs.
+    """
+
+    scatter: float
+    degrees: int
+    correlation: float | None
+
+
+def seed_noise(log_loss, arms, places, seeds) -> SeedNoise:
+    """Measures the noise of runs [R] with these arms, places (size and tokens) and seeds."""
     y = np.asarray(log_loss, float)
+    cells = [f"{arm} {place}" for arm, place in zip(arms, places, strict=True)]
+    _, cell = np.unique(cells, return_inverse=True)
     means = np.bincount(cell, y) / np.bincount(cell)
-    spare = len(y) - len(means)
-    return (float(np.sqrt(((y - means[cell]) ** 2).sum() / spare)) if spare else np.nan), spare
+    deviation, spare = y - means[cell], len(y) - len(means)
+    by_run: dict = {}
+    for arm, place, seed, value in zip(arms, places, seeds, deviation, strict=True):
+        by_run.setdefault((place, seed), {})[arm] = value
+    couples = [
+        (a, b) for run in by_run.values() for a, b in itertools.combinations(run.values(), 2)
+    ]
+    squares = sum(a * a + b * b for a, b in couples)
+    return SeedNoise(
+        float(np.sqrt((deviation**2).sum() / spare)) if spare else np.nan,
+        spare,
+        float(2 * sum(a * b for a, b in couples) / squares) if squares else None,
+    )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmscale_jax.scaling import diagnostics, laws, shift, solve
+from lmscale_jax.scaling import diagnostics, laws, pairs, shift, solve
 from lmscale_jax.scaling.laws import Law, Problem
 from lmscale_jax.scaling.shift import TwoArms
 from lmscale_jax.scaling.table import Table
@@ -55,12 +55,13 @@ def _fit_floors(data: TwoArms, E: np.ndarray, level: float):
     tau = shift.start_point("quadratic", data)[-2]
     starts = [[*shift.pinned_shape(data, tau, floor), tau, 0.0] for floor in E]
     theta, ssr = shift.levenberg_marquardt("floor", np.array(starts), data, floor=ln_E)
-    degrees = len(data) - 4
-    limit = ssr.min() * (1 + f_distribution.ppf(level, 1, degrees) / degrees)
-    _, J = shift.curve_jacobian("floor", theta, data, ln_E)
+    spare = len(data) - 4
+    limit = ssr.min() * (1 + f_distribution.ppf(level, 1, spare) / spare)
+    f, J = shift.curve_jacobian("floor", theta, data, ln_E)
+    variance, degrees = pairs.error_variance(data.pairs, data.weight, data.y - f, 4)
     X = J * np.sqrt(data.weight)[:, None]
     inverse = np.linalg.pinv(np.einsum("brp,brq->bpq", X, X))
-    se = np.sqrt(np.maximum(inverse[:, -1, -1] * ssr / degrees, 0))
+    se = np.sqrt(np.maximum(inverse[:, -1, -1] * variance, 0))
     p = 2 * t.sf(np.abs(theta[:, -1]) / np.maximum(se, 1e-300), degrees)
     return theta, se, p, ssr <= limit
 
@@ -86,7 +87,7 @@ def nested_laws(table: Table, first: str, second: str, floor=None) -> dict | Non
         is due to: "exponents", "floors", or None where both explain it about as well. None with
         too few cells.
     """
-    means = shift.average_seeds(table.take(np.isin(table.variant, [first, second])))[0]
+    means = pairs.average_seeds(table.take(np.isin(table.variant, [first, second])))[0]
     z = (means.variant == second).astype(float)
     law = _joint_law(means, floor)
     base = laws.fit_problem(means, law, floor)

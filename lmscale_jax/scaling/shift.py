@@ -5,15 +5,17 @@ exponents. Unlike a contrast of fitted exponents, the shift depends neither on E
 the law, and s does not depend on C0.
 
 Seeds of one cell share whatever error the curve, the tuning or the data order has there, so that
-all estimates are from the means of cells. Shapes: B refits, R cells, M parameters of the baseline
-curve, P = M + 2.
+all estimates are from the means of cells. Cells of both arms with equal size, tokens and seeds are
+compared as pairs (`pairs`). Shapes: B refits, R cells, M parameters of the baseline curve, P = M +
+2.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmscale_jax.scaling import laws, solve
+from lmscale_jax.scaling import laws, pairs, solve
+from lmscale_jax.scaling.pairs import Pairs
 from lmscale_jax.scaling.table import Table
 
 TAUS = np.linspace(-4.0, 4.0, 65)
@@ -32,6 +34,7 @@ class TwoArms:
         seed_variance: of ln L among the seeds of a cell, pooled; None without repeated cells.
         ln_n, ln_d: centred [R], or None.
         ln_floor: ln E of a pinned floor, or None.
+        pairs: of cells of the two arms, or None.
     """
 
     x: np.ndarray
@@ -44,6 +47,7 @@ class TwoArms:
     ln_n: np.ndarray | None
     ln_d: np.ndarray | None
     ln_floor: float | None = None
+    pairs: Pairs | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -52,7 +56,8 @@ class TwoArms:
         """Selects cells by a mask or by indices."""
         names = ("x", "z", "y", "weight", "seeds", "ln_n", "ln_d")
         columns = {k: getattr(self, k) for k in names}
-        return replace(self, **{k: None if a is None else a[rows] for k, a in columns.items()})
+        taken = {k: None if a is None else a[rows] for k, a in columns.items()}
+        return replace(self, **taken, pairs=None if self.pairs is None else self.pairs.take(rows))
 
     def budgets(self) -> tuple[int, int]:
         """Counts the distinct compute budgets of each arm."""
@@ -68,7 +73,8 @@ class ShiftEstimate:
         baseline: form of the common curve: "power", "quadratic", "cubic", "floor" or "surface".
         theta: parameters of the curve, then tau and s [P]; `null` [P] is the fit with s = 0.
         covariance: of theta [P, P].
-        variance: of ln L at weight 1, from the means of cells, with `degrees` degrees of freedom.
+        variance: of ln L at weight 1, from the means of cells, with `degrees` degrees of freedom;
+            where `paired`, half of that of the differences of pairs.
         p: of the F test of s = 0; `p_both` of that of s = 0 and tau = 0 together.
         aicc, ssr: corrected Akaike criterion and sum of squared residuals.
     """
@@ -79,6 +85,7 @@ class ShiftEstimate:
     covariance: np.ndarray
     variance: float
     degrees: int
+    paired: bool
     p: float
     p_both: float
     aicc: float
@@ -116,29 +123,10 @@ class ShiftEstimate:
         return value, value - self.t(level) * se, value + self.t(level) * se
 
 
-def average_seeds(table: Table) -> tuple[Table, np.ndarray, float | None]:
-    """Averages ln loss over the seeds of each cell: (table of R cells, seeds [R], their variance).
-
-    A cell's weight is the sum of its runs'. The variance of one run is pooled over cells; None
-    without repeated cells.
-    """
-    _, first, cell = np.unique(table.cells(), return_index=True, return_inverse=True)
-    weight = np.bincount(cell, table.weight)
-
-    def mean(values):
-        return np.exp(np.bincount(cell, table.weight * np.log(values)) / weight)
-
-    loss, seeds = mean(table.loss), np.bincount(cell)
-    spare = len(table) - len(first)
-    within = (table.weight * np.log(table.loss / loss[cell]) ** 2).sum() / table.weight.mean()
-    means = replace(table.take(first), loss=loss, c=mean(table.c), weight=weight)
-    return means, seeds, float(within / spare) if spare else None
-
-
 def two_arms(table: Table, first: str, second: str, floor: float | None = None) -> TwoArms:
     """Averages the cells of two variants; C0 is the geometric mean of the runs' FLOPs."""
     runs = table.take((table.variant == first) | (table.variant == second))
-    both, seeds, seed_variance = average_seeds(runs)
+    both, cell, seed_variance = pairs.average_seeds(runs)
     ln_c, ln_c0 = np.log(both.c), float(np.log(runs.c).mean())
     centred = [None if a is None else np.log(a) - np.log(a).mean() for a in (both.n, both.d)]
     return TwoArms(
@@ -146,12 +134,13 @@ def two_arms(table: Table, first: str, second: str, floor: float | None = None) 
         z=(both.variant == second).astype(float),
         y=np.log(both.loss),
         weight=both.weight,
-        seeds=seeds,
+        seeds=np.bincount(cell),
         seed_variance=seed_variance,
         ln_c0=ln_c0,
         ln_n=centred[0],
         ln_d=centred[1],
         ln_floor=None if floor is None else float(np.log(floor)),
+        pairs=pairs.match_cells(runs, both, cell),
     )
 
 
@@ -290,8 +279,7 @@ def estimate_shift(baseline: str, data: TwoArms) -> ShiftEstimate | None:
     """Estimates the shift under one baseline, with its tests; None without degrees of freedom."""
     start = start_point(baseline, data)
     size = len(start)
-    degrees = len(data) - size
-    if degrees < 1 or min(data.budgets()) <= DEGREE.get(baseline, 2):
+    if len(data) - size < 1 or min(data.budgets()) <= DEGREE.get(baseline, 2):
         return None
     null, ssr_tau = levenberg_marquardt(baseline, start[None], data, fixed=[size - 1])
     equal = np.append(null[0, :-2], [0.0, 0.0])
@@ -299,8 +287,9 @@ def estimate_shift(baseline: str, data: TwoArms) -> ShiftEstimate | None:
     starts = np.stack([null[0] + np.eye(size)[-1] * v for v in (0.0, -0.1, 0.1)])
     thetas, ssrs = levenberg_marquardt(baseline, starts, data)
     theta, ssr = thetas[ssrs.argmin()], float(ssrs.min())
-    _, J = curve_jacobian(baseline, theta[None], data)
-    variance = max(ssr / degrees, 1e-300)
+    f, J = curve_jacobian(baseline, theta[None], data)
+    variances, degrees = pairs.error_variance(data.pairs, data.weight, data.y - f, size)
+    variance = float(variances[0])
     X = J[0] * np.sqrt(data.weight)[:, None]
     # Above the root of the smallest float, as lengths are multiplied.
     length = np.maximum(np.linalg.norm(X, axis=0), 1e-150)
@@ -318,6 +307,7 @@ def estimate_shift(baseline: str, data: TwoArms) -> ShiftEstimate | None:
         covariance=inverse * variance,
         variance=variance,
         degrees=degrees,
+        paired=data.pairs is not None and data.pairs.pay(size),
         p=p_value(float(ssr_tau[0]), 1),
         p_both=p_value(float(ssr_equal[0]), 2),
         aicc=corrected_aic(ssr, len(data), size),
@@ -348,20 +338,32 @@ def is_off_curve(data: TwoArms) -> bool:
 
 
 def wild_bootstrap(fitted: ShiftEstimate, data: TwoArms, count: int, seed: int = 0) -> float:
-    """Computes p of s = 0 by a wild bootstrap: residuals of the null fit with random signs."""
+    """Computes p of s = 0 by a wild bootstrap: residuals of the null fit times random numbers.
+
+    They are signs, or normal numbers that the cells of a pair share: few pairs have few signs.
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
-    f0 = curve_jacobian(fitted.baseline, fitted.null[None], data)[0][0]
-    size = len(fitted.null)
-    r = (data.y - f0) * np.sqrt(len(data) / max(len(data) - size + 1, 1))
-    y = f0 + r * rng.choice([-1.0, 1.0], (count, len(data)))
-    start = np.broadcast_to(fitted.null, (count, size))
-    null, ssr0 = levenberg_marquardt(fitted.baseline, start, data, y, fixed=[size - 1], steps=12)
-    _, ssr = levenberg_marquardt(fitted.baseline, null, data, y, steps=12)
-    drawn = (ssr0 - ssr) / np.maximum(ssr, 1e-300)
-    _, observed_ssr0 = levenberg_marquardt(
-        fitted.baseline, fitted.null[None], data, fixed=[size - 1]
-    )
-    observed = (float(observed_ssr0[0]) - fitted.ssr) / max(fitted.ssr, 1e-300)
+    baseline, size = fitted.baseline, len(fitted.null)
+    f0 = curve_jacobian(baseline, fitted.null[None], data)[0][0]
+    if fitted.paired:
+        units = len(data) // 2
+        factors = rng.standard_normal((count, units))[:, data.pairs.label]
+        r = (data.y - f0) * np.sqrt(units / (units - 1))
+    else:
+        factors = rng.choice([-1.0, 1.0], (count, len(data)))
+        r = (data.y - f0) * np.sqrt(len(data) / max(len(data) - size + 1, 1))
+
+    def statistics(y_BxR, start):
+        """Computes the decrease of the sum of squares over the variance that is left [B]."""
+        null, ssr0 = levenberg_marquardt(baseline, start, data, y_BxR, fixed=[size - 1], steps=12)
+        theta, ssr = levenberg_marquardt(baseline, null, data, y_BxR, steps=12)
+        r_BxR = y_BxR - curve_jacobian(baseline, theta, data)[0]
+        left, _ = pairs.error_variance(data.pairs, data.weight, r_BxR, size)
+        return (ssr0 - ssr) / left
+
+    drawn = statistics(f0 + r * factors, np.broadcast_to(fitted.null, (count, size)))
+    _, ssr0 = levenberg_marquardt(baseline, fitted.null[None], data, fixed=[size - 1])
+    observed = (float(ssr0[0]) - fitted.ssr) / fitted.variance
     return float((1 + (drawn >= observed).sum()) / (1 + count))
 
 
@@ -376,7 +378,8 @@ def shift_error(fitted: ShiftEstimate, parts: list[tuple[TwoArms, int]]) -> floa
     of_mean = fitted.variance / measured.weight.mean()
     of_seed = of_mean * seeds
     if measured.seed_variance is not None:
-        of_seed = min(of_seed, measured.seed_variance)
+        alike = measured.pairs.correlation if fitted.paired else None
+        of_seed = min(of_seed, measured.seed_variance * (1 - (alike or 0.0)))
     rest = of_mean - of_seed / seeds
     information = np.zeros((len(fitted.theta),) * 2)
     for data, more in parts:

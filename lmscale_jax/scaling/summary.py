@@ -165,6 +165,7 @@ def verdict_lines(verdict: dict) -> list[str]:
         f"  {verdict['reason']}",
         f"  baseline {shift['baseline']}, {shift['n_runs']} runs, unit {shift['unit']}, "
         f"{shift['degrees_of_freedom']} degrees of freedom, bootstrap p {shift['p_bootstrap']}",
+        *([f"  {pairing_sentence(verdict['pairing'])}"] if verdict["pairing"] else []),
         f"  would have shown: a shift of {verdict['power']['shift']:.2g}, a constant factor of "
         f"{1 + verdict['power']['offset']:.3g}",
         f"  k = compute of {first} over compute of {second} at equal loss:",
@@ -184,6 +185,26 @@ def verdict_lines(verdict: dict) -> list[str]:
             f"detects {option['detectable']:.2g})"
         )
     return output + warning_lines(verdict["warnings"])
+
+
+def pairing_sentence(pairing: dict) -> str:
+    """Words how the arms' cells correlate, and what that saves."""
+    correlations = [
+        f"{name} by {pairing[key]:.2f}"
+        for name, key in (("seeds", "seed_correlation"), ("cells", "cell_correlation"))
+        if pairing[key] is not None
+    ]
+    correlated = f", which correlate between the arms: {', '.join(correlations)}"
+    effect = (
+        f"the test is of their differences, of {pairing['variance_ratio']:.2f} times the variance "
+        "of independent cells"
+        if pairing["used"]
+        else "too little for a test of differences, which has fewer degrees of freedom"
+    )
+    return (
+        f"{pairing['pairs']} pairs of cells with equal size, tokens and seeds"
+        f"{correlated if correlations else ''}; {effect}"
+    )
 
 
 def _nested_lines(nested: dict | None) -> list[str]:
