@@ -54,7 +54,8 @@ class Oracle:
         record = {
             "status": "finished", "final": final, "wall_seconds": 1.0, "epochs": 0.1,
             "data": {"val_fingerprint": "text"}, "versions": {"jax": "0"},
-            "device": {"kind": "law"}, "code": None,
+            "device": {"kind": "law", "count": 1}, "code": None,
+            "throughput": {"tokens_per_second": 1e4 / (1.4 if cell.arm == "swiglu" else 1.0)},
         }  # fmt: skip
         if cell.role == "held_out":
             record["forecast"] = forecasts.fixed_hash(self._workdir)
@@ -105,6 +106,7 @@ def test_from_a_law_to_a_verdict(ladder, tmp_path):
         assert score["inside"] and score["loss"] == pytest.approx(loss_of(target))
     judgement = read(workdir / "verdict.json")
     assert judgement["verdict"] == "constant offset" and judgement["runs"] == {"finished": 36}
+    assert "a token takes swiglu 1.40 (1.40 to 1.40) times as long" in judgement["answer"]
     assert "d_ff at 100000" in judgement["differences"]["swiglu"]
     header, *lines = (workdir / "results.csv").read_text().splitlines()
     assert len(lines) == 36
@@ -112,6 +114,7 @@ def test_from_a_law_to_a_verdict(ladder, tmp_path):
     assert set(needed.split()) <= set(header.split(","))
     html = (workdir / "report" / "index.html").read_text()
     assert "http" not in html.split("<body", 1)[-1].replace("http-equiv", "")
+    assert "time of a token, swiglu / gelu" in html and judgement["answer"] in html
     assert "<script" not in html and html.count("data:image/png;base64") == 4
     assert "<pre>ladder --config=x</pre>" in html
 

@@ -6,6 +6,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
 from lmscale_jax.ladders import grid, results
 from lmscale_jax.ladders.plan import LadderPlan, timestamp
+from lmscale_jax.ladders.step_time import compare_seconds, seconds_sentence
 
 NOT_ENOUGH, ONE_ARM = "not enough data", "one arm"
 # Ratio of an interval's ends, for a compute factor, beyond which it is uninformative.
@@ -20,22 +21,24 @@ def judge_ladder(plan: LadderPlan, workdir: Path, rows: list[dict], forecast: di
     """Compares every arm with the baseline over all finished runs.
 
     Returns:
-      A dict with `question`, `answer` (a sentence), `verdict` ("exponent shift", "changes with
+      A dict with `question`, `answer` (in sentences), `verdict` ("exponent shift", "changes with
       scale", "constant offset", "no detectable difference", "not enough data"; {arm: verdict}
       where several arms are compared), `comparisons` (as `scaling.compare_arms` returns them, one
-      for each arm but the baseline), `forecast` (its scores), `runs` ({status: number}),
-      `left_out`, `differences` between the arms, `warnings`, `next_runs`, `plan` (its id) and
-      `made` (the time).
+      for each arm but the baseline, each with `seconds` by `step_time.compare_seconds`),
+      `forecast` (its scores), `runs` ({status: number}), `left_out`, `differences` between the
+      arms, `warnings`, `next_runs`, `plan` (its id) and `made` (the time).
     """
-    best_rows, warnings = results.choose_tuned(results.finished_rows(rows))
+    finished = results.finished_rows(rows)
+    best_rows, warnings = results.choose_tuned(finished)
     ladder = plan.ladder
     others = [arm for arm in sorted(ladder["arms"]) if arm != ladder["baseline"]]
-    comparisons = [_compare(ladder, best_rows, arm) for arm in others]
+    comparisons = [_compare(ladder, best_rows, arm, finished) for arm in others]
     by_arm = {comparison["arms"][1]: comparison["verdict"] for comparison in comparisons}
     verdict = next(iter(by_arm.values())) if len(by_arm) == 1 else by_arm or ONE_ARM
-    answer = " ".join(comparison_sentence(comparison) for comparison in comparisons) or (
-        f"The ladder has one arm, {ladder['baseline']}: its law is in the report."
-    )
+    answer = " ".join(
+        f"{comparison_sentence(comparison)} {seconds_sentence(comparison)}"
+        for comparison in comparisons
+    ) or (f"The ladder has one arm, {ladder['baseline']}: its law is in the report.")
     statuses = [row["status"] for row in rows]
     failed = results.last_failures(workdir)
     return {
@@ -68,8 +71,11 @@ def write_verdict(verdict: dict, workdir: Path) -> None:
     write_json(workdir / "verdict.json", verdict)
 
 
-def _compare(ladder: dict, rows: list[dict], arm: str) -> dict:
-    """Compares an arm with the baseline; too little data gives a verdict and not an error."""
+def _compare(ladder: dict, rows: list[dict], arm: str, timed: list[dict]) -> dict:
+    """Compares an arm with the baseline; too little data gives a verdict and not an error.
+
+    `timed` are the runs by whose speed it is converted to seconds.
+    """
     from lmscale_jax import scaling
 
     fit, baseline = ladder["fit"], ladder["baseline"]
@@ -85,6 +91,9 @@ def _compare(ladder: dict, rows: list[dict], arm: str) -> dict:
             "pairing": None, "gain": [], "detectable": None, "power": None, "checks": [],
             "nested": None, "next_runs": [], "warnings": [],
         }  # fmt: skip
+    comparison["seconds"] = compare_seconds(
+        timed, [baseline, arm], comparison["gain"], fit["level"]
+    )
     return comparison | {"verdict": WORDS.get(comparison["verdict"], comparison["verdict"])}
 
 

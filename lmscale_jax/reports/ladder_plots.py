@@ -95,14 +95,19 @@ def _plot_law(axis, result, largest: float, colour: str) -> None:
 def plot_compute_factors(comparisons: list[dict], path: Path) -> Path | None:
     """Plots k(C): the compute of the baseline over that of each arm, at equal loss.
 
-    Returns None without writing a figure if no comparison has a compute factor.
+    Dashed, where the runs were timed: the same in seconds. Returns None without writing a figure
+    if no comparison has a compute factor.
     """
     with_gain = [comparison for comparison in comparisons if comparison["gain"]]
     if not with_gain:
         return None
     figure, axis = new_figure((5.2, 3.4))
     for comparison, colour in zip(with_gain, ARM_COLOURS[1:], strict=False):
-        plot_gain(axis, comparison["gain"], colour, comparison["arms"][1])
+        arm = comparison["arms"][1]
+        plot_gain(axis, comparison["gain"], colour, arm)
+        if seconds := comparison["seconds"]["gain"]:
+            points = [(row["c"], row["k"]) for row in seconds]
+            axis.plot(*np.array(points).T, "--", color=colour, label=f"{arm}, in seconds")
     axis.axhline(1, color="0.5", lw=0.8)
     axis.set(xlabel="training FLOPs")
     # An interval that says nothing is cut off, so that the middle stays legible.

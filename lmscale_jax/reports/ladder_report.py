@@ -6,6 +6,7 @@ from lmscale_jax.files import read_json
 from lmscale_jax.ladders import results
 from lmscale_jax.ladders.grid import short_count
 from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
+from lmscale_jax.ladders.step_time import seconds_sentence
 from lmscale_jax.ladders.verdict import NOT_ENOUGH
 from lmscale_jax.reports import ladder_plots as figures
 from lmscale_jax.reports.page import Page
@@ -113,6 +114,7 @@ def _add_comparisons(page: Page, verdict: dict, folder: Path) -> None:
         if comparison["gain"]:
             rows = [[f"{g['c']:.3g}", g["k"], g["low"], g["high"]] for g in comparison["gain"]]
             page.table(["FLOPs", f"compute of {first} / of {second}", "low", "high"], rows)
+        _add_seconds(page, comparison)
         if comparison["checks"]:
             rows = [
                 [c["check"], c.get("s"), c.get("se"), c.get("p"), c.get("claim", ""),
@@ -120,6 +122,29 @@ def _add_comparisons(page: Page, verdict: dict, folder: Path) -> None:
                 for c in comparison["checks"]
             ]  # fmt: skip
             page.table(["check", "shift", "standard error", "p", "claim", "holds"], rows)
+
+
+def _add_seconds(page: Page, comparison: dict) -> None:
+    """Appends k(C) in seconds, and the step times from which it follows."""
+    seconds, (first, second) = comparison["seconds"], comparison["arms"]
+    page.say(seconds_sentence(comparison), "warn" if seconds["reason"] else "")
+    if seconds["gain"]:
+        rows = [
+            [f"{g['c']:.3g}", g["k"], *(_or_unknown(g[x]) for x in ("low", "high"))]
+            for g in seconds["gain"]
+        ]
+        page.table(["FLOPs", f"seconds of {first} / of {second}", "low", "high"], rows)
+    if seconds["steps"]:
+        rows = [
+            [short_count(s["size"]), s["ratio"], *(_or_unknown(s[x]) for x in ("low", "high")),
+             s["runs"]]
+            for s in seconds["steps"]
+        ]  # fmt: skip
+        page.table(["size", f"time of a token, {second} / {first}", "low", "high", "runs"], rows)
+
+
+def _or_unknown(value: float | None) -> float | str:
+    return "unknown" if value is None else value
 
 
 def _add_next_runs(page: Page, verdict: dict) -> None:
