@@ -2,6 +2,7 @@
 
 lmscale help [VERB or KEY]   describes a command, a config key (optim.lr) or a group of keys
 lmscale configs              lists the configs that come with the package
+lmscale new KIND [NAME]      writes an example of a change of your own and its ladder: {kinds}
 """
 
 import ast
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from lmscale_jax import cli
 from lmscale_jax.errors import InputError
+from lmscale_jax.new import KINDS, write_example
+
+__doc__ = __doc__.format(kinds=", ".join(KINDS))
 
 # Verb -> module of the command.
 VERBS = {
@@ -55,7 +59,7 @@ def list_configs(arguments: list[str]) -> None:
 
 
 # Verb -> function of the arguments behind it.
-WORDS = {"help": show_help, "configs": list_configs}
+WORDS = {"help": show_help, "configs": list_configs, "new": write_example}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,10 @@ def run_command(main: Callable[[], None]) -> None:
             if "trust_code" in flags.FLAGS:
                 own_code.trust(flags.FLAGS.trust_code)
             main()
+        except BrokenPipeError:
+            # As after `| head`: who read the output has enough. Python would flush it once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         except Exception as error:
             if (line := line_of(error)) is None:
                 raise

@@ -14,6 +14,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from lmscale_jax import cli
+from lmscale_jax.config import own_code
 from lmscale_jax.config.resolve import hint, validate
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import read_json, user_path
@@ -45,10 +46,12 @@ def load_config(file: str | Path, changes: dict | None = None) -> ConfigDict:
 
 def train(config: ConfigDict, workdir: str | Path, say: Say = print) -> dict:
     """Trains a run, from its last checkpoint if it has one, and returns its record (run.json)."""
+    from lmscale_jax.config.own_keys import adopted
     from lmscale_jax.model import mesh
     from lmscale_jax.reports.final_summary import show_final_summary
     from lmscale_jax.train import loop, run_dir
 
+    config = adopted(config)
     validate(config)
     mesh.start_jax(config)
     with _interruptible():
@@ -132,10 +135,14 @@ class TrainedRun:
         return sample_text(self._run, self.params, tokens, prompt, **options)
 
 
-def load(workdir: str | Path, step: int = 0) -> TrainedRun:
-    """Reads a run and the parameters of a checkpoint, by default the newest."""
+def load(workdir: str | Path, step: int = 0, trust_code: Sequence[str] = ()) -> TrainedRun:
+    """Reads a run and the parameters of a checkpoint, by default the newest.
+
+    `trust_code` are hashes of code in the run's directory that may be executed, as --trust_code.
+    """
     from lmscale_jax.train import restore
 
+    own_code.trust(trust_code)
     r = restore.load_run(user_path(str(workdir)), step)
     return TrainedRun(r.record, r.run.config, r.step, r.params, r.run.data.tokenizer, r.run)
 
@@ -145,6 +152,7 @@ def evaluate(
     suites: Sequence[str] = ("perplexity", "redundancy", "mur"),
     step: int = 0,
     tokens: int = 0,
+    trust_code: Sequence[str] = (),
     say: Say = print,
 ) -> dict:
     """Measures a run on held-out tokens; writes eval.json beside run.json and returns it.
@@ -153,9 +161,11 @@ def evaluate(
       suites: any of these, and "attention".
       step: of the checkpoint; 0: the newest.
       tokens: held-out tokens of all suites but perplexity; 0: as eval.tokens.
+      trust_code: as `load` takes it.
     """
     from lmscale_jax.train.evaluation import evaluate_run
 
+    own_code.trust(trust_code)
     return read_json(evaluate_run(user_path(str(workdir)), list(suites), step, tokens, say))
 
 

@@ -11,10 +11,11 @@ from conftest import ROOT
 
 import lmscale_jax as lm
 from lmscale_jax import __main__ as console
+from lmscale_jax import new
 from lmscale_jax.config.key_help import key_help
 from lmscale_jax.config.keys import SPEC, keys
 from lmscale_jax.config.ladder_keys import FREE, LADDER
-from lmscale_jax.ladders import same_process
+from lmscale_jax.ladders import plan, same_process
 from lmscale_jax.ladders.executors import EndedJob
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -182,6 +183,41 @@ def test_help_describes_every_key_and_names_the_nearest(says):
     assert "use lmscale train" in says("trian")[2]
     listing = says()[1]
     assert all(word in listing for word in (*console.VERBS, *SPEC, *LADDER))
+
+
+@pytest.mark.parametrize("kind", new.KINDS)
+def test_new_writes_a_change_and_its_ladder(says, kind, tmp_path, monkeypatch):
+    """Both files are read, the arms are planned, and nothing is ever overwritten."""
+    monkeypatch.chdir(tmp_path)
+    assert says("new", kind)[0] == 0
+    texts = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(texts) == {f"my_{kind}.py", "my_ladder.py"}
+    config = lm.load_config("my_ladder.py", {"rungs.sizes": (25e3,), "rungs.held_out": 0.0})
+    ladder_plan = plan.make_plan(config, say=lambda line: None)
+    arms = {str(ladder_plan.config(c, tmp_path).to_dict()): c.arm for c in ladder_plan.cells}
+    assert set(arms.values()) == {config.baseline, f"my_{kind}"} and len(arms) >= 2
+    counts = [cell.counts["non_embedding"] for cell in ladder_plan.cells]
+    assert max(counts) < 1.01 * min(counts)
+    status, _, err = says("new", kind)
+    assert (status, err.count("\n")) == (2, 1) and "exists" in err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == texts
+    assert says("new", kind, "another")[0] == 0 and (tmp_path / "another_ladder.py").exists()
+    assert "own.another" in (tmp_path / "another_ladder.py").read_text()
+
+
+def test_new_names_the_kinds(says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ((), ("mpl",), ("mlp", "a b"), ("mlp", "a", "b")):
+        status, _, err = says("new", *arguments)
+        assert (status, err.count("\n")) == (2, 1) and "mlp" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly():
+    code = "from lmscale_jax import cli; cli.run_command(lambda: print('a\\n' * 99999))"
+    command = f'{sys.executable} -c "{code}" | head -c 1'
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("a", "")
 
 
 def test_configs_lists_every_config_with_its_first_line(says):

@@ -39,7 +39,7 @@ def wheel(tmp_path_factory) -> Path:
     """The wheel, built in a copy, so that nothing is left in this directory."""
     source = tmp_path_factory.mktemp("source")
     skipped = shutil.ignore_patterns("__pycache__")
-    for folder in ("lmscale_jax", "configs"):
+    for folder in ("lmscale_jax", "configs", "examples"):
         shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=skipped)
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
@@ -75,12 +75,14 @@ def project(tmp_path) -> Path:
 
 @pytest.fixture
 def lmscale(python, project):
-    """Runs a command of the installed package in the user's directory: (status, stdout, stderr)."""
+    """Runs the installed `lmscale` in the user's directory: (status, stdout, stderr)."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles in half the time
+    # The installed script, whose first line names the Python that installed it.
+    (script,) = python.parents[1].rglob("bin/lmscale")
 
-    def run(module: str, *arguments) -> tuple[int, str, str]:
-        command = [str(python), "-m", f"lmscale_jax.{module}", *map(str, arguments)]
+    def run(verb: str, *arguments) -> tuple[int, str, str]:
+        command = [str(python), str(script), verb, *map(str, arguments)]
         done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
@@ -106,23 +108,35 @@ def test_a_users_package_configs_is_the_users_own(python, project):
 
 def test_shipped_configs_are_found_from_any_directory(lmscale, project):
     chips = ("--explain", "--topology=H100:8")
-    status, out, err = lmscale("main", "--config=configs/quickstart.py", *chips)
+    status, out, err = lmscale("train", "--config=configs/quickstart.py", *chips)
     assert (status, err) == (0, "")
     assert "* d_model 128 lmscale_jax/configs/quickstart.py" in " ".join(out.split())
     # A colon and an argument, in the other spelling.
-    status, out, err = lmscale("main", "--config", "configs/mur.py:gpt2_50m,loss", *chips)
+    status, out, err = lmscale("train", "--config", "configs/mur.py:gpt2_50m,loss", *chips)
     assert (status, err) == (0, "")
     assert "* mode 'loss' lmscale_jax/configs/mur.py:gpt2_50m,loss" in " ".join(out.split())
 
     # A user's own file of that name comes first, and may import the shipped ones.
     (project / "configs/quickstart.py").write_text(OWN)
-    status, out, err = lmscale("main", "--config=configs/quickstart.py", *chips)
+    status, out, err = lmscale("train", "--config=configs/quickstart.py", *chips)
     assert (status, err) == (0, "")
     assert "* n_layers 3 configs/quickstart.py" in " ".join(out.split())
 
-    status, _, err = lmscale("main", "--config=configs/nosuch.py", *chips)
+    status, _, err = lmscale("train", "--config=configs/nosuch.py", *chips)
     assert status == 2
     assert err.startswith("error: --config=configs/nosuch.py: no such file")
+
+
+def test_a_change_of_ones_own_begins_with_new(lmscale, project):
+    """In a directory with nothing: an example, its ladder, and what the ladder would train."""
+    status, out, err = lmscale("new", "mlp")
+    assert (status, err) == (0, "") and "written my_ladder.py" in out
+    (project / "my_mlp.py").write_text((project / "my_mlp.py").read_text().replace("2", "3"))
+    status, out, err = lmscale("ladder", "my_ladder.py", "--dry_run")
+    assert (status, err) == (0, "")
+    assert "my_mlp  anchor" in out and "relu2   held_out" in out
+    assert "model.mlp   activation" in lmscale("help", "model.mlp")[1]
+    assert "configs/ladders/quickstart.py" in lmscale("configs")[1]
 
 
 def test_commands_find_the_config_that_they_take_by_default(lmscale, project, corpus):
@@ -151,7 +165,7 @@ def test_a_ladder_is_planned_and_a_run_is_trained(lmscale, project, settings):
     assert "swiglu" in out
 
     status, _, err = lmscale(
-        "main", "--config=configs/quickstart.py", "--workdir=run", *flags(changes)
+        "train", "--config=configs/quickstart.py", "--workdir=run", *flags(changes)
     )
     assert status == 0, err
     status, _, err = lmscale("report", "--workdir=run")

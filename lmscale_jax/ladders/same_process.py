@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+from lmscale_jax.config import own_code
 from lmscale_jax.errors import InputError, RunFailed
 from lmscale_jax.ladders import executors, plan, worker
 from lmscale_jax.ladders.executors import EndedJob, Job
@@ -22,6 +23,7 @@ class SameProcess:
         if not jobs:
             return []
         job, status, message = jobs[0], 0, ""
+        own_code.look_in(self._workdir)
         ladder_plan = plan.read_plan(self._workdir)
         try:
             worker.train_cells(ladder_plan, [ladder_plan.cell(name) for name in job], self._workdir)
