@@ -58,6 +58,8 @@ NOT_IN_COMPARISON = {
     "repetition": "which takes the compute of a run and not its distinct tokens",
 }
 TEST_DRAWS = 499
+# Bytes from which on it is said that a file is being read.
+LARGE_FILE = 5e6
 
 
 def main() -> None:
@@ -72,6 +74,9 @@ def main() -> None:
     paths = _paths()
     pairs = {"columns": _pairs("columns", COLUMNS.value), "where": _pairs("where", WHERE.value)}
     points = "best" if BEST.value else POINTS.value
+    path = Path(INPUT.value)
+    if path.is_file() and path.stat().st_size > LARGE_FILE:
+        _say(f"reading {path} ({path.stat().st_size / 1e6:.0f} MB)")
     table = read.read_table(INPUT.value, points=points, skip=SKIP.value, **pairs)
     if VARIANT.value is not None:
         table = table.arm(VARIANT.value)
@@ -82,6 +87,11 @@ def main() -> None:
     else:
         written, draw = _fit_law(table)
     _write(paths, written, draw)
+
+
+def _say(line: str) -> None:
+    """Prints a line of progress, beside the results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _check_flags() -> None:
@@ -162,6 +172,7 @@ def _settings() -> dict:
         "level": LEVEL.value,
         "cluster": CLUSTER.value,
         "seed": SEED.value,
+        "say": _say,
     }
 
 

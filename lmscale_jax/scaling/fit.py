@@ -1,7 +1,8 @@
 """Fits one law to one table, with intervals and diagnostics."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,12 +46,12 @@ class FitResult:
     level: float
     floor: float | None
     r_star: float | None
-    draws: Draws | None
-    profile: FloorProfile | None
-    intervals: dict
     alternatives: dict
     diagnostics: dict
     warnings: tuple[dict, ...]
+    draws: Draws | None = None
+    profile: FloorProfile | None = None
+    intervals: dict = field(default_factory=dict)
 
     @property
     def objective(self) -> float:
@@ -110,6 +111,7 @@ def fit_law(
     seed: int = 0,
     points: str = "final",
     skip: float = 0.0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> FitResult:
     """Fits a law by minimising Huber's loss of ln residuals from many starts.
 
@@ -125,17 +127,19 @@ def fit_law(
         level: level of the intervals.
         cluster: unit of resampling: "run", "cell" (the seeds of one), "size" or "row".
         points, skip: see `as_table`.
+        say: gets a line at each stage of a fit that takes long, one of a large table.
 
     Raises:
         InputError: the table or an argument is unusable.
     """
     _check_request(delta, level, bootstrap)
     table = as_table(table, points, skip)
+    say = say if len(table) > solve.SUBSET else lambda line: None
     chosen = laws.choose_law(law, floor)
     warnings = diagnostics.check_table(table, chosen)
     r_star, r_interval, r_warnings = _repetition(table, chosen, floor, repetition, delta, level)
     problem = laws.fit_problem(table, chosen, floor, r_star)
-    solutions = _solutions(problem, delta)
+    solutions = _solutions(problem, delta, say)
     best = solutions["chosen"]
     params = _natural(problem, best, floor)
     result = FitResult(
@@ -149,18 +153,16 @@ def fit_law(
         level=level,
         floor=floor,
         r_star=r_star,
-        draws=None,
-        profile=None,
-        intervals={},
         alternatives={k: _alternative(s, problem, floor) for k, s in solutions.items()},
         diagnostics={"r_star_interval": r_interval} if r_star is not None else {},
         warnings=(*warnings, *r_warnings),
     )
-    return _diagnosed(_with_intervals(result, bootstrap, cluster, seed))
+    return _diagnosed(_with_intervals(result, bootstrap, cluster, seed, say), say)
 
 
-def _with_intervals(result: FitResult, bootstrap: int, cluster: str, seed: int) -> FitResult:
+def _with_intervals(result: FitResult, bootstrap: int, cluster: str, seed: int, say) -> FitResult:
     """Adds bootstrap draws, intervals and the floor's profile, if any residual is left over."""
+    say(f"2 of 3: {result.law.name} is fitted; intervals")
     problem, theta, delta = result.problem, result.solution.theta, result.delta
     draws = profile = None
     # Refuses an unknown unit even if nothing is drawn.
@@ -186,8 +188,9 @@ def _check_request(delta, level, bootstrap) -> None:
         raise InputError(f"--bootstrap={bootstrap} is too few for intervals; use 2000, or 0")
 
 
-def _solutions(problem: Problem, delta: float | None) -> dict[str, solve.Solution]:
+def _solutions(problem: Problem, delta: float | None, say) -> dict[str, solve.Solution]:
     """Fits at three widths: "chosen", "least_squares" and "huber_1e-3"."""
+    say(f"1 of 3: starts on {solve.SUBSET:,} of {len(problem.y):,} rows, then all at three widths")
     squares = solve.solve_many_starts(problem, np.inf)
     width = delta
     chosen = squares
@@ -195,24 +198,15 @@ def _solutions(problem: Problem, delta: float | None) -> dict[str, solve.Solutio
         for _ in range(2):
             r = solve.predict_log_loss(problem, chosen.theta)[0] - problem.y
             width = max(TUNING * 1.4826 * float(np.median(np.abs(r))), SMALLEST_DELTA)
-            chosen = refit_narrower(problem, chosen, width)
+            chosen = solve.continue_from(problem, chosen, width)
     elif np.isfinite(delta):
-        chosen = refit_narrower(problem, squares, delta)
+        chosen = solve.continue_from(problem, squares, delta)
     wide = chosen if chosen.delta > 1e-3 else squares
     return {
         "chosen": chosen,
         "least_squares": squares,
-        "huber_1e-3": chosen if width == 1e-3 else refit_narrower(problem, wide, 1e-3),
+        "huber_1e-3": chosen if width == 1e-3 else solve.continue_from(problem, wide, 1e-3),
     }
-
-
-def refit_narrower(problem: Problem, wider: solve.Solution, delta: float) -> solve.Solution:
-    """Refits at a smaller delta from the minima of a wider fit, and rescales its start counts."""
-    solution = solve.solve_many_starts(problem, delta, wider.minima)
-    n_agreeing = wider.n_agreeing
-    if solution.n_starts > 1:
-        n_agreeing = round(solution.n_agreeing * (wider.n_starts / solution.n_starts))
-    return dataclasses.replace(solution, n_starts=wider.n_starts, n_agreeing=n_agreeing)
 
 
 def _natural(problem: Problem, solution: solve.Solution, floor) -> dict:
@@ -297,8 +291,9 @@ def _profile_r_star(table, law, floor, width: float, level: float) -> tuple[floa
     ]
 
 
-def _diagnosed(result: FitResult) -> FitResult:
+def _diagnosed(result: FitResult, say) -> FitResult:
     """Adds the diagnostics and warnings of every check."""
+    say("3 of 3: checks")
     problem, theta, table = result.problem, result.solution.theta, result.table
     numbers, warnings = dict(result.diagnostics), list(result.warnings)
     for values, new_warnings in (
@@ -306,8 +301,8 @@ def _diagnosed(result: FitResult) -> FitResult:
         _named_parameters("terms", *diagnostics.check_terms(problem, theta, table)),
         diagnostics.check_condition(problem, theta),
         residuals.check_residuals(problem, theta, table),
-        residuals.check_largest(problem, result.delta, table),
-        _starting_points(result.solution),
+        residuals.check_largest(problem, theta, result.delta, table),
+        _starting_points(result.solution, len(table)),
     ):
         numbers |= values
         warnings += new_warnings
@@ -345,13 +340,14 @@ def _bootstrap_spread(result: FitResult) -> dict:
     return {k: float(np.ptp(np.percentile(params[k], [15.87, 84.13]))) / 2 for k in names}
 
 
-def _starting_points(solution: solve.Solution) -> tuple[dict, list]:
+def _starting_points(solution: solve.Solution, rows: int) -> tuple[dict, list]:
     """Counts the starts that agree, with a warning where another minimum is nearly as good."""
     rivals = solution.objectives[1:] < RIVAL * solution.objective
     tried = {
         "tried": solution.n_starts,
         "agree": solution.n_agreeing,
         "rivals": int(rivals.sum()),
+        "rows": min(rows, solve.SUBSET),
     }
     if not rivals.any():
         return {"starts": tried}, []

@@ -16,8 +16,8 @@ from lmscale_jax.scaling.table import Table
 
 # Largest |difference| of ln n, and of ln d or ln c, between the cells of a pair.
 NEAR_N, NEAR_D = 0.1, 0.05
-# Correlation that is expected where seeds do not tell, as if from so many degrees of freedom: runs
-# of 300 steps had .4 with another MLP and none with another optimizer, shorter ones .7 to .9
+# Correlation that is expected where seeds do not tell, as if from so many degrees of freedom. Small
+# models had .6 on average over sizes and two changes, and 0 at one size
 # (benchmarks/results/paired_arms.json).
 USUAL_CORRELATION, USUAL_DEGREES = 0.3, 2
 LEVEL = 0.95

@@ -4,7 +4,7 @@ import numpy as np
 
 from lmscale_jax.scaling import solve
 from lmscale_jax.scaling.laws import Law, Problem
-from lmscale_jax.scaling.table import Table, fit_warning
+from lmscale_jax.scaling.table import Table, fit_warning, number_labels
 
 MAX_LAG_CORRELATION = 0.3
 # Fewest degrees of freedom within seeds for a test of lack of fit.
@@ -52,16 +52,14 @@ def _other_law(law: Law) -> str:
 
 def neighbour_correlation(r: np.ndarray, run_id: np.ndarray) -> float | None:
     """Computes the lag-1 correlation of residuals within runs of at least three rows, or None."""
-    pairs = []
-    _, number, count = np.unique(run_id.astype(str), return_inverse=True, return_counts=True)
-    if count.max() < 3:
+    number = number_labels(run_id)
+    length = np.bincount(number)
+    if length.max() < 3:
         return None
-    for r_run in np.split(r[np.argsort(number, kind="stable")], np.cumsum(count)[:-1]):
-        if len(r_run) >= 3:
-            pairs.append(np.stack([r_run[:-1], r_run[1:]]))
-    if not pairs:
-        return None
-    first, second = np.concatenate(pairs, axis=1)
+    order = np.argsort(number, kind="stable")
+    run, r = number[order], r[order]
+    neighbours = (run[1:] == run[:-1]) & (length[run[1:]] >= 3)
+    first, second = r[:-1][neighbours], r[1:][neighbours]
     norm = np.sqrt((first**2).mean() * (second**2).mean())
     return float((first * second).mean() / max(norm, 1e-300))
 
@@ -73,7 +71,7 @@ def lack_of_fit(problem: Problem, r: np.ndarray, table: Table) -> dict | None:
     """
     from scipy.stats import f as f_distribution
 
-    _, cell = np.unique(table.cells(), return_inverse=True)
+    cell = table.cells()
     count = np.bincount(cell)
     means = np.bincount(cell, r) / count
     within = float(((r - means[cell]) ** 2).sum())
@@ -91,7 +89,7 @@ def lack_of_fit(problem: Problem, r: np.ndarray, table: Table) -> dict | None:
     }
 
 
-def check_largest(problem: Problem, delta: float, table: Table):
+def check_largest(problem: Problem, theta_P, delta: float, table: Table):
     """Measures the error in ln L at the largest size by a fit without it.
 
     Warns where the mean error is significant at 1 % against its own standard error, that of the
@@ -107,7 +105,9 @@ def check_largest(problem: Problem, delta: float, table: Table):
     if spare < 1:
         return {"largest_left_out": None}, []
     train, test = problem.take(~held_out), problem.take(held_out)
-    theta = solve.solve_many_starts(train, delta).theta
+    # In a large table the rest has the minima of all.
+    start = theta_P if len(x) > solve.SUBSET else None
+    theta = solve.solve_many_starts(train, delta, start).theta
     error = solve.predict_log_loss(test, theta)[0] - test.y
     r = solve.predict_log_loss(train, theta)[0] - train.y
     variance = float((r**2).sum() / spare)

@@ -5,12 +5,15 @@ F(theta) = sum_i w_i rho(f_i(theta) - y_i), where rho is Huber's function of wid
 Hessian are exact and cheap. Shapes: S starts or draws, R rows, P coordinates, K terms.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
 
 from lmscale_jax.scaling.laws import Problem
 
+# Tables with more rows are solved from starts on so many of them, drawn at random.
+SUBSET = 20_000
 # Elements of an [S, R] array in one chunk, so that it fits a core's cache.
 CHUNK = 40_000
 MAX_STEP = 2.0
@@ -324,8 +327,13 @@ def solve_many_starts(
     """Finds the best minimum over all starts at one delta.
 
     Least squares comes first, then delta falls by factors of 10: a narrow Huber loss has many flat
-    stretches, and is minimised from nearby.
+    stretches, and is minimised from nearby. Of large tables the starts go to the minima of a random
+    subset, from which all rows are fitted.
     """
+    if theta_SxP is None and len(problem.y) > SUBSET:
+        rng = np.random.Generator(np.random.PCG64(0))
+        rows = np.sort(rng.choice(len(problem.y), SUBSET, replace=False))
+        return continue_from(problem, solve_many_starts(problem.take(rows), delta), delta)
     theta = projection_starts(problem) if theta_SxP is None else np.atleast_2d(theta_SxP)
     total = len(theta)
     counts = np.ones(total)
@@ -338,6 +346,15 @@ def solve_many_starts(
         theta, F = minimise(problem, theta, width)
         theta, F, counts = _distinct(theta, F, counts, SAME_OBJECTIVE)
     return Solution(theta[0], float(F[0]), delta, total, int(counts[0]), theta, F)
+
+
+def continue_from(problem: Problem, other: Solution, delta: float) -> Solution:
+    """Solves from the minima of a wider fit or of fewer rows, and rescales its start counts."""
+    solution = solve_many_starts(problem, delta, other.minima)
+    n_agreeing = other.n_agreeing
+    if solution.n_starts > 1:
+        n_agreeing = round(solution.n_agreeing * (other.n_starts / solution.n_starts))
+    return dataclasses.replace(solution, n_starts=other.n_starts, n_agreeing=n_agreeing)
 
 
 def delta_path(delta: float) -> list[float]:

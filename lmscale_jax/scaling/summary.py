@@ -31,6 +31,7 @@ def fit_as_json(result) -> dict:
         "kind": result.draws.kind,
         "degrees_of_freedom": result.draws.degrees,
         "draws": len(result.draws.theta),
+        "linear": result.draws.linear,
         "level": result.level,
     }  # fmt: skip
     shown = dict(params)
@@ -84,6 +85,9 @@ def fit_lines(result) -> list[str]:
              f"{len(set(result.table.run_id))} runs ({result.table.name})"]  # fmt: skip
     for name, value in (result.params | result.compound).items():
         output.append(f"  {name:<6} {value:<12.6g} {_interval(result, name)}")
+    rows = result.diagnostics["starts"]["rows"]
+    if rows < len(result.table):
+        output.append(f"  fitted to all rows from the minima of {rows:,} drawn at random")
     output += residual_lines(result.diagnostics)
     if result.r_star is not None:
         span = result.diagnostics["r_star_interval"]
@@ -92,6 +96,7 @@ def fit_lines(result) -> list[str]:
     if result.draws is not None:
         draws = result.draws
         kind = f"t with {draws.degrees} degrees of freedom" if draws.kind == "student" else "pairs"
+        kind += ", single Newton steps" if draws.linear else ""
         stated = "no" if draws.too_few else f"{100 * result.level:g} %"
         output.append(
             f"  {stated} intervals, {len(draws.theta)} draws of {draws.clusters} {draws.unit}s "

@@ -73,15 +73,17 @@ class Table:
         return sorted(set(self.variant))
 
     def cells(self) -> np.ndarray:
-        """Labels runs [R] by variant and by n, d or c, so that seeds of one cell share a label.
+        """Numbers runs [R] by variant and by n, d or c, so that seeds of one cell share a number.
 
         Runs with other numbers of distinct tokens are in other cells.
         """
-        parts = [self.variant.astype(str)]
         columns = [x for x in (self.n, self.d) if x is not None] or [self.c]
         columns += [] if self.unique is None else [self.unique]
-        parts += [np.char.mod("%.6f", np.log(x)) for x in columns]
-        return np.array(["|".join(row) for row in zip(*parts, strict=True)])
+        _, cell = np.unique(self.variant.astype(str), return_inverse=True)
+        for x in columns:
+            _, step = np.unique(np.round(np.log(x), 6), return_inverse=True)
+            _, cell = np.unique(cell * (int(step.max()) + 1) + step, return_inverse=True)
+        return cell
 
     @property
     def flops_factor(self) -> float:
@@ -143,17 +145,17 @@ def as_table(source, points: str = "final", skip: float = 0.0, name: str = "tabl
 
 
 def _column(name: str, values: Iterable) -> np.ndarray:
-    values = list(values)
     if name in TEXTS:
         return np.array(["" if v is None else str(v) for v in values], dtype=object)
+    values = values if isinstance(values, np.ndarray) else list(values)
     try:
-        return np.array([np.nan if v in (None, "") else float(v) for v in values], float)
+        return np.array([np.nan if v is None or v == "" else v for v in values]).astype(float)
     except (TypeError, ValueError):
-        bad = next(v for v in values if not _column_number(v))
+        bad = next(v for v in values if not _holds_number(v))
         raise InputError(f"column {name!r} holds {bad!r}; it must hold numbers") from None
 
 
-def _column_number(value) -> bool:
+def _holds_number(value) -> bool:
     try:
         float(value or 0)
     except (TypeError, ValueError):
@@ -184,31 +186,29 @@ def _keep_points(columns: dict, points: str, skip: float, notes: list) -> dict:
     if not 0.0 <= skip < 100.0:
         raise InputError(f"--skip={skip} must be a percentage from 0 to below 100; use 10")
     progress = columns.get("d", columns.get("c"))
-    groups = _group_rows(columns["run_id"])
-    longest = max((len(rows) for rows in groups), default=1)
+    run = number_labels(columns["run_id"])
+    length = np.bincount(run)
     if points == "curve":
-        rows_by_run = [rows[int(len(rows) * skip / 100) :] for rows in groups]
-        if longest > 1:
-            notes.append(
-                fit_warning(
-                    "curve_points",
-                    f"{len(progress)} curve points of {len(groups)} runs are not independent: "
-                    "intervals resample whole runs, and losses before the learning rate has "
-                    "decayed depend on the schedule too; --points=final uses one point per run",
-                )
-            )
+        # The rows' places within their runs, in the order of the table.
+        place = np.empty(len(run), int)
+        order = np.argsort(run, kind="stable")
+        place[order] = np.arange(len(run)) - np.repeat(np.cumsum(length) - length, length)
+        rows = np.flatnonzero(place >= (length * skip / 100).astype(int)[run])
+        message = (
+            f"{len(progress)} curve points of {len(length)} runs are not independent: "
+            "intervals resample whole runs, and losses before the learning rate has "
+            "decayed depend on the schedule too; --points=final uses one point per run"
+        )
     else:
-        progress = np.nan_to_num(progress)
-        rows_by_run = [[max(rows, key=lambda i: (progress[i], i))] for rows in groups]
-        if longest > 1:
-            notes.append(
-                fit_warning(
-                    "final_points",
-                    f"only the last of up to {longest} rows of each of {len(groups)} runs is used; "
-                    "--points=curve uses all rows",
-                )
-            )
-    rows = np.array(sorted(i for run_rows in rows_by_run for i in run_rows), int)
+        # The last rows by progress, of equal ones by place.
+        order = np.lexsort((np.arange(len(run)), np.nan_to_num(progress), run))
+        rows = np.sort(order[np.cumsum(length) - 1])
+        message = (
+            f"only the last of up to {length.max()} rows of each of {len(length)} runs is used; "
+            "--points=curve uses all rows"
+        )
+    if length.max() > 1:
+        notes.append(fit_warning("curve_points" if points == "curve" else "final_points", message))
     selected = {k: v[rows] for k, v in columns.items()}
     return _keep_best(selected, notes) if points == "best" else selected
 
@@ -216,28 +216,26 @@ def _keep_points(columns: dict, points: str, skip: float, notes: list) -> dict:
 def _keep_best(columns: dict, notes: list) -> dict:
     """Selects the lowest loss of each variant, n and d (or c), and says what that does."""
     names = [k for k in ("variant", "n", "d", "c") if k in columns][:3]
-    groups = _group_rows(list(zip(*(columns[k] for k in names), strict=True)))
+    group = number_labels(list(zip(*(columns[k] for k in names), strict=True)))
     loss = np.where(np.isfinite(columns["loss"]), columns["loss"], np.inf)
-    rows = np.array(sorted(min(group, key=loss.__getitem__) for group in groups), int)
-    most = max(len(group) for group in groups)
+    first = np.unique(group[order := np.lexsort((loss, group))], return_index=True)[1]
+    rows, most = np.sort(order[first]), np.bincount(group).max()
     if most > 1:
         notes.append(
             fit_warning(
                 "best_points",
                 f"the lowest of up to {most} losses of each {' and '.join(names)} is used, "
-                f"{len(groups)} of {len(loss)} runs: a lowest one is low by luck too, so repeat "
+                f"{len(rows)} of {len(loss)} runs: a lowest one is low by luck too, so repeat "
                 "the best settings with other seeds for an unbiased law",
             )
         )
     return {k: v[rows] for k, v in columns.items()}
 
 
-def _group_rows(labels: Iterable) -> list[list[int]]:
-    """Groups row numbers by label, in order of first appearance."""
-    rows_by_label: dict = {}
-    for i, label in enumerate(labels):
-        rows_by_label.setdefault(label, []).append(i)
-    return list(rows_by_label.values())
+def number_labels(labels) -> np.ndarray:
+    """Numbers equal labels [R], in order of first appearance."""
+    numbers: dict = {}
+    return np.fromiter((numbers.setdefault(x, len(numbers)) for x in labels), int, len(labels))
 
 
 def _drop_missing(columns: dict, name: str, notes: list) -> dict:
@@ -303,26 +301,32 @@ def _check_magnitudes(columns: dict, name: str) -> None:
 def _drop_copies(columns: dict, notes: list) -> dict:
     """Omits runs whose numbers all equal those of another run of the same variant."""
     keys = [k for k in ("n", "d", "c", "loss") if k in columns]
-    groups, first_run, copies = _group_rows(columns["run_id"]), {}, []
-    for rows in groups:
-        variant = columns["variant"][rows[0]] if "variant" in columns else ""
-        content = (variant, np.stack([columns[k][rows] for k in keys]).tobytes())
-        if content in first_run:
-            copies.append((rows, first_run[content]))
-        else:
-            first_run[content] = columns["run_id"][rows[0]]
+    run = number_labels(columns["run_id"])
+    order = np.argsort(run, kind="stable")
+    numbers = np.stack([columns[k][order] for k in keys], axis=1)
+    ends = np.cumsum(np.bincount(run))
+    variant = columns.get("variant", np.full(len(run), ""))
+    # The bytes of each run's numbers, row by row.
+    raw, width = numbers.tobytes(), numbers.itemsize * len(keys)
+    first_run: dict = {}
+    copies = []
+    for k, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+        content = (variant[order[start]], raw[start * width : end * width])
+        original = first_run.setdefault(content, k)
+        if original != k:
+            copies.append((k, original))
     if not copies:
         return columns
-    retained = np.ones(len(columns["loss"]), bool)
-    retained[[i for rows, _ in copies for i in rows]] = False
+    names = columns["run_id"][order[ends - 1]]
     first, original = copies[0]
     notes.append(
         fit_warning(
             "duplicate_runs",
             f"{len(copies)} runs equal another in every number and are omitted, first "
-            f"{columns['run_id'][first[0]]!r}, a copy of {original!r}; two seeds always differ",
+            f"{names[first]!r}, a copy of {names[original]!r}; two seeds always differ",
         )
     )
+    retained = ~np.isin(run, [k for k, _ in copies])
     return {k: v[retained] for k, v in columns.items()}
 
 
@@ -379,10 +383,11 @@ def _copied_arms(columns: dict, c: np.ndarray) -> list[dict]:
         return []
     first_row: dict = {}
     shared = []
-    for i, variant in enumerate(columns["variant"]):
-        earlier = first_row.setdefault((c[i], columns["loss"][i]), (variant, columns["run_id"][i]))
+    numbers = zip(c.tolist(), columns["loss"].tolist(), strict=True)
+    for key, variant, run in zip(numbers, columns["variant"], columns["run_id"], strict=True):
+        earlier = first_row.setdefault(key, (variant, run))
         if earlier[0] != variant:
-            shared.append((columns["run_id"][i], earlier[1]))
+            shared.append((run, earlier[1]))
     if not shared:
         return []
     return [

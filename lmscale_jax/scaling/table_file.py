@@ -111,15 +111,17 @@ def parse_columns(text: str, path: Path | str) -> dict[str, list]:
     else:
         rows = rows[1:]
     _check_header(header, path)
-    for row in rows:
-        if len(row) > len(header) and any(cell.strip() for cell in row[len(header) :]):
+    width = len(header)
+    for i, row in enumerate(rows):
+        if len(row) == width:
+            continue
+        if any(cell.strip() for cell in row[width:]):
             raise InputError(
                 f"--input={path}: {delimiter.join(row)[:80]!r} has {len(row)} cells and the header "
-                f"{len(header)}; quote texts that contain {delimiter!r}"
+                f"{width}; quote texts that contain {delimiter!r}"
             )
-    width = len(header)
-    padded = [row[:width] + [""] * (width - len(row)) for row in rows]
-    columns = dict(zip(header, map(list, zip(*padded, strict=True)), strict=True)) if padded else {}
+        rows[i] = row[:width] + [""] * (width - len(row))
+    columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True)) if rows else {}
     if delimiter == ",":
         return columns
     return {name: _with_decimal_points(values, name, path) for name, values in columns.items()}
