@@ -44,9 +44,9 @@ def torch_version(python: str) -> str | None:
 
 def accelerated() -> bool:
     """Whether JAX has an accelerator here. Asks no device: a process that did would hold it."""
-    from lmscale_jax.ladders import executors
+    from lmscale_jax.ladders import machine
 
-    return not executors.runs_on_cpu()
+    return not machine.runs_on_cpu()
 
 
 def cores() -> int:

@@ -21,14 +21,14 @@
 # one can be trained with the same settings, ask which of two kinds of model is better, and see
 # which parts of the small model do the work.
 #
-# Every step is a command of the package in a process of its own, printed above its output, so you
-# can type the same in a terminal. The notebook itself never starts JAX, which leaves an accelerator
-# free for the commands. The stop button stops the command too, and a cell of training or a ladder
-# that is run again goes on from where it was.
+# Every step is a function of the package, which the command line has too: `lm.train` is
+# `lmscale train`. JAX runs in the notebook; on a CPU the runs of a ladder are processes beside it.
+# The stop button saves a run or a ladder, and its cell, run again, goes on from where it was.
 #
-# The times below are processor time, measured on two cores (AMD Zen 4, jax 0.10.2) while other
-# work ran on them, some 15 minutes in all. Two cores of your own share most of it between them;
-# that was not timed.
+# The times below are processor time of the same commands, measured on two cores (AMD Zen 4, jax
+# 0.10.2) while other work ran on them, some 15 minutes in all. Two cores of your own share most of
+# it between them; that was not timed. Commands restart themselves with huge pages, which a notebook
+# cannot: steps on a CPU may take a quarter longer here.
 
 # %% [markdown]
 # ## Install
@@ -42,7 +42,6 @@ import email
 import html
 import importlib.util
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -107,33 +106,10 @@ else:
 # %% [markdown]
 # ## Helpers and the settings
 #
-# `lmscale` runs one command, prints its lines as they come, and raises an error where the command
-# ends with another status than expected; `show` and `show_page` put figures and pages here.
+# `show` and `show_page` put figures and pages here.
 
 # %%
-# Lines as they come, and ± in them whatever the machine's locale is.
-PYTHON = [sys.executable, "-u", "-X", "utf8"]
-
-
-def lmscale(command, *arguments, expected=0):
-    """Runs python -m lmscale_jax.COMMAND; raises RuntimeError if its status is not `expected`."""
-    print(f"python -m lmscale_jax.{command} {shlex.join(arguments)}\n")
-    with subprocess.Popen(
-        [*PYTHON, "-m", f"lmscale_jax.{command}", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-    ) as process:
-        try:
-            for line in process.stdout:
-                print(line, end="")
-        except KeyboardInterrupt:
-            # Jupyter interrupts the command too, which saves, says so and leaves.
-            print(process.stdout.read(), end="")
-            raise
-    if process.returncode != expected:
-        raise RuntimeError(f"{command} ended with status {process.returncode}, not {expected}")
+import lmscale_jax as lm
 
 
 def show(*paths):
@@ -148,32 +124,30 @@ def show_page(path):
 
 
 # %% [markdown]
-# `CHANGES` says in what the commands below differ from the configs that come with the package, so
-# that all of it takes minutes. Tests set `LMSCALE_NOTEBOOK=small` to run the same cells in less
-# time still, with numbers that mean nothing.
+# `CHANGES` says in what the configs below differ from those that come with the package, so that all
+# of it takes minutes. Tests set `LMSCALE_NOTEBOOK=small` to run the same cells in less time still,
+# with numbers that mean nothing.
 
 # %%
 SMALL = os.environ.get("LMSCALE_NOTEBOOK") == "small"
 RUNS = Path("runs_small" if SMALL else "runs")
-CONFIGS = Path(importlib.util.find_spec("lmscale_jax.configs").origin).parent
 
 CHANGES = {
-    "train": [
-        "--config.train.steps=500",
-        "--config.train.batch_size=16",
+    "train": {
+        "train.steps": 500,
+        "train.batch_size": 16,
         # About 1 / sqrt(width); with GPT-2's 0.02 the first steps are spent on growing matrices.
-        "--config.parametrization.init_std=0.08",
-        "--config.eval.tokens=100_000",
-    ],
-    "coordinates": ["--widths=64,128,256,512,1024"],
-    "control": ["--widths=64,128,256,512"],
-    "ladder": [
-        "--config.rungs.sizes=(25e3,50e3,100e3)",
-        "--config.rungs.held_out=200e3",
-        "--config.tokens.amounts=(4.0,)",
-    ],
-    "evaluate": ["--tokens=20000"],
+        "parametrization.init_std": 0.08,
+        "eval.tokens": 100_000,
+    },
+    "coordinates": {},
+    "ladder": {
+        "rungs.sizes": (25e3, 50e3, 100e3),
+        "rungs.held_out": 200e3,
+        "tokens.amounts": (4.0,),
+    },
 }
+WIDTHS, CONTROL_WIDTHS, TOKENS = (64, 128, 256, 512, 1024), (64, 128, 256, 512), 20_000
 if SMALL:
     text = {
         "data.source": "text",
@@ -188,22 +162,20 @@ if SMALL:
         "eval.tokens": 5000,
         "eval.sample": 20,
     }
-    data = [f"--config.{key}={value}" for key, value in text.items()]
-    check = [*data, "--widths=64,256,1024", "--steps=2", "--config.model.n_layers=1"]
     CHANGES = {
-        "train": [f"--config.{key}={value}" for key, value in (text | tiny).items()],
-        "coordinates": check,
-        "control": check,
-        "ladder": [
-            *(f"--config.run.{key}={value}" for key, value in text.items()),
-            "--config.run.eval.tokens=5000",
-            "--config.rungs.sizes=(6e3,12e3,24e3)",
-            "--config.rungs.held_out=48e3",
-            "--config.tokens.amounts=(1.0,)",
-            "--config.seeds=1",
-        ],
-        "evaluate": ["--tokens=2000"],
+        "train": text | tiny,
+        "coordinates": text | {"train.steps": 2, "model.n_layers": 1},
+        "ladder": {
+            **{f"run.{key}": value for key, value in text.items()},
+            "run.eval.tokens": 5000,
+            "rungs.sizes": (6e3, 12e3),
+            "rungs.held_out": 24e3,
+            "tokens.amounts": (1.0,),
+            "seeds": 1,
+            "executor.name": "here",
+        },
     }
+    WIDTHS, CONTROL_WIDTHS, TOKENS = (64, 256, 1024), (64, 256, 1024), 2000
 
 # %% [markdown]
 # ## 1. Train a small model
@@ -216,12 +188,8 @@ if SMALL:
 # 3 minutes of processor time. The loss came to 3.58, beside 3.99 of the bigram model.
 
 # %%
-lmscale(
-    "main",
-    f"--config={CONFIGS}/quickstart.py",
-    f"--workdir={RUNS}/quickstart",
-    *CHANGES["train"],
-)
+config = lm.load_config("configs/quickstart.py", CHANGES["train"])
+record = lm.train(config, RUNS / "quickstart")
 
 # %%
 show(RUNS / "quickstart/plots/loss.png")
@@ -237,30 +205,22 @@ show(RUNS / "quickstart/plots/loss.png")
 # 1.6 minutes of processor time, most of it for compiling five models.
 
 # %%
-lmscale(
-    "coord_check",
-    f"--config={CONFIGS}/coord_check.py",
-    f"--workdir={RUNS}/coordinates",
-    *CHANGES["coordinates"],
-)
+config = lm.load_config("configs/coord_check.py", CHANGES["coordinates"])
+check = lm.coord_check(config, RUNS / "coordinates", WIDTHS)
+assert check["verdict"] != "failed"
 show(RUNS / "coordinates/coord_check.png")
 
 # %% [markdown]
 # A check that cannot fail says nothing. The control trains the same widths under the standard
-# parametrization, where the numbers grow with the width: it must be out of bounds, end with an
-# error and status 1, and the cell stops if it does not.
+# parametrization, where the numbers grow with the width: it must be out of bounds, and the cell
+# stops if it is not.
 #
 # 1.4 minutes of processor time.
 
 # %%
-lmscale(
-    "coord_check",
-    f"--config={CONFIGS}/coord_check.py",
-    f"--workdir={RUNS}/coordinates_control",
-    "--control=sp",
-    *CHANGES["control"],
-    expected=1,
-)
+config = lm.load_config("configs/coord_check.py", CHANGES["coordinates"])
+check = lm.coord_check(config, RUNS / "coordinates_control", CONTROL_WIDTHS, control="sp")
+assert check["verdict"] == "failed"
 show(RUNS / "coordinates_control/coord_check.png")
 
 # %% [markdown]
@@ -268,18 +228,13 @@ show(RUNS / "coordinates_control/coord_check.png")
 #
 # Is SwiGLU better than GeLU at the same number of parameters, and does it stay so as models grow? A
 # ladder trains both kinds at three sizes, writes down what it expects of a fourth, then trains the
-# fourth and compares. The first lines are the plan with its cost.
+# fourth and compares.
 #
 # 9 minutes of processor time, for 16 runs, two at a time on two cores.
 
 # %%
-ladder = [
-    f"--config={CONFIGS}/ladders/quickstart.py",
-    f"--workdir={RUNS}/ladder",
-    *CHANGES["ladder"],
-]
-lmscale("ladder", *ladder, "--dry_run")
-lmscale("ladder", *ladder)
+config = lm.load_config("configs/ladders/quickstart.py", CHANGES["ladder"])
+verdict = lm.ladder(config, RUNS / "ladder")
 
 # %% [markdown]
 # The answer stands at the top of the page. It was "no detectable difference", and both forecasts
@@ -299,20 +254,30 @@ show_page(RUNS / "ladder/report/index.html")
 # 25 seconds of processor time.
 
 # %%
-workdir = f"--workdir={RUNS}/quickstart"
-lmscale("evaluate", workdir, "--suites=redundancy,mur", *CHANGES["evaluate"])
-lmscale("report", workdir)
+scores = lm.evaluate(RUNS / "quickstart", tokens=TOKENS)
+report = lm.report(RUNS / "quickstart").parent
+show(report / "bi_curve.png", report / "layer_drop.png", report / "mur_mean.png")
+
+# %% [markdown]
+# The scores are a dict, the runs of a ladder rows, and the curve of a run columns, for figures of
+# your own. The model is there too.
 
 # %%
-report = RUNS / "quickstart/report"
-show(report / "bi_curve.png", report / "layer_drop.png", report / "mur_mean.png")
+run = lm.load(RUNS / "quickstart")
+print(run.generate("def main(", tokens=40))
+ids = run.tokenizer.encode_batch(["import os"])
+print("logits", run.apply(ids).shape)
+for row in lm.results(RUNS / "ladder")[:3]:
+    print(row["variant"], row["n_non_embedding"], row["val_loss"])
+print("layer drop, nats", [round(x, 3) for x in scores["layer_drop"]])
 
 # %% [markdown]
 # ## 5. Where to go next
 #
 # - Train on [your own text](https://github.com/lmscale/lmscale_jax/blob/main/docs/data.md), or
 #   another [architecture](https://github.com/lmscale/lmscale_jax/blob/main/docs/variants.md): any
-#   key of `configs/base.py` can be set as in `--config.optim.lr=3e-3`.
+#   key can be set as in `lm.load_config(file, {"optim.lr": 3e-3})`; `!lmscale help optim.lr` says
+#   what it is.
 # - [Ladders](https://github.com/lmscale/lmscale_jax/blob/main/docs/ladders.md): how to ask a
 #   question of your own.
 # - [Parametrizations](https://github.com/lmscale/lmscale_jax/blob/main/docs/mup.md) and
@@ -320,8 +285,8 @@ show(report / "bi_curve.png", report / "layer_drop.png", report / "mur_mean.png"
 #   measured in sections 2 and 4.
 # - [Scaling laws](https://github.com/lmscale/lmscale_jax/blob/main/docs/fits.md) of tables of runs.
 #
-# Before a long run, `--explain` says what it would do and how long it would take here, and leaves.
+# Before a long run, `lm.explain` says what it would do and how long it would take here, and leaves.
 # Here for a model of 50 million parameters, which takes seconds.
 
 # %%
-lmscale("main", f"--config={CONFIGS}/llama_50m.py:embedded,16gb", "--explain")
+lm.explain(lm.load_config("configs/llama_50m.py:embedded,16gb"))

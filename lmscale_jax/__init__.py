@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 
 # Name of the package -> module that has it, imported at the first use: JAX takes seconds.
 EXPORTS = dict.fromkeys(
-    ("load_config", "train", "ladder", "load", "evaluate", "results", "metrics", "coord_check",
-     "explain"),
+    ("load_config", "train", "ladder", "load", "evaluate", "report", "results", "metrics",
+     "coord_check", "explain"),
     "from_python",
 ) | {"InputError": "errors", "RunFailed": "errors"}  # fmt: skip
 

@@ -71,15 +71,15 @@ def main() -> None:
         # As python -m does it, so that flags, errors and pages are the same.
         runpy.run_module(f"lmscale_jax.{VERBS[verb]}", run_name="__main__", alter_sys=True)
         return
-    try:
-        if verb not in WORDS:
-            near = difflib.get_close_matches(verb, [*VERBS, *WORDS], n=1) or ["help"]
-            raise InputError(f"{verb} is not a verb of lmscale; use lmscale {near[0]}")
-        WORDS[verb](arguments)
-    except Exception as error:
-        if (line := cli.line_of(error)) is None:
-            raise
-        cli.exit_with_error(*line)
+    cli.call_or_exit(lambda: _say(verb, arguments))
+
+
+def _say(verb: str, arguments: list[str]) -> None:
+    if verb not in WORDS:
+        near = difflib.get_close_matches(verb, [*VERBS, *WORDS], n=1) or ["help"]
+        raise InputError(f"{verb} is not a verb of lmscale; use lmscale {near[0]}")
+    WORDS[verb](arguments)
+    sys.stdout.flush()
 
 
 def _verb_lines() -> str:

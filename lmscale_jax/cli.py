@@ -30,20 +30,25 @@ def run_command(main: Callable[[], None]) -> None:
         # So that a line reaches a file or a pipe when it is printed, not an hour later. Not every
         # terminal has all characters.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-        try:
-            if "trust_code" in flags.FLAGS:
-                own_code.trust(flags.FLAGS.trust_code)
-            main()
-        except BrokenPipeError:
-            # As after `| head`: who read the output has enough. Python would flush it once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(128 + signal.SIGPIPE)
-        except Exception as error:
-            if (line := line_of(error)) is None:
-                raise
-            exit_with_error(*line)
+        if "trust_code" in flags.FLAGS:
+            call_or_exit(lambda: own_code.trust(flags.FLAGS.trust_code))
+        call_or_exit(main)
 
     app.run(body, flags_parser=_parse)
+
+
+def call_or_exit(function: Callable[[], None]) -> None:
+    """Calls a function; an error of which `line_of` has a line ends the process with it."""
+    try:
+        function()
+    except BrokenPipeError:
+        # As after `| head`: who read the output has enough. Python would flush it once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except Exception as error:
+        if (line := line_of(error)) is None:
+            raise
+        exit_with_error(*line)
 
 
 def line_of(error: Exception) -> tuple[str, int] | None:

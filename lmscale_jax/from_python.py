@@ -65,16 +65,19 @@ def ladder(
 ) -> dict | None:
     """Trains and judges a ladder, or goes on with it, and returns its verdict (verdict.json).
 
-    Its runs are processes, as those of the command; where this process holds an accelerator, which
-    they could not share, they are trained here, one job after the other.
+    Its runs are processes, as those of the command. Where this process holds an accelerator, which
+    they could not share, executor.name="local" becomes "here".
 
     Args:
       only: terms that select cells, as --only does; with anchors alone the result is None.
     """
-    from lmscale_jax.ladders import run, same_process
+    from lmscale_jax.ladders import machine, run
     from lmscale_jax.reports.ladder_report import write_ladder_report
 
     folder = user_path(str(workdir))
+    if config.executor.name == "local" and machine.holds_accelerator():
+        config = ConfigDict(config.to_dict())
+        config.executor.name = "here"
     repeat = f'lmscale_jax.ladder(config, workdir="{workdir}")  # config: the one in plan.json'
     with _interruptible():
         message = run.run_ladder(
@@ -84,7 +87,6 @@ def ladder(
             until="verdict",
             write_report=functools.partial(write_ladder_report, command=repeat),
             say=say,
-            make_executor=same_process.executor_beside_jax,
         )
     say(message)
     return None if only else read_json(folder / "verdict.json")
@@ -167,6 +169,14 @@ def evaluate(
 
     own_code.trust(trust_code)
     return read_json(evaluate_run(user_path(str(workdir)), list(suites), step, tokens, say))
+
+
+def report(workdir: str | Path) -> Path:
+    """Writes the page of a run and its figures to report/ in its directory; returns its path."""
+    from lmscale_jax.reports import pairs, run_report
+
+    folder = user_path(str(workdir))
+    return run_report.report_run(pairs.read_run(folder), folder / "report")
 
 
 def results(workdir: str | Path) -> list[dict]:

@@ -18,22 +18,20 @@ class Kind(NamedTuple):
       example: file of examples/.
       entry: what the key names in it, a class or a function.
       key: dotted key that takes FILE.py:NAME.
-      baseline: the choice of this key with which it is compared, or its default.
-      others: {dotted key: value} that the user's arm sets besides.
-      tune: {dotted key: values} tried in both arms.
+      baseline: the value of this key with which it is compared.
+      tune: {dotted key: (values tried in the baseline's arm, values tried in the user's)}.
     """
 
     example: str
     entry: str
     key: str
-    baseline: object
-    others: Mapping = MappingProxyType({})
+    baseline: str
     tune: Mapping = MappingProxyType({})
 
 
 KINDS = {
     "mlp": Kind("poly", "PolyMLP", "model.mlp", "relu2"),
-}
+}  # fmt: skip
 
 LADDER = '''"""Is {file}.py better than {baseline}, and will it be at scale?
 
@@ -105,19 +103,24 @@ def example_text(kind: str, file: str) -> str:
 def ladder_text(kind: str, file: str, ladder: str) -> str:
     """Returns the config of a ladder of the example and its baseline."""
     k = KINDS[kind]
-    entry = file if k.entry == k.example else k.entry
+    entry, baseline = file if k.entry == k.example else k.entry, k.baseline or "none"
     here = f'laddering.here(__file__) + "{file}.py:{entry}"'
-    tune = "".join(f"    c.tune.all.{key} = {values}\n" for key, values in k.tune.items())
-    if tune:
-        tune = f"    # Tried at every size and in each arm; the best ones are compared.\n{tune}"
+    arms = [_nested({key: repr(v[i]) for key, v in k.tune.items()}) for i in (0, 1)]
+    tune = f"""
+    # Tried at every size; the best values of each arm are compared.
+    c.tune = {{
+        "{baseline}": {arms[0]},
+        "{file}": {arms[1]},
+    }}
+"""
     return LADDER.format(
         file=file,
         ladder=ladder,
-        baseline=k.baseline,
-        switch=", ".join(map(json.dumps, (k.key, f"own.{file}", *k.others))),
+        baseline=baseline,
+        switch=", ".join(map(json.dumps, (k.key, f"own.{file}"))),
         baseline_arm=_nested({k.key: json.dumps(k.baseline)}),
-        arm=_nested({k.key: here} | {key: json.dumps(value) for key, value in k.others.items()}),
-        tune=tune and f"\n{tune}",
+        arm=_nested({k.key: here}),
+        tune=tune if k.tune else "",
     )
 
 

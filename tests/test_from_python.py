@@ -15,7 +15,8 @@ from lmscale_jax import new
 from lmscale_jax.config.key_help import key_help
 from lmscale_jax.config.keys import SPEC, keys
 from lmscale_jax.config.ladder_keys import FREE, LADDER
-from lmscale_jax.ladders import plan, same_process
+from lmscale_jax.ladders import executors, machine, plan
+from lmscale_jax.ladders import run as ladder_run
 from lmscale_jax.ladders.executors import EndedJob
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -101,11 +102,6 @@ def test_bad_input_is_an_exception(run, tmp_path):
             call()
 
 
-class OneCellPlan:
-    def cell(self, name):
-        return name
-
-
 @pytest.mark.parametrize(
     ("failure", "ended"),
     [
@@ -114,22 +110,31 @@ class OneCellPlan:
         (SystemExit(130), EndedJob(["a"], 130, "stopped")),
     ],
 )
-def test_jobs_train_here_where_this_process_holds_the_accelerator(monkeypatch, failure, ended):
+def test_jobs_train_in_this_process(monkeypatch, failure, ended):
     """One after the other; a signal that stopped a run reaches the scheduler."""
 
-    def train_cells(plan, cells, workdir):
+    def train_job(workdir, ids):
         if failure:
             raise failure
 
     signals = []
-    monkeypatch.setattr(same_process.plan, "read_plan", lambda workdir: OneCellPlan())
-    monkeypatch.setattr(same_process.worker, "train_cells", train_cells)
-    monkeypatch.setattr(same_process.os, "kill", lambda process, number: signals.append(number))
-    monkeypatch.setattr(same_process, "holds_accelerator", lambda: True)
-    executor = same_process.executor_beside_jax({"name": "local"}, ROOT)
+    monkeypatch.setattr(executors.worker, "train_job", train_job)
+    monkeypatch.setattr(executors.os, "kill", lambda process, number: signals.append(number))
+    executor = executors.make_executor({"name": "here"}, ROOT)
     assert executor.submit([["a"], ["b"]]) == [["b"]]
     assert (executor.poll(), executor.poll()) == ([ended], [])
     assert [int(number) for number in signals] == ([2] if ended.status == 130 else [])
+
+
+@pytest.mark.parametrize(("holds", "name"), [(True, "here"), (False, "local")])
+def test_a_ladder_is_trained_where_the_accelerator_is(monkeypatch, tmp_path, holds, name):
+    names = []
+    monkeypatch.setattr(machine, "holds_accelerator", lambda: holds)
+    monkeypatch.setattr(
+        ladder_run, "run_ladder", lambda config, *_, **__: names.append(config.executor.name)
+    )
+    lm.ladder(lm.load_config("configs/ladders/quickstart.py"), tmp_path, only=["gelu"], say=str)
+    assert names == [name]
 
 
 def lmscale(*arguments, module="lmscale_jax"):

@@ -4,7 +4,7 @@ import pytest
 
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.errors import InputError
-from lmscale_jax.ladders import executors, plan
+from lmscale_jax.ladders import machine, plan
 
 # Shapes that need not be solved for.
 WIDTHS = {"rungs__by": "width", "rungs__sizes": (64.0, 128.0), "rungs__held_out": 0.0,
@@ -16,7 +16,7 @@ def test_runs_on_accelerators_compute_in_bfloat16(ladder, monkeypatch, tmp_path)
     """Unless the ladder says otherwise, or the type is what it compares."""
 
     def dtypes(on_cpu: bool, arms: dict | None = None, **changes) -> dict[str, set]:
-        monkeypatch.setattr(executors, "runs_on_cpu", lambda: on_cpu)
+        monkeypatch.setattr(machine, "runs_on_cpu", lambda: on_cpu)
         config = ladder(**WIDTHS | changes)
         if arms:
             config.arms, config.baseline, config.switch = arms, "float32", ("model.dtype",)
@@ -37,10 +37,10 @@ def test_runs_on_accelerators_compute_in_bfloat16(ladder, monkeypatch, tmp_path)
 
 
 def test_a_ladder_goes_on_with_the_type_of_its_plan(ladder, monkeypatch, tmp_path):
-    monkeypatch.setattr(executors, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(machine, "runs_on_cpu", lambda: True)
     first = plan.make_plan(ladder(**WIDTHS), print)
     plan.write_plan(first, None, tmp_path)
-    monkeypatch.setattr(executors, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(machine, "runs_on_cpu", lambda: False)
     remedy = r"use --config\.dtype=run --config\.run\.model\.dtype=float32, or"
     with pytest.raises(InputError, match=remedy):
         plan.check_plan(plan.make_plan(ladder(**WIDTHS), print), tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.ladders import executors, forecasts, plan, results, scheduler, verdict, worker
+from lmscale_jax.ladders import forecasts, machine, plan, results, scheduler, verdict, worker
 from lmscale_jax.ladders.executors import EndedJob
 from lmscale_jax.ladders.run import run_ladder
 from lmscale_jax.reports import ladder_report as page
@@ -347,7 +347,7 @@ def test_the_table_on_a_terminal_redraws_itself(ladder, tmp_path, capsys, monkey
 
 def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
     """On CPU up to four of the narrowest; never fewer jobs than processes; equal shapes only."""
-    monkeypatch.setattr(executors, "runs_on_cpu", lambda: True)
+    monkeypatch.setattr(machine, "runs_on_cpu", lambda: True)
     config = ladder(
         rungs__by="width", rungs__sizes=(16.0, 32.0, 64.0), rungs__held_out=0.0,
         rungs__match="none", rungs__aspect=64.0, rungs__head_dim=64, seeds=8,
@@ -370,7 +370,7 @@ def test_small_models_are_packed_where_it_pays(ladder, monkeypatch):
     assert lengths(2, "never") == {16: 1, 32: 1, 64: 1}
 
     # On an accelerator those whose steps are short: all of these, and none of longer steps.
-    monkeypatch.setattr(executors, "runs_on_cpu", lambda: False)
+    monkeypatch.setattr(machine, "runs_on_cpu", lambda: False)
     assert lengths(2) == {16: 8, 32: 8, 64: 8}
     ladder_plan.ladder["run"]["train"]["batch_size"] = 2**18
     assert lengths(2) == {16: 1, 32: 1, 64: 1}

@@ -50,6 +50,7 @@ def _describe(path: str, key: Key) -> list[str]:
     rows = [
         ("default", repr(key.default)),
         ("choices", ", ".join(map(repr, key.choices or ()))),
+        ("or code", f"FILE.py:NAME of a {key.code}" if key.code else ""),
         ("range", limits),
         ("written as", '"200" (steps), "5%" of the run, "50M tokens"' if key.duration else ""),
         *(("used with", f"{other} = {_either(allowed)}") for other, allowed in key.when.items()),

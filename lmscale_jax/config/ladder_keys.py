@@ -96,9 +96,9 @@ LADDER = {
     "executor": {
         "name": Key(
             "local",
-            "local: processes on this machine, on CPU each pinned to a core; ray; slurm: job "
-            "arrays",
-            choices=("local", "ray", "slurm"),
+            "local: processes on this machine, on CPU each pinned to a core; here: this process, "
+            "for a debugger, or where it holds the accelerator; ray; slurm: job arrays",
+            choices=("local", "here", "ray", "slurm"),
         ),
         "workers": Key(
             0,

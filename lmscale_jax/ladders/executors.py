@@ -1,6 +1,6 @@
-"""Executors of jobs: processes on this machine, Ray tasks, Slurm jobs.
+"""Executors of jobs: processes on this machine, this process, Ray tasks, Slurm jobs.
 
-A job is a list of cell ids, trained by one process `lmscale_jax.ladders.worker`.
+A job is a list of cell ids, trained by one process `lmscale_jax.ladders.worker`, or by this one.
 All executors have the same interface: `submit(jobs)` starts as many as there are free slots and
 returns the others, `poll()` returns the jobs that ended, `stop()` asks all running jobs to save and
 exit, and `slots` is the number that run at a time.
@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.own_code import trusted_digests
-from lmscale_jax.errors import InputError
-from lmscale_jax.model.mesh import ACCELERATORS
+from lmscale_jax.errors import InputError, RunFailed
+from lmscale_jax.ladders import machine, worker
 
 Job = list[str]
 
@@ -46,10 +46,10 @@ def executor_slots(settings) -> int:
     return EXECUTORS[settings["name"]].slots(settings)
 
 
-def _slots_here(settings) -> int:
-    each, available = settings["cpus"], available_cores()
-    workers = settings["workers"] or (max(1, available // each) if runs_on_cpu() else 1)
-    if runs_on_cpu() and workers * each > available:
+def _slots_of_machine(settings) -> int:
+    each, available = settings["cpus"], machine.available_cores()
+    workers = settings["workers"] or (max(1, available // each) if machine.runs_on_cpu() else 1)
+    if machine.runs_on_cpu() and workers * each > available:
         raise InputError(
             f"config.executor.workers={workers} of {each} core(s) need more than the {available} "
             f"of this machine; use {max(1, available // each)}"
@@ -57,30 +57,11 @@ def _slots_here(settings) -> int:
     return workers
 
 
-# Which a machine with a GPU has: NVIDIA's, the same under WSL, AMD's.
-_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
-
-
-def runs_on_cpu() -> bool:
-    """Returns whether this machine has no accelerator that JAX could use. Does not start JAX.
-
-    The plugins for GPUs also compile where there is none, so they alone do not mean a GPU.
-    """
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        return True
-    has_gpu = any(os.path.exists(path) for path in _GPU_FILES)
-    installed = [name for name in ACCELERATORS if importlib.util.find_spec(name)]
-    return not any(name == "libtpu" or has_gpu for name in installed)
-
-
 def trains_on_cpu(settings) -> bool:
     """Returns whether jobs certainly run on CPUs: on this machine, without an accelerator."""
-    return EXECUTORS[settings["name"]].make is LocalExecutor and runs_on_cpu()
-
-
-def available_cores() -> int:
-    """Returns the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return EXECUTORS[settings["name"]].make in (LocalExecutor, HereExecutor) and (
+        machine.runs_on_cpu()
+    )
 
 
 def worker_command(workdir: Path, job: Job) -> list[str]:
@@ -114,8 +95,8 @@ class LocalExecutor:
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
         # Each of several workers sees one accelerator: JAX would reserve all of them.
         self._places = [
-            {"cores": cores[i * each : (i + 1) * each] if runs_on_cpu() else []}
-            | ({"gpu": i} if not runs_on_cpu() and self.slots > 1 else {})
+            {"cores": cores[i * each : (i + 1) * each] if machine.runs_on_cpu() else []}
+            | ({"gpu": i} if not machine.runs_on_cpu() and self.slots > 1 else {})
             for i in range(self.slots)
         ]
 
@@ -172,6 +153,37 @@ def pin_to(cores: list[int]):
         yield
     finally:
         os.sched_setaffinity(0, previous)
+
+
+class HereExecutor:
+    """Runs jobs in this process; `submit` returns when the first of them has ended."""
+
+    slots = 1
+
+    def __init__(self, settings, workdir: Path):
+        self._workdir, self._ended = workdir, []
+
+    def submit(self, jobs: list[Job]) -> list[Job]:
+        if not jobs:
+            return []
+        status, message = 0, ""
+        try:
+            worker.train_job(self._workdir, jobs[0])
+        except (InputError, RunFailed, OSError) as error:
+            status, message = 1, " ".join(str(error).split())
+        except SystemExit as stop:
+            # The run took the signal for itself; the scheduler must hear of it too.
+            status, message = stop.code, "stopped"
+            os.kill(os.getpid(), signal.Signals(stop.code - 128))
+        self._ended.append(EndedJob(jobs[0], status, message))
+        return jobs[1:]
+
+    def poll(self) -> list[EndedJob]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self, seconds: float = 120.0) -> None:
+        """Does nothing: no job is running when it can be called."""
 
 
 def _run_job(arguments: list[str], log: str) -> int:
@@ -312,7 +324,8 @@ class Executor(NamedTuple):
 EXECUTORS = Modes(
     "executor.name",
     {
-        "local": Executor(LocalExecutor, _slots_here),
+        "local": Executor(LocalExecutor, _slots_of_machine),
+        "here": Executor(HereExecutor, lambda settings: 1),
         "ray": Executor(RayExecutor, _slots_elsewhere("ray", "ray")),
         "slurm": Executor(SlurmExecutor, _slots_elsewhere("submitit", "slurm")),
     },

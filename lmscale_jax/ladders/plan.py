@@ -22,7 +22,7 @@ from lmscale_jax.config.resolve import apply_overrides, late_defaults
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
-from lmscale_jax.ladders import executors, grid
+from lmscale_jax.ladders import grid, machine
 from lmscale_jax.ladders.grid import Cell
 
 # Keys that may differ from those of the plan in the same directory.
@@ -91,7 +91,7 @@ def _dtype_of_hardware(ladder: ConfigDict) -> str:
     varied = [ladder.per_rung, *ladder.arms.values(), *ladder.tune.values()]
     if any("model.dtype" in grid.flat_overrides(group) for group in varied):
         return ladder.run.model.dtype
-    on_accelerators = ladder.executor.gpus > 0 or not executors.runs_on_cpu()
+    on_accelerators = ladder.executor.gpus > 0 or not machine.runs_on_cpu()
     return "bfloat16" if on_accelerators else ladder.run.model.dtype
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
-from lmscale_jax.ladders import executors, results
+from lmscale_jax.ladders import machine, results
 from lmscale_jax.ladders.grid import ANCHOR, HELD_OUT, Cell, short_count
 from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
 from lmscale_jax.model import flops
@@ -167,10 +167,10 @@ def process_speed(plan: LadderPlan, workdir: Path) -> tuple[float, str]:
     if rates:
         best = sorted(rates)[-max(1, len(rates) // 2)]
         return best, f"{best / 1e9:.3g} GFLOP/s, the speed of the finished runs here"
-    dtype, on_cpu = plan.ladder["run"]["model"]["dtype"], executors.runs_on_cpu()
+    dtype, on_cpu = plan.ladder["run"]["model"]["dtype"], machine.runs_on_cpu()
     rate = explain.probe_flops(dtype, 1024 if on_cpu else 4096)
     share = explain.CPU_EFFICIENCY[dtype] if on_cpu else explain.EFFICIENCY
-    cores = plan.ladder["executor"]["cpus"] / max(1, executors.available_cores()) if on_cpu else 1.0
+    cores = plan.ladder["executor"]["cpus"] / max(1, machine.available_cores()) if on_cpu else 1.0
     return rate * share * cores, f"{share:.0%} of a {dtype} product measured now"
 
 
@@ -185,7 +185,7 @@ def _epochs(plan: LadderPlan, cell: Cell, manifest: dict | None) -> str:
 def process_memory(plan: LadderPlan, cell: Cell) -> str:
     """Formats the peak memory of a training step in one process with one device, in MiB."""
     config = resolve(plan.config(cell, Path()), plan.vocab_size)
-    platform = "cpu" if executors.runs_on_cpu() else "gpu"
+    platform = "cpu" if machine.runs_on_cpu() else "gpu"
     boundary = prepare.find_token_ids(config.data).boundary
     model = build_model(config, platform=platform, bos_id=boundary)
     size = aot.memory_sizes(config, model, {}, platform)["total"]

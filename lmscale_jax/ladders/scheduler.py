@@ -16,7 +16,7 @@ from typing import NamedTuple
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.resolve import resolve
 from lmscale_jax.files import write_json
-from lmscale_jax.ladders import executors, results
+from lmscale_jax.ladders import machine, results
 from lmscale_jax.ladders.grid import TRUNK, Cell
 from lmscale_jax.ladders.plan import LadderPlan, cell_dir
 from lmscale_jax.train.run_dir import is_locked
@@ -57,7 +57,7 @@ def pack_key(plan: LadderPlan, cell: Cell) -> str:
 
 def packing_pays(plan: LadderPlan, cell: Cell) -> bool:
     """Returns whether packs of such models are faster than single runs on this kind of machine."""
-    if executors.runs_on_cpu():
+    if machine.runs_on_cpu():
         return cell.shape["d_model"] <= CPU_WIDTH
     run = plan.ladder["run"]
     tokens = run["train"]["batch_size"] * run["data"]["seq_len"]
@@ -81,7 +81,7 @@ PACK_MODES = Modes(
     {
         "auto": PackMode(
             packing_pays,
-            lambda most: min(most, CPU_MOST) if executors.runs_on_cpu() else most,
+            lambda most: min(most, CPU_MOST) if machine.runs_on_cpu() else most,
         ),
         "always": PackMode(lambda plan, cell: True),
         "never": PackMode(lambda plan, cell: False),

@@ -55,7 +55,6 @@ def leave_with_parent() -> None:
 
 def train_job(workdir: Path, ids: list[str]) -> None:
     """Trains the cells with these ids. Raises InputError where there is no plan or no such cell."""
-    leave_with_parent()
     plan = read_plan(workdir)
     if plan is None:
         raise InputError(f"--workdir={workdir} holds no plan.json; run lmscale_jax.ladder first")
@@ -72,4 +71,5 @@ if __name__ == "__main__":
     WORKDIR = cli.path_flag("workdir", "directory of a ladder", required=True)
     IDS = flags.DEFINE_list("ids", None, "cells of its plan.json; several train as one program")
     cli.trust_flag()
+    leave_with_parent()
     cli.run_command(lambda: train_job(WORKDIR.value, IDS.value or []))
