@@ -1,10 +1,13 @@
 """Arms of a ladder are paired: equal initial values and data order, and a test that uses them."""
 
+import importlib.util
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from synthetic import two_arms
 
 from benchmarks import calibration_tables as made
@@ -114,3 +117,22 @@ def test_pairs_are_used_where_they_pay():
     assert pay(0.9, 4, cells=8) and not pay(0.4, 4, cells=8)
     # Without repeated seeds it takes many sizes.
     assert not pay(None, 0) and pairs.Pairs(np.repeat(np.arange(7), 2), None, 0).pay(5)
+
+
+def test_the_documented_verdict_is_the_present_one():
+    path = ROOT / "docs/ladders/recompute.py"
+    spec = importlib.util.spec_from_file_location("recompute", path)
+    recompute = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recompute)
+    judgement, present = recompute.judge()
+    documented = json.loads((path.parent / "verdict.json").read_text())
+    text = (ROOT / "docs/ladders.md").read_text().replace("\n> ", " ")
+    assert judgement["answer"] == documented["answer"] and judgement["answer"] in text
+    (ours,), (theirs,) = judgement["comparisons"], documented["comparisons"]
+    for part, names in {"shift": ("s", "se", "p", "p_both"), "pairing": ours["pairing"]}.items():
+        assert [ours[part][k] for k in names] == pytest.approx(
+            [theirs[part][k] for k in names], rel=1e-3
+        )
+    for arm, law in present["arms"].items():
+        low, high = (round(law[k], 4) for k in ("low", "high"))
+        assert f"| {arm} |" in text and f"{law['loss']:.4f} | {low:.4f} to {high:.4f}" in text
