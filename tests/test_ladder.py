@@ -169,16 +169,17 @@ def test_branches_off_a_shared_trunk(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["slurm", "ray"])
+@pytest.mark.parametrize("name", ["slurm", "ray", "here"])
 def test_the_same_ladder_finishes_with_other_executors(config, tmp_path, name):
     """submitit's own local jobs stand in for Slurm's; Ray starts a cluster of this machine."""
-    pytest.importorskip({"slurm": "submitit", "ray": "ray"}[name])
+    pytest.importorskip({"slurm": "submitit", "ray": "ray", "here": "jax"}[name])
     ladder, workdir = load(config), tmp_path / "w"
     ladder.executor.name, ladder.executor.minutes = name, 5 if name == "slurm" else 240
     os.environ["PYTHONPATH"] = str(ROOT)
     kinds = {
         "slurm": functools.partial(executors.SlurmExecutor, cluster="local"),
         "ray": executors.RayExecutor,
+        "here": executors.HereExecutor,
     }
     report = functools.partial(page.write_ladder_report, command="")
     last = run_ladder(ladder, workdir, [], "verdict", report, make_executor=kinds[name])

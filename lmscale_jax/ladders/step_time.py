@@ -1,8 +1,9 @@
 """Converts a compute factor from FLOPs to seconds, by the measured speed of both arms' steps.
 
 A change that costs no FLOPs may cost time. Only runs on one kind of device and in packs of one size
-are compared, size by size. The standard deviation of ln(speed) is that among seeds, pooled over
-sizes and arms; without repeated seeds it is that of the arms' difference among sizes.
+are compared, size by size. The standard deviation of ln(speed) is the larger one of two: that among
+seeds, pooled over sizes and arms, and that by which the arms' difference varies among sizes. On a
+machine that others use, the seeds of an arm are slow together, and only the second shows it.
 """
 
 import math
@@ -22,7 +23,8 @@ class TimedSize(NamedTuple):
       per_token, per_flop: mean ln(speed) of the second arm less that of the first, in tokens and in
         FLOPs a second.
       weight: variance of these differences over that of one run's ln(speed).
-      scatter: (sum of squares, degrees of freedom) of ln(speed) within the arms.
+      scatter: (sum of squares, degrees of freedom) of ln(speed) within the arms. Runs of one pack
+        have one clock and count once.
     """
 
     size: float
@@ -130,7 +132,7 @@ def _reason(timed: list[dict], arms: list[str]) -> str:
 
 def _timed_size(group: list[dict], arms: list[str]) -> TimedSize:
     sides = [[row for row in group if row["variant"] == arm] for arm in arms]
-    tokens = [np.log([row["tokens_per_second"] for row in side]) for side in sides]
+    tokens = [np.log(sorted({row["tokens_per_second"] for row in side})) for side in sides]
     flops = [np.mean(np.log([row["flops_per_token"] for row in side])) for side in sides]
     per_token = float(tokens[1].mean() - tokens[0].mean())
     squares = sum(float(((side - side.mean()) ** 2).sum()) for side in tokens)
@@ -139,8 +141,8 @@ def _timed_size(group: list[dict], arms: list[str]) -> TimedSize:
         c=math.exp(np.mean([math.log(row["flops"]) for row in group])),
         per_token=per_token,
         per_flop=per_token + float(flops[1] - flops[0]),
-        weight=sum(1 / len(side) for side in sides),
-        scatter=(squares, len(group) - 2),
+        weight=sum(1 / len(side) for side in tokens),
+        scatter=(squares, sum(map(len, tokens)) - 2),
         runs=len(group),
     )
 
@@ -148,20 +150,24 @@ def _timed_size(group: list[dict], arms: list[str]) -> TimedSize:
 def _half_widths(sizes: list[TimedSize], level: float):
     """Returns weights of the sizes -> half width of the interval of their mean difference; or None.
 
-    Without repeated seeds the scatter is that of the differences between sizes.
+    None means that nothing was repeated. Two sizes tell their scatter only where no seeds do.
     """
     from scipy.stats import t
 
-    squares, degrees = map(sum, zip(*(size.scatter for size in sizes), strict=True))
     weights = np.array([size.weight for size in sizes])
-    if degrees == 0:
-        differences = np.array([size.per_flop for size in sizes])
-        degrees = len(sizes) - 1
-        squares = float(((differences - differences.mean()) ** 2 / weights).sum())
-    if degrees == 0:
+    differences = np.array([size.per_flop for size in sizes])
+    of_sizes = float(((differences - differences.mean()) ** 2 / weights).sum()), len(sizes) - 1
+    of_seeds = tuple(map(sum, zip(*(size.scatter for size in sizes), strict=True)))
+    scatters = [of_seeds] if of_seeds[1] else []
+    if of_sizes[1] >= (2 if scatters else 1):
+        scatters.append(of_sizes)
+    if not scatters:
         return lambda shares: None
-    deviation, quantile = math.sqrt(squares / degrees), float(t.ppf((1 + level) / 2, degrees))
-    return lambda shares: quantile * deviation * math.sqrt((np.square(shares) * weights).sum())
+    half = max(
+        float(t.ppf((1 + level) / 2, degrees)) * math.sqrt(squares / degrees)
+        for squares, degrees in scatters
+    )
+    return lambda shares: half * math.sqrt((np.square(shares) * weights).sum())
 
 
 def _in_seconds(row: dict, sizes: list[TimedSize], half) -> dict:
