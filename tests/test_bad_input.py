@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, flags, run
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 SMALL = {
     "model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "data.seq_len": 16,
     "train.steps": 4, "train.batch_size": 4, "eval.tokens": 64, "eval.sample": 0,

@@ -1,7 +1,6 @@
 """What of the benchmarks needs neither PyTorch nor a quiet machine. No times are asserted."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +14,16 @@ from benchmarks import (
     nanogpt_char,
     optimizer_sweep,
     optimizers,
+    overheads,
     readme,
     tables,
 )
 from benchmarks.interleave import Chunk
+from benchmarks.shapes import SHAPES
+from lmscale_jax.config.resolve import differences
 from lmscale_jax.errors import RunFailed
 
 ROOT = Path(__file__).parents[1]
-# Programs that compile in half the time; how fast they are is not asked here.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
 
 # Tells in its loss which worker it is.
 FAKE = "import sys\nprint('ready', flush=True)\nfor n in sys.stdin: print(2.0, {}, flush=True)"
@@ -116,7 +116,6 @@ def benchmark(name: str, results: Path, *arguments: str) -> tuple[int, str, str]
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *flags],
         cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"LMSCALE_CACHE": str(results / "cache"), **QUICK},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -233,11 +232,14 @@ def test_more_steps_hold_no_more_memory():
     assert late < 1.1 * early
 
 
-@pytest.mark.slow
-def test_every_change_can_be_measured(tmp_path):
-    few = ["--shape=1", "--rounds=1", "--chunk_ms=1"]
-    status, _, err = benchmark("overheads", tmp_path, *few)
-    assert status == 0, err
+@pytest.mark.parametrize("label", overheads.CHANGES)
+def test_every_change_is_a_config_of_every_shape(label):
+    changes, _ = overheads.CHANGES[label]
+    for number, shape in SHAPES.items():
+        plain, changed = (
+            overheads.config_with(shape, "float32", more).to_dict() for more in ({}, changes)
+        )
+        assert changes.keys() <= set(differences(plain, changed)), number
 
 
 @pytest.mark.slow

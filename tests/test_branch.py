@@ -16,8 +16,6 @@ from lmscale_jax.train import checkpoint, loop, metrics
 from lmscale_jax.train.run import build_run
 from lmscale_jax.train.setup import TrainStep
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 QUIET = {
     "log__tensorboard": False, "eval__sample": 0, "eval__baselines": False, "model__d_model": 16,
     "train__batch_size": 4, "data__seq_len": 16, "eval__tokens": 320, "eval__every": 0,

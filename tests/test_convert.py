@@ -16,8 +16,6 @@ from lmscale_jax.model import build, hf
 from lmscale_jax.reports import final_summary
 from lmscale_jax.train import evaluation, restore
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 GPT2 = {"mlp": "gelu", "norm": "layernorm", "bias": True, "positions": "learned", "head": "tied"}
 LLAMA = {"mlp": "swiglu", "norm": "rmsnorm", "bias": False, "positions": "rope"}
 SHAPES = {

@@ -14,8 +14,6 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
 from lmscale_jax.sweeps import coord_check
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def make(name="llama", **changes):
     config = family.get_config(name)

@@ -20,8 +20,6 @@ from lmscale_jax.sweeps import coord_check as coordinates
 from lmscale_jax.sweeps import lr_transfer as transfer
 from lmscale_jax.train import evaluation, explain, loop, restore
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def quiet(_):
     pass

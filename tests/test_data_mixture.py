@@ -129,7 +129,6 @@ def test_what_is_no_mixture_is_refused(folders):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiler")
 def test_a_run_trains_from_it(folders, small, tmp_path):
     path = f"{folders / 'low'}=2,{folders / 'high'}=1"
     gone = {"data__tokenizer": "bpe", "data__val_fraction": 0.05}

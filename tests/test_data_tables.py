@@ -137,7 +137,6 @@ def test_documents_are_those_that_were_written(kind, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("kind", [*KINDS, "bin"])
 def test_a_run_trains_from_it(kind, folder, small, tmp_path):
     named = {k.replace(".", "__"): v for k, v in written_dataset(folder, kind).items()}

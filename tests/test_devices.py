@@ -14,8 +14,6 @@ from lmscale_jax.model import build, param
 from lmscale_jax.model import mesh as meshes
 from lmscale_jax.model.sharding import AXES, partition
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 GRIDS = {
     "data, in two micro-batches": {"mesh__data": 4, "mesh__cpu_devices": 4, "train__accum": 2},
     "replicas": {"mesh__replica": 2, "mesh__data": 1, "mesh__fsdp": -1},

@@ -22,8 +22,6 @@ from lmscale_jax.model.mesh import put_batch
 from lmscale_jax.train.run import OpenRun, build_run
 from lmscale_jax.train.setup import TrainStep
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEYS = dict(keys())
 # Another value than the default for each key without named choices that a program depends on.
 NUMBERS = {

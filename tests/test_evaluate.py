@@ -17,7 +17,6 @@ from lmscale_jax.train import loop
 from lmscale_jax.train.evaluation import evaluate_run
 from lmscale_jax.train.run import build_run
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 SUITES = ["perplexity", "redundancy", "mur"]
 
 
@@ -33,7 +32,7 @@ def config_of(settings, changes):
 
 
 @pytest.fixture(scope="module")
-def runs(settings, tmp_path_factory, quick_compiler):
+def runs(settings, tmp_path_factory):
     """A directory with "base" and "loss", two finished and evaluated runs of three blocks."""
     folder = tmp_path_factory.mktemp("runs")
     more = {"model.n_layers": 3, "train.steps": 40, "optim.lr": 1e-2, "checkpoint.every": 20}

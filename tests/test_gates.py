@@ -16,8 +16,6 @@ from lmscale_jax.model.attention import earlier_input
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.optim.rules import update_rules
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 CASES = {
     "headwise": {"attn_gate": "headwise"},
     "elementwise, GQA": {"attn_gate": "elementwise", "n_kv_heads": 2},

@@ -7,6 +7,8 @@ the numbers were taken (`taken_on` in the files: processor, versions, compiler),
 
 import json
 import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -29,19 +31,19 @@ NEAR_INITIAL = 1e-6
 NEAR_FIT = 1e-5
 
 
-def differences(kind: str, also: tuple[str, ...] = ()) -> list[str]:
+def differences(kind: str, now: dict, also: tuple[str, ...] = ()) -> list[str]:
     """What of this machine differs from the one that the numbers were taken on; of its cores only
     where `also` names them."""
-    before, now = EXPECTED[kind]["taken_on"], json.loads(json.dumps(measure.taken_on()))
+    before = EXPECTED[kind]["taken_on"]
     fields = ["cpu", "system", "xla_flags", "compiler", *also]
     changed = [name for name in fields if before[name] != now[name]]
     versions = before["versions"].items()
     return changed + [name for name, text in versions if now["versions"].get(name) != text]
 
 
-def exactly_here(kind: str, also: tuple[str, ...] = ()) -> None:
+def exactly_here(kind: str, here: dict, also: tuple[str, ...] = ()) -> None:
     """Skips where the last bits may differ, and says why."""
-    if changed := differences(kind, also):
+    if changed := differences(kind, here, also):
         pytest.skip(f"taken with other {', '.join(changed)}: compared within a tolerance only")
 
 
@@ -65,17 +67,25 @@ def check_near(measured, expected, relative: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def run():
-    """Trains a run by its name, once."""
-    done = {}
+def apart(plain_compiler):
+    """Calls functions of `measure` in a process that compiles as a user's does."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as process:
+        yield lambda function, *args: json.loads(
+            json.dumps(process.submit(function, *args).result())
+        )
 
-    def trained(name: str) -> dict:
-        if name not in done:
-            done[name] = json.loads(json.dumps(measure.run(name)))
-        return done[name]
 
-    with measure.place():
-        yield trained
+@pytest.fixture(scope="module")
+def here(apart):
+    """What decides the last bits of a number on this machine."""
+    return apart(measure.taken_on)
+
+
+@pytest.fixture(scope="module")
+def runs(apart):
+    """What each of the twelve runs left behind."""
+    return apart(measure.runs)
 
 
 def test_all_cases_are_compared():
@@ -85,15 +95,15 @@ def test_all_cases_are_compared():
 
 
 @pytest.mark.parametrize("name", cases.CHANGES)
-def test_counts_names_and_order_of_a_run(run, name):
-    measured, expected = run(name), EXPECTED["runs"]["values"][name]
+def test_counts_names_and_order_of_a_run(runs, name):
+    measured, expected = runs[name], EXPECTED["runs"]["values"][name]
     for field in COUNTED:
         assert measured[field] == expected[field], field
 
 
 @pytest.mark.parametrize("name", cases.CHANGES)
-def test_numbers_of_a_run(run, name):
-    measured, expected = run(name), EXPECTED["runs"]["values"][name]
+def test_numbers_of_a_run(runs, name):
+    measured, expected = runs[name], EXPECTED["runs"]["values"][name]
     dtype = cases.config(name, "cache").model.dtype
     for field in COMPUTED:
         assert measured[field] == pytest.approx(expected[field], rel=NEAR[dtype]), field
@@ -104,18 +114,18 @@ def test_numbers_of_a_run(run, name):
 
 
 @pytest.mark.parametrize("name", cases.CHANGES)
-def test_bits_of_a_run(run, name):
-    exactly_here("runs")
-    measured, expected = run(name), EXPECTED["runs"]["values"][name]
+def test_bits_of_a_run(runs, here, name):
+    exactly_here("runs", here)
+    measured, expected = runs[name], EXPECTED["runs"]["values"][name]
     for field in ("initial", *COMPUTED):
         assert measured[field] == expected[field], field
 
 
 @pytest.mark.parametrize("name", cases.CHANGES)
-def test_bits_of_every_metric_of_a_run(run, name):
+def test_bits_of_every_metric_of_a_run(runs, here, name):
     """The whole metrics.jsonl. A mean over all logits is added up by as many threads as cores."""
-    exactly_here("runs", also=("cores",))
-    assert run(name)["metrics"] == EXPECTED["runs"]["values"][name]["metrics"]
+    exactly_here("runs", here, also=("cores",))
+    assert runs[name]["metrics"] == EXPECTED["runs"]["values"][name]["metrics"]
 
 
 @pytest.mark.parametrize("name", measure.LADDERS)
@@ -125,9 +135,9 @@ def test_ids_of_a_ladder(name):
 
 
 @pytest.mark.parametrize("name", measure.FITS)
-def test_fit(name):
+def test_fit(here, name):
     measured = json.loads(json.dumps(measure.FITS[name]()))
     expected = EXPECTED["fits"]["values"][name]
     check_near(measured, expected, NEAR_FIT)
-    exactly_here("fits")
+    exactly_here("fits", here)
     assert measured == expected

@@ -11,7 +11,7 @@ from lmscale_jax.model import build
 from lmscale_jax.model.param import map_named, named
 from lmscale_jax.optim.rules import update_rules
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.slow
 
 # Together they have every role: gates for each head, each channel and without input; biases, gains,
 # tables of positions and values, scalars; a tied and an untied readout.

@@ -95,7 +95,6 @@ def test_several_files_are_read(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiler")
 def test_a_published_kind_of_model_can_be_evaluated(settings, tmp_path):
     """In, evaluated, out again, as a user does it."""
     peer = transformers.GPT2LMHeadModel(

@@ -93,7 +93,7 @@ ELSEWHERE = {
 }
 
 
-def test_every_key_is_read(reads, small, tmp_path, quick_compiler):
+def test_every_key_is_read(reads, small, tmp_path):
     for changes in LOWERED:
         program.__wrapped__(tuple(sorted((SMALL | changes).items())))
     shared = {"schedule__name": "constant", "schedule__warmup": "1", "checkpoint__every": 1}

@@ -16,8 +16,6 @@ from lmscale_jax.ladders import executors, plan, worker
 from lmscale_jax.ladders.run import run_ladder
 from lmscale_jax.reports import ladder_report as page
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 CONFIG = """
 from lmscale_jax.configs import base, laddering
 

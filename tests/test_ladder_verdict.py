@@ -12,7 +12,7 @@ from lmscale_jax.ladders.executors import EndedJob
 from lmscale_jax.ladders.run import run_ladder
 from lmscale_jax.reports import ladder_report as page
 
-pytestmark = pytest.mark.usefixtures("quick_compiler", "planned_once")
+pytestmark = pytest.mark.usefixtures("planned_once")
 
 FLOOR, SCALE, EXPONENT, NOISE = 1.7, 60.0, 0.09, 0.0015
 REPORT = functools.partial(page.write_ladder_report, command="ladder --config=x")

@@ -11,8 +11,6 @@ from lmscale_jax.model import build, param
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import layerwise
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 OPTIMIZERS = ("adamw", "sgd", "lion", "muon", "normuon")
 
 

@@ -12,8 +12,6 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.model import build, loss, param, primitives
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 VOCAB, T = 50, 12
 
 

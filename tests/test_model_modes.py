@@ -16,8 +16,6 @@ from lmscale_jax.evals import attention_stats, suites
 from lmscale_jax.model import attention, build, costs, hf, memory  # noqa: F401
 from lmscale_jax.model.mesh import make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEYS = sorted(name for name, key in MODEL.items() if key.choices)
 
 

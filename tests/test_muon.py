@@ -16,8 +16,6 @@ from lmscale_jax.optim import muon, schedules
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json, update_rules
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 RANGES = {"quintic": (0.68, 1.21), "polar_express": (0.85, 1.15), "stable": (0.999, 1.001)}
 
 

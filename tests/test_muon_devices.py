@@ -13,8 +13,6 @@ SIZES = {
     "model.d_ff": 64, "log.tensorboard": False, "eval.sample": 0, "eval.baselines": False,
     "log.per_layer": False,
 }  # fmt: skip
-# As of the fixture quick_compiler; the other tests here look at what the compiler makes.
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 GRIDS = {
     "data": {"mesh.data": 8},
     "fsdp": {"mesh.data": 1, "mesh.fsdp": 8},
@@ -24,9 +22,7 @@ GRIDS = {
 
 def trained(settings, workdir, **changes):
     overrides = settings | SIZES | changes
-    process = start_training(
-        "--config=configs/base.py", f"--workdir={workdir}", *flags(overrides), **QUICK
-    )
+    process = start_training("--config=configs/base.py", f"--workdir={workdir}", *flags(overrides))
     status, _, err = finish(process)
     assert status == 0, err
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -57,7 +57,6 @@ SLOW = {
         "model.dropout": 0.2, "model.mask": "document", "model.loss_chunk": 8,
     },
 }  # fmt: skip
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def setup(changes):

@@ -12,8 +12,6 @@ from lmscale_jax.model import mesh
 from lmscale_jax.train.run import build_run
 from lmscale_jax.train.setup import TrainStep
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 LOSS = {"mur__mode": "loss", "mur__tau": 0.5, "mur__warmup": "2", "mur__ramp": "4"}
 UPDATE = {"mur__mode": "update", "mur__tau": 0.5, "mur__alpha": 0.4}
 

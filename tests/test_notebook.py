@@ -127,11 +127,8 @@ def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebook")
     environment = {
         "LMSCALE_NOTEBOOK": "small",
-        "LMSCALE_CACHE": str(folder / "cache"),
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        # Most of the time goes to compiling programs that run for a moment.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     }
     notebook = jupytext.read(NOTEBOOK)
     client = nbclient.NotebookClient(

@@ -16,8 +16,6 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import update_rules
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 # Numbers of the group `optim` that belong to some optimizers, but the peaks of learning rates,
 # which follow the direction.
 OF_SOME = [

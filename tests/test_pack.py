@@ -24,9 +24,6 @@ COMMON = {
 }  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
-
 def quiet(_):
     pass
 

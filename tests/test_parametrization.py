@@ -21,8 +21,6 @@ from lmscale_jax.optim import build as optim
 from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.optim.rules import rules_as_json, update_rules
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 LLAMA = {"norm": "rmsnorm", "mlp": "swiglu", "positions": "rope", "head": "untied"}
 
 

@@ -66,7 +66,7 @@ def theirs(params: dict) -> dict:
 
 @pytest.mark.skipif(PYTHON is None, reason="no PyTorch here; TORCH_PYTHON=PATH names one")
 @pytest.mark.parametrize("name", MODELS)
-def test_the_peer_has_the_same_loss_and_gradient(name, tmp_path, quick_compiler):
+def test_the_peer_has_the_same_loss_and_gradient(name, tmp_path):
     import jax
     import optax
 

@@ -14,8 +14,6 @@ import pytest
 import simulated
 from conftest import ROOT, finish, flags, record, start, start_training, wait_until
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 STEPS = {"train.steps": 12, "checkpoint.every": 3, "eval.every": 6, "eval.sample": 4}
 STEPS |= {"log.tensorboard": False, "log.per_layer": False, "eval.tokens": 1000}
 SHARDED = {"mesh.data": -1, "mesh.fsdp": 2, "model.n_heads": 4}

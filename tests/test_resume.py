@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, finish, record, wait_until
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 STEPS = {"train__steps": 40, "checkpoint__every": 5, "eval__every": 10}
 
 

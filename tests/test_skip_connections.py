@@ -15,8 +15,6 @@ from lmscale_jax.model import attention, build, flops, param, skip_connections
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.optim.rules import update_rules
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 PLAIN = {"norm": "rmsnorm", "mlp": "relu2", "positions": "rope"}
 ALL = PLAIN | {
     "n_layers": 5, "norm_gain": "none", "qk_norm": "rmsnorm", "rope_channels": "half",

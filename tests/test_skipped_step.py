@@ -12,8 +12,6 @@ from lmscale_jax.optim.optimizers import OPTIMIZERS
 from lmscale_jax.train import diagnostics
 from lmscale_jax.train.setup import TrainStep, build_setup
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 # All that keeps something from step to step beside the optimizers.
 KEPT = {
     "log.every": 1, "log.per_layer": False, "log.spectral_every": 1, "optim.ema_decay": 0.9,

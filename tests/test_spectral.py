@@ -12,8 +12,6 @@ from conftest import finish, flags, start
 from lmscale_jax.model.param import Spec
 from lmscale_jax.train import diagnostics
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def matrices(kind: str, layers: int = 3) -> np.ndarray:
     rng = np.random.default_rng(1)

@@ -6,8 +6,6 @@ import math
 import pytest
 from conftest import finish, record, run
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 @pytest.fixture(scope="module")
 def done(settings, tmp_path_factory):

@@ -19,8 +19,6 @@ from lmscale_jax.sweeps import population
 from lmscale_jax.train import checkpoint, evaluation, loop, restore
 from lmscale_jax.train import run as runs
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 PACKAGE = Path(__file__).parents[1] / "lmscale_jax"
 # Who may take the parameters out of a state: what trains them, and what asks for those to evaluate.
 MAY = {"train/step.py", "train/run.py", "optim/layerwise.py", "sweeps/population.py"}

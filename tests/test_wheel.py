@@ -77,7 +77,6 @@ def project(tmp_path) -> Path:
 def lmscale(python, project):
     """Runs the installed `lmscale` in the user's directory: (status, stdout, stderr)."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles in half the time
     # The installed script, whose first line names the Python that installed it.
     (script,) = python.parents[1].rglob("bin/lmscale")
 

@@ -91,6 +91,12 @@ def run(name: str) -> dict:
     }
 
 
+def runs() -> dict:
+    """Trains all twelve in a directory of their own."""
+    with place():
+        return {name: run(name) for name in cases.CHANGES}
+
+
 def leaves(tree, describe) -> dict:
     """Returns {path: what `describe` says} of every array, by its path in a checkpoint."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
