@@ -19,11 +19,9 @@ from lmscale_jax.ladders import executors, machine, plan
 from lmscale_jax.ladders import run as ladder_run
 from lmscale_jax.ladders.executors import EndedJob
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 @pytest.fixture(scope="module")
-def run(settings, quick_compiler, tmp_path_factory):
+def run(settings, tmp_path_factory):
     """A run that was trained from Python: (its directory, what `train` returned)."""
     workdir = tmp_path_factory.mktemp("runs") / "first"
     changes = settings | {"eval.sample": 0, "eval.baselines": False, "train.steps": 6,

@@ -21,7 +21,6 @@ from lmscale_jax.scaling import as_table, compare_arms, pairs, shift
 from lmscale_jax.train.setup import build_setup
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_arms_share_initial_values_and_data_order_to_the_bit(ladder):
     config = ladder(rungs__sizes=(1e5, 2e5), rungs__held_out=0.0, seeds=2)
     config.switch = ("model.mlp", "model.norm", "optim.name")
