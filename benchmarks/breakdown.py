@@ -67,7 +67,7 @@ def parts(shape: dict, dtype: str, folder: Path) -> tuple[list, dict]:
 
     def both(params, batch):
         n_targets = step.count_targets(batch)
-        loss, (grads, _) = step.make_gradient(config, of.setup.model, of.setup.mesh, n_targets)(
+        loss, (grads, _), _ = step.make_gradient(config, of.setup.model, of.setup.mesh, n_targets)(
             params, (), *batch, None
         )
         return loss, grads

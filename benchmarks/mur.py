@@ -73,7 +73,7 @@ def _as_ours(gradient):
         from lmscale_jax.data.batches import Batch
 
         loss, grads = gradient(params, Batch(tokens_BxT, targets_BxT), key)[:2]
-        return loss, (grads, slots)
+        return loss, (grads, slots), {}
 
     return same
 

@@ -37,6 +37,18 @@ class Key:
     code: str = ""
 
 
+class _AnyCode(str):
+    """Equals every FILE.py:NAME: stands for them in the `when` of a key."""
+
+    def __eq__(self, other):
+        return own_code.is_code(other)
+
+    __hash__ = str.__hash__
+
+
+CODE = _AnyCode("FILE.py:NAME")
+
+
 class Modes(dict):
     """Maps each choice of a string-valued key to code: `NORMS = Modes("model.norm", {...})`.
 

@@ -13,7 +13,7 @@ import ml_collections
 
 from lmscale_jax.config.key import Key
 from lmscale_jax.config.model_keys import MODEL
-from lmscale_jax.config.optim_keys import FREEZE, MUR, OPTIM, SCHEDULE
+from lmscale_jax.config.optim_keys import FREEZE, MUR, OBJECTIVE, OPTIM, SCHEDULE
 
 _CORPORA = ("tinystories", "fineweb_edu", "openwebtext", "c4")
 # Sources that need no data.path; if set, it names a copy of them.
@@ -83,6 +83,12 @@ SPEC = {
             high=1.0,
             when=_SIZED,
         ),
+        "rule": Key(
+            "",
+            "factors of single parameters, on top of those of parametrization.name",
+            late=True,
+            code="function (spec, base, settings) -> {'init_std', 'lr', 'multiplier': factor}",
+        ),
         "control": Key(
             "none",
             "a deliberate mistake that the coordinate check must detect: logits_sqrt divides the "
@@ -107,6 +113,7 @@ SPEC = {
             when={"model.head": ("untied",)},
         ),
     },
+    "objective": OBJECTIVE,
     "optim": OPTIM,
     "schedule": SCHEDULE,
     "freeze": FREEZE,

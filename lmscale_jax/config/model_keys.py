@@ -30,7 +30,27 @@ MODEL = {
         choices=("tanh", "erf"),
         when={"model.mlp": ("gelu", "geglu")},
     ),
-    "norm": Key("layernorm", "pre-norm of each branch", choices=("layernorm", "rmsnorm")),
+    "norm": Key(
+        "layernorm",
+        "pre-norm of each branch",
+        choices=("layernorm", "rmsnorm"),
+        code="class (model, settings) -> nnx.Module, called (h_NxD, context) -> [N, D]",
+    ),
+    "attention_module": Key(
+        "softmax",
+        "attention of a block; softmax: by heads, with the keys below",
+        choices=("softmax",),
+        late=True,
+        code="class (model, settings) -> nnx.Module, called (x_NxD, context) -> [N, D]",
+    ),
+    "block": Key(
+        "prenorm",
+        "one block; prenorm: the stream plus attention of its norm, then plus the MLP of its norm",
+        choices=("prenorm",),
+        late=True,
+        code="class (model, settings, parts) -> nnx.Module with attend and feed, called "
+        "(h_NxD, context) -> [N, D]",
+    ),
     "norm_gain": Key(
         "learned",
         "learned: each channel of a norm has a learned factor",

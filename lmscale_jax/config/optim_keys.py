@@ -1,12 +1,22 @@
-"""Specifies the config groups `optim`, `schedule`, `freeze` and `mur` (see keys.py)."""
+"""Specifies the config groups `objective`, `optim`, `schedule`, `freeze` and `mur`."""
 
-from lmscale_jax.config.key import Key
+from lmscale_jax.config.key import CODE, Key
 
 _MUON = {"optim.name": ("muon", "normuon")}
-_MOMENTS = {"optim.name": ("adamw", "lion", "muon", "normuon")}
+# Of code, for the parameters that it leaves to adamw.
+_MOMENTS = {"optim.name": ("adamw", "lion", "muon", "normuon", CODE)}
 _DRAWN = {"freeze.mode": ("random", "random_near_input")}
 _ACTING = {"mur.mode": ("loss", "update")}
 _WATCHING = {"mur.mode": ("diagnose", "loss", "update")}
+
+OBJECTIVE = {
+    "terms": Key(
+        "",
+        "terms that are added to the loss, several with commas; train_loss is without them",
+        late=True,
+        code="function (params, out, settings, step) -> scalar",
+    ),
+}
 
 OPTIM = {
     "name": Key(
@@ -14,6 +24,7 @@ OPTIM = {
         "optimizer; muon and normuon update the matrices inside blocks, and adamw the other "
         "parameters",
         choices=("adamw", "sgd", "lion", "muon", "normuon"),
+        code="function (settings, rules) -> optax.GradientTransformation, the direction",
     ),
     "lr": Key(
         1e-3,
@@ -35,7 +46,7 @@ OPTIM = {
         1e-8,
         "added to the root of the second moment",
         above=0.0,
-        when={"optim.name": ("adamw", "muon", "normuon")},
+        when={"optim.name": ("adamw", "muon", "normuon", CODE)},
     ),
     "momentum": Key(
         0.95,
@@ -142,6 +153,7 @@ SCHEDULE = {
         "cosine",
         "learning-rate schedule after warm-up; wsd: constant, then linear cooldown",
         choices=("cosine", "linear", "wsd", "constant"),
+        code="function (step, n_steps) -> factor of the peak after warm-up",
     ),
     "warmup": Key("2%", "duration of the linear rise from 0 to the peak", duration=True),
     "cooldown": Key(

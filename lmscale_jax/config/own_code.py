@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from lmscale_jax.errors import InputError
 
 SOURCE = "source"
-_PATTERN = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
+_PATTERN = re.compile(r"(?P<path>[^,]+\.py):(?P<name>[A-Za-z_]\w*)")
 _ADOPTED = re.compile(r"(?P<digest>[0-9a-f]{12})/(?P<file>[^/]+\.py):(?P<name>[A-Za-z_]\w*)")
 # Never taken from the folder of a user's file, even if it has files of these names.
 _INSTALLED = sys.stdlib_module_names | {"lmscale_jax", "jax", "jaxlib", "flax", "optax", "numpy"}
@@ -98,15 +98,25 @@ _TRUSTED: list[str] = []
 
 
 def is_code(value) -> bool:
-    """Returns whether a value has the form FILE.py:NAME."""
-    return isinstance(value, str) and _PATTERN.fullmatch(value) is not None
+    """Returns whether a value has the form FILE.py:NAME; or several of them, with commas."""
+    parts = split_code(value) if isinstance(value, str) else [""]
+    return all(_PATTERN.fullmatch(part) for part in parts)
+
+
+def split_code(value: str) -> list[str]:
+    """Splits a value at its commas."""
+    return [part.strip() for part in value.split(",")]
 
 
 def adopt(value: str) -> str:
     """Reads the files of a FILE.py:NAME and returns DIGEST/FILE.py:NAME. Executes nothing.
 
+    Of several with commas it adopts each.
+
     Raises InputError where a file is missing or is not Python.
     """
+    if len(parts := split_code(value)) > 1:
+        return ",".join(map(adopt, parts))
     if _ADOPTED.fullmatch(value):
         return value
     match = _PATTERN.fullmatch(value)

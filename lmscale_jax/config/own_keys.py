@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from lmscale_jax.config.key import Key
 from lmscale_jax.config.keys import get, has, keys
-from lmscale_jax.config.own_code import OwnCode, adopt, is_code, load
+from lmscale_jax.config.own_code import OwnCode, adopt, is_code, load, split_code
 from lmscale_jax.errors import InputError
 
 # The keys that take FILE.py:NAME.
@@ -18,9 +18,14 @@ CODE_KEYS = tuple(path for path, key in keys() if key.code)
 
 
 def code_values(config) -> dict[str, str]:
-    """Returns {dotted path: FILE.py:NAME} of a run's config, which may lack keys."""
+    """Returns {dotted path: FILE.py:NAME, or several} of a run's config, which may lack keys."""
     values = {path: get(config, path) for path in CODE_KEYS if has(config, path)}
     return {path: value for path, value in values.items() if is_code(value)}
+
+
+def code_parts(config) -> list[str]:
+    """Returns every single FILE.py:NAME of a run's config."""
+    return [part for value in code_values(config).values() for part in split_code(value)]
 
 
 def adopted(config: ConfigDict) -> ConfigDict:
@@ -29,6 +34,11 @@ def adopted(config: ConfigDict) -> ConfigDict:
     It is the config itself where it has no code. Executes the code. Raises InputError where that
     is missing, fails or may not be executed.
     """
+    terms = config.objective.terms if has(config, "objective.terms") else ""
+    if isinstance(terms, (tuple, list)):
+        config = ConfigDict(config.to_dict())
+        with config.ignore_type():
+            config.objective.terms = ",".join(terms)
     values = code_values(config)
     if not values:
         return config
@@ -63,7 +73,7 @@ def own_keys(config) -> dict[str, dict[str, Key]]:
     Raises InputError where two files of one name declare different keys.
     """
     groups: dict[str, dict[str, Key]] = {}
-    for value in code_values(config).values():
+    for value in code_parts(config):
         code = load(value)
         _check_declaration(code)
         group = groups.setdefault(code.group, {})

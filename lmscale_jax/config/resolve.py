@@ -114,6 +114,10 @@ def _check_value(path: str, value, key: Key) -> None:
     if is_code(value) and key.choices and not key.code:
         takers = ", ".join(p for p, k in keys() if k.code)
         refuse(f"takes no code of your own, which {takers} take")
+    if key.code and not key.choices and value and not is_code(value):
+        refuse(f"must be FILE.py:NAME, a {key.code}")
+    if is_code(value) and "," in value and path != "objective.terms":
+        refuse("names several, and must name a single FILE.py:NAME")
     if key.choices and value not in key.choices and not (key.code and is_code(value)):
         code = f", or FILE.py:NAME, a {key.code}" if key.code else ""
         refuse("must be one of " + ", ".join(map(str, key.choices)) + code)
@@ -221,8 +225,7 @@ def late_defaults(config) -> set[str]:
     return {
         path
         for path, key in keys()
-        if key.late
-        and dict(get(config, path.rpartition(".")[0])).get(path.rpartition(".")[2]) == key.default
+        if key.late and has(config, path) and get(config, path) == key.default
     }
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from lmscale_jax.config import own_code
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.keys import keys
-from lmscale_jax.config.own_keys import adopted_ladder, code_values
+from lmscale_jax.config.own_keys import adopted_ladder, code_parts
 from lmscale_jax.config.resolve import apply_overrides, late_defaults
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
@@ -233,7 +233,7 @@ def _fixed(ladder: dict) -> dict:
 def write_plan(plan: LadderPlan, previous: LadderPlan | None, workdir: Path) -> None:
     """Writes plan.json and the arms' code; keeps a different previous plan as plans/ID.json."""
     for cell in plan.cells:
-        own_code.save_sources(code_values(plan.config(cell, workdir)).values(), workdir)
+        own_code.save_sources(code_parts(plan.config(cell, workdir)), workdir)
     if previous is not None and previous.id == plan.id and previous.ladder == plan.ladder:
         return
     path = workdir / "plan.json"

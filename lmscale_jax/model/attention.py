@@ -17,7 +17,7 @@ from lmscale_jax.config.key import Modes
 from lmscale_jax.model import param
 from lmscale_jax.model.context import ForwardContext
 from lmscale_jax.model.kernels import KERNELS, shard_kernel
-from lmscale_jax.model.layers import Dense, no_norm, unit_rms
+from lmscale_jax.model.layers import Dense, Part, no_norm, own_module, unit_rms
 
 # (queries or keys, epsilon) -> normed queries or keys, by head.
 QK_NORMS = Modes("model.qk_norm", {"none": no_norm, "rmsnorm": unit_rms})
@@ -64,6 +64,11 @@ class Attention(nnx.Module):
         o_NxC = context.sharding.flatten(o_BxTxHxd).reshape(N, -1)
         return self.gated("output", self.out(o_NxC, context), x_NxD, context)
 
+    def flops(self, seq_len: int, visible: float) -> float:
+        """Counts the FLOPs of one token's scores and weighted sum of values, forward."""
+        # Two products of 2 H d for each key that is seen.
+        return 4.0 * visible * self.heads * self.size
+
     def with_table_rows(self, v_BxTxKxd: jax.Array, context: ForwardContext) -> jax.Array:
         """Mixes the values with the rows of the block's value table, if any (modded-nanogpt)."""
         if not hasattr(self, "value_share"):
@@ -78,6 +83,10 @@ class Attention(nnx.Module):
         if self.gate is None or self.gate_place != place:
             return y
         return self.gate(y, x_NxD, context)
+
+
+def _softmax_flops(config, visible: float) -> float:
+    return 4.0 * visible * config.model.n_heads * config.model.head_dim
 
 
 def visible_scores(q_BxTxHxd, k_BxTxKxd, scale: float) -> jax.Array:
@@ -286,3 +295,13 @@ def describe_gate(model, specs: dict) -> dict[str, str]:
         f"parameters, {cost / (total - cost):+.2%} of the blocks; a ladder's rungs.match "
         f"reduces d_ff by as much"
     }
+
+
+# Declared from a config and the name of a kernel.
+ATTENTIONS = Modes(
+    "model.attention_module",
+    {
+        "softmax": Part(lambda config, kernel: Attention(config.model, kernel), _softmax_flops),
+    },
+    own_module,
+)

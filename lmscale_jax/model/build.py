@@ -30,7 +30,7 @@ from lmscale_jax.model.loss import chunk_length, logit_bytes, token_losses
 from lmscale_jax.model.mesh import describe_mesh
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.model.stack import STACKS, run_blocks
-from lmscale_jax.model.transformer import HEADS, Block, Embed, Readout
+from lmscale_jax.model.transformer import HEADS, Embed, Readout, declare_block
 
 
 class Model(NamedTuple):
@@ -41,9 +41,10 @@ class Model(NamedTuple):
       param_rules: {path: `ParamRule`}, initial scale and multipliers of each parameter.
       init: key -> params, float32.
       logits: (params, tokens_BxT, key=None) -> logits_BxTxV; a key turns dropout on.
-      losses: (params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None) -> nll_BxT
-        float32 in nats, 0 where the target is -1; with a `BlockWrapper` the result of its `close`.
-        `step` sets the size of growing windows; None: full.
+      losses: (params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None, needs=None) ->
+        nll_BxT float32 in nats, 0 where the target is -1; with a `BlockWrapper` the result of its
+        `close`. `step` sets the size of growing windows; None: full. With a tuple `needs` it is
+        (that, {name: array}), of "logz" [B, T] and "streams" [L, N, D], the blocks' outputs.
       taps: (params, tokens_BxT, keep, step=None) -> the results of `keep(name, activation)`, as
         {"embed", "blocks": {name: [L, ...]}, "final" (the input of the last norm), "logits"}.
       choices: {name: implementation and reason}, for people to read.
@@ -95,14 +96,19 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
         x_NxD = final_norm(params, h_NxD, context)
         return read_tokens(head.of(params), x_NxD).reshape(*tokens_BxT.shape, -1)
 
-    def losses(params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None):
+    def losses(params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None, needs=None):
         params = parametrization.multiplied_params(param_rules, params)
-        h_NxD, context = begin(params, tokens_BxT, fixed.replace(key=key), step=step)
-        h_NxD, _, wrapper_output = run(params["blocks"], h_NxD, context, wrapper=wrapper)
+        keep = _keep_streams if "streams" in (needs or ()) else None
+        h_NxD, context = begin(params, tokens_BxT, fixed.replace(key=key, keep=keep), step=step)
+        h_NxD, stored, wrapper_output = run(params["blocks"], h_NxD, context, wrapper=wrapper)
         weight, x_NxD = (head.of(params), head.of(specs)), final_norm(params, h_NxD, context)
-        how = (cut, fixed.ops.cross_entropy)
-        nll_BxT = token_losses(sharding, read_tokens, *weight, x_NxD, targets_BxT, *how)
-        return nll_BxT if wrapper is None else wrapper.close(nll_BxT, wrapper_output)
+        how = (cut, fixed.ops.cross_entropy, "logz" in (needs or ()))
+        nll_BxT, logz_BxT = token_losses(sharding, read_tokens, *weight, x_NxD, targets_BxT, *how)
+        loss_BxT = nll_BxT if wrapper is None else wrapper.close(nll_BxT, wrapper_output)
+        if needs is None:
+            return loss_BxT
+        handed_out = {"logz": logz_BxT, "streams": stored.get("residual")}
+        return loss_BxT, {name: handed_out[name] for name in needs}
 
     def taps(params, tokens_BxT, keep, step=None):
         params = parametrization.multiplied_params(param_rules, params)
@@ -117,6 +123,11 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     choices |= _descriptions(config, specs, platform, mesh)
     init = functools.partial(_init, specs, param_rules)
     return Model(specs, param_rules, init, logits, losses, taps, choices)
+
+
+def _keep_streams(name: str, x: jax.Array) -> jax.Array:
+    """Keeps the streams between blocks, and of other taps nothing."""
+    return x if name == "residual" else jnp.zeros(())
 
 
 def _final_norm(definition, params, h_NxD, context: ForwardContext):
@@ -207,7 +218,8 @@ def _readout(config, fixed: ForwardContext, head) -> tuple[Callable, Callable]:
 def _declare(config, kernel: str) -> tuple[dict, dict]:
     """Returns the modules of a model by name, and the annotations of their parameters."""
     model = config.model
-    parts = {"embed": Embed(model), "blocks": Block(config, kernel), "readout": Readout(model)}
+    block = declare_block(config, kernel)
+    parts = {"embed": Embed(model), "blocks": block, "readout": Readout(config)}
     specs = {name: param.specs(part) for name, part in parts.items()}
     specs["blocks"] = param.map_named(lambda _, s: s.stacked(model.n_layers), specs["blocks"])
     return parts, specs

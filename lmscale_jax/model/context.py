@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.model import primitives
 from lmscale_jax.model.parametrization import Scales
 from lmscale_jax.model.primitives import Primitives
 from lmscale_jax.model.sharding import ShardingContext
@@ -112,3 +113,13 @@ class ForwardContext:
     def unflatten(self, x_N: jax.Array) -> jax.Array:
         """Reshapes flat activations to [B, T, ...]."""
         return self.sharding.unflatten(x_N, self.batch, self.length)
+
+    def flatten(self, x_BxT: jax.Array) -> jax.Array:
+        """Reshapes [B, T, ...] to flat activations [N, ...], the inverse of `unflatten`."""
+        return self.sharding.flatten(x_BxT)
+
+    def visible(self) -> jax.Array:
+        """Returns the keys that each query of this layer sees, bool [1 or B, T, T]."""
+        bounds = self.first_key_BxT, self.last_key_1xT
+        mask = primitives.visible(self.length, self.length, *bounds)
+        return mask if mask.ndim == 3 else mask[None]

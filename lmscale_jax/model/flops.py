@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lmscale_jax.model import visible_keys
 from lmscale_jax.model.param import Spec, named
+from lmscale_jax.model.transformer import BLOCKS
 
 # For each forward product the backward pass has two: for the gradients of inputs and of weights.
 FORWARD_AND_BACKWARD = 3
@@ -36,20 +37,16 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
 
     "dense": the products inside the blocks. "readout": the product with the vocabulary.
     "attention": q·k and the weighted sum of values, for the keys within mask and window
-    (`visible_keys.mean_visible`). Lookups, norms and activations are not counted: they grow with
-    the width, not with its square.
+    (`visible_keys.mean_visible`), and what a user's modules declare by `flops`. Lookups, norms and
+    activations are not counted: they grow with the width, not with its square.
     """
     model = config.model
     hidden = [spec for spec in named(specs["blocks"]).values() if spec.n_in]
     return {
         "dense": 2.0 * sum(spec.size for spec in hidden),
         "readout": 2.0 * model.d_model * model.vocab_size,
-        # Two products of 2 H d for each key that is seen.
         "attention": model.n_layers
-        * 4.0
-        * visible_keys.mean_visible(config)
-        * model.n_heads
-        * model.head_dim,
+        * BLOCKS[model.block].flops(config, visible_keys.mean_visible(config)),
     }
 
 

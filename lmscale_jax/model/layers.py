@@ -5,6 +5,7 @@ Flat activations make every product two-dimensional.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +57,44 @@ class LayerNorm(RMSNorm):
         return context.ops.layer_norm(h_NxD, scale_D, bias_D, self.eps).astype(context.dtype)
 
 
-NORMS = Modes("model.norm", {"layernorm": LayerNorm, "rmsnorm": RMSNorm})
+class Part(NamedTuple):
+    """One choice of a part of the model.
+
+    Attributes:
+      declare: (config, ...) -> its module.
+      flops: (config, visible) -> the FLOPs of one token's forward products that no parameter
+        declares, in one block; `visible` is the mean number of keys that a query sees.
+    """
+
+    declare: Callable
+    flops: Callable = lambda config, visible: 0.0
 
 
-def own_module(code: OwnCode) -> Callable:
-    """Returns (config, ...) -> the module of a user's class, constructed from (model, settings)."""
+def own_module(code: OwnCode) -> Part:
+    """Returns the part that a user's class is, constructed from (model, settings)."""
     fits = isinstance(code.entry, type) and issubclass(code.entry, nnx.Module)
     code.require("a class of modules (nnx.Module)", fits)
-    return lambda config, *_: code.entry(config.model, code.settings(config))
+
+    def declare(config, *_):
+        return code.entry(config.model, code.settings(config))
+
+    return Part(declare, lambda config, visible: module_flops(declare(config), config, visible))
+
+
+def module_flops(module: nnx.Module, config, visible: float) -> float:
+    """Adds up `flops(seq_len, visible)` of a module and those in it that have this method."""
+    parts = (part for _, part in nnx.iter_modules(module) if hasattr(part, "flops"))
+    return sum(part.flops(config.data.seq_len, visible) for part in parts)
+
+
+NORMS = Modes(
+    "model.norm",
+    {
+        "layernorm": Part(lambda config: LayerNorm(config.model)),
+        "rmsnorm": Part(lambda config: RMSNorm(config.model)),
+    },
+    own_module,
+)
 
 
 def unit_rms(x: jax.Array, eps: float) -> jax.Array:
@@ -137,14 +168,17 @@ class MLP(nnx.Module):
         return self.down(hidden_NxF, context)
 
 
-# Config -> the module.
+def _mlp(activation: Callable) -> Part:
+    return Part(lambda config: MLP(config.model, activation))
+
+
 MLPS = Modes(
     "model.mlp",
     {
-        "gelu": lambda config: MLP(config.model, lambda gelu, up: gelu(up)),
-        "geglu": lambda config: MLP(config.model, lambda gelu, gate, up: gelu(gate) * up),
-        "relu2": lambda config: MLP(config.model, lambda gelu, up: jnp.square(jax.nn.relu(up))),
-        "swiglu": lambda config: MLP(config.model, lambda gelu, gate, up: jax.nn.silu(gate) * up),
+        "gelu": _mlp(lambda gelu, up: gelu(up)),
+        "geglu": _mlp(lambda gelu, gate, up: gelu(gate) * up),
+        "relu2": _mlp(lambda gelu, up: jnp.square(jax.nn.relu(up))),
+        "swiglu": _mlp(lambda gelu, gate, up: jax.nn.silu(gate) * up),
     },
     own_module,
 )

@@ -38,9 +38,11 @@ def chunk_length(model, shape_BxT: tuple[int, int], vocab_size: int, most_bytes:
 
 
 def token_losses(
-    sharding: ShardingContext, read, w, spec: Spec, x_NxD, targets_BxT, cut: Callable, cross_entropy
-):
-    """Computes losses in nats, [B, T] float32; 0 where the target is -1.
+    sharding: ShardingContext, read, w, spec: Spec, x_NxD, targets_BxT, cut: Callable,
+    cross_entropy, with_logz: bool,
+):  # fmt: skip
+    """Computes losses in nats, [B, T] float32, 0 where the target is -1; and the log-sum-exps of
+    the logits, [B, T] float32, or None.
 
     `read(w, x_NxD, first)` computes the logits of the tokens of the readout's part `w`, from the
     id `first` on; `cut` is `chunk_length` of the shape and the vocabulary's size on one device.
@@ -56,15 +58,26 @@ def token_losses(
         if axis := parts[vocab_axis]:
             first = lax.axis_index(axis) * w.shape[vocab_axis]
             compare = functools.partial(split_cross_entropy, axis=axis, first=first)
+        if with_logz:
+            compare = functools.partial(_losses_and_logz, compare, axis=axis)
         length = cut(targets_BxT.shape, w.shape[vocab_axis])
         return next_token_losses(
             lambda x_nxD: read(w, x_nxD, first), x_NxD, targets_BxT, length, compare
         )
 
-    if sharding.mesh is None:
-        return local(w, x_NxD, targets_BxT)
-    ins = (P(*parts), P(TOKENS, None), BATCH)
-    return sharding.shard(local, ins, BATCH)(w, x_NxD, targets_BxT)
+    if sharding.mesh is not None:
+        ins = (P(*parts), P(TOKENS, None), BATCH)
+        local = sharding.shard(local, ins, (BATCH, BATCH) if with_logz else BATCH)
+    losses = local(w, x_NxD, targets_BxT)
+    return losses if with_logz else (losses, None)
+
+
+def _losses_and_logz(compare: Callable, logits_NxV, targets_N, *, axis: str | None):
+    """Computes `compare` and the log-sum-exps of logits, whose columns a mesh axis may split."""
+    logz_N = jax.nn.logsumexp(logits_NxV.astype(jnp.float32), axis=1)
+    if axis:
+        logz_N = jax.nn.logsumexp(lax.all_gather(logz_N, axis), axis=0)
+    return compare(logits_NxV, targets_N), logz_N
 
 
 def split_cross_entropy(logits_NxV, targets_N, *, axis: str, first) -> jax.Array:
@@ -81,23 +94,24 @@ def split_cross_entropy(logits_NxV, targets_N, *, axis: str, first) -> jax.Array
     return jnp.where(targets_N < 0, 0, jax.nn.logsumexp(lse_SxN, axis=0) - picked_N)
 
 
-def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy) -> jax.Array:
-    """Computes losses in nats, [B, T] float32; 0 where the target is -1.
+def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy):
+    """Computes losses in nats, [B, T] float32; or whatever else `cross_entropy` computes, [N] each.
 
     `read` maps [n, D] to logits [n, V]. Chunks run along the sequence, so that each has a part of
     every device's batch; the backward pass recomputes their logits.
     """
     B, T = targets_BxT.shape
     if length == T:
-        return cross_entropy(read(x_NxD), targets_BxT.reshape(-1)).reshape(B, T)
+        losses = cross_entropy(read(x_NxD), targets_BxT.reshape(-1))
+        return jax.tree.map(lambda loss_N: loss_N.reshape(B, T), losses)
     chunks = -(-T // length)
     rest = chunks * length - T
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk_losses(_, chunk):
         x_BxtxD, targets_Bxt = chunk
-        nll = cross_entropy(read(x_BxtxD.reshape(B * length, -1)), targets_Bxt.reshape(-1))
-        return None, nll.reshape(B, length)
+        losses = cross_entropy(read(x_BxtxD.reshape(B * length, -1)), targets_Bxt.reshape(-1))
+        return None, jax.tree.map(lambda loss_n: loss_n.reshape(B, length), losses)
 
     x_BxTxD = x_NxD.reshape(B, T, -1)
     if rest:  # the last chunk is shorter: positions without a target fill it
@@ -105,5 +119,5 @@ def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy) -> j
         targets_BxT = jnp.pad(targets_BxT, ((0, 0), (0, rest)), constant_values=-1)
     x_CxBxtxD = jnp.moveaxis(x_BxTxD.reshape(B, chunks, length, -1), 1, 0)
     targets_CxBxt = jnp.moveaxis(targets_BxT.reshape(B, chunks, length), 1, 0)
-    _, nll_CxBxt = jax.lax.scan(chunk_losses, None, (x_CxBxtxD, targets_CxBxt))
-    return jnp.moveaxis(nll_CxBxt, 0, 1).reshape(B, -1)[:, :T]
+    _, losses = jax.lax.scan(chunk_losses, None, (x_CxBxtxD, targets_CxBxt))
+    return jax.tree.map(lambda x_CxBxt: jnp.moveaxis(x_CxBxt, 0, 1).reshape(B, -1)[:, :T], losses)

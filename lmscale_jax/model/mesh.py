@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import platform
+from collections.abc import Container
 from pathlib import Path
 
 import jax
@@ -194,6 +195,14 @@ def param_shardings(specs: dict, mesh: Mesh) -> dict:
     return map_named(lambda _, spec: NamedSharding(mesh, partition(spec, mesh.shape)), specs)
 
 
+def path_of_parameter(path: tuple, names: Container[str]) -> str | None:
+    """Returns the parameter whose path ends the path of an array of a state; None without one."""
+    keys = [str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey)]
+    # Names of the optimizer's groups may precede it.
+    ends = ("/".join(keys[i:]) for i in range(len(keys)))
+    return next((end for end in ends if end in names), None)
+
+
 def state_shardings(state, specs: dict, mesh: Mesh):
     """Returns shardings for any tree of arrays: an array with a parameter's path and shape is split
     like the parameter, any other is replicated.
@@ -203,10 +212,7 @@ def state_shardings(state, specs: dict, mesh: Mesh):
     by_path = named(specs)
 
     def leaf_sharding(path, leaf):
-        names = [str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey)]
-        # Names of the optimizer's groups may precede it.
-        ends = ("/".join(names[i:]) for i in range(len(names)))
-        spec = next((by_path[end] for end in ends if end in by_path), None)
+        spec = by_path.get(path_of_parameter(path, by_path))
         if spec is None or spec.shape != leaf.shape:
             return NamedSharding(mesh, P())
         return NamedSharding(mesh, partition(spec, mesh.shape))

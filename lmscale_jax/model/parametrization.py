@@ -19,6 +19,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.config.own_code import OwnCode
 from lmscale_jax.errors import InputError
 from lmscale_jax.model.param import Spec, map_named, named
 
@@ -157,6 +158,34 @@ HEAD_INITS = Modes(
 )
 
 
+def _own_rule(code: OwnCode) -> Callable:
+    """Returns a user's function (spec, base, settings) as one of (spec, base, config).
+
+    Raises InputError, at its call, where it returns anything but positive factors by these names.
+    """
+    code.require("a function (spec, base, settings)", callable(code.entry))
+
+    def factors(spec: Spec, base: Spec, config) -> dict[str, float]:
+        values = code.entry(spec, base, code.settings(config))
+        names = {"init_std", "lr", "multiplier"}
+        if (
+            not isinstance(values, dict)
+            or not values.keys() <= names
+            or min(values.values(), default=1) < 0
+        ):
+            raise InputError(
+                f"{code.where} returns {values!r} for a parameter of the role {spec.role!r}; use "
+                f"factors of {', '.join(sorted(names))}, such as {{'lr': 0.5}}"
+            )
+        return values
+
+    return factors
+
+
+# (Spec, Spec at the base, config) -> factors of its initial values, learning rate and product.
+RULES = Modes("parametrization.rule", {"": lambda spec, base, config: {}}, _own_rule)
+
+
 class Ratios(NamedTuple):
     """A parameter's size relative to the base.
 
@@ -192,6 +221,7 @@ class ParamRule(NamedTuple):
       init_std: standard deviation of its initial values, if they are drawn.
       multiplier: factor of its product in the forward pass, including `matrix_multiplier`.
       matrix_multiplier: the part of `multiplier` for this parameter alone, on top of `scales`.
+      lr_factor: of parametrization.rule, on top of what `optim.rules` derives.
     """
 
     spec: Spec
@@ -200,6 +230,7 @@ class ParamRule(NamedTuple):
     init_std: float
     multiplier: float
     matrix_multiplier: float
+    lr_factor: float = 1.0
 
 
 def base_config(config) -> ConfigDict:
@@ -251,9 +282,12 @@ def _param_rule(spec: Spec, base: Spec, config) -> ParamRule:
     multiplier = {"input": scale.embed, "output": readout}.get(spec.role, 1.0)
     if spec.residual:
         multiplier = scale.branch
+    factors = RULES[config.parametrization.get("rule", "")](spec, base, config)
     of_matrix = scheme_of(config).matrix_multiplier(spec, base, config)
-    std = _std(spec, m_in, config)
-    return ParamRule(spec, base, ratios, std, multiplier * of_matrix, of_matrix)
+    of_matrix *= factors.get("multiplier", 1.0)
+    std = _std(spec, m_in, config) * factors.get("init_std", 1.0)
+    lr_factor = factors.get("lr", 1.0)
+    return ParamRule(spec, base, ratios, std, multiplier * of_matrix, of_matrix, lr_factor)
 
 
 def multiplied_params(rules: dict[str, ParamRule], params: dict) -> dict:

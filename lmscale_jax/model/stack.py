@@ -16,11 +16,15 @@ from lmscale_jax.model.transformer import Block
 
 
 def _both_branches(block: Block, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
-    return block.feed(context, block.attend(context, h_NxD))
+    return block.feed(block.attend(h_NxD, context), context)
 
 
 # The parts of a block that a wrapper can wrap, by name.
-PARTS = {"block": _both_branches, "attention": Block.attend, "mlp": Block.feed}
+PARTS = {
+    "block": _both_branches,
+    "attention": lambda block, context, h_NxD: block.attend(h_NxD, context),
+    "mlp": lambda block, context, h_NxD: block.feed(h_NxD, context),
+}
 
 
 class BlockWrapper(Protocol):
@@ -192,8 +196,7 @@ def _block_body(segment: Segment, at_layer, context: ForwardContext, remat: str)
         # The index is no argument: where it is a number it stays one, for the block's window.
         def run_block(h_NxD, params):
             block, block_context = at_layer(context.replace(taps={}), (params, index))
-            for branch in (Block.attend, Block.feed):
-                h_NxD = branch(block, block_context, h_NxD)
+            h_NxD = _both_branches(block, block_context, h_NxD)
             return h_NxD, (block_context.taps, h_NxD if segment.hands_out else None)
 
         return REMAT[remat].wrap(run_block)(h_NxD, params)

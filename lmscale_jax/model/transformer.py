@@ -7,10 +7,12 @@ import jax
 from flax import nnx
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.config.own_code import OwnCode
+from lmscale_jax.errors import InputError
 from lmscale_jax.model import param
-from lmscale_jax.model.attention import Attention
+from lmscale_jax.model.attention import ATTENTIONS
 from lmscale_jax.model.context import ForwardContext
-from lmscale_jax.model.layers import MLPS, NORMS, no_norm, unit_rms
+from lmscale_jax.model.layers import MLPS, NORMS, Part, module_flops, no_norm, unit_rms
 from lmscale_jax.model.skip_connections import POSITIONS, SKIPS, X0_MIXES
 
 # (embedding, epsilon) -> normed embedding.
@@ -45,21 +47,27 @@ class Embed(nnx.Module):
         return rows * context.scales.embed
 
 
+class BlockParts(NamedTuple):
+    """Declares the parts of a block by a config; each call declares parameters of their own."""
+
+    norm: Callable[[], nnx.Module]
+    attention: Callable[[], nnx.Module]
+    mlp: Callable[[], nnx.Module]
+
+
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config, kernel: str):
-        model = config.model
-        norm = NORMS[model.norm]
-        self.attention_norm, self.attention = norm(model), Attention(model, kernel)
-        self.mlp_norm, self.mlp = norm(model), MLPS[model.mlp](config)
+    def __init__(self, model, parts: BlockParts):
+        self.attention_norm, self.attention = parts.norm(), parts.attention()
+        self.mlp_norm, self.mlp = parts.norm(), parts.mlp()
         for factor in SKIPS[model.skips].factors:
             self.skip = param.scalar(factor, in_branch=False)
         if mix := X0_MIXES[model.x0_mix]:
             self.stream_share = param.scalar(mix.stream, in_branch=False)
             self.origin_share = param.scalar(mix.origin, in_branch=False)
 
-    def attend(self, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
+    def attend(self, h_NxD: jax.Array, context: ForwardContext) -> jax.Array:
         """Adds the skip, the embedding (x0 mix) and attention to the residual stream."""
         dtype = h_NxD.dtype
         if context.skip_NxD is not None:
@@ -69,16 +77,65 @@ class Block(nnx.Module):
             h_NxD = h_NxD + self.origin_share[...] * context.origin_NxD
         h_NxD = h_NxD.astype(dtype)
         a_NxD = self.attention(self.attention_norm(h_NxD, context), context)
+        _check_shape("attention_module", h_NxD, a_NxD)
         context.tap("attention", lambda: a_NxD)
         return h_NxD + context.scales.branch * context.dropout(a_NxD, 1).astype(h_NxD.dtype)
 
-    def feed(self, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
+    def feed(self, h_NxD: jax.Array, context: ForwardContext) -> jax.Array:
         """Adds the MLP to the residual stream."""
         m_NxD = self.mlp(self.mlp_norm(h_NxD, context), context)
+        _check_shape("mlp", h_NxD, m_NxD)
         context.tap("mlp", lambda: m_NxD)
         h_NxD = h_NxD + context.scales.branch * context.dropout(m_NxD, 2).astype(h_NxD.dtype)
         context.tap("residual", lambda: h_NxD)
         return h_NxD
+
+
+def _check_shape(key: str, h_NxD: jax.Array, y_NxD: jax.Array) -> None:
+    """Raises InputError where a branch cannot be added to the stream; it would be broadcast."""
+    if y_NxD.shape != h_NxD.shape:
+        raise InputError(
+            f"config.model.{key}: its result has the shape {y_NxD.shape}, and not {h_NxD.shape}, "
+            f"the shape [tokens, d_model] of its input"
+        )
+
+
+def declare_block(config, kernel: str) -> nnx.Module:
+    """Declares one block of a resolved config; `kernel` names its attention kernel."""
+    model = config.model
+    parts = BlockParts(
+        norm=lambda: NORMS[model.norm].declare(config),
+        attention=lambda: ATTENTIONS[model.attention_module].declare(config, kernel),
+        mlp=lambda: MLPS[model.mlp].declare(config),
+    )
+    return BLOCKS[model.block].declare(config, parts)
+
+
+def _prenorm_flops(config, visible: float) -> float:
+    model = config.model
+    parts = (ATTENTIONS[model.attention_module], MLPS[model.mlp], *2 * (NORMS[model.norm],))
+    return sum(part.flops(config, visible) for part in parts)
+
+
+def _own_block(code: OwnCode) -> Part:
+    fits = all(hasattr(code.entry, name) for name in ("attend", "feed"))
+    code.require("a class of modules with attend and feed", fits)
+
+    def declare(config, parts):
+        return code.entry(config.model, code.settings(config), parts)
+
+    def flops(config, visible: float) -> float:
+        return module_flops(declare_block(config, "plain"), config, visible)
+
+    return Part(declare, flops)
+
+
+# Declared from a config and `BlockParts`.
+BLOCKS = Modes(
+    "model.block",
+    {"prenorm": Part(lambda config, parts: Block(config.model, parts), _prenorm_flops)},
+    _own_block,
+)
 
 
 class Head(NamedTuple):
@@ -115,7 +172,8 @@ HEADS = Modes(
 class Readout(nnx.Module):
     """Final norm, and the matrix over the vocabulary unless it is tied to the embedding."""
 
-    def __init__(self, model):
-        self.norm = NORMS[model.norm](model)
+    def __init__(self, config):
+        model = config.model
+        self.norm = NORMS[model.norm].declare(config)
         if declare := HEADS[model.head].table:
             self.weight = declare(model)

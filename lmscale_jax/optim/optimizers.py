@@ -12,7 +12,9 @@ from typing import NamedTuple
 import optax
 
 from lmscale_jax.config.key import Modes
-from lmscale_jax.model.param import Spec
+from lmscale_jax.config.own_code import OwnCode
+from lmscale_jax.errors import InputError
+from lmscale_jax.model.param import ROLES, Spec
 from lmscale_jax.model.parametrization import Ratios
 from lmscale_jax.optim import muon
 
@@ -40,8 +42,8 @@ class Optimizer(NamedTuple):
       direction: (config, rows of its parameters, mesh, platform) -> the optax transformation from
         gradients to directions; its `update` may take the keyword `step`.
       lr_factor: Ratios -> factor of the learning rate.
-      moments: number of float32 arrays of a parameter's size in its state.
-      others: optimizer of the parameters other than hidden matrices; None: itself.
+      others: optimizer of the parameters of other roles than `roles`; None: itself.
+      roles: of the parameters that it updates; unused without `others`.
       peak: key of the group `optim` with its peak learning rate.
       divides_by_eps: it uses optim.eps, which follows the gradient's scale: gradients are divided
         by `Ratios.gradient_scale` before they reach it.
@@ -59,8 +61,8 @@ class Optimizer(NamedTuple):
 
     direction: Callable
     lr_factor: Callable
-    moments: int
     others: str | None = None
+    roles: tuple[str, ...] = ("hidden",)
     peak: str = "lr"
     divides_by_eps: bool = False
     counts_steps: bool = False
@@ -115,7 +117,6 @@ def _described(config, platform: str) -> dict[str, str]:
 _orthogonal = functools.partial(
     Optimizer,
     lr_factor=_lr_orthogonal,
-    moments=1,
     others="adamw",
     peak="muon_lr",
     update_scale=_update_scale,
@@ -123,15 +124,41 @@ _orthogonal = functools.partial(
     described=_described,
 )
 
+
+def _own_optimizer(code: OwnCode) -> Optimizer:
+    """Returns the entry of a user's function (settings, rules) -> optax transformation.
+
+    Its attribute NORMALIZED says that updates are of size 1 an entry (True, as Adam's) or
+    proportional to the gradient (False); ROLES, which roles it updates, adamw the others.
+    """
+    roles, normalized = getattr(code.entry, "ROLES", ROLES), getattr(code.entry, "NORMALIZED", None)
+    code.require("a function (settings, rules)", callable(code.entry))
+    if normalized not in (True, False):
+        raise InputError(
+            f"{code.where}: its attribute NORMALIZED is missing; use {code.entry.__name__}."
+            f"NORMALIZED = True where updates are of size 1 an entry, False where they are "
+            f"proportional to the gradient"
+        )
+    if not roles or not set(roles) <= set(ROLES):
+        raise InputError(f"{code.where}: ROLES={roles} must be some of {', '.join(ROLES)}")
+    return Optimizer(
+        lambda config, rules, mesh, platform: code.entry(code.settings(config), rules),
+        _lr_per_entry if normalized else _lr_of_gradient,
+        others=None if set(roles) == set(ROLES) else "adamw",
+        roles=tuple(roles),
+    )
+
+
 OPTIMIZERS = Modes(
     "optim.name",
     {
-        "adamw": Optimizer(_adam, _lr_per_entry, moments=2, divides_by_eps=True, counts_steps=True),
-        "sgd": Optimizer(_sgd, _lr_of_gradient, moments=1),
-        "lion": Optimizer(_lion, _lr_per_entry, moments=1),
+        "adamw": Optimizer(_adam, _lr_per_entry, divides_by_eps=True, counts_steps=True),
+        "sgd": Optimizer(_sgd, _lr_of_gradient),
+        "lion": Optimizer(_lion, _lr_per_entry),
         "muon": _orthogonal(_muon),
         "normuon": _orthogonal(_normuon),
     },
+    _own_optimizer,
 )
 
 
@@ -174,5 +201,5 @@ DECAYING = Modes(
 
 def optimizer_of(name: str, spec: Spec) -> str:
     """Returns the name of the optimizer of a parameter where optim.name is `name`."""
-    others = OPTIMIZERS[name].others
-    return name if others is None or spec.role == "hidden" else others
+    optimizer = OPTIMIZERS[name]
+    return name if optimizer.others is None or spec.role in optimizer.roles else optimizer.others

@@ -67,7 +67,7 @@ def _update_rule(rule: ParamRule, config) -> UpdateRule:
     lr *= optimizer.norm(optim, rule.base) / optimizer.norm(optim, spec)
     if spec.role == "input" and scheme_of(config).has_base:
         lr *= rule.ratios.m_out**base.embed_lr_exponent
-    lr = CONTROLS[base.control].lr_factor(lr)
+    lr = CONTROLS[base.control].lr_factor(lr) * rule.lr_factor
     return UpdateRule(
         spec,
         lr_factor=lr * _lr_factor_of_role(optim, spec),

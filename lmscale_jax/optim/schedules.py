@@ -9,30 +9,60 @@ from typing import NamedTuple
 import numpy as np
 
 from lmscale_jax.config.key import Modes
+from lmscale_jax.config.own_code import OwnCode
 
 
 class Schedule(NamedTuple):
-    """One choice of schedule.name: the descent from the peak.
+    """One choice of schedule.name.
 
     Attributes:
-      shape: (array module, x from 0 to 1 over the descent) -> from 1 to 0.
-      descent: config -> its length in steps, or None where it takes all steps after warm-up.
-      final: config -> the last learning rate as a fraction of the peak.
+      factor: (array module, step, config) -> factor of the peak, without warm-up.
+      descent: config -> the length of the descent in steps, or None where it takes all steps after
+        warm-up.
     """
 
-    shape: Callable
+    factor: Callable
     descent: Callable = lambda config: None
-    final: Callable = lambda config: config.schedule.final
+
+
+def _falling(shape: Callable, descent=lambda config: None, final=None) -> Schedule:
+    """Makes a schedule that is at its peak before the descent.
+
+    `shape`: (array module, x from 0 to 1 over the descent) -> from 1 to 0. `final`: the last rate
+    as a fraction of the peak; None: schedule.final.
+    """
+
+    def factor(xp, step, config):
+        total, length = config.train.steps, descent(config)
+        length = total - config.schedule.warmup if length is None else length
+        x = xp.clip((step - (total - length)) / xp.maximum(1, length), 0.0, 1.0)
+        last = config.schedule.final if final is None else final
+        # In this form the rate before the descent is the peak to the bit.
+        return 1 - (1 - last) * (1 - shape(xp, x))
+
+    return Schedule(factor, descent)
+
+
+def _own_schedule(code: OwnCode) -> Schedule:
+    """Returns the entry of a user's function (step, n_steps), or with KEYS (.., .., settings)."""
+    code.require("a function (step, n_steps)", callable(code.entry))
+
+    def factor(xp, step, config):
+        settings = [code.settings(config)] if code.keys else []
+        return xp.asarray(code.entry(step, config.train.steps, *settings), xp.float32)
+
+    return Schedule(factor)
 
 
 SCHEDULES = Modes(
     "schedule.name",
     {
-        "cosine": Schedule(lambda xp, x: (1 + xp.cos(np.pi * x)) / 2),
-        "linear": Schedule(lambda xp, x: 1 - x),
-        "wsd": Schedule(lambda xp, x: 1 - x, descent=lambda config: config.schedule.cooldown),
-        "constant": Schedule(lambda xp, x: xp.ones_like(x), final=lambda config: 1.0),
+        "cosine": _falling(lambda xp, x: (1 + xp.cos(np.pi * x)) / 2),
+        "linear": _falling(lambda xp, x: 1 - x),
+        "wsd": _falling(lambda xp, x: 1 - x, descent=lambda config: config.schedule.cooldown),
+        "constant": _falling(lambda xp, x: xp.ones_like(x), final=1.0),
     },
+    _own_schedule,
 )
 
 
@@ -49,18 +79,12 @@ def make_schedule(config, xp=None) -> Callable:
     traced.
     """
     xp = xp or _jax_numpy()
-    schedule, total = SCHEDULES[config.schedule.name], config.train.steps
-    warmup = config.schedule.warmup
-    cooldown = cooldown_steps(config)
-    cooldown = total - warmup if cooldown is None else cooldown
-    final = schedule.final(config)
+    schedule, warmup = SCHEDULES[config.schedule.name], config.schedule.warmup
 
     def factor(step):
         step = xp.asarray(step, xp.float32)
         rise = xp.minimum(1.0, (step + 1) / xp.maximum(1, warmup))
-        descent = xp.clip((step - (total - cooldown)) / xp.maximum(1, cooldown), 0.0, 1.0)
-        # In this form the rate before the descent is the peak to the bit.
-        return rise * (1 - (1 - final) * (1 - schedule.shape(xp, descent)))
+        return rise * schedule.factor(xp, step, config)
 
     return factor
 

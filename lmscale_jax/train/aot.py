@@ -11,14 +11,14 @@ import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from lmscale_jax.config.durations import tokens_per_step
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, costs, flops, memory
 from lmscale_jax.model import mesh as meshes
-from lmscale_jax.optim.optimizers import OPTIMIZERS
-from lmscale_jax.optim.rules import update_rules
+from lmscale_jax.optim import build as optim
 from lmscale_jax.train import gpu_descriptions
 from lmscale_jax.train.setup import Setup
 
@@ -169,10 +169,15 @@ def compiled_memory_rows(compiled) -> list[tuple[str, str]]:
 
 
 def optimizer_moments(config, model: build.Model) -> dict[str, int]:
-    """Returns {path: number of arrays of its size that the optimizer keeps}."""
-    n_averages = 1 if config.optim.ema_decay else 0
-    rules = update_rules(model.param_rules, config)
-    return {path: OPTIMIZERS[rule.optimizer].moments + n_averages for path, rule in rules.items()}
+    """Returns {path: number of arrays of its shape that the optimizer keeps}."""
+    transform = optim.build_optimizer(config, model.param_rules)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    counts = dict.fromkeys(model.param_rules, 0)
+    for where, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(transform.init, params)):
+        path = meshes.path_of_parameter(where, counts)
+        if path and leaf.shape == model.param_rules[path].spec.shape:
+            counts[path] += 1
+    return counts
 
 
 def memory_sizes(

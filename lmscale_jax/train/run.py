@@ -133,7 +133,7 @@ def open_run(
         splits = mesh.param_splits(run.model.param_rules, run.mesh)
         table = rules_as_json(run.model.param_rules, run.config, splits)
         run_dir.write_json(workdir / "parametrization.json", table)
-        own_code.save_sources(own_keys.code_values(recorded).values(), workdir)
+        own_code.save_sources(own_keys.code_parts(recorded), workdir)
     return OpenRun(run, record, lock)
 
 
@@ -236,8 +236,9 @@ def record_facts(run: Run) -> dict:
         **branch.branch_costs(config, per_token["model"]),
         "parent": run.parent,
         "own": [
-            {"key": path} | own_code.describe_source(value)
+            {"key": path} | own_code.describe_source(part)
             for path, value in own_keys.code_values(config).items()
+            for part in own_code.split_code(value)
         ],
         "epochs": run.batches.epochs(config.train.steps) if trains else 0.0,
         "windows_by_part": run.batches.part_windows(config.train.steps) if trains else [],

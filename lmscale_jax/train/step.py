@@ -11,12 +11,14 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.keys import get
+from lmscale_jax.errors import InputError
 from lmscale_jax.model.build import Model
 from lmscale_jax.model.sharding import BATCH
 from lmscale_jax.mur import objective as mur
 from lmscale_jax.optim import build as optim
 from lmscale_jax.optim import schedules
 from lmscale_jax.train import diagnostics
+from lmscale_jax.train.terms import TermInputs, loss_terms
 
 # Keys that decide neither shapes nor operations. They and TRACED_DURATIONS are arguments of the
 # compiled step, so runs that differ in nothing else share one program: all budgets, seeds and
@@ -109,7 +111,7 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
         request = objective and objective.request_stats(state.utility, state.step, measure)
         n_targets, stat_buffers = count_targets(batch), request.stat_buffers if request else ()
         gradient = make_gradient(config, model, mesh, n_targets, request, state.step)
-        loss, (grads, buffer_grads) = gradient(state.params, stat_buffers, *batch, key)
+        loss, (grads, buffer_grads), terms = gradient(state.params, stat_buffers, *batch, key)
         stats = request.read_stats(buffer_grads) if request else {}
         norm = optax.tree.norm(grads)
         utility, options = state.utility, {"step": state.step}
@@ -139,7 +141,7 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
             "lr": traced.optim.lr * factor(state.step),
             "bad": new_state.bad,
             "skipped": new_state.skipped,
-        }
+        } | {f"term/{name}": value for name, value in terms.items()}
         if request and request.names:
             measured |= objective.metrics(request, stats, new_state.utility, state.step)
         return new_state, metrics | measured
@@ -157,20 +159,40 @@ def make_gradient(
 ) -> Callable:
     """Returns a function of (params, stat_buffers, tokens_BxT, targets_BxT, key).
 
-    It returns (loss, (gradient, buffer_grads)). The loss is the sum over tokens, divided by
-    `n_targets`, which counts the whole batch. A scan adds up the micro-batches, so their number
-    does not change the result. `request` is a `mur.objective.StatRequest` or None; its statistics
-    are the "gradient" of its stat_buffers, () without one. In its loss mode the gradient includes
-    the hinges, and the loss does not.
+    It returns (loss, (gradient, buffer_grads), {name of a term: value}). The loss is the sum over
+    tokens, divided by `n_targets`, which counts the whole batch. The gradient is of the loss plus
+    the terms. A scan adds up the micro-batches, so their number does not change the result: a term
+    weighs by its tokens, or else by its share of the batch. `request` is a
+    `mur.objective.StatRequest` or None; its statistics are the "gradient" of its stat_buffers, ()
+    without one. In its loss mode the gradient includes the hinges, and the loss does not.
     """
     accum, micro_sharding = config.train.accum, NamedSharding(mesh, P(None, *BATCH))
+    terms = loss_terms(config)
+    needs = tuple(sorted({name for term in terms for name in term.needs}))
+    if request and "streams" in needs:
+        raise InputError(
+            f"config.objective.terms={config.objective.terms!r} needs streams, which mur.mode="
+            f"{config.mur.mode!r} does not hand out; use mur.mode='off'"
+        )
 
     def mean_loss(params, stat_buffers, tokens_BxT, targets_BxT, key, index=0):
         wrapper = request and request.wrapper(stat_buffers, targets_BxT, n_targets, index)
-        nll_BxT = model.losses(params, tokens_BxT, targets_BxT, key, wrapper, step)
-        return nll_BxT.sum() / n_targets
+        nll_BxT, handed_out = model.losses(
+            params, tokens_BxT, targets_BxT, key, wrapper, step, needs
+        )
+        counted = targets_BxT >= 0
+        out = TermInputs(tokens_BxT, targets_BxT, counted, nll_BxT, **handed_out)
+        shares = {True: counted.sum() / n_targets, False: 1 / accum}
+        values = {
+            term.name: shares[term.per_token] * term.value(params, out, config, step)
+            for term in terms
+        }
+        loss = nll_BxT.sum() / n_targets
+        return sum(values.values(), loss), (loss, values)
 
-    gradient = jax.value_and_grad(mean_loss, argnums=(0, 1))
+    def gradient(*arguments):
+        (_, (loss, values)), grads = jax.value_and_grad(mean_loss, (0, 1), has_aux=True)(*arguments)
+        return loss, grads, values
 
     def split_batch(x):
         micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])
@@ -183,7 +205,8 @@ def make_gradient(
             part = gradient(params, stat_buffers, *parts, micro_key, index)
             return jax.tree.map(jnp.add, total, part), None
 
-        zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), (params, stat_buffers)))
+        zero = jnp.zeros(()), (params, stat_buffers), {term.name: jnp.zeros(()) for term in terms}
+        zero = jax.tree.map(jnp.zeros_like, zero)
         parts = jax.tree.map(split_batch, (tokens_BxT, targets_BxT))
         return jax.lax.scan(add, zero, (jnp.arange(accum), parts))[0]
 
