@@ -305,6 +305,8 @@ def _override_fault(config: ConfigDict, argv: list[str], message: str) -> str | 
         if match is None:
             continue
         path, value = match.groups()
+        if path.startswith("own."):
+            return f"config.{path}={value}: the config file must set this key of code first, too"
         default = _default_of(config, path)
         if default is None:
             return f"config.{path} is not a key; {hint(path, list(config_paths(config)))}"

@@ -21,6 +21,10 @@ ONLY = flags.DEFINE_list(
     "only", [], "train only these cells: arms, ids, sizes (100k), roles (held_out), seed=0"
 )
 
+CODE_CHANGE = flags.DEFINE_string(
+    "allow_code_change", "", "why runs that other code of this package trained are comparable"
+)
+
 
 def main() -> None:
     from lmscale_jax.ladders import run, scheduler
@@ -40,6 +44,7 @@ def main() -> None:
             workdir,
             only=ONLY.value,
             until="forecast" if ANCHORS_ONLY.value else "verdict",
+            code_change=CODE_CHANGE.value,
             write_report=functools.partial(page.write_ladder_report, command=command),
         )
     except scheduler.Interrupted as error:

@@ -29,6 +29,7 @@ def _modes_of(spec: dict) -> dict:
 
 
 ALL = _modes_of(base.SPEC) | _modes_of(LADDER)
+CODE_KEYS = {path for path, key in KEYS.items() if key.code}
 PROGRAM = [p for p in _modes_of(base.SPEC) if p.split(".")[0] not in ("data", "log")]
 
 SMALL = {
@@ -153,8 +154,15 @@ def test_one_table_holds_every_choice_of_a_key(path):
 
 
 def test_no_table_is_of_a_key_that_does_not_exist():
-    assert set(tables()) <= set(ALL)
+    assert set(tables()) <= set(ALL) | CODE_KEYS
     assert set(SEVERAL_TABLES) <= {path for path, group in tables().items() if len(group) > 1}
+
+
+def test_tables_of_keys_that_take_code_adapt_it():
+    """And no others, so that a key says in its declaration whether it takes FILE.py:NAME."""
+    adapting = {path for path, group in tables().items() if any(t.adapt for t in group)}
+    assert adapting == CODE_KEYS
+    assert all(table.adapt for path in CODE_KEYS for table in tables()[path])
 
 
 @pytest.mark.parametrize("path", PROGRAM)

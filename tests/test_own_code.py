@@ -11,7 +11,9 @@ from lmscale_jax.config import own_code
 from lmscale_jax.config.own_keys import adopted
 from lmscale_jax.config.resolve import derived, fingerprint, validate
 from lmscale_jax.errors import InputError
-from lmscale_jax.ladders import plan
+from lmscale_jax.files import write_json
+from lmscale_jax.ladders import plan, results
+from lmscale_jax.train import run_dir
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -130,6 +132,7 @@ FAULTS = {
     ),
     "range": ("poly.py:PolyMLP", {"own.poly.power": 0}, "config.own.poly.power=0 must be at least"),
     "choice": ("poly.py:PolyMLP", {"own.poly.share": "all"}, "must be one of learned, none"),
+    "duration": ("wrong.py:Lasting", {}, "its key a is a duration, which keys of code cannot be"),
     "keys": ("wrong.py:Keys", {}, "wrong.py:Keys: KEYS must map names to lmscale_jax.api.Key"),
 }
 
@@ -149,6 +152,8 @@ def test_faults_are_named_in_one_line(fault, small, tmp_path):
     (tmp_path / "wrong.py").write_text(
         "from lmscale_jax.api import nnx\nFUNCTION = 1\nclass Plain: pass\n"
         "class Keys(nnx.Module): KEYS = {'a': 1}\n"
+        "from lmscale_jax.api import Key\n"
+        "class Lasting(nnx.Module): KEYS = {'a': Key('5%', 'length', duration=True)}\n"
     )
     with pytest.raises(InputError) as caught:
         config = apply_overrides(small(), {"model.mlp": f"{tmp_path}/{value}"} | changes)
@@ -211,3 +216,50 @@ def test_a_ladder_of_own_code(ladder, tmp_path):
 def test_adopted_leaves_other_configs_alone(small):
     config = small()
     assert adopted(config) is config
+
+
+@pytest.fixture
+def begun(ladder, tmp_path):
+    """(plan, workdir) of a small ladder of which two runs are recorded as finished."""
+    config = ladder(rungs__sizes=(1e5,), rungs__held_out=0.0, seeds=1, tokens__amounts=(0.2,))
+    planned, workdir = plan.make_plan(config, print), tmp_path / "ladder"
+    for cell in planned.cells:
+        fields = {
+            "status": "finished", "code": {"sha256": "0123456789ab"}, "tokens": cell.tokens,
+            "counts": cell.counts, "flops_per_token": cell.flops_per_token,
+            "flops_total": cell.flops, "config": {"model": cell.shape},
+            "final": {"val_loss": 3.0, "val_tokens": 10}, "data": {"val_fingerprint": "x"},
+        }  # fmt: skip
+        plan.cell_dir(workdir, cell.id).mkdir(parents=True)
+        write_json(plan.cell_dir(workdir, cell.id) / "run.json", fields)
+    return planned, workdir
+
+
+def change_record(workdir, cell, **fields) -> None:
+    path = plan.cell_dir(workdir, cell.id) / "run.json"
+    write_json(path, json.loads(path.read_text()) | fields)
+
+
+def test_counts_come_from_the_records(begun):
+    planned, workdir = begun
+    cell = planned.cells[0]
+    assert results.result_rows(planned, workdir)[0]["n_non_embedding"] > 0
+    change_record(workdir, cell, counts={"total": 7, "non_embedding": 5, "embedding": 2})
+    with pytest.raises(InputError, match=f"run {cell.id} .* has n_total=7, and the plan"):
+        results.result_rows(planned, workdir)
+
+
+def test_runs_of_other_code_of_the_package_are_not_mixed(begun):
+    planned, workdir = begun
+    ours, (first, second) = run_dir.package_hash(), planned.cells
+    assert results.code_warnings(planned, workdir) == []
+    # Nothing to train: nothing is mixed.
+    results.check_code(planned, planned.cells, workdir, "")
+    change_record(workdir, second, status="running")
+    with pytest.raises(InputError, match=r"2 run.s., such as .* were trained by other code"):
+        results.check_code(planned, planned.cells, workdir, "")
+    results.check_code(planned, planned.cells, workdir, "a comment was corrected")
+    change_record(workdir, second, status="finished", code={"sha256": ours})
+    (warning,) = results.code_warnings(planned, workdir)
+    assert f"1 by 0123456789ab, 1 by {ours}" in warning["message"] and first.id != second.id
+    assert "a comment was corrected" in warning["message"]

@@ -224,7 +224,7 @@ def test_the_sizes_of_a_base_are_used_by_the_schemes_that_need_them():
 
 def test_a_scheme_whose_base_is_not_used_is_refused(monkeypatch):
     monkeypatch.setitem(SCHEMES, "sp", SCHEMES["mup"])
-    with pytest.raises(InputError, match=r"base_width=0 must be given for 'sp'.*config/keys\.py"):
+    with pytest.raises(InputError, match=r"=0 must be given for 'sp'.*parametrization_keys\.py"):
         make("sp")
 
 

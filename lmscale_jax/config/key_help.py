@@ -38,6 +38,7 @@ def group_help() -> list[str]:
         for name, group in spec.items():
             count = "key" if isinstance(group, Key) else f"{len(dict(keys(group)))} keys"
             what = group.doc if isinstance(group, Key) else ", ".join(group)
+            what = what or "what code of your own declares: own.FILE.KEY (docs/own_change.md)"
             rows.append((name, f"{count} of {owner}", what))
     return _aligned([*rows, *((name, "group of a ladder", what) for name, what in FREE.items())])
 

@@ -92,6 +92,11 @@ def _check_declaration(code: OwnCode) -> None:
             f"{code.where}: KEYS must map names to lmscale_jax.api.Key; use "
             f"KEYS = {{'power': Key(2, 'exponent', low=1)}}"
         )
+    if durations := [name for name, key in code.keys.items() if key.duration]:
+        raise InputError(
+            f"{code.where}: its key {durations[0]} is a duration, which keys of code cannot be; "
+            f"use a fraction of the run, such as Key(0.1, 'fraction', low=0.0)"
+        )
 
 
 def all_keys(config) -> Iterator[tuple[str, Key]]:

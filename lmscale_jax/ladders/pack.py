@@ -12,7 +12,8 @@ from pathlib import Path
 
 import jax
 
-from lmscale_jax.config.keys import get, keys
+from lmscale_jax.config.keys import get
+from lmscale_jax.config.own_keys import all_keys
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import redundancy
 from lmscale_jax.sweeps import population
@@ -232,6 +233,8 @@ def pack_signature(config) -> str:
     """Returns a text that is equal for resolved configs that can be packed together."""
     varying = (*population.TRACED_HPARAMS, population.DATA_ORDER)
     shared = {
-        path: get(config, path) for path, key in keys() if key.identity and path not in varying
+        path: get(config, path)
+        for path, key in all_keys(config)
+        if key.identity and path not in varying
     }
     return repr(sorted(shared.items()))

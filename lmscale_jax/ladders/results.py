@@ -15,6 +15,7 @@ from lmscale_jax.config.key import Modes
 from lmscale_jax.errors import InputError
 from lmscale_jax.ladders.grid import ANCHOR, HELD_OUT, TRUNK, Cell
 from lmscale_jax.ladders.plan import LadderPlan, cell_dir, timestamp
+from lmscale_jax.train import run_dir
 
 FINAL = ("val_loss", "val_loss_sem", "val_tokens", "bits_per_byte")
 COLUMNS = (
@@ -28,12 +29,27 @@ COLUMNS = (
 def result_rows(plan: LadderPlan, workdir: Path) -> list[dict]:
     """Makes a row for each cell: COLUMNS, and `tune` as a dict. Missing results are None.
 
-    Raises InputError where runs were evaluated on different tokens.
+    What a run has counted itself is taken from its record; the plan's counts stand for runs that
+    have not begun. Raises InputError where the two differ, and where runs were evaluated on
+    different tokens.
     """
     cell_rows = []
     for cell in plan.cells:
+        planned = {
+            "n_total": cell.counts["total"],
+            "n_non_embedding": cell.counts["non_embedding"],
+            **{name: cell.shape[name] for name in ("n_layers", "d_model", "n_heads", "d_ff")},
+            "tokens": cell.tokens,
+            "flops": cell.flops,
+            "flops_per_token": cell.flops_per_token,
+        }
+        row = record_columns(cell_record(workdir, cell) or {"status": "planned"})
+        counted = {name: row[name] for name in planned if row[name] is not None}
+        _check_counts(cell, planned, counted)
         cell_rows.append(
-            record_columns(cell_record(workdir, cell) or {"status": "planned"})
+            row
+            | planned
+            | counted
             | {
                 "run_id": cell.id,
                 "variant": cell.arm,
@@ -41,17 +57,69 @@ def result_rows(plan: LadderPlan, workdir: Path) -> list[dict]:
                 "size": cell.size,
                 "budget": cell.budget,
                 "seed": cell.seed,
-                "n_total": cell.counts["total"],
-                "n_non_embedding": cell.counts["non_embedding"],
-                **{name: cell.shape[name] for name in ("n_layers", "d_model", "n_heads", "d_ff")},
-                "tokens": cell.tokens,
-                "flops": cell.flops,
-                "flops_per_token": cell.flops_per_token,
                 "tune": cell.tune,
             }
         )
     _check_same_held_out_tokens(cell_rows)
     return cell_rows
+
+
+def _check_counts(cell: Cell, planned: dict, counted: dict) -> None:
+    """Raises InputError where a run counted otherwise than the plan: other code trained it."""
+    for name, value in counted.items():
+        if abs(value - planned[name]) > 1e-9 * abs(planned[name]):
+            raise InputError(
+                f"run {cell.id} ({cell.label}) has {name}={value:,}, and the plan "
+                f"{planned[name]:,}: it was trained by other code; use a new --workdir"
+            )
+
+
+def check_code(plan: LadderPlan, selected: list[Cell], workdir: Path, reason: str) -> None:
+    """Compares this package with the one that trained the runs that have begun.
+
+    Where they differ and a selected cell is to be trained, a `reason` is appended to
+    code_changes.jsonl, and without one InputError is raised: arms are compared as if the same code
+    had trained them.
+    """
+    ours = run_dir.package_hash()
+    others = {code: ids for code, ids in code_hashes(plan, workdir).items() if code != ours}
+    if not others or all(cell_status(workdir, cell) == "finished" for cell in selected):
+        return
+    code, names = next(iter(others.items()))
+    if not reason:
+        raise InputError(
+            f"--workdir={workdir}: {len(names)} run(s), such as {names[0]}, were trained by other "
+            f"code of this package ({code} there, {ours} here); use a new --workdir, or "
+            f"--allow_code_change='why their numbers are the same'"
+        )
+    line = {"code": ours, "others": sorted(others), "reason": reason, "at": timestamp()}
+    with open(workdir / CODE_CHANGES, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def code_hashes(plan: LadderPlan, workdir: Path) -> dict[str, list[str]]:
+    """Returns {hash of the package: ids of the cells that it trained}, of runs that have begun."""
+    hashes: dict[str, list[str]] = {}
+    for cell in plan.cells:
+        code = (cell_record(workdir, cell) or {}).get("code") or {}
+        if code.get("sha256"):
+            hashes.setdefault(code["sha256"], []).append(cell.id)
+    return hashes
+
+
+def code_warnings(plan: LadderPlan, workdir: Path) -> list[dict]:
+    """Warns where several states of this package trained the runs, with the user's reasons."""
+    hashes, path = code_hashes(plan, workdir), workdir / CODE_CHANGES
+    if len(hashes) < 2:
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    reasons = "; ".join(dict.fromkeys(json.loads(line)["reason"] for line in lines))
+    numbers = ", ".join(f"{len(ids)} by {code}" for code, ids in hashes.items())
+    message = (
+        f"the runs were trained by different code of this package ({numbers}); reason given: "
+        f"{reasons or 'none'}"
+    )
+    return [{"code": "code_changed", "message": message}]
 
 
 def record_columns(record: dict) -> dict:
@@ -158,7 +226,7 @@ def fit_table(rows: list[dict], n: str) -> dict[str, list]:
     }
 
 
-ATTEMPTS = "attempts.jsonl"
+ATTEMPTS, CODE_CHANGES = "attempts.jsonl", "code_changes.jsonl"
 
 
 def cell_status(workdir: Path, cell: Cell) -> str:

@@ -30,6 +30,7 @@ def run_ladder(
     write_report: WriteReport,
     say: Callable[[str], None] = print,
     make_executor: Callable = executors.make_executor,
+    code_change: str = "",
 ) -> str:
     """Trains and judges a ladder, and returns a closing message. Finished work is not repeated.
 
@@ -37,6 +38,8 @@ def run_ladder(
       only: terms that select cells, as in --only; with anchors alone, nothing is forecast.
       until: "forecast" or "verdict", the last step to take.
       write_report: called once, after the verdict is written.
+      code_change: why runs that another state of this package trained are comparable; "": they are
+        refused.
 
     Raises InputError on bad input, RunFailed where no run finished, and
     Interrupted on SIGTERM and SIGINT.
@@ -50,6 +53,7 @@ def run_ladder(
     try:
         if previous and forecasts.held_out_begun(previous, workdir):
             _check_held_out_cells(ladder_plan, previous)
+        results.check_code(ladder_plan, selected, workdir, code_change)
         plan.write_plan(ladder_plan, previous, workdir)
         executor = make_executor(ladder_plan.ladder["executor"], workdir)
         anchors = [cell for cell in selected if cell.role != HELD_OUT]

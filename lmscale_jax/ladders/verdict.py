@@ -55,7 +55,9 @@ def judge_ladder(plan: LadderPlan, workdir: Path, rows: list[dict], forecast: di
             if row["status"] != "finished"
         ],
         "differences": arm_settings(plan),
-        "warnings": warnings + ((forecast or {}).get("warnings") or []),
+        "warnings": warnings
+        + ((forecast or {}).get("warnings") or [])
+        + results.code_warnings(plan, workdir),
         "next_runs": [
             step | {"arm": comparison["arms"][1]}
             for comparison in comparisons

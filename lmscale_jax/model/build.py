@@ -77,38 +77,33 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     kernel, why = kernels.choose_kernel(config, platform, sharding)
     stack = STACKS[model.stack](model, platform)
     modules, specs = _declare(config, kernel)
-    base_specs = _declare(parametrization.base_config(config), kernel)[1]
-    param_rules = parametrization.param_rules(specs, base_specs, config)
+    param_rules = _param_rules(config, specs, kernel)
     defs = {name: nnx.split(module)[0] for name, module in modules.items()}
     fixed, head = model_context(config, platform, sharding, mesh), HEADS[model.head]
-    unsharded = fixed.replace(sharding=ShardingContext())
     begin = functools.partial(_begin, defs=defs, config=config, bos_id=bos_id)
     run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
     final_norm = functools.partial(_final_norm, defs["readout"])
     read, read_tokens = _readout(config, fixed, head)
-    most_bytes = logit_bytes(platform, getattr(_first_device(mesh), "device_kind", ""))
-    cut = functools.partial(chunk_length, model, most_bytes=most_bytes)
+    cut = functools.partial(chunk_length, model, most_bytes=_logit_bytes(platform, mesh))
 
     def logits(params, tokens_BxT, key=None):
         params = parametrization.multiplied_params(param_rules, params)
-        h_NxD, context = begin(params, tokens_BxT, unsharded.replace(key=key))
-        h_NxD, *_ = run(params["blocks"], h_NxD, context)
-        x_NxD = final_norm(params, h_NxD, context)
+        context = fixed.replace(key=key, sharding=ShardingContext())
+        h_NxD, context = begin(params, tokens_BxT, context)
+        x_NxD = final_norm(params, run(params["blocks"], h_NxD, context)[0], context)
         return read_tokens(head.of(params), x_NxD).reshape(*tokens_BxT.shape, -1)
 
     def losses(params, tokens_BxT, targets_BxT, key=None, wrapper=None, step=None, needs=None):
         params = parametrization.multiplied_params(param_rules, params)
-        keep = _keep_streams if "streams" in (needs or ()) else None
-        h_NxD, context = begin(params, tokens_BxT, fixed.replace(key=key, keep=keep), step=step)
+        context = fixed.replace(key=key, keep=_stream_keeper(needs))
+        h_NxD, context = begin(params, tokens_BxT, context, step=step)
         h_NxD, stored, wrapper_output = run(params["blocks"], h_NxD, context, wrapper=wrapper)
         weight, x_NxD = (head.of(params), head.of(specs)), final_norm(params, h_NxD, context)
         how = (cut, fixed.ops.cross_entropy, "logz" in (needs or ()))
         nll_BxT, logz_BxT = token_losses(sharding, read_tokens, *weight, x_NxD, targets_BxT, *how)
         loss_BxT = nll_BxT if wrapper is None else wrapper.close(nll_BxT, wrapper_output)
-        if needs is None:
-            return loss_BxT
         handed_out = {"logz": logz_BxT, "streams": stored.get("residual")}
-        return loss_BxT, {name: handed_out[name] for name in needs}
+        return loss_BxT if needs is None else (loss_BxT, {name: handed_out[name] for name in needs})
 
     def taps(params, tokens_BxT, keep, step=None):
         params = parametrization.multiplied_params(param_rules, params)
@@ -125,9 +120,19 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     return Model(specs, param_rules, init, logits, losses, taps, choices)
 
 
-def _keep_streams(name: str, x: jax.Array) -> jax.Array:
-    """Keeps the streams between blocks, and of other taps nothing."""
-    return x if name == "residual" else jnp.zeros(())
+def _param_rules(config, specs: dict, kernel: str) -> dict[str, parametrization.ParamRule]:
+    base_specs = _declare(parametrization.base_config(config), kernel)[1]
+    return parametrization.param_rules(specs, base_specs, config)
+
+
+def _logit_bytes(platform: str, mesh) -> float:
+    return logit_bytes(platform, getattr(_first_device(mesh), "device_kind", ""))
+
+
+def _stream_keeper(needs: tuple[str, ...] | None) -> Callable | None:
+    """Returns the `keep` that stores the streams between blocks and nothing else, if needed."""
+    wanted = "streams" in (needs or ())
+    return (lambda name, x: x if name == "residual" else jnp.zeros(())) if wanted else None
 
 
 def _final_norm(definition, params, h_NxD, context: ForwardContext):

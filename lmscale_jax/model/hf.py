@@ -292,6 +292,7 @@ def hf_family(config) -> str:
         "attn_gate": "none", "logit_softcap": 0.0, "mask": "causal", "window_layers": "none",
         "qk_norm": "none", "norm_gain": "learned", "embed_norm": "none", "skips": "none",
         "x0_mix": "none", "value_embeddings": 0, "rope_channels": "all",
+        "attention_module": "softmax", "block": "prenorm",
     }  # fmt: skip
     kind = FAMILY_BY_POSITIONS[model.positions]
     for key, value in ({"gpt2": gpt2, "llama": llama}[kind] | common).items():

@@ -246,7 +246,7 @@ def base_config(config) -> ConfigDict:
         if not base[name]:
             raise InputError(
                 f"config.parametrization.{name}=0 must be given for {base.name!r}, which SCHEMES "
-                f"says is relative to it; its `when` in lmscale_jax/config/keys.py must name "
+                f"says is relative to it; its `when` in config/parametrization_keys.py must name "
                 f"{base.name!r} too"
             )
     group = model.n_heads // model.n_kv_heads
@@ -282,7 +282,7 @@ def _param_rule(spec: Spec, base: Spec, config) -> ParamRule:
     multiplier = {"input": scale.embed, "output": readout}.get(spec.role, 1.0)
     if spec.residual:
         multiplier = scale.branch
-    factors = RULES[config.parametrization.get("rule", "")](spec, base, config)
+    factors = RULES[config.parametrization.rule](spec, base, config)
     of_matrix = scheme_of(config).matrix_multiplier(spec, base, config)
     of_matrix *= factors.get("multiplier", 1.0)
     std = _std(spec, m_in, config) * factors.get("init_std", 1.0)

@@ -223,8 +223,10 @@ def _add_reproduction(
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
     code = record.get("code") or {}
     changed = " with changes" if code.get("changed") else ""
+    revision = code.get("commit", "no git checkout")[:12]
+    hashes = ", ".join(results.code_hashes(plan, workdir)) or "not recorded"
     page.say(
-        f"Plan {plan.id}. {versions}. Code {code.get('commit', 'no git checkout')[:12]}{changed}. "
+        f"Plan {plan.id}. {versions}. Code {revision}{changed}, hash of the package: {hashes}. "
         f"Device: {record['device']['kind']}. Held-out tokens: {record['final']['val_tokens']:,}, "
         f"fingerprint {record['data']['val_fingerprint'][:16]}, the same for every run."
     )

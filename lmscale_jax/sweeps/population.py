@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmscale_jax.config.keys import get, keys
+from lmscale_jax.config.keys import get
+from lmscale_jax.config.own_keys import all_keys
 from lmscale_jax.data.batches import Batch, TrainBatches, val_batches
 from lmscale_jax.data.prepare import Prepared
 from lmscale_jax.errors import InputError
@@ -33,7 +34,7 @@ DATA_ORDER = "data.seed"
 def check_members(members: list[ConfigDict]) -> None:
     """Raises InputError where resolved configs cannot be members of one population."""
     first = members[0]
-    for path, key in keys():
+    for path, key in all_keys(first):
         values = {get(member, path) for member in members}
         if len(values) > 1 and key.identity and path not in (*TRACED_HPARAMS, DATA_ORDER):
             raise InputError(

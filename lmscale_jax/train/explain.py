@@ -13,8 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lmscale_jax.config.durations import in_steps, tokens_per_step
-from lmscale_jax.config.keys import get, keys
+from lmscale_jax.config.keys import get, has
 from lmscale_jax.config.keys import get_config as base_config
+from lmscale_jax.config.own_keys import adopted, all_keys
 from lmscale_jax.config.resolve import derived, validate
 from lmscale_jax.data import prepare
 from lmscale_jax.errors import InputError
@@ -55,6 +56,7 @@ def explain(
     Raises:
         InputError: the config is bad, or does not fit the devices.
     """
+    config = adopted(config)
     validate(config)
     ids = prepare.find_token_ids(config.data)
     recorded = derived(config, ids.vocab_size)
@@ -76,7 +78,7 @@ def explain(
         devices, mesh = None, make_mesh(resolved)
     setup = build_setup(resolved, ids.boundary, mesh)
     origins = value_origins(config_file, overrides, config)
-    for path, _ in keys():
+    for path, _ in all_keys(config):
         if get(recorded, path) != (explicit := get(config, path)):
             origin = origins[path]
             origins[path] = "derived" if origin == "base" else f"{origin} gave {explicit:g}"
@@ -109,8 +111,9 @@ def value_origins(config_file: str, overrides: dict, config) -> dict[str, str]:
     """
     defaults = base_config()
     origins, file = {}, os.path.relpath(config_file) if config_file else "config"
-    for path, _ in keys():
-        same = get(config, path) == get(defaults, path)
+    for path, key in all_keys(config):
+        default = get(defaults, path) if has(defaults, path) else key.default
+        same = get(config, path) == default
         origins[path] = "base" if same else file
         if path in overrides:
             origins[path] = f"--config.{path}"
@@ -220,7 +223,7 @@ def probe_flops(dtype: str, width: int) -> float:
 
 def _config(config, origins: dict[str, str]) -> list[str]:
     rows, group = [], None
-    for path, key in keys():
+    for path, key in all_keys(config):
         head, _, name = path.rpartition(".")
         if head != group:
             rows.append((head or "(top)", "", ""))

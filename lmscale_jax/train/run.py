@@ -110,6 +110,7 @@ def open_run(
     Returns None if the run is finished. `notes` are further fields of run.json. Raises InputError
     before anything is written where the config, the data or the directory do not fit.
     """
+    config = own_keys.adopted(config)
     recorded = derived(config, prepare.find_token_ids(config.data).vocab_size)
     check_writers(recorded)
     before = distributed.broadcast(

@@ -2,6 +2,8 @@
 
 import datetime
 import fcntl
+import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -143,9 +145,24 @@ def provenance() -> dict:
         versions[package] = importlib.metadata.version(package)
     return {
         "versions": versions,
-        "code": _revision(),
+        "code": {"sha256": package_hash()} | (_revision() or {}),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+# Folders of the package whose code changes no number of a run.
+_READERS = {"configs", "examples", "reports", "scaling"}
+
+
+@functools.cache
+def package_hash() -> str:
+    """Hashes the package's own source files that train and evaluate; returns twelve hex digits."""
+    folder, total = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).as_posix()
+        if name.partition("/")[0] not in _READERS:
+            total.update(f"\0{name}\0".encode() + path.read_bytes())
+    return total.hexdigest()[:12]
 
 
 def _revision() -> dict | None:

@@ -73,7 +73,7 @@ TERMS = Modes("objective.terms", {}, _own_term)
 
 def loss_terms(config) -> list[Term]:
     """Returns the terms of a resolved config. Raises InputError where two have one name."""
-    text = config.objective.terms if "objective" in config else ""
+    text = config.objective.terms
     terms = [TERMS[part] for part in split_code(text)] if text else []
     names = [term.name for term in terms]
     if len(set(names)) < len(names):
