@@ -186,8 +186,9 @@ def test_a_ladder_of_own_code(ladder, tmp_path):
     shutil.copy(EXAMPLES / "poly.py", tmp_path)
     config = ladder(rungs__sizes=(1e5,), rungs__held_out=0.0, seeds=1, tokens__amounts=(0.2,))
     mlp = own_code.here(tmp_path / "my_ladder.py") + "poly.py:PolyMLP"
-    config.switch = ("model.mlp", "own.poly")
+    config.switch = ("model.mlp", "own.poly", "objective.terms")
     config.arms = {"gelu": {}, "poly": {"model": {"mlp": mlp}, "own": {"poly": {"power": 3}}}}
+    config.arms.poly.objective = {"terms": (f"{EXAMPLES}/zloss.py:z_loss",)}
     config.run.model.stack = "unroll"
     planned = plan.make_plan(config, print)
     (cell,) = [c for c in planned.cells if c.arm == "poly"]
@@ -203,13 +204,13 @@ def test_a_ladder_of_own_code(ladder, tmp_path):
         plan.check_plan(again, workdir)
     status, _, err = run("ladders.worker", f"--workdir={workdir}", f"--ids={cell.id}")
     assert status == 2 and "--trust_code=" in err
-    digest = cell.overrides["model.mlp"][:12]
-    arguments = (f"--workdir={workdir}", f"--ids={cell.id}", f"--trust_code={digest}")
+    digest, of_term = (cell.overrides[key][:12] for key in ("model.mlp", "objective.terms"))
+    arguments = (f"--workdir={workdir}", f"--ids={cell.id}", f"--trust_code={digest},{of_term}")
     status, _, err = run("ladders.worker", *arguments)
     assert status == 0, err
     assert record(plan.cell_dir(workdir, cell.id))["config"]["own"] == {
-        "poly": {"power": 3, "share": "learned"}
-    }
+        "poly": {"power": 3, "share": "learned"}, "zloss": {"weight": 1e-4},
+    }  # fmt: skip
     assert (workdir / "source" / digest / "poly.py").is_file()
 
 

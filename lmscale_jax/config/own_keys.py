@@ -34,11 +34,6 @@ def adopted(config: ConfigDict) -> ConfigDict:
     It is the config itself where it has no code. Executes the code. Raises InputError where that
     is missing, fails or may not be executed.
     """
-    terms = config.objective.terms if has(config, "objective.terms") else ""
-    if isinstance(terms, (tuple, list)):
-        config = ConfigDict(config.to_dict())
-        with config.ignore_type():
-            config.objective.terms = ",".join(terms)
     values = code_values(config)
     if not values:
         return config

@@ -240,6 +240,8 @@ def apply_overrides(config: ConfigDict, overrides: dict) -> ConfigDict:
     for key, value in overrides.items():
         if key not in allowed:
             raise InputError(f"config.{key} is not a key; {hint(key, list(allowed))}")
+        if key == "objective.terms" and not isinstance(value, str):
+            value = ",".join(value)
         with config.ignore_type():
             config.update_from_flattened_dict({key: value})
     validate(config)

@@ -127,7 +127,7 @@ def memory_traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) 
         for spec in named(specs).values()
         if spec.n_in
     )
-    stored = memory.block_bytes(config.model, config.data.seq_len, sizes, "flash").total
+    stored = memory.block_bytes(config, specs, sizes, "flash").total
     sweep_factor = 1 + REMAT[config.model.remat].more_sweeps / SWEEPS
     logits = compute * tokens * config.model.vocab_size / sizes.get("tensor", 1)
     param_bytes = {path: 4 * size for path, size in local.items()}

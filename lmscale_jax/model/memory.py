@@ -55,7 +55,7 @@ def chip_memory(
     if HEADS[config.model.head].table is None and platform != "cpu":
         # The gradients of both uses of the table and the transposed table, besides their sum.
         ends += 3 * param_bytes["embed/tokens"]
-    stored, transient = _activations(config, sizes, platform, kernel, stack)
+    stored, transient = _activations(config, specs, sizes, platform, kernel, stack)
     tables, blocks = _gathered(config, specs, sizes)
     worst = max(
         (
@@ -134,7 +134,7 @@ class BlockBytes(NamedTuple):
 
 
 def block_bytes(
-    model, seq_len: int, sizes: Mapping[str, int], kernel: str, platform: str = ""
+    config, specs: dict, sizes: Mapping[str, int], kernel: str, platform: str = ""
 ) -> BlockBytes:
     """Estimates the bytes that the backward pass may store of one token in one block.
 
@@ -143,28 +143,32 @@ def block_bytes(
     after it; and the float32 probabilities of kernels that store them. On CPU everything is
     float32, as its compiler widens bfloat16, and attention copies its operands with heads first.
     """
-    on_cpu, tensor = platform == "cpu", sizes.get("tensor", 1)
+    model, on_cpu, tensor = config.model, platform == "cpu", sizes.get("tensor", 1)
     size = 4 if on_cpu else type_bytes(model)
     stream = (
         4 if on_cpu else RESIDUAL_DTYPES[model.residual_dtype](model).itemsize
     ) * model.d_model
     heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / tensor
     hidden, form = model.d_ff / tensor, MLP_FORMS[model.mlp]
-    products = size * (heads + form.input_matrices * hidden + 2 * model.d_model)
+    # As many numbers as the matrices of the MLP's input, and a user's ones, have columns.
+    inputs = sum(s.fan_out for s in named(specs["blocks"]).values() if "mlp" in s.axes_out)
+    products = size * (heads + inputs / tensor + 2 * model.d_model)
     recomputed = form.recomputed_on_cpu if on_cpu else form.recomputed
     pointwise = size * (2 * model.d_model + (0 if recomputed else hidden))
     if on_cpu:
         pointwise += size * 4 * model.n_heads * model.head_dim / tensor
     # Accelerators store the probabilities in the type of products and the mask too.
     each = 4 if on_cpu else 4 + 1 + (2 if size == 2 else 0)
-    scores = 0 if kernel in FLASH else each * model.n_heads * seq_len / tensor
+    scores = 0 if kernel in FLASH else each * model.n_heads * config.data.seq_len / tensor
     return BlockBytes(stream, products, 2 * stream + products + pointwise + scores, scores > 0)
 
 
-def _activations(config, sizes, platform: str, kernel: str, stack: str) -> tuple[float, float]:
+def _activations(
+    config, specs: dict, sizes, platform: str, kernel: str, stack: str
+) -> tuple[float, float]:
     """Returns bytes (stored for all blocks, transient in the backward pass of one block)."""
     model, tokens = config.model, tokens_on_chip(config, sizes)
-    block = block_bytes(model, config.data.seq_len, sizes, kernel, platform)
+    block = block_bytes(config, specs, sizes, kernel, platform)
     remat = model.remat
     if platform == "cpu" and stack == "unroll":
         # The compiler merges recomputed values with the first ones.

@@ -53,6 +53,12 @@ class Spec:
         return self.shape[1:] if self.axes[:1] == ("layers",) else self.shape
 
     @property
+    def axes_out(self) -> tuple[str, ...]:
+        """The names of a matrix's fan-out; () of a vector."""
+        axes = self.axes[1:] if self.axes[:1] == ("layers",) else self.axes
+        return axes[self.n_in :] if self.n_in else ()
+
+    @property
     def is_head(self) -> bool:
         """Whether this is the readout to the vocabulary; gates inside blocks are readouts too."""
         return self.role == "output" and self.axes[0] != "layers"
