@@ -61,7 +61,11 @@ def train(config: ConfigDict, workdir: str | Path, say: Say = print) -> dict:
 
 
 def ladder(
-    config: ConfigDict, workdir: str | Path, only: Sequence[str] = (), say: Say = print
+    config: ConfigDict,
+    workdir: str | Path,
+    only: Sequence[str] = (),
+    allow_code_change: str = "",
+    say: Say = print,
 ) -> dict | None:
     """Trains and judges a ladder, or goes on with it, and returns its verdict (verdict.json).
 
@@ -70,6 +74,7 @@ def ladder(
 
     Args:
       only: terms that select cells, as --only does; with anchors alone the result is None.
+      allow_code_change: why runs that other code of this package trained are comparable.
     """
     from lmscale_jax.ladders import machine, run
     from lmscale_jax.reports.ladder_report import write_ladder_report
@@ -87,6 +92,7 @@ def ladder(
             until="verdict",
             write_report=functools.partial(write_ladder_report, command=repeat),
             say=say,
+            code_change=allow_code_change,
         )
     say(message)
     return None if only else read_json(folder / "verdict.json")
