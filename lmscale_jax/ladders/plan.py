@@ -59,6 +59,8 @@ class LadderPlan(NamedTuple):
         for path in late_defaults(identity["run"]):
             group, _, name = path.partition(".")
             del identity["run"][group][name]
+        # Ladders from before a group keep their ids too.
+        identity["run"] = {name: group for name, group in identity["run"].items() if group != {}}
         text = json.dumps([identity, [cell.id for cell in self.cells]], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
