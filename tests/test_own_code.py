@@ -4,16 +4,21 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from conftest import flags, record, run, train_losses
 
 from lmscale_jax.config import own_code
 from lmscale_jax.config.own_keys import adopted
-from lmscale_jax.config.resolve import derived, fingerprint, validate
+from lmscale_jax.config.resolve import derived, fingerprint, resolve, validate
+from lmscale_jax.data.batches import Batch
 from lmscale_jax.errors import InputError
 from lmscale_jax.files import write_json
 from lmscale_jax.ladders import plan, results
 from lmscale_jax.train import run_dir
+from lmscale_jax.train.setup import TrainStep, build_setup
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -49,6 +54,21 @@ def same(tmp_path) -> Path:
     return folder
 
 
+def test_own_module_steps_to_the_bits_of_the_same_choice(small, same, quick_compiler):
+    ids = jnp.arange(256, dtype=jnp.int32).reshape(8, 32) % 64
+    states = []
+    for mlp in (f"{same}/same.py:Same", "relu2"):
+        config = resolve(small(model__mlp=mlp, model__stack="scan"), 64)
+        setup = build_setup(config, 0)
+        state, take = setup.begin(), TrainStep(setup)
+        for _ in range(2):
+            state, metrics = take(state, Batch(ids, jnp.roll(ids, -1, 1)))
+        states.append(jax.device_get((state, metrics)))
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *states)))
+
+
+@pytest.mark.slow
 def test_own_module_trains_to_the_bits_of_the_same_choice(small, settings, same, tmp_path):
     """Through the command and with its parameters' ids; only the name of the run differs."""
     common = ["--config=configs/base.py", *flags(settings | {"log.tensorboard": False})]
@@ -181,6 +201,7 @@ def test_an_error_in_the_code_names_its_line(small, settings, tmp_path):
     assert f"{tmp_path}/broken.py:3: in __init__: AttributeError" in err
 
 
+@pytest.mark.slow
 def test_a_ladder_of_own_code(ladder, tmp_path):
     """Its cells are trained in workers, from the copy; an edited file is another arm."""
     shutil.copy(EXAMPLES / "poly.py", tmp_path)
