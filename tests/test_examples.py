@@ -23,7 +23,6 @@ SMALL = {
     "model.positions": "rope", "data.seq_len": 16, "train.batch_size": 8, "train.steps": 10,
     "schedule.warmup": "0", "optim.lr": 1e-2,
 }  # fmt: skip
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 # Of each file: the key, the name, and settings with which it is small.
 CASES = {
     "poly": ("model.mlp", "PolyMLP", {"own.poly.power": 3}),

@@ -54,7 +54,7 @@ def same(tmp_path) -> Path:
     return folder
 
 
-def test_own_module_steps_to_the_bits_of_the_same_choice(small, same, quick_compiler):
+def test_own_module_steps_to_the_bits_of_the_same_choice(small, same):
     ids = jnp.arange(256, dtype=jnp.int32).reshape(8, 32) % 64
     states = []
     for mlp in (f"{same}/same.py:Same", "relu2"):
