@@ -73,7 +73,7 @@ def ladder(
     they could not share, executor.name="local" becomes "here".
 
     Args:
-      only: terms that select cells, as --only does; with anchors alone the result is None.
+      only: terms that select cells to train, as --only does; then the result is None.
       allow_code_change: why runs that other code of this package trained are comparable.
     """
     from lmscale_jax.ladders import machine, run

@@ -31,6 +31,15 @@ class Kind(NamedTuple):
 
 KINDS = {
     "mlp": Kind("poly", "PolyMLP", "model.mlp", "relu2"),
+    "attention": Kind("differential", "Differential", "model.attention_module", "softmax"),
+    "block": Kind("linear_block", "LinearBlock", "model.block", "prenorm"),
+    "optimizer": Kind(
+        "signum", "signum", "optim.name", "adamw",
+        {"optim.lr": ((2e-3, 4e-3, 8e-3), (2e-4, 5e-4, 1e-3))},
+    ),
+    "loss": Kind("zloss", "z_loss", "objective.terms", ""),
+    "schedule": Kind("inverse_sqrt", "inverse_sqrt", "schedule.name", "cosine"),
+    "rule": Kind("fan_in_init", "fan_in", "parametrization.rule", ""),
 }  # fmt: skip
 
 LADDER = '''"""Is {file}.py better than {baseline}, and will it be at scale?

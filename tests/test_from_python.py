@@ -188,7 +188,9 @@ def test_help_describes_every_key_and_names_the_nearest(says):
     assert all(word in listing for word in (*console.VERBS, *SPEC, *LADDER))
 
 
-@pytest.mark.parametrize("kind", new.KINDS)
+@pytest.mark.parametrize(
+    "kind", ["mlp", *(pytest.param(k, marks=pytest.mark.slow) for k in new.KINDS if k != "mlp")]
+)
 def test_new_writes_a_change_and_its_ladder(says, kind, tmp_path, monkeypatch):
     """Both files are read, the arms are planned, and nothing is ever overwritten."""
     monkeypatch.chdir(tmp_path)
