@@ -284,3 +284,38 @@ def test_documents_and_windows_are_the_same_on_every_mesh(tmp_path):
     plain, *others = json.loads(simulated.run(MASKED, [base | grid for grid in grids]))
     for norms in others:
         np.testing.assert_allclose(norms, plain, rtol=2e-4)
+
+
+SPLIT = """
+import functools
+from jax.sharding import PartitionSpec as P
+from lmscale_jax.model import primitives
+from lmscale_jax.model.sharding import ShardingContext
+
+sharding = ShardingContext(setup(argument).mesh)
+logits = 4 * jax.random.normal(jax.random.key(0), (9, 24))
+targets = jnp.array([0, 23, -1, 3, 2, -1, 7, 12, 11])
+g = jax.random.normal(jax.random.key(1), (9,))
+
+def local(ops, logits, targets):
+    first = jax.lax.axis_index("tensor") * logits.shape[1]
+    return ops.cross_entropy(logits, targets, first=first, axis="tensor")
+
+def split(ops):
+    run = functools.partial(local, ops)
+    return sharding.shard(run, (P(None, "tensor"), P(None)), P(None))
+
+def both(loss):
+    y, pull = jax.vjp(lambda x: loss(x, targets), logits)
+    return np.concatenate([y, *pull(g)[0]]).tolist()
+
+losses = [primitives.plain.cross_entropy, split(primitives.cpu), split(primitives.accelerator)]
+print(json.dumps([both(jax.jit(loss)) for loss in losses]))
+"""
+
+
+def test_vocabularies_over_devices_have_the_rules_of_whole_ones():
+    """Losses and their gradients, with targets on the first, the last and no device."""
+    plain, *rules = json.loads(simulated.run(SPLIT, {"mesh.cpu_devices": 8, "mesh.tensor": 8}))
+    for rule in rules:
+        np.testing.assert_allclose(rule, plain, rtol=1e-5, atol=1e-6)

@@ -1,8 +1,12 @@
 """Cross-entropy of the next token: the definition, and one custom backward rule for each platform.
 
 Both rules store the logits in their type and N log-sum-exps, and no softmax. The gradient of the
-logits has their type, and the target is found by comparing ids, not by a scatter.
+logits has their type, and the target is found by comparing ids, not by a scatter. They also take
+logits whose columns a mesh axis splits.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,48 +29,57 @@ def cross_entropy(logits_NxV: jax.Array, targets_N: jax.Array) -> jax.Array:
 
 
 def _pick(logits_NxV, targets_N):
-    return jnp.take_along_axis(logits_NxV, jnp.maximum(targets_N, 0)[:, None], axis=1)[:, 0]
+    """Returns the logits of the targets, [N]; anything where a target is no column."""
+    index_N = jnp.clip(targets_N, 0, logits_NxV.shape[1] - 1)
+    return jnp.take_along_axis(logits_NxV, index_N[:, None], axis=1)[:, 0]
 
 
-@jax.custom_vjp
-def cpu_cross_entropy(logits_NxV, targets_N):
-    """Computes `cross_entropy`."""
-    return cross_entropy(logits_NxV, targets_N)
+def _backward_rule(score: Callable) -> Callable:
+    """Makes `cross_entropy` with a backward rule.
+
+    `score(logits_NxV, targets_N)` returns the log-sum-exps of the rows and the logits of the
+    targets, 0 of those that are no column, [N] float32.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+    def rule(logits_NxV, targets_N, first=0, axis: str | None = None):
+        """Computes `cross_entropy`.
+
+        Where a mesh axis splits the columns, `axis` is its name, inside `ShardingContext.shard`,
+        and `first` the id of this device's first column.
+        """
+        return forward(logits_NxV, targets_N, first, axis)[0]
+
+    def forward(logits_NxV, targets_N, first, axis):
+        lse_N, picked_N = score(logits_NxV, targets_N - first)
+        if axis:
+            lse_N = jax.nn.logsumexp(lax.all_gather(lse_N, axis), axis=0)
+            picked_N = lax.psum(picked_N, axis)
+        nll_N = jnp.where(targets_N < 0, 0, lse_N - picked_N)
+        return nll_N, (logits_NxV, targets_N, first, lse_N)
+
+    def backward(axis, saved, dnll_N):
+        logits_NxV, targets_N, first, lse_N = saved
+        if axis:
+            # JAX hands each device its share of the gradient of what all of them return.
+            dnll_N = lax.psum(dnll_N, axis)
+        p_NxV = jnp.exp(logits_NxV.astype(FLOAT) - lse_N[:, None])
+        weight_N = jnp.where(targets_N < 0, 0, dnll_N)
+        dlogits_NxV = (p_NxV - _is_target(targets_N - first, p_NxV.shape)) * weight_N[:, None]
+        return dlogits_NxV.astype(logits_NxV.dtype), None, None
+
+    rule.defvjp(forward, backward)
+    return rule
 
 
 def _two_passes(logits_NxV, targets_N):
     lse_N = jax.nn.logsumexp(logits_NxV.astype(FLOAT), axis=1)
-    picked_N = _pick(logits_NxV, targets_N).astype(FLOAT)
-    return jnp.where(targets_N < 0, 0, lse_N - picked_N), (logits_NxV, targets_N, lse_N)
-
-
-def _logits_gradient(saved, dnll_N):
-    logits_NxV, targets_N, lse_N = saved
-    p_NxV = jnp.exp(logits_NxV.astype(FLOAT) - lse_N[:, None])
-    weight_N = jnp.where(targets_N < 0, 0, dnll_N)
-    dlogits_NxV = (p_NxV - _is_target(targets_N, p_NxV.shape)) * weight_N[:, None]
-    return dlogits_NxV.astype(logits_NxV.dtype), None
-
-
-cpu_cross_entropy.defvjp(_two_passes, _logits_gradient)
-
-
-@jax.custom_vjp
-def accelerator_cross_entropy(logits_NxV, targets_N):
-    """Computes `cross_entropy`, reading the logits once."""
-    return _accelerator_forward(logits_NxV, targets_N)[0]
-
-
-def _accelerator_forward(logits_NxV, targets_N):
-    lse_N, picked_N = _one_pass(logits_NxV, targets_N)
-    return jnp.where(targets_N < 0, 0, lse_N - picked_N), (logits_NxV, targets_N, lse_N)
-
-
-accelerator_cross_entropy.defvjp(_accelerator_forward, _logits_gradient)
+    is_column_N = (targets_N >= 0) & (targets_N < logits_NxV.shape[1])
+    return lse_N, jnp.where(is_column_N, _pick(logits_NxV, targets_N).astype(FLOAT), 0)
 
 
 def _one_pass(logits_NxV, targets_N):
-    """Returns the log-sum-exps of the rows and the logits of the targets, [N] float32.
+    """Reads the logits once.
 
     One reduction of triples (maximum, sum of exponentials over it, logit of the target) after
     Milakov and Gimelshein 2018 (arXiv 1805.02867). On CPU it would be scalar code.
@@ -89,3 +102,6 @@ def _one_pass(logits_NxV, targets_N):
 
 def _is_target(targets_N, shape: tuple[int, int]):
     return targets_N[:, None] == lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+cpu_cross_entropy, accelerator_cross_entropy = map(_backward_rule, (_two_passes, _one_pass))

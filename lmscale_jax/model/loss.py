@@ -57,7 +57,7 @@ def token_losses(
         first, compare = 0, cross_entropy
         if axis := parts[vocab_axis]:
             first = lax.axis_index(axis) * w.shape[vocab_axis]
-            compare = functools.partial(split_cross_entropy, axis=axis, first=first)
+            compare = functools.partial(cross_entropy, first=first, axis=axis)
         if with_logz:
             compare = functools.partial(_losses_and_logz, compare, axis=axis)
         length = cut(targets_BxT.shape, w.shape[vocab_axis])
@@ -78,20 +78,6 @@ def _losses_and_logz(compare: Callable, logits_NxV, targets_N, *, axis: str | No
     if axis:
         logz_N = jax.nn.logsumexp(lax.all_gather(logz_N, axis), axis=0)
     return compare(logits_NxV, targets_N), logz_N
-
-
-def split_cross_entropy(logits_NxV, targets_N, *, axis: str, first) -> jax.Array:
-    """Computes `ops.cross_entropy` where a mesh axis splits the columns of the logits; `first` is
-    the id of this device's first column."""
-    logits_NxV = logits_NxV.astype(jnp.float32)
-    lse_SxN = lax.all_gather(jax.nn.logsumexp(logits_NxV, axis=1), axis)
-    index_N = targets_N - first
-    is_local_N = (index_N >= 0) & (index_N < logits_NxV.shape[1])
-    picked_N = jnp.take_along_axis(logits_NxV, jnp.where(is_local_N, index_N, 0)[:, None], axis=1)[
-        :, 0
-    ]
-    picked_N = lax.psum(jnp.where(is_local_N, picked_N, 0), axis)
-    return jnp.where(targets_N < 0, 0, jax.nn.logsumexp(lse_SxN, axis=0) - picked_N)
 
 
 def next_token_losses(read, x_NxD, targets_BxT, length: int, cross_entropy):
