@@ -12,6 +12,7 @@ from test_model import make
 
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import (
+    attention,
     banded,
     build,
     flops,
@@ -139,14 +140,19 @@ def test_bands_are_as_narrow_as_the_mask_allows():
 @pytest.mark.parametrize("case", ["causal", "documents", "window", "window and documents"])
 @pytest.mark.parametrize("width", [128, 64])
 def test_splash_is_the_definition(case, width):
-    """Values and gradients of JAX's TPU kernel, interpreted here; 64 channels are filled up."""
+    """Values and gradients of JAX's TPU kernel, interpreted here, which also applies RoPE; 64
+    channels are filled up."""
     T = 256
     starts = random_starts(1, T, 3) if "documents" in case else None
     context = context_of(T, starts, 20 if "window" in case else None)
+    context = context.replace(rope=attention.rope_tables(T, width, 1e4))
     inputs = operands(1, T, 2, 1, width)
-    wanted = value_and_gradients(
-        lambda q, k, v: kernels.KERNELS["plain"].attend(q, k, v, context), inputs
-    )
+
+    def plain(q, k, v):
+        q, k = attention.rotate(q, context.rope), attention.rotate(k, context.rope)
+        return kernels.KERNELS["plain"].attend(q, k, v, context)
+
+    wanted = value_and_gradients(plain, inputs)
     actual = value_and_gradients(
         lambda q, k, v: kernels.splash(q, k, v, context, interpret=True), inputs
     )

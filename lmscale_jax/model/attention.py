@@ -29,7 +29,7 @@ class Attention(nnx.Module):
     def __init__(self, model, kernel: str):
         width, size = {"embed": model.d_model}, model.head_dim
         self.heads, self.kv_heads, self.size = model.n_heads, model.n_kv_heads, size
-        self.kernel = shard_kernel(KERNELS[kernel])
+        self.kernel, self.rotates = shard_kernel(KERNELS[kernel]), KERNELS[kernel].rotates
         kv_heads = {"kv_heads": model.n_kv_heads, "head_dim": size}
         self.query = Dense(width, {"heads": model.n_heads, "head_dim": size}, model.bias)
         self.key = Dense(width, kv_heads, model.bias)
@@ -52,13 +52,15 @@ class Attention(nnx.Module):
         q_BxTxHxd = self.gated("query", q_BxTxHxd, x_NxD, context)
         k_BxTxKxd = self.gated("key", k_BxTxKxd, x_NxD, context)
         v_BxTxKxd = self.gated("value", v_BxTxKxd, x_NxD, context)
+        turned = q_BxTxHxd, k_BxTxKxd
         if context.rope is not None:
-            q_BxTxHxd, k_BxTxKxd = rotate(q_BxTxHxd, context.rope), rotate(k_BxTxKxd, context.rope)
-        context.tap("query", lambda: q_BxTxHxd)
-        context.tap("key", lambda: k_BxTxKxd)
+            turned = rotate(q_BxTxHxd, context.rope), rotate(k_BxTxKxd, context.rope)
+        context.tap("query", lambda: turned[0])
+        context.tap("key", lambda: turned[1])
         context.tap("value", lambda: v_BxTxKxd)
-        scale = context.scales.attention
-        context.tap("scores", lambda: visible_scores(q_BxTxHxd, k_BxTxKxd, scale))
+        context.tap("scores", lambda: visible_scores(*turned, context.scales.attention))
+        if not self.rotates:
+            q_BxTxHxd, k_BxTxKxd = turned
         o_BxTxHxd = self.kernel(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context)
         o_BxTxHxd = self.gated("sdpa", o_BxTxHxd, x_NxD, context)
         o_NxC = context.sharding.flatten(o_BxTxHxd).reshape(N, -1)

@@ -32,8 +32,8 @@ def cudnn(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext):
 def splash(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext, interpret: bool = False):
     """Runs JAX's Pallas kernel for TPU; `interpret` runs it on any platform, slowly, for tests.
 
-    Channels of zeros fill up heads that are no multiple of LANES. They change neither scores nor
-    outputs, and the matrix unit would be as idle without them.
+    Queries and keys come without RoPE, of which `context.rope` has the tables: `by_lanes` applies
+    it.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -52,18 +52,51 @@ def splash(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, context: ForwardContext, interpret: 
         masks.MultiHeadMask([mask] * H), block_sizes=sizes, interpret=interpret
     )
     q_BxTxHxd = (q_BxTxHxd * context.scales.attention).astype(q_BxTxHxd.dtype)
-    q, k, v = (
-        jnp.pad(
-            jnp.repeat(x, H // x.shape[2], axis=2).transpose(0, 2, 1, 3),
-            ((0, 0), (0, 0), (0, 0), (0, -d % LANES)),
-        )
-        for x in (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd)
+    q, k = (
+        by_lanes(jnp.repeat(x, H // x.shape[2], axis=2), context.rope)
+        for x in (q_BxTxHxd, k_BxTxKxd)
     )
+    v = by_lanes(jnp.repeat(v_BxTxKxd, H // v_BxTxKxd.shape[2], axis=2))
     documents = context.document_starts_BxT
     ids = None if documents is None else kernels.SegmentIds(documents, documents)
     with jax.named_scope(f"mean_keys_{mean_keys(context, tile)}"):  # for train.tpu_cycles
         o_BxHxTxd = jax.vmap(kernel)(q, k, v, segment_ids=ids)
-    return o_BxHxTxd[..., :d].transpose(0, 2, 1, 3).astype(q_BxTxHxd.dtype)
+    return _exact_product("bhtc,dc->bthd", o_BxHxTxd, _identity(d)).astype(q_BxTxHxd.dtype)
+
+
+def by_lanes(x_BxTxHxd, rope=None) -> jax.Array:
+    """Moves heads before tokens, applies RoPE if its tables are given (`attention.rotate`), and
+    fills up heads with zeros to a multiple of LANES, [B, H, T, d'].
+
+    All by products with matrices of zeros and ones, which are exact: on a TPU's vector unit, moving
+    channels to other lanes takes longer than attention. The zeros change neither scores nor
+    outputs, and the matrix unit would be as idle without them.
+    """
+    d, dtype = x_BxTxHxd.shape[-1], x_BxTxHxd.dtype
+    identity = _identity(d)
+    product = functools.partial(_exact_product, "bthd,dc->bhtc", x_BxTxHxd)
+    if rope is None:
+        return product(identity).astype(dtype)
+    # Takes channels (a, b) to (-b, a).
+    turn = np.concatenate([identity[d // 2 :], -identity[: d // 2]])
+    cos, sin = (
+        jnp.pad(jnp.concatenate([table, table], axis=1), ((0, 0), (0, -d % LANES)))
+        for table in rope
+    )
+    return (product(identity) * cos + product(turn) * sin).astype(dtype)
+
+
+def _identity(d: int) -> np.ndarray:
+    """Makes [d, d + channels that fill up a multiple of LANES]."""
+    return np.eye(d, d + -d % LANES, dtype=np.float32)
+
+
+def _exact_product(form: str, x, matrix: np.ndarray) -> jax.Array:
+    """Multiplies by a matrix of -1, 0 and 1, in float32 without rounding."""
+    return jnp.einsum(
+        form, x, jnp.asarray(matrix, x.dtype), preferred_element_type=jnp.float32,
+        precision="highest" if x.dtype == jnp.float32 else None,
+    )  # fmt: skip
 
 
 def tokamax_installed() -> bool:

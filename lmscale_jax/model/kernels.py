@@ -87,12 +87,14 @@ class Kernel(NamedTuple):
       keeps_probabilities: stores them for the backward pass; others recompute them.
       partitions_itself: its lowering asks how each operand is split over the mesh, which JAX cannot
         answer where some axes are local (manual) and others are not.
+      rotates: applies RoPE itself, from the tables of the context.
     """
 
     attend: Callable
     unsupported: Callable | None = None
     keeps_probabilities: bool = True
     partitions_itself: bool = False
+    rotates: bool = False
 
 
 def shard_kernel(kernel: Kernel) -> Callable:
@@ -111,8 +113,9 @@ def shard_kernel(kernel: Kernel) -> Callable:
             k_BxTxKxd, v_BxTxKxd = (jnp.repeat(x, H // K, axis=2) for x in (k_BxTxKxd, v_BxTxKxd))
         layout = P(*BATCH, "tensor" if H % t == 0 else None, None)
         on_device = dataclasses.replace(
-            context, **dict.fromkeys(ARRAYS), sharding=ShardingContext(), keep=None, taps=None
-        )
+            context, **dict.fromkeys(ARRAYS) | {"rope": context.rope}, sharding=ShardingContext(),
+            keep=None, taps=None,
+        )  # fmt: skip
         bounds = {name: getattr(context, name) for name in MASK_ARRAYS}
         if sharding.size("sequence") > 1:
             bounds["last_key_1xT"] = jnp.arange(context.length, dtype=jnp.int32)[None]
@@ -200,7 +203,7 @@ KERNELS = {
     "tokamax": Kernel(
         tokamax, _unsupported_by_tokamax, keeps_probabilities=False, partitions_itself=True
     ),
-    "splash": Kernel(splash, _unsupported_by_splash, keeps_probabilities=False),
+    "splash": Kernel(splash, _unsupported_by_splash, keeps_probabilities=False, rotates=True),
 }
 
 
