@@ -99,6 +99,8 @@ def nominal_text(row: Row, statement: str) -> str:
         return "at most .05"
     if statement.startswith("power"):
         return "at least .95"
+    if row.kind == "beyond a break":
+        return "none"
     if statement in ("no difference said", "exponent shift claimed", "changes with scale"):
         return ""
     return f"{row.nominal:.2f}"

@@ -112,6 +112,11 @@ def _check_flags() -> None:
                     f"--{name}={flags.FLAGS[name].value} does nothing with --compare, {why}; "
                     f"remove it, or fit one arm with --variant={COMPARE.value[0]}"
                 )
+    if BEST.value and flags.FLAGS["points"].present and POINTS.value != "final":
+        raise InputError(
+            f"--points={POINTS.value} does nothing with --best, which takes the last row of each "
+            "run; remove one of them"
+        )
     if ADVISE.value is not None and not any(name.startswith("--forecast") for name in single_flags):
         raise InputError(
             f"--advise={ADVISE.value:g} needs a run to predict; add --forecast_n and --forecast_d"

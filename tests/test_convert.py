@@ -13,7 +13,8 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import base
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build, hf
-from lmscale_jax.reports import final_summary
+from lmscale_jax.reports import final_summary, pairs, run_report
+from lmscale_jax.scaling import read_table
 from lmscale_jax.train import evaluation, restore
 
 GPT2 = {"mlp": "gelu", "norm": "layernorm", "bias": True, "positions": "learned", "head": "tied"}
@@ -230,6 +231,11 @@ def test_in_and_out_without_data_and_tokenizer(random_model, tmp_path):
     with pytest.raises(InputError, match=r"source='none' has no held-out tokens"):
         evaluation.evaluate_run(tmp_path / "w", ["perplexity"], 0, 0, lambda line: None)
     assert not (tmp_path / "w" / "eval.json").exists()
+    # Reports show what there is of it, and fits say in one line that it measures nothing.
+    page = run_report.report_run(pairs.read_run(tmp_path / "w"), tmp_path / "report")
+    assert "not evaluated" in page.read_text()
+    with pytest.raises(InputError, match="1 finished run without a validation loss"):
+        read_table(str(tmp_path / "w"))
 
 
 @pytest.mark.slow

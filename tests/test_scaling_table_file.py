@@ -136,6 +136,21 @@ def test_settings_that_are_pooled_are_named(tmp_path):
     assert "seconds" not in notes["pooled_settings"]
 
 
+def test_settings_of_pooled_curves_are_named(tmp_path):
+    """A setting differs between runs of one size, and the rate of a schedule along a run."""
+    lines = ["run_id,n,d,loss,peak,rate,batch"]
+    for n in (1e7, 1e8, 1e9):
+        for k, peak in enumerate((1e-3, 2e-3)):
+            for i in range(4):
+                d = (i + 1) * 1e9 * (1 + k / 2)
+                lines.append(f"{n:g}-{k},{n},{d},{3 - i / 9 - k / 99},{peak},{peak / (1 + i)},32")
+    path = tmp_path / "curves.csv"
+    path.write_text("\n".join(lines))
+    notes = {note["code"]: note["message"] for note in read_table(str(path), points="curve").notes}
+    assert notes["pooled_settings"].startswith("peak of curves.csv take several values at equal n,")
+    assert "--best" not in notes["pooled_settings"]
+
+
 def test_the_best_of_a_sweep(tmp_path):
     table = read_table(sweep(tmp_path), points="best")
     np.testing.assert_allclose(table.loss, COLUMNS["loss"], rtol=1e-12)

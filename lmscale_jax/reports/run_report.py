@@ -16,7 +16,13 @@ def report_run(run: pairs.EvaluatedRun, folder: Path) -> Path:
     final = run.record.get("final") or {}
     rows = [(k, v) for k, v in (final | run.scores).items() if isinstance(v, (int, float, str))]
     page.table(["", "value"], [list(row) for row in rows])
-    if not run.scores:
+    if "val_loss" in final and final["val_loss"] is None and "imported_from" in run.record:
+        page.say(
+            f"Imported from {run.record['imported_from']} without data and not evaluated; import "
+            "it with --config=C, whose held-out tokens it is then measured on.",
+            "warn",
+        )
+    elif not run.scores:
         page.say(
             f"No eval.json; run python -m lmscale_jax.evaluate --workdir={run.path}.",
             "warn",

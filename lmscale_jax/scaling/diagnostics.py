@@ -5,7 +5,7 @@ import numpy as np
 from lmscale_jax.errors import InputError
 from lmscale_jax.scaling import intervals, laws, solve
 from lmscale_jax.scaling.laws import Law, Problem
-from lmscale_jax.scaling.table import Table, fit_warning
+from lmscale_jax.scaling.table import Table, fit_warning, number_labels
 
 MIN_SHARE = 0.01
 MIN_SPAN = 8.0
@@ -69,6 +69,49 @@ def check_table(table: Table, law: Law) -> list[dict]:
                 )
             )
     return warnings
+
+
+def pooled_settings(unused: dict[str, list], picked: dict, points: str, name: str) -> list[dict]:
+    """Warns of unused columns that differ between runs of equal variant, n and d (curves: n).
+
+    Such runs are taken for seeds of one cell. A column of which most values are distinct, or of a
+    curve one that changes along runs, is a measurement or a name, not a setting.
+    """
+    size = len(picked["loss"])
+    names = [k for k in ("variant", "n", "d", "c") if k in picked][:3]
+    rows = {k: picked[k] for k in names} | {
+        column: texts
+        for column, values in unused.items()
+        if len(texts := [str(v) for v in values]) == size and 1 < len(set(texts)) <= size / 2
+    }
+    if points == "curve" and "run_id" in picked:
+        run = number_labels(picked["run_id"])
+        _, first = np.unique(run, return_index=True)
+        names = [k for k in names if k in ("variant", "n")]
+        rows = {
+            k: [values[i] for i in first]
+            for k, values in rows.items()
+            if all(x == values[first[r]] for x, r in zip(values, run, strict=True))
+        }
+    cells = list(zip(*(rows[k] for k in names), strict=True)) or [()] * len(first)
+    distinct = len(set(cells))
+    pooled = [
+        column
+        for column in rows
+        if column not in picked and len(set(zip(cells, rows[column], strict=True))) > distinct
+    ]
+    if not pooled:
+        return []
+    first_column, sizes = pooled[0], "n" if points == "curve" else "n and d"
+    best = "" if points == "curve" else f"--best for the lowest loss of each {sizes}, "
+    return [
+        fit_warning(
+            "pooled_settings",
+            f"{', '.join(pooled[:12])} of {name} take several values at equal {sizes}, and those "
+            f"runs are fitted as if they were seeds of one setting; use {best}"
+            f"--columns=variant:{first_column}, or --where={first_column}:VALUE",
+        )
+    ]
 
 
 def _smaller_law(law: Law, points: int) -> str:

@@ -122,7 +122,7 @@ def _averaged_warning(mixture, floors, budgets: int) -> dict:
         "floor_averaged",
         f"{budgets} compute budgets do not identify the floor E: the forecast averages over "
         f"floors, mostly {low:.3g} to {high:.3g} nats per token; a fourth and fifth small budget "
-        "narrow it most",
+        "narrow it most; a law that changes beyond these budgets is not in the interval",
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.errors import InputError
+from lmscale_jax.scaling import diagnostics
 from lmscale_jax.scaling.table import FLOPS_FACTOR, NUMBERS, TEXTS, Table, as_table, fit_warning
 from lmscale_jax.scaling.table_file import parse_columns, read_columns
 
@@ -218,7 +219,7 @@ def read_curves(
         return as_table(unused, points, skip, name)
     merged = {k: [x for p in parts for x in p[k]] for k in common}
     table = as_table(merged, points, skip, name)
-    notes = [] if points == "best" else _pooled_settings(unused, merged, name)
+    notes = [] if points == "best" else diagnostics.pooled_settings(unused, merged, points, name)
     if empty:
         names = ", ".join(empty[:4])
         notes.append(
@@ -229,35 +230,6 @@ def read_curves(
             )
         )
     return replace(table, notes=(*table.notes, *notes))
-
-
-def _pooled_settings(unused: dict[str, list], picked: dict, name: str) -> list[dict]:
-    """Warns of unused columns that differ between runs of equal variant, n and d.
-
-    Such runs are taken for seeds of one cell. A column of which most values are distinct is a
-    measurement or a name, not a setting.
-    """
-    size = len(picked["loss"])
-    keys = [picked[k] for k in ("variant", "n", "d", "c") if k in picked][:3]
-    pooled = []
-    for column, values in unused.items():
-        texts = [str(v) for v in values]
-        if len(texts) != size or not 1 < len(set(texts)) <= size / 2:
-            continue
-        cells = set(zip(*keys, strict=True))
-        if len(set(zip(*keys, texts, strict=True))) > len(cells):
-            pooled.append(column)
-    if not pooled:
-        return []
-    first = pooled[0]
-    return [
-        fit_warning(
-            "pooled_settings",
-            f"{_list(pooled)} of {name} take several values at equal n and d, and those runs are "
-            f"fitted as if they were seeds of one setting; use --best for the lowest loss of each "
-            f"n and d, --columns=variant:{first}, or --where={first}:VALUE",
-        )
-    ]
 
 
 def _curve(content: dict[str, list], columns: dict, file: Path) -> dict:
@@ -370,6 +342,12 @@ def _records(paths: list[Path], root: Path, columns: dict) -> dict:
         rows.append(row)
     if not rows:
         raise InputError(f"--input={root} has {len(paths)} run.json, none of a finished run")
+    if mapping["loss"] == RECORD_PATHS["loss"] and all(row["loss"] is None for row in rows):
+        raise InputError(
+            f"--input={root} has {len(rows)} finished run{'s' * (len(rows) > 1)} without a "
+            "validation loss, such as one imported without data; import with --config=C, which "
+            "evaluates"
+        )
     for name, where in columns.items():
         if where and all(row.get(name) is None for row in rows):
             raise InputError(
