@@ -22,7 +22,10 @@ from lmscale_jax.files import user_path
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Parses flags and calls `main()`. Exit status 0: done; 1: RunFailed; 2: bad input."""
+    """Parses flags and calls `main()`.
+
+    Exit status 0: done; 1: RunFailed; 2: bad input; 130: Ctrl-C.
+    """
     _take_huge_pages()
 
     def body(_argv) -> None:
@@ -41,6 +44,9 @@ def call_or_exit(function: Callable[[], None]) -> None:
     """Calls a function; an error of which `line_of` has a line ends the process with it."""
     try:
         function()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         # As after `| head`: who read the output has enough. Python would flush it once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

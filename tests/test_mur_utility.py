@@ -21,6 +21,17 @@ def draws(seed=0):
     return (chance.normal(size=(2, N, D))).astype(np.float32)
 
 
+def test_a_share_of_tokens_is_exact():
+    """All percents of up to 3,000 tokens, in integers; a share with many digits."""
+    counts = np.arange(3000)
+    for percent in range(1, 101):
+        wanted = -(-percent * counts // 100)
+        taken = utility.share_of(percent / 100, jnp.asarray(counts), 3000)
+        np.testing.assert_array_equal(taken, wanted)
+    taken = utility.share_of(0.123456789, jnp.asarray(counts), 3000)
+    np.testing.assert_array_equal(taken, [-(-123456789 * int(n) // 10**9) for n in counts])
+
+
 def test_definitions():
     g, delta = draws()
     dot = -(g * delta).sum(axis=1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, finish, record, wait_until
+from conftest import PATHS, ROOT, finish, flags, record, start_program, start_training, wait_until
 
 STEPS = {"train__steps": 40, "checkpoint__every": 5, "eval__every": 10}
 
@@ -76,8 +76,6 @@ def test_reads_that_orbax_left_behind_are_not_shown(tmp_path):
 @pytest.fixture(scope="module")
 def undisturbed(settings, tmp_path_factory) -> Path:
     """A run that nobody disturbs."""
-    from conftest import flags, start_training
-
     workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
     named = {k.replace("__", "."): v for k, v in STEPS.items()}
     process = start_training(
@@ -126,6 +124,89 @@ def test_sigterm_saves_and_leaves(train, undisturbed, tmp_path):
     status, out, err = finish(train(workdir, **STEPS))
     assert status == 0 and "going on from step" in out, err
     same(workdir, undisturbed)
+
+
+NEVER_SAVED = """
+import runpy, sys, time
+from pathlib import Path
+from lmscale_jax.train.checkpoint import Checkpoints
+save = Checkpoints.save
+def save_part(self, step, state, host):
+    if step == 5:
+        return save(self, step, state, host)
+    part = Path(self._directory, f"{step}.orbax-checkpoint-tmp")
+    part.mkdir()
+    Path(part, "part").write_text("some")
+    print("saving", flush=True)
+    time.sleep(600)
+Checkpoints.save = save_part
+sys.argv[0] = "tests/train_without_plots.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+WAITING_LADDER = """
+import time
+from types import SimpleNamespace
+from lmscale_jax.ladders import scheduler
+stage = object.__new__(scheduler._Stage)
+stage._waiting, stage._n_running, stage._say = [], 1, lambda text: print(text, flush=True)
+stage._progress = SimpleNamespace(show=lambda: print("ready", flush=True), close=lambda: None)
+stage._executor = SimpleNamespace(
+    poll=lambda: [], submit=lambda jobs: jobs, stop=lambda: time.sleep(600)
+)
+stage.train(0.05)
+"""
+BUSY_COMMAND = """
+import time
+from lmscale_jax import cli
+def main():
+    print("ready", flush=True)
+    time.sleep(600)
+cli.run_command(main)
+"""
+
+
+def wait_for_line(process, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.communicate())
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_that_saves(settings, train, undisturbed, tmp_path):
+    """At once, with the one line of the first; the checkpoint before serves."""
+    workdir = tmp_path / "twice"
+    named = {k.replace("__", "."): v for k, v in STEPS.items()}
+    arguments = ["--config=configs/base.py", f"--workdir={workdir}", *flags(settings | named)]
+    process = start_program(["-c", NEVER_SAVED], *arguments, PYTHONPATH=PATHS)
+    wait_until(lambda: (workdir / "checkpoints" / "5").exists(), process)
+    process.send_signal(signal.SIGINT)
+    wait_for_line(process, "saving")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert err.count("\n") == 1 and "SIGINT: stops after this step" in err, err
+    status, out, err = finish(train(workdir, **STEPS))
+    assert status == 0 and "going on from step 5" in out, (out, err)
+    same(workdir, undisturbed)
+
+
+def test_a_second_signal_ends_a_ladder_that_waits():
+    process = start_program(["-c", WAITING_LADDER])
+    wait_for_line(process, "ready")
+    process.send_signal(signal.SIGINT)
+    wait_for_line(process, "SIGINT: waiting for the runs to save; once more ends all at once")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (-signal.SIGTERM, "")
+
+
+def test_ctrl_c_ends_any_command_in_one_line():
+    process = start_program(["-c", BUSY_COMMAND])
+    wait_for_line(process, "ready")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize(

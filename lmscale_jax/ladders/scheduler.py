@@ -20,6 +20,7 @@ from lmscale_jax.ladders import machine, results
 from lmscale_jax.ladders.grid import TRUNK, Cell
 from lmscale_jax.ladders.plan import LadderPlan, cell_dir
 from lmscale_jax.train.run_dir import is_locked
+from lmscale_jax.train.watchdog import STOPPING, end_at_next_signal
 
 # Largest d_model and number of runs at which packs were measured to be faster on CPU
 # (benchmarks/README.md, "Populations"): one larger model already keeps a core busy.
@@ -255,7 +256,7 @@ class _Stage:
         signals: list[str] = []
         handlers = {
             s: signal.signal(s, lambda number, _: signals.append(signal.Signals(number).name))
-            for s in (signal.SIGTERM, signal.SIGINT)
+            for s in STOPPING
         }
         try:
             while (self._waiting or self._n_running) and not signals:
@@ -266,7 +267,9 @@ class _Stage:
                 if self._waiting or self._n_running:
                     time.sleep(every)
             if signals:
-                self._say(f"{signals[0]}: waiting for the runs to save")
+                # Its death ends the runs too, which had their first signal.
+                end_at_next_signal()
+                self._say(f"{signals[0]}: waiting for the runs to save; once more ends all at once")
                 self._executor.stop()
                 raise Interrupted(signals[0])
         finally:

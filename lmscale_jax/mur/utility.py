@@ -7,6 +7,7 @@ share a batch. All of it is float32.
 """
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -120,9 +121,19 @@ def _drawn(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
 
 def _highest(nll_BxT, labelled_BxT, key, k: int, share: float) -> jax.Array:
     loss_BxT = jnp.where(labelled_BxT, nll_BxT, -jnp.inf)
-    count = jnp.ceil(share * labelled_BxT.sum()).astype(jnp.int32)
+    count = share_of(share, labelled_BxT.sum(), loss_BxT.size)
     lowest = jnp.sort(loss_BxT.ravel())[loss_BxT.size - jnp.maximum(1, count)]
     return labelled_BxT & (loss_BxT >= lowest)
+
+
+def share_of(share: float, count: jax.Array, most: int) -> jax.Array:
+    """Returns ceil(share * count), int32, for a traced count of at most `most`.
+
+    In integers, because 0.07 * 100 is above 7 in float32.
+    """
+    p, q = Fraction(str(share)).as_integer_ratio()
+    ceilings = jnp.array([-(-p * rest // q) for rest in range(min(q, most + 1))], jnp.int32)
+    return ceilings[count] if q > most else p * (count // q) + ceilings[count % q]
 
 
 class Reduction(NamedTuple):

@@ -12,6 +12,17 @@ import jax
 
 from lmscale_jax.train import distributed
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+def end_at_next_signal() -> None:
+    """Lets the next SIGTERM or SIGINT end this process, even while it waits for a save.
+
+    A handler in Python would run only after that.
+    """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_DFL)
+
 
 class SignalHandler:
     """Handles SIGTERM and SIGINT in any process; a second signal ends that process at once.
@@ -32,12 +43,11 @@ class SignalHandler:
         self.received: str | None = None
         self.agreed: str | None = None
         self._votes, self._last_vote = distributed.Votes(), None
-        signals = (signal.SIGTERM, signal.SIGINT)
-        self._previous = {number: signal.signal(number, self._handle) for number in signals}
+        self._previous = {number: signal.signal(number, self._handle) for number in STOPPING}
 
     def _handle(self, number, _frame) -> None:
         self.received = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        end_at_next_signal()
         # Not `print`, which the signal may have interrupted.
         text = "stops after this step and saves; once more ends it at once"
         os.write(2, f"{self.received}: {text}\n".encode())
