@@ -4,8 +4,8 @@
     python -m lmscale_jax.main --config=configs/speedrun_record26.py:'shards/*.bin' --workdir=...
 
 By default on the embedded corpus; with shards of GPT-2 tokens it is the original's task, where its
-validation loss after 1,750 steps is 3.279. Micro-batches are the original's 8 rows. Block 7 has
-no attention there, and has here.
+validation loss after 1,750 steps is 3.279. Micro-batches are the original's 8 rows. As there, block
+7 has no attention.
 """
 
 from lmscale_jax.config import recipes
@@ -17,6 +17,7 @@ def get_config(path: str = ""):
     m, o = c.model, c.optim
     m.norm_gain, m.logit_scale = "none", "inverse_sqrt_width"
     m.embed_norm, m.skips, m.x0_mix, m.value_embeddings = "rmsnorm", "unet", "learned", 3
+    m.attention_skip = "7"
     m.mask, m.window_layers, m.window, m.window_block = "document", "ends", 1728, 128
     m.window_growth = "100%"
     c.parametrization.init_std = 0.5 * 768**-0.5

@@ -157,7 +157,8 @@ def test_record_26_trains_on_published_shards(published, tmp_path):
     """With the document mask: its windows are those that hold a mark, or the part of one."""
     config = speedrun_record26.get_config(published)
     assert config.model.mask == "document" and config.data.document_mark == gpt2_shards.MARK
-    config = make(config, {}, model__n_layers=6, data__cache=str(tmp_path / "cache"))
+    changes = {"model__n_layers": 6, "model__attention_skip": "3"}
+    config = make(config, {}, **changes, data__cache=str(tmp_path / "cache"))
     config.data.seq_len, config.eval.sample, config.model.window_block = 64, 0, 16
     config.train.accum = 1
     result = loop.train(config, tmp_path / "run", say=quiet)

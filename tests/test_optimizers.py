@@ -181,11 +181,17 @@ def test_what_is_around_gets_whole_updates(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"optim__block_lr_decay": 0.9}, {"mur__mode": "update", "train__steps": 40}],
+    [
+        {"optim__block_lr_decay": 0.9},
+        {"mur__mode": "update", "train__steps": 40},
+        {"freeze__mode": "random", "freeze__count": 1},
+    ],
 )
 def test_what_is_around_goes_with_no_factors_of_blocks(monkeypatch, changes):
     entry = OPTIMIZERS["adamw"]._replace(around=lambda inner, config: inner)
     monkeypatch.setitem(OPTIMIZERS, "adamw", entry)
     config, model = configured("adamw", **changes)
-    with pytest.raises(InputError, match=r"multiplies updates, and those of optim\.name='adamw'"):
+    with pytest.raises(
+        InputError, match=r"treats blocks apart, but updates of optim\.name='adamw'"
+    ):
         optim.build_optimizer(config, model.param_rules)

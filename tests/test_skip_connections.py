@@ -11,7 +11,7 @@ from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.configs import base, speedrun_gate, speedrun_record26, speedrun_simple
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import suites
-from lmscale_jax.model import attention, build, flops, param, skip_connections
+from lmscale_jax.model import attention, build, flops, memory, param, skip_connections
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.optim.rules import update_rules
 
@@ -40,7 +40,9 @@ CASES = {
     "a normed embedding": {"embed_norm": "rmsnorm", "positions": "rope"},
     "bounded logits": {"logit_softcap": 2.0},
     "bounded otherwise": {"logit_softcap": 2.0, "softcap_form": "algebraic"},
+    "no attention in some": {"attention_skip": "1,2", "n_layers": 4, "bias": True},
     "everything": ALL,
+    "everything, attention not": ALL | {"attention_skip": "1,3"},
 }  # fmt: skip
 WHOLE = {"all": lambda L: set(range(L)), "ends": lambda L: {0, round(L / 3), L - 1},
          "fourth": lambda L: {*range(3, L, 4), L - 1}}  # fmt: skip
@@ -108,14 +110,22 @@ class Wired(Oracle):
             h = unit(h, m.norm_eps)
         segments = np.cumsum(ids == 0) if m.mask == "document" else np.zeros(len(ids))
         x0, stack = h, []
+        without = [int(block) for block in m.attention_skip.split(",") if block]
+        attending = [layer for layer in range(m.n_layers) if layer not in without]
         for layer in range(m.n_layers):
-            q = jax.tree.map(lambda x, i=layer: x[i], p["blocks"])
+            q = {}
+            for name, rows in p["blocks"].items():
+                owners = attending if name.startswith("attention") else range(m.n_layers)
+                if layer in owners:
+                    row = owners.index(layer)
+                    q[name] = jax.tree.map(lambda x, row=row: x[row], rows)
             if m.skips == "unet" and layer >= m.n_layers - m.n_layers // 2:
                 h = h + q["skip"] * stack.pop()
             if m.x0_mix == "learned":
                 h = q["stream_share"] * h + q["origin_share"] * x0
-            read = self.norm(h, q.get("attention_norm", {}))
-            h = h + self.attend(read, q["attention"], segments, layer, ids)
+            if layer in attending:
+                read = self.norm(h, q.get("attention_norm", {}))
+                h = h + self.attend(read, q["attention"], segments, layer, ids)
             h = h + self.mlp(self.norm(h, q.get("mlp_norm", {})), q["mlp"])
             if layer < m.n_layers // 2:
                 stack.append(h)
@@ -137,12 +147,14 @@ def test_each_wiring_is_its_definition(case):
 
 
 @pytest.mark.parametrize("how", [{"stack": "scan"}, {"remat": "block"}, {"attention": "plain"},
-                                 {"attention": "xla", "stack": "scan"}])  # fmt: skip
+                                 {"attention": "xla", "stack": "scan"},
+                                 {"stack": "scan", "remat": "dots", "attention_skip": "1,3"},
+                                 ])  # fmt: skip
 def test_execution_changes_no_number(how):
-    ids = tokens(2)
+    ids, skipped = tokens(2), how.get("attention_skip", "")
 
     def run(changes):
-        _, model, params = make(**(ALL | changes))
+        _, model, params = make(**(ALL | {"attention_skip": skipped} | changes))
         value = jax.value_and_grad(lambda p: model.losses(p, ids, jnp.roll(ids, -1, 1)).mean())
         return jax.jit(value)(params)
 
@@ -258,6 +270,32 @@ def test_the_reach_of_a_block_is_a_number():
     assert reach(1, step=1, **ends, window_growth="10 steps") == 4
 
 
+def test_blocks_without_attention():
+    """The others keep their initial values; FLOPs and memory are those of what is there."""
+    config, model, _ = make(n_layers=4, attention_skip="2")
+    full = make(n_layers=4)
+    params = model.init(jax.random.key(0))
+    rows, other = param.named(params), param.named(full[1].init(jax.random.key(0)))
+    assert rows.keys() == other.keys()
+    for path, wanted in other.items():
+        kept = [0, 1, 3] if path.startswith("blocks/attention") else slice(None)
+        np.testing.assert_array_equal(rows[path], np.asarray(wanted)[kept])
+    mine, theirs = (
+        flops.forward_flops(c, m.specs) for c, m in ((config, model), (full[0], full[1]))
+    )
+    assert mine["attention"] == 0.75 * theirs["attention"]
+    assert theirs["dense"] - mine["dense"] == 2 * 4 * config.model.d_model**2
+    taps = model.taps(params, tokens(2), lambda _, x: jnp.abs(x).mean())["blocks"]
+    assert len(taps["mlp"]) == 4 and len(taps["attention"]) == len(taps["scores"]) == 3
+    assert param.row_layers(model.specs["blocks"], 3) == (0, 1, 3)
+    stored = [
+        memory.mean_block_bytes(c, m.specs, {}, "plain").total
+        for c, m in ((config, model), (full[0], full[1]))
+    ]
+    none = memory.block_bytes(config, model.specs, {}, "plain", attending=0.0).total
+    assert stored[0] == pytest.approx((3 * stored[1] + none) / 4)
+
+
 def test_rows_of_the_table():
     config = base.get_config()
     for name, value in (ALL | {"d_model": 128, "n_heads": 16, "head_dim": 8}).items():
@@ -287,9 +325,12 @@ def test_counts_are_those_of_the_originals():
         return flops.parameter_counts(build.build_model(config, platform="cpu", bos_id=0).specs)
 
     counts = counted(speedrun_record26)
-    # Beyond the published 275,742,784: attention in block 7; and 60 scalars, as 12 skips, 12 x 2
-    # shares of the stream and 12 x 2 of values, which the original rounds up to 64.
-    assert counts["total"] == 275_742_784 + 4 * 768**2 - 4
+    # Matrices: 50,304 rows of embedding, readout and three tables; 12 MLPs, attention in 11 blocks.
+    # Scalars: 12 skips, 12 x 2 shares of the stream and 11 x 2 of values.
+    assert counts["total"] == 5 * 50_304 * 768 + (12 * 8 + 11 * 4) * 768**2 + 12 + 24 + 22
+    # The published count has 64 scalars: 2 in block 7, which reads none, and 4 that fill them up to
+    # a multiple of its 8 GPUs.
+    assert counts["total"] == 275_742_784 - 2 - 4
     assert counts["embedding"] == 154_533_888 + 50_304 * 768
     none = counted(speedrun_gate)
     assert none["total"] == 123_568_128
@@ -320,6 +361,8 @@ def test_what_makes_no_sense_is_refused():
         ({"value_embeddings": 2}, "value_embeddings=2 needs twice as many blocks.*; use 1"),
         ({"softcap_form": "algebraic"}, "is unused with model.logit_softcap=0"),
         ({"ids": 60}, "model.ids=60 is above model.vocab_size"),
+        ({"attention_skip": "4"}, "attention_skip='4' does not list different blocks.*; use ''"),
+        ({"n_layers": 1, "attention_skip": "0"}, "no block with attention; use ''"),
         ({"window": 5}, "is unused with model.window_layers"),
         ({"positions": "rope", "rope_channels": "half", "head_dim": 4}, "at least 8; use 8"),
     ):
@@ -329,7 +372,14 @@ def test_what_makes_no_sense_is_refused():
     config.model.skips, config.mur.mode = "unet", "diagnose"
     with pytest.raises(InputError, match=r"model\.skips='unet' does not support mur\.mode"):
         validate(config)
-    config.model.skips, config.model.x0_mix = "none", "learned"
+    config.model.skips, config.model.attention_skip = "none", "1"
+    with pytest.raises(InputError, match=r"model\.attention_skip='1' does not support mur\.mode"):
+        validate(config)
+    config.mur.mode, config.freeze.mode = "off", "random"
+    with pytest.raises(InputError, match=r"attention_skip='1' does not support freeze\.mode"):
+        validate(config)
+    config.model.attention_skip, config.freeze.mode, config.mur.mode = "", "none", "diagnose"
+    config.model.x0_mix = "learned"
     validate(config)
     config.mur.mode = "loss"
     with pytest.raises(InputError, match=r"model\.x0_mix='learned' does not support mur\.mode"):
@@ -342,6 +392,10 @@ def test_suites_that_cannot_measure_a_wiring_are_refused():
         ({"skips": "unet"}, "redundancy", "skips='unet' does not support --suites=redundancy"),
         ({"skips": "unet"}, "mur", "skips='unet' does not support --suites=mur"),
         ({"window_layers": "ends"}, "attention", "window_layers='ends'"),
+        *(
+            ({"attention_skip": "1"}, name, f"attention_skip='1' does not support --suites={name}")
+            for name in ("redundancy", "mur", "attention")
+        ),
         ({"mask": "document"}, "attention", "mask='document'"),
     ):
         with pytest.raises(InputError, match=message):

@@ -12,6 +12,12 @@ def mur_layers(config) -> range:
     return range(first, min(n, max(first + 1, stop)))
 
 
+def attention_blocks(model) -> tuple[int, ...]:
+    """Returns the blocks with attention: all but those of model.attention_skip."""
+    skipped = block_numbers(model.attention_skip) if model.attention_skip else []
+    return tuple(block for block in range(model.n_layers) if block not in skipped)
+
+
 def block_numbers(text: str) -> list[int]:
     """Converts "0,3" into [0, 3]. Raises ValueError."""
     return [int(part) for part in text.split(",")]

@@ -1,6 +1,6 @@
 """Refuses combinations of config values that are valid one by one but not together."""
 
-from lmscale_jax.config.blocks import block_numbers, mur_layers
+from lmscale_jax.config.blocks import attention_blocks, block_numbers, mur_layers
 from lmscale_jax.config.durations import steps_of, total_steps
 from lmscale_jax.config.keys import PATH_OPTIONAL, is_used
 from lmscale_jax.errors import InputError
@@ -99,6 +99,18 @@ def _check_block_inputs(model, head_dim: int) -> None:
         raise InputError(
             f"config.model.ids={model.ids} is above model.vocab_size={model.vocab_size}; use 0"
         )
+    if model.attention_skip:
+        _check_block_list("model.attention_skip", model.attention_skip, model.n_layers, "")
+        if model.block != "prenorm":
+            raise InputError(
+                f"config.model.attention_skip={model.attention_skip!r} does not support "
+                f"model.block={model.block!r}; use ''"
+            )
+        if not attention_blocks(model):
+            raise InputError(
+                f"config.model.attention_skip={model.attention_skip!r} leaves no block with "
+                f"attention; use ''"
+            )
     if 2 * model.value_embeddings > model.n_layers:
         raise InputError(
             f"config.model.value_embeddings={model.value_embeddings} needs twice as many blocks "
@@ -170,16 +182,13 @@ def _check_schedule(config, steps: dict[str, int]) -> None:
 
 def _check_freeze(config, steps: dict[str, int]) -> None:
     freeze, n = config.freeze, config.model.n_layers
+    if freeze.mode != "none" and config.model.attention_skip:
+        raise InputError(
+            f"config.model.attention_skip={config.model.attention_skip!r} does not support "
+            f"freeze.mode={freeze.mode!r}, which needs blocks that are alike; use ''"
+        )
     if is_used(config, "freeze.blocks"):
-        try:
-            numbers = block_numbers(freeze.blocks)
-        except ValueError:
-            numbers = []
-        if not numbers or len(set(numbers)) < len(numbers) or not all(0 <= b < n for b in numbers):
-            raise InputError(
-                f"config.freeze.blocks={freeze.blocks!r} does not list different blocks from 0 to "
-                f"{n - 1}; use '0'"
-            )
+        _check_block_list("freeze.blocks", freeze.blocks, n, "0")
     n_drawable = n
     if is_used(config, "freeze.near_input"):
         n_drawable = max(1, round(n * freeze.near_input))
@@ -195,6 +204,19 @@ def _check_freeze(config, steps: dict[str, int]) -> None:
                 f"config.freeze.every={freeze.every!r} unfreezes the last of {n} blocks at step "
                 f"{last} of {total_steps(config)}; use '{(total_steps(config) - 1) // n}'"
             )
+
+
+def _check_block_list(path: str, text: str, n_layers: int, good: str) -> None:
+    try:
+        numbers = block_numbers(text)
+    except ValueError:
+        numbers = []
+    inside = all(0 <= number < n_layers for number in numbers)
+    if not numbers or len(set(numbers)) < len(numbers) or not inside:
+        raise InputError(
+            f"config.{path}={text!r} does not list different blocks from 0 to {n_layers - 1}; "
+            f"use {good!r}"
+        )
 
 
 def _check_mur(config, steps: dict[str, int]) -> None:
@@ -238,12 +260,14 @@ def _check_mur(config, steps: dict[str, int]) -> None:
 
 # Keys that add an input to a block, but take no other output from it than the stream.
 READ_ONLY = ("x0_mix", "value_embeddings")
-# Keys by which a block reads or writes more than the residual stream, with the value for none.
-_EXTRA_INPUTS = {"skips": "none", "x0_mix": "none", "value_embeddings": 0}
+EXTRA_STREAMS = ("skips", *READ_ONLY)
+# Keys by which a block reads or writes more than the residual stream, or differs from the others,
+# with the value for none.
+_EXTRA_INPUTS = {"skips": "none", "x0_mix": "none", "value_embeddings": 0, "attention_skip": ""}
 
 
 def check_chain(model, what: str, allowed: tuple[str, ...] = ()) -> None:
-    """Checks that every block is a function of the residual stream alone.
+    """Checks that every block is the same function of the residual stream alone.
 
     Args:
       model: the `model` group of a config.
@@ -251,11 +275,11 @@ def check_chain(model, what: str, allowed: tuple[str, ...] = ()) -> None:
       allowed: keys of the group that `what` supports all the same.
 
     Raises:
-      InputError: another key adds an input or an output.
+      InputError: another key adds an input or an output, or leaves out a part.
     """
     for name, plain in _EXTRA_INPUTS.items():
         if model[name] != plain and name not in allowed:
             raise InputError(
                 f"config.model.{name}={model[name]!r} does not support {what}, which needs blocks "
-                f"that read the residual stream alone; use {plain!r}"
+                f"that are alike and read the residual stream alone; use {plain!r}"
             )

@@ -155,6 +155,11 @@ MODEL = {
         "with learned weights that start at 0.5",
         low=0,
     ),
+    "attention_skip": Key(
+        "",
+        "blocks without attention, of an MLP alone, as '7' or '3,7'; '': none",
+        late=True,
+    ),
     "attn_gate": Key(
         "none",
         "gate of attention: act(x W) of the block's normalised input for each head or each "

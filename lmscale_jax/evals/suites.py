@@ -50,6 +50,7 @@ def check_suite(names: list[str], model) -> None:
     for name in {"redundancy", "mur"}.intersection(names):
         conflicts.check_chain(model, f"--suites={name}", conflicts.READ_ONLY)
     if "attention" in names:
+        conflicts.check_chain(model, "--suites=attention", conflicts.EXTRA_STREAMS)
         attention_stats.gate_range(model)
     if "attention" in names and (model.window_layers != "none" or model.mask == "document"):
         raise InputError(

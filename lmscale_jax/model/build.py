@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from lmscale_jax.config.blocks import attention_blocks
 from lmscale_jax.config.key import TABLES, Modes
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import (
@@ -29,8 +30,8 @@ from lmscale_jax.model.context import DTYPES, RESIDUAL_DTYPES, ForwardContext
 from lmscale_jax.model.loss import chunk_length, logit_bytes, token_losses
 from lmscale_jax.model.mesh import describe_mesh
 from lmscale_jax.model.sharding import ShardingContext
-from lmscale_jax.model.stack import STACKS, run_blocks
-from lmscale_jax.model.transformer import HEADS, Embed, Readout, declare_block
+from lmscale_jax.model.stack import STACKS, Blocks, run_blocks
+from lmscale_jax.model.transformer import HEADS, Embed, Readout, declare_block, declare_mlp_block
 
 
 class Model(NamedTuple):
@@ -46,7 +47,8 @@ class Model(NamedTuple):
         `close`. `step` sets the size of growing windows; None: full. With a tuple `needs` it is
         (that, {name: array}), of "logz" [B, T] and "streams" [L, N, D], the blocks' outputs.
       taps: (params, tokens_BxT, keep, step=None) -> the results of `keep(name, activation)`, as
-        {"embed", "blocks": {name: [L, ...]}, "final" (the input of the last norm), "logits"}.
+        {"embed", "blocks": {name: [L, ...]}, "final" (the input of the last norm), "logits"}. What
+        only blocks with attention have is an array over these (`param.row_layers`).
       choices: {name: implementation and reason}, for people to read.
     """
 
@@ -76,12 +78,12 @@ def build_model(config, *, platform: str, bos_id: int | None = None, mesh=None) 
     sharding = ShardingContext(mesh if mesh is not None and mesh.size > 1 else None)
     kernel, why = kernels.choose_kernel(config, platform, sharding)
     stack = STACKS[model.stack](model, platform)
-    modules, specs = _declare(config, kernel)
+    defs, specs = _declare(config, kernel)
     param_rules = _param_rules(config, specs, kernel)
-    defs = {name: nnx.split(module)[0] for name, module in modules.items()}
     fixed, head = model_context(config, platform, sharding, mesh), HEADS[model.head]
     begin = functools.partial(_begin, defs=defs, config=config, bos_id=bos_id)
-    run = functools.partial(run_blocks, definition=defs["blocks"], model=model, stack=stack)
+    blocks = Blocks(defs["blocks"], defs["mlp_block"], specs["blocks"])
+    run = functools.partial(run_blocks, blocks=blocks, model=model, stack=stack)
     final_norm = functools.partial(_final_norm, defs["readout"])
     read, read_tokens = _readout(config, fixed, head)
     cut = functools.partial(chunk_length, model, most_bytes=_logit_bytes(platform, mesh))
@@ -221,13 +223,19 @@ def _readout(config, fixed: ForwardContext, head) -> tuple[Callable, Callable]:
 
 
 def _declare(config, kernel: str) -> tuple[dict, dict]:
-    """Returns the modules of a model by name, and the annotations of their parameters."""
+    """Returns the definitions of a model's modules by name, and their parameters' annotations."""
     model = config.model
-    block = declare_block(config, kernel)
-    parts = {"embed": Embed(model), "blocks": block, "readout": Readout(config)}
+    block, mlp_block = (declare(config, kernel) for declare in (declare_block, declare_mlp_block))
+    blocks = {"blocks": block, "mlp_block": mlp_block}
+    parts = {"embed": Embed(model), **blocks, "readout": Readout(config)}
     specs = {name: param.specs(part) for name, part in parts.items()}
-    specs["blocks"] = param.map_named(lambda _, s: s.stacked(model.n_layers), specs["blocks"])
-    return parts, specs
+    in_all, layers = param.named(specs.pop("mlp_block")), tuple(range(model.n_layers))
+
+    def of_blocks(path: str, spec: param.Spec) -> param.Spec:
+        return spec.stacked(layers if path in in_all else attention_blocks(model))
+
+    specs["blocks"] = param.map_named(of_blocks, specs["blocks"])
+    return {name: nnx.split(part)[0] for name, part in parts.items()}, specs
 
 
 def _init(specs: dict, param_rules: dict[str, parametrization.ParamRule], key: jax.Array) -> dict:
@@ -243,7 +251,7 @@ def _init(specs: dict, param_rules: dict[str, parametrization.ParamRule], key: j
         stream = jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)
         if spec.axes[0] == "layers":
             streams = jax.vmap(functools.partial(jax.random.fold_in, stream))(
-                jnp.arange(spec.shape[0])
+                jnp.asarray(spec.layers)
             )
             values = jax.vmap(lambda k: jax.random.normal(k, spec.matrix))(streams)
         else:

@@ -23,11 +23,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from lmscale_jax.config.blocks import attention_blocks
 from lmscale_jax.model import flops, kernels, memory
 from lmscale_jax.model.flops import Chip
 from lmscale_jax.model.param import Spec, named
+from lmscale_jax.model.remat import REMAT
 from lmscale_jax.model.sharding import AXES, TOKENS, partition
-from lmscale_jax.model.stack import REMAT
 from lmscale_jax.model.transformer import HEADS
 
 # Assumed, not measured: the shares of the data sheet's figures that large products, sweeps over
@@ -127,7 +128,7 @@ def memory_traffic(config, specs: dict, sizes: Mapping[str, int], moments=None) 
         for spec in named(specs).values()
         if spec.n_in
     )
-    stored = memory.block_bytes(config, specs, sizes, "flash").total
+    stored = memory.mean_block_bytes(config, specs, sizes, "flash").total
     sweep_factor = 1 + REMAT[config.model.remat].more_sweeps / SWEEPS
     logits = compute * tokens * config.model.vocab_size / sizes.get("tensor", 1)
     param_bytes = {path: 4 * size for path, size in local.items()}
@@ -236,7 +237,7 @@ def _of_activations(config, specs, sizes, ring: Rings):
         parts = partition(spec, sizes)
         if "tensor" in parts and spec.n_in:
             into = parts.index("tensor") - 1 < spec.n_in
-            times = model.n_layers * (forward if into else 1)
+            times = spec.shape[0] * (forward if into else 1)
             summed, count = summed + times * compute * stream, count + times * turns
     if _split_sizes(named(specs)["embed/tokens"], sizes, "tensor") > 1:
         # The looked-up rows and their gradient, float32; and the gradient of the readout's input.
@@ -245,9 +246,9 @@ def _of_activations(config, specs, sizes, ring: Rings):
     t, pieces = sizes.get("tensor", 1), sizes.get("sequence", 1)
     # If tensor does not divide their heads, keys and values are first repeated for each query head.
     heads = next((n / t for n in (model.n_kv_heads, model.n_heads) if n % t == 0), model.n_kv_heads)
-    size = 2 * model.n_layers * compute * tokens * pieces * heads * model.head_dim * (forward + 1)
-    count = 2 * model.n_layers * (forward + 1) * turns
-    yield ring.send("gather keys and values", ["sequence"], size, count, 1, False)
+    messages = 2 * len(attention_blocks(model)) * (forward + 1)
+    size = messages * compute * tokens * pieces * heads * model.head_dim
+    yield ring.send("gather keys and values", ["sequence"], size, messages * turns, 1, False)
 
 
 def _split_sizes(spec: Spec, sizes: Mapping[str, int], axis: str) -> int:

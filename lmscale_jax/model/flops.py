@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lmscale_jax.model import visible_keys
 from lmscale_jax.model.param import Spec, named
-from lmscale_jax.model.transformer import BLOCKS
+from lmscale_jax.model.transformer import block_flops
 
 # For each forward product the backward pass has two: for the gradients of inputs and of weights.
 FORWARD_AND_BACKWARD = 3
@@ -45,8 +45,7 @@ def forward_flops(config, specs: dict) -> dict[str, float]:
     return {
         "dense": 2.0 * sum(spec.size for spec in hidden),
         "readout": 2.0 * model.d_model * model.vocab_size,
-        "attention": model.n_layers
-        * BLOCKS[model.block].flops(config, visible_keys.mean_visible(config)),
+        "attention": block_flops(config, visible_keys.mean_visible(config)),
     }
 
 

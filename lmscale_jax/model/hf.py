@@ -13,7 +13,7 @@ import numpy as np
 from lmscale_jax.config.key import Modes
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import parametrization
-from lmscale_jax.model.param import named
+from lmscale_jax.model.param import named, nested
 from lmscale_jax.model.transformer import HEADS
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -169,14 +169,14 @@ def read_params(directory: Path, model, specs: dict) -> dict:
                 f"{directory}: {names[0]} has the shape {parts[0].shape}, but {path} needs "
                 f"{tuple(shape)}; use the config.json of this checkpoint"
             )
-        _put(params, path, np.ascontiguousarray(value.reshape(shape), np.float32))
+        params[path] = np.ascontiguousarray(value.reshape(shape), np.float32)
     tied = set() if HEADS[model.head].table else {"lm_head.weight"}
     unknown = sorted(set(tensors) - used - tied)
     if unknown:
         raise InputError(
             f"{directory}: {unknown[0]} and {len(unknown) - 1} more tensors are not supported"
         )
-    return params
+    return nested(params)
 
 
 def _load(directory: Path) -> dict[str, np.ndarray]:
@@ -228,13 +228,6 @@ def _take(tensors: dict, name: str, place: TensorName, directory: Path) -> np.nd
     x = np.asarray(tensors[name], np.float32)
     x = x.T if place.transposed else x
     return np.split(x, place.parts, axis=-1)[place.part]
-
-
-def _put(tree: dict, path: str, value) -> None:
-    *groups, name = path.split("/")
-    for group in groups:
-        tree = tree.setdefault(group, {})
-    tree[name] = value
 
 
 def write_hf(directory: Path, config, params: dict) -> None:
@@ -291,7 +284,7 @@ def hf_family(config) -> str:
     common = {
         "attn_gate": "none", "logit_softcap": 0.0, "mask": "causal", "window_layers": "none",
         "qk_norm": "none", "norm_gain": "learned", "embed_norm": "none", "skips": "none",
-        "x0_mix": "none", "value_embeddings": 0, "rope_channels": "all",
+        "x0_mix": "none", "value_embeddings": 0, "rope_channels": "all", "attention_skip": "",
         "attention_module": "softmax", "block": "prenorm",
     }  # fmt: skip
     kind = FAMILY_BY_POSITIONS[model.positions]

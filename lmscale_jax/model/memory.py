@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lmscale_jax.config.blocks import attention_blocks
 from lmscale_jax.config.mlp_forms import MLP_FORMS
 from lmscale_jax.model.context import DTYPES, RESIDUAL_DTYPES
 from lmscale_jax.model.kernels import KERNELS
 from lmscale_jax.model.loss import chunk_length, logit_bytes
 from lmscale_jax.model.param import named
+from lmscale_jax.model.remat import REMAT
 from lmscale_jax.model.sharding import ROWS, partition
-from lmscale_jax.model.stack import REMAT
 from lmscale_jax.model.transformer import HEADS
 
 # Bytes of all arrays per logit, for each byte of the type of products (docs/scale.md). On
@@ -133,10 +134,23 @@ class BlockBytes(NamedTuple):
     keeps_scores: bool
 
 
+def mean_block_bytes(config, *where) -> BlockBytes:
+    """Returns the mean of `block_bytes` over the blocks, some of which may lack attention."""
+    share = len(attention_blocks(config.model)) / config.model.n_layers
+    return block_bytes(config, *where, attending=share)
+
+
 def block_bytes(
-    config, specs: dict, sizes: Mapping[str, int], kernel: str, platform: str = ""
+    config,
+    specs: dict,
+    sizes: Mapping[str, int],
+    kernel: str,
+    platform: str = "",
+    attending: float = 1.0,
 ) -> BlockBytes:
     """Estimates the bytes that the backward pass may store of one token in one block.
+
+    `attending` is the share of the blocks with attention, 1 for one that has it.
 
     They are: the stream before both branches; two normed inputs; queries, keys, values
     and the output of attention; hidden values of the MLP before the activation and, for some forms,
@@ -148,19 +162,21 @@ def block_bytes(
     stream = (
         4 if on_cpu else RESIDUAL_DTYPES[model.residual_dtype](model).itemsize
     ) * model.d_model
-    heads = (2 * model.n_heads + 2 * model.n_kv_heads) * model.head_dim / tensor
+    branches, n_heads = 1 + attending, attending * model.n_heads / tensor
+    heads = (2 * n_heads + 2 * attending * model.n_kv_heads / tensor) * model.head_dim
     hidden, form = model.d_ff / tensor, MLP_FORMS[model.mlp]
     # As many numbers as the matrices of the MLP's input, and a user's ones, have columns.
     inputs = sum(s.fan_out for s in named(specs["blocks"]).values() if "mlp" in s.axes_out)
-    products = size * (heads + inputs / tensor + 2 * model.d_model)
+    products = size * (heads + inputs / tensor + branches * model.d_model)
     recomputed = form.recomputed_on_cpu if on_cpu else form.recomputed
-    pointwise = size * (2 * model.d_model + (0 if recomputed else hidden))
+    pointwise = size * (branches * model.d_model + (0 if recomputed else hidden))
     if on_cpu:
-        pointwise += size * 4 * model.n_heads * model.head_dim / tensor
+        pointwise += size * 4 * n_heads * model.head_dim
     # Accelerators store the probabilities in the type of products and the mask too.
     each = 4 if on_cpu else 4 + 1 + (2 if size == 2 else 0)
-    scores = 0 if kernel in FLASH else each * model.n_heads * config.data.seq_len / tensor
-    return BlockBytes(stream, products, 2 * stream + products + pointwise + scores, scores > 0)
+    scores = 0 if kernel in FLASH else each * n_heads * config.data.seq_len
+    total = branches * stream + products + pointwise + scores
+    return BlockBytes(stream, products, total, scores > 0)
 
 
 def _activations(
@@ -180,7 +196,8 @@ def _activations(
     transient += (
         2 * 4 * model.n_heads * config.data.seq_len / sizes.get("tensor", 1) * block.keeps_scores
     )
-    return tokens * REMAT[remat].stored(block) * model.n_layers, tokens * transient
+    mean = mean_block_bytes(config, specs, sizes, kernel, platform)
+    return tokens * REMAT[remat].stored(mean) * model.n_layers, tokens * transient
 
 
 def _logits(config, sizes, chip: tuple[str, str], stack: str) -> float:

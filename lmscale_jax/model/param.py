@@ -31,6 +31,7 @@ class Spec:
       residual: the product is added to the residual stream.
       in_branch: its product passes through the multiplier of a branch; None: as parameters of
         blocks do and others do not.
+      layers: the blocks that have it, one for each row of the axis "layers".
     """
 
     axes: tuple[str, ...]
@@ -40,12 +41,13 @@ class Spec:
     init: str | float = "normal"
     residual: bool = False
     in_branch: bool | None = None
+    layers: tuple[int, ...] = ()
 
-    def stacked(self, n_layers: int) -> "Spec":
-        """Returns the annotation of this parameter for all blocks, under a leading axis."""
-        axes, shape = ("layers", *self.axes), (n_layers, *self.shape)
+    def stacked(self, layers: tuple[int, ...]) -> "Spec":
+        """Returns the annotation of this parameter for these blocks, under a leading axis."""
+        axes, shape = ("layers", *self.axes), (len(layers), *self.shape)
         in_branch = self.in_branch is not False
-        return dataclasses.replace(self, axes=axes, shape=shape, in_branch=in_branch)
+        return dataclasses.replace(self, axes=axes, shape=shape, in_branch=in_branch, layers=layers)
 
     @property
     def matrix(self) -> tuple[int, ...]:
@@ -107,13 +109,8 @@ def _param(spec: Spec) -> nnx.Param:
 
 def specs(module: nnx.Module) -> dict:
     """Returns the nested dict of `Spec` of a module, with the paths of its parameters."""
-    tree: dict = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = variable.get_metadata()["spec"]
-    return tree
+    variables = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return nested({"/".join(path): v.get_metadata()["spec"] for path, v in variables})
 
 
 def named(tree: dict, prefix: str = "") -> dict:
@@ -123,6 +120,23 @@ def named(tree: dict, prefix: str = "") -> dict:
         node, path = tree[name], prefix + name
         flat.update(named(node, path + "/") if isinstance(node, dict) else {path: node})
     return flat
+
+
+def row_layers(specs_blocks: dict, count: int) -> tuple[int, ...]:
+    """Returns the block of each row of an array with `count` rows: all, or those with attention."""
+    return next(s.layers for s in named(specs_blocks).values() if len(s.layers) == count)
+
+
+def nested(flat: dict) -> dict:
+    """Inverts `named`."""
+    tree: dict = {}
+    for path, leaf in flat.items():
+        *groups, name = path.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = leaf
+    return tree
 
 
 def map_named(function, tree: dict, prefix: str = "") -> dict:

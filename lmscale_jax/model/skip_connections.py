@@ -211,6 +211,8 @@ def describe_skips(config) -> dict[str, str]:
             f"{full}{blocks or ' tokens'} in block {', '.join(map(str, full_blocks))}, else {half}"
             + (f"; growing over {grow} steps" if grow else "")
         )
+    if model.attention_skip:
+        lines["MLP alone"] = f"block {', '.join(model.attention_skip.split(','))}"
     if SKIPS[model.skips].factors:
         L = model.n_layers
         pairs = ((i, L - 1 - i) for i in range(SKIPS[model.skips].half(L)))

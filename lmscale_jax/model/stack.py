@@ -1,6 +1,7 @@
 """Runs the blocks: one loop over segments, some of which the caller may wrap."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -8,14 +9,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lmscale_jax.config.blocks import attention_blocks
 from lmscale_jax.config.key import Modes
 from lmscale_jax.model import skip_connections
 from lmscale_jax.model.context import ForwardContext
-from lmscale_jax.model.layers import PRODUCT
-from lmscale_jax.model.transformer import Block
+from lmscale_jax.model.param import named, nested
+from lmscale_jax.model.remat import REMAT
+from lmscale_jax.model.transformer import MLPBlock
 
 
-def _both_branches(block: Block, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
+def _both_branches(block: MLPBlock, context: ForwardContext, h_NxD: jax.Array) -> jax.Array:
     return block.feed(block.attend(h_NxD, context), context)
 
 
@@ -58,87 +61,57 @@ class BlockWrapper(Protocol):
         """Returns the result of `Model.losses`."""
 
 
-class Remat(NamedTuple):
-    """One choice of model.remat.
+class Blocks(NamedTuple):
+    """The definitions of blocks, for `nnx.merge`: with attention and without it.
 
-    Attributes:
-      wrap: function -> the same function, whose backward pass recomputes what is not stored.
-      stored: `memory.BlockBytes` -> bytes stored per token and block.
-      recomputed: FLOPs of a token by part (`flops.forward_flops`) -> FLOPs done a second time.
-      weight_uses: how often a step reads a block's weight: forward, for the input's gradient, and
-        where the block is recomputed.
-      more_sweeps: additional reads and writes of a stored activation.
+    `specs` are the annotations of their stacked parameters.
     """
 
-    wrap: Callable[[Callable], Callable]
-    stored: Callable
-    recomputed: Callable[[dict], float]
-    weight_uses: int
-    more_sweeps: int
-
-
-REMAT = Modes(
-    "model.remat",
-    {
-        "none": Remat(lambda block: block, lambda b: b.total, lambda parts: 0.0, 2, 0),
-        "block": Remat(
-            jax.checkpoint,
-            lambda b: b.stream,
-            lambda parts: parts["dense"] + parts["attention"],
-            3,
-            2,
-        ),
-        "dots": Remat(
-            functools.partial(
-                jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT)
-            ),
-            lambda b: b.stream + b.products,
-            lambda parts: parts["attention"],
-            2,
-            2,
-        ),
-    },
-)
+    full: Any
+    mlp: Any
+    specs: dict
 
 
 class Segment(NamedTuple):
     """Consecutive blocks that run alike.
 
     Attributes:
-      size: number of blocks.
+      layers: their numbers.
+      attends: whether they have attention.
       wrapped: whether the caller's wrapper wraps them.
       hands_out, takes_in: whether skip connections leave or enter these blocks.
     """
 
-    size: int
-    wrapped: bool = False
-    hands_out: bool = False
-    takes_in: bool = False
+    layers: range
+    attends: bool
+    wrapped: bool
+    hands_out: bool
+    takes_in: bool
 
 
 def segments(model, wrapper: BlockWrapper | None) -> list[Segment]:
     """Divides the blocks into segments, in their order.
 
-    Raises ValueError for a wrapper around blocks with skip connections.
+    Raises ValueError for a wrapper around blocks with skip connections, or without attention.
     """
     n, half = model.n_layers, skip_connections.SKIPS[model.skips].half(model.n_layers)
-    if wrapper is None:
-        parts = [
-            Segment(half, hands_out=True), Segment(n - 2 * half), Segment(half, takes_in=True)
-        ]  # fmt: skip
-    elif half:
-        raise ValueError(f"model.skips={model.skips!r}: does not support a wrapper; use 'none'")
-    else:
-        parts = [
-            Segment(wrapper.first),
-            Segment(wrapper.stop - wrapper.first, wrapped=True),
-            Segment(n - wrapper.stop),
-        ]
-    return [segment for segment in parts if segment.size]
+    attending = attention_blocks(model)
+    if wrapper is not None and (half or len(attending) < n):
+        raise ValueError(
+            f"model.skips={model.skips!r} with attention_skip={model.attention_skip!r} does not "
+            f"support a wrapper; use 'none' and ''"
+        )
+
+    def kind(layer: int) -> tuple[bool, ...]:
+        wrapped = wrapper is not None and wrapper.first <= layer < wrapper.stop
+        return layer in attending, wrapped, layer < half, layer >= n - half
+
+    groups = ((key, list(layers)) for key, layers in itertools.groupby(range(n), kind))
+    return [Segment(range(layers[0], layers[-1] + 1), *key) for key, layers in groups]
 
 
 def run_blocks(
-    params_blocks, h_NxD, context: ForwardContext, *, definition, model, stack: str, wrapper=None
+    params_blocks, h_NxD, context: ForwardContext, *, blocks, model, stack: str, wrapper=None
 ):
     """Runs all blocks in their order.
 
@@ -146,32 +119,34 @@ def run_blocks(
       params_blocks: parameters, stacked over layers.
       h_NxD: the residual stream.
       context: context of the pass; with `keep`, blocks that are not wrapped store taps.
-      definition: graph definition of one block, for `nnx.merge`.
+      blocks: their definitions.
       model: the `model` group of a resolved config.
       stack: a key of RUNNERS.
       wrapper: a `BlockWrapper`, or None.
 
     Returns:
-      (h_NxD, taps, output): the stream after the blocks; {name: [L, ...]}; the argument of the
-      wrapper's `close`, or None.
+      (h_NxD, taps, output): the stream after the blocks; {name: a row for each block that has the
+      tap}; the argument of the wrapper's `close`, or None.
     """
 
-    def at_layer(context, layer):
+    def at_layer(definition, context, layer):
         params, index = layer
         return nnx.merge(definition, params), skip_connections.layer_inputs(model, context, index)
 
     def part(branch, context, h_NxD, layer):
-        return branch(*at_layer(context, layer), h_NxD)
+        return branch(*at_layer(blocks.full, context, layer), h_NxD)
 
     plan = segments(model, wrapper)
-    runs = cut_layers(params_blocks, stack, [segment.size for segment in plan])
-    wrapper_output, streams, taps = None, None, []
+    runs = cut_layers(params_blocks, blocks.specs, stack, [segment.layers for segment in plan])
+    wrapper_output, streams, taps = None, [], []
     for segment, run in zip(plan, runs, strict=True):
         if segment.wrapped:
             carry, body = wrapper.begin(h_NxD), _wrapped_body(wrapper, part, context, model.remat)
         else:
-            segment_context = context.replace(skips_SxNxD=streams if segment.takes_in else None)
-            carry, body = h_NxD, _block_body(segment, at_layer, segment_context, model.remat)
+            block = functools.partial(at_layer, blocks.full if segment.attends else blocks.mlp)
+            skips = _joined(streams) if segment.takes_in else None
+            segment_context = context.replace(skips_SxNxD=skips)
+            carry, body = h_NxD, _block_body(segment, block, segment_context, model.remat)
         outs = []
         for apply, layers in run(body):
             carry, out = apply(carry, layers)
@@ -180,11 +155,15 @@ def run_blocks(
             h_NxD, wrapper_output = wrapper.end(carry)
         else:
             h_NxD, (taps_of_segment, handed_out) = carry, RUNNERS[stack].joined(outs)
-            streams = handed_out if segment.hands_out else streams
+            streams += [handed_out] if segment.hands_out else []
             taps.append(taps_of_segment)
-    if len(taps) > 1:
-        taps = [jax.tree.map(lambda *of_segments: jnp.concatenate(of_segments), *taps)]
-    return h_NxD, taps[0] if taps else {}, wrapper_output
+    names = dict.fromkeys(name for of_segment in taps for name in of_segment)
+    joined = {name: _joined([t[name] for t in taps if name in t]) for name in names}
+    return h_NxD, joined, wrapper_output
+
+
+def _joined(of_segments: list[jax.Array]) -> jax.Array:
+    return of_segments[0] if len(of_segments) == 1 else jnp.concatenate(of_segments)
 
 
 def _block_body(segment: Segment, at_layer, context: ForwardContext, remat: str) -> Callable:
@@ -225,31 +204,30 @@ class Runner(NamedTuple):
     several along a leading axis.
 
     Attributes:
-      pieces: sizes of the segments -> sizes of the pieces into which parameters are split; []: one
-        piece with all layers.
-      applications: (body, number of the segment, first layer, size, number of a piece -> its
-        parameters) -> applications.
+      pieces: layers of the segments -> those of the pieces into which parameters are split.
+      applications: (body, layers of a segment, the parameters of its pieces) -> applications.
       joined: outs of a segment's applications -> outs along a leading axis of layers.
     """
 
-    pieces: Callable[[list[int]], list[int]]
+    pieces: Callable[[list[range]], list[range]]
     applications: Callable[..., Iterator[tuple]]
     joined: Callable[[list], Any]
 
 
-def _scan(body, number: int, first: int, size: int, piece: Callable) -> Iterator[tuple]:
-    yield functools.partial(jax.lax.scan, body), (piece(number), first + jnp.arange(size))
+def _scan(body, layers: range, pieces: list[dict]) -> Iterator[tuple]:
+    index_L = layers.start + jnp.arange(len(layers))
+    yield functools.partial(jax.lax.scan, body), (pieces[0], index_L)
 
 
-def _unroll(body, number: int, first: int, size: int, piece: Callable) -> Iterator[tuple]:
-    for index in range(first, first + size):
-        yield body, (jax.tree.map(lambda x: x[0], piece(index)), index)
+def _unroll(body, layers: range, pieces: list[dict]) -> Iterator[tuple]:
+    for index, piece in zip(layers, pieces, strict=True):
+        yield body, (jax.tree.map(lambda x: x[0], piece), index)
 
 
 RUNNERS = {
-    "scan": Runner(lambda sizes: sizes if len(sizes) > 1 else [], _scan, lambda outs: outs[0]),
+    "scan": Runner(lambda segments: segments, _scan, lambda outs: outs[0]),
     "unroll": Runner(
-        lambda sizes: [1] * sum(sizes),
+        lambda segments: [range(layer, layer + 1) for layers in segments for layer in layers],
         _unroll,
         lambda outs: jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outs),
     ),
@@ -278,24 +256,27 @@ STACKS = Modes(
 )
 
 
-def cut_layers(params_blocks, stack: str, sizes: list[int]) -> list[Callable]:
-    """Splits the parameters into segments of `sizes` layers.
+def cut_layers(params_blocks, specs, stack: str, segments: list[range]) -> list[Callable]:
+    """Splits the parameters into those of the layers of each segment.
 
     Returns for each segment: body -> applications of its runner, where `body(carry, (params of
     layer l, l)) -> (carry, out)` runs one layer.
     """
-    runner, (leaves, tree) = RUNNERS[stack], jax.tree.flatten(params_blocks)
-    # The gradient of lax.split is one concatenation; that of slicing each layer would be a sum of L
-    # zero-padded arrays of the full size.
-    pieces = runner.pieces(sizes)
-    split = [jax.lax.split(leaf, pieces) if pieces else [leaf] for leaf in leaves]
-
-    def piece(number: int):
-        return tree.unflatten([parts[number] for parts in split])
-
+    runner, specs = RUNNERS[stack], named(specs)
+    pieces = {layers: {} for layers in runner.pieces(segments)}
+    for path, leaf in named(params_blocks).items():
+        owners = [layers for layers in pieces if layers[0] in specs[path].layers]
+        # The gradient of lax.split is one concatenation; that of slicing each layer would be a sum
+        # of L zero-padded arrays of the full size.
+        sizes = [len(layers) for layers in owners]
+        parts = jax.lax.split(leaf, sizes) if len(sizes) > 1 else [leaf]
+        for layers, part in zip(owners, parts, strict=True):
+            pieces[layers][path] = part
     return [
         functools.partial(
-            runner.applications, number=n, first=sum(sizes[:n]), size=size, piece=piece
+            runner.applications,
+            layers=layers,
+            pieces=[nested(piece) for inside, piece in pieces.items() if inside[0] in layers],
         )
-        for n, size in enumerate(sizes)
+        for layers in segments
     ]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from lmscale_jax.config.blocks import attention_blocks
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.own_code import OwnCode
 from lmscale_jax.errors import InputError
@@ -55,11 +56,10 @@ class BlockParts(NamedTuple):
     mlp: Callable[[], nnx.Module]
 
 
-class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+class MLPBlock(nnx.Module):
+    """A block without attention: a pre-norm MLP, added to the residual stream."""
 
     def __init__(self, model, parts: BlockParts):
-        self.attention_norm, self.attention = parts.norm(), parts.attention()
         self.mlp_norm, self.mlp = parts.norm(), parts.mlp()
         for factor in SKIPS[model.skips].factors:
             self.skip = param.scalar(factor, in_branch=False)
@@ -68,18 +68,14 @@ class Block(nnx.Module):
             self.origin_share = param.scalar(mix.origin, in_branch=False)
 
     def attend(self, h_NxD: jax.Array, context: ForwardContext) -> jax.Array:
-        """Adds the skip, the embedding (x0 mix) and attention to the residual stream."""
+        """Adds the skip and the embedding (x0 mix) to the residual stream."""
         dtype = h_NxD.dtype
         if context.skip_NxD is not None:
             h_NxD = h_NxD + self.skip[...] * context.skip_NxD
         if context.origin_NxD is not None:
             h_NxD = self.stream_share[...] * h_NxD
             h_NxD = h_NxD + self.origin_share[...] * context.origin_NxD
-        h_NxD = h_NxD.astype(dtype)
-        a_NxD = self.attention(self.attention_norm(h_NxD, context), context)
-        _check_shape("attention_module", h_NxD, a_NxD)
-        context.tap("attention", lambda: a_NxD)
-        return h_NxD + context.scales.branch * context.dropout(a_NxD, 1).astype(h_NxD.dtype)
+        return h_NxD.astype(dtype)
 
     def feed(self, h_NxD: jax.Array, context: ForwardContext) -> jax.Array:
         """Adds the MLP to the residual stream."""
@@ -89,6 +85,22 @@ class Block(nnx.Module):
         h_NxD = h_NxD + context.scales.branch * context.dropout(m_NxD, 2).astype(h_NxD.dtype)
         context.tap("residual", lambda: h_NxD)
         return h_NxD
+
+
+class Block(MLPBlock):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, model, parts: BlockParts):
+        super().__init__(model, parts)
+        self.attention_norm, self.attention = parts.norm(), parts.attention()
+
+    def attend(self, h_NxD: jax.Array, context: ForwardContext) -> jax.Array:
+        """Adds the skip, the embedding (x0 mix) and attention to the residual stream."""
+        h_NxD = super().attend(h_NxD, context)
+        a_NxD = self.attention(self.attention_norm(h_NxD, context), context)
+        _check_shape("attention_module", h_NxD, a_NxD)
+        context.tap("attention", lambda: a_NxD)
+        return h_NxD + context.scales.branch * context.dropout(a_NxD, 1).astype(h_NxD.dtype)
 
 
 def _check_shape(key: str, h_NxD: jax.Array, y_NxD: jax.Array) -> None:
@@ -102,13 +114,32 @@ def _check_shape(key: str, h_NxD: jax.Array, y_NxD: jax.Array) -> None:
 
 def declare_block(config, kernel: str) -> nnx.Module:
     """Declares one block of a resolved config; `kernel` names its attention kernel."""
+    return BLOCKS[config.model.block].declare(config, _block_parts(config, kernel))
+
+
+def declare_mlp_block(config, kernel: str) -> nnx.Module:
+    """Declares one of the blocks without attention."""
+    return MLPBlock(config.model, _block_parts(config, kernel))
+
+
+def _block_parts(config, kernel: str) -> BlockParts:
     model = config.model
-    parts = BlockParts(
+    return BlockParts(
         norm=lambda: NORMS[model.norm].declare(config),
         attention=lambda: ATTENTIONS[model.attention_module].declare(config, kernel),
         mlp=lambda: MLPS[model.mlp].declare(config),
     )
-    return BLOCKS[model.block].declare(config, parts)
+
+
+def block_flops(config, visible: float) -> float:
+    """Returns the FLOPs of a token in all blocks besides products with weights.
+
+    `visible` are the keys that a query attends to.
+    """
+    model, attending = config.model, len(attention_blocks(config.model))
+    mlp_block = sum(part.flops(config, visible) for part in (MLPS[model.mlp], NORMS[model.norm]))
+    attention = attending * BLOCKS[model.block].flops(config, visible)
+    return attention + (model.n_layers - attending) * mlp_block
 
 
 def _prenorm_flops(config, visible: float) -> float:

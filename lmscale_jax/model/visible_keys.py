@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lmscale_jax.config.blocks import attention_blocks
 from lmscale_jax.config.key import Modes
 from lmscale_jax.data import documents
 from lmscale_jax.model.skip_connections import attention_windows, full_window_blocks
@@ -14,10 +15,10 @@ AGES = Modes("model.mask", {"causal": lambda config: None, "document": documents
 def mean_visible(config) -> float:
     """Returns the keys that a query attends to, the mean over a run.
 
-    The mean is over the positions of a window of data.seq_len tokens, over blocks, and over the
-    steps in which attention windows grow. With model.mask="document" it is the expectation for
-    windows that begin anywhere in the training tokens; while these are not prepared, documents do
-    not count.
+    The mean is over the positions of a window of data.seq_len tokens, over the blocks with
+    attention, and over the steps in which attention windows grow. With model.mask="document" it is
+    the expectation for windows that begin anywhere in the training tokens; while these are not
+    prepared, documents do not count.
 
     Args:
       config: resolved.
@@ -33,7 +34,8 @@ def mean_visible(config) -> float:
     steps = np.arange(config.train.steps if model.window_growth else 1, dtype=np.float32)
     full, half = attention_windows(config, steps if model.window_growth else None)
     means = [float(np.mean(_window_sums(sums, w, model.window_block))) for w in (full, half)]
-    share = len(full_blocks) / model.n_layers
+    attending = attention_blocks(model)
+    share = len(set(full_blocks).intersection(attending)) / len(attending)
     return (share * means[0] + (1 - share) * means[1]) / length
 
 

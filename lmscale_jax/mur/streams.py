@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmscale_jax.model.stack import REMAT
+from lmscale_jax.model.remat import REMAT
 from lmscale_jax.mur.utility import (
     FLOAT,
     Measure,

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lmscale_jax.config.key import Modes
@@ -63,16 +64,20 @@ def build_optimizer(
 
 
 def _check_block_factors(config) -> None:
-    """Raises InputError where factors of blocks meet updates that are not proportional to steps."""
+    """Raises InputError where single blocks are treated apart by an optimizer that averages.
+
+    Its updates are not proportional to factors, and its weights count the steps of all blocks.
+    """
     optim, mur = config.optim, config.mur
     for name, value, plain in (
         ("optim.block_lr_decay", optim.block_lr_decay, 1.0),
+        ("freeze.mode", config.freeze.mode, "none"),
         ("mur.apply_to", mur.apply_to if is_used(config, "mur.apply_to") else "grads", "grads"),
     ):
         if value != plain:
             raise InputError(
-                f"config.{name}={value!r} multiplies updates, and those of optim.name="
-                f"{optim.name!r} follow from what it averages; {plain!r} would work"
+                f"config.{name}={value!r} treats blocks apart, but updates of optim.name="
+                f"{optim.name!r} follow from what it averages over all of them; use {plain!r}"
             )
 
 
@@ -135,7 +140,8 @@ def scale_and_decay(config, rules: dict[str, UpdateRule]) -> optax.GradientTrans
         def of_block(factor_L, path, x):
             if factor_L is None or not path.startswith("blocks/"):
                 return x
-            return layerwise.broadcast_blocks(factor_L, x) * x
+            factor_R = factor_L[np.array(rules[path].spec.layers)]
+            return layerwise.broadcast_blocks(factor_R, x) * x
 
         def change_of(path, u):
             rule, p = rules[path], _param_at(params, path)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from lmscale_jax.model.build import Model
-from lmscale_jax.model.param import Spec, map_named, named
+from lmscale_jax.model.param import Spec, map_named, named, row_layers
 from lmscale_jax.mur.settings import MODES
 
 
@@ -57,11 +57,11 @@ def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
 
     Names are "QUANTITY_norm_PLACE", quantities grad, param and update.
     """
-    n_layers = next(iter(named(model.specs["blocks"]).values())).shape[0]
 
     def blocks(tree):
         squares = [
-            jnp.square(x.reshape(n_layers, -1)).sum(axis=1) for x in jax.tree.leaves(tree["blocks"])
+            by_layer(model.specs, jnp.square(x.reshape(len(x), -1)).sum(axis=1), missing=0.0)
+            for x in jax.tree.leaves(tree["blocks"])
         ]
         return jnp.sqrt(sum(squares))
 
@@ -73,10 +73,20 @@ def layer_norms(model: Model, grads: dict, params: dict, updates: dict) -> dict:
     return metrics
 
 
+def by_layer(specs: dict, values_R: jax.Array, missing: float = jnp.nan) -> jax.Array:
+    """Returns [L, ...] from a row for each block that has one (`param.row_layers`)."""
+    n_layers = max(len(spec.layers) for spec in named(specs["blocks"]).values())
+    if len(values_R) == n_layers:
+        return values_R
+    layers = jnp.array(row_layers(specs["blocks"], len(values_R)))
+    return jnp.full((n_layers, *values_R.shape[1:]), missing).at[layers].set(values_R)
+
+
 def activation_stats(model: Model, batch, params: dict, step: jax.Array) -> dict:
     """Computes {"activation/NAME/STATISTIC": scalar or [L]}: mean, rms, largest absolute value.
 
-    They are those of a pass without dropout, with the windows of this step.
+    They are those of a pass without dropout, with the windows of this step; nan in a block without
+    that activation.
     """
 
     def keep(_, x):
@@ -85,6 +95,8 @@ def activation_stats(model: Model, batch, params: dict, step: jax.Array) -> dict
 
     metrics = {}
     for path, values in named(model.taps(params, batch.tokens_BxT, keep, step)).items():
+        if path.startswith("blocks/"):
+            values = by_layer(model.specs, values)
         for index, statistic in enumerate(("mean", "rms", "max")):
             metrics[f"activation/{path.removeprefix('blocks/')}/{statistic}"] = values[..., index]
     return metrics
@@ -155,10 +167,15 @@ def measure_spectral(specs: dict, params: dict, updates: dict, vectors: dict) ->
         shape = (spec.fan_in / spec.fan_out) ** 0.5
         square_L = jnp.square(w.astype(jnp.float32)).sum(axis=(1, 2))
         floor_L = jnp.maximum(sigma_L, 1e-30)
-        metrics[f"spectral/weight/{path}"] = sigma_L * shape
-        metrics[f"spectral/update/{path}"] = of_update_L * shape
-        metrics[f"spectral/relative/{path}"] = of_update_L / floor_L
-        metrics[f"spectral/stable_rank/{path}"] = square_L / jnp.square(floor_L)
+        measured = {
+            "weight": sigma_L * shape,
+            "update": of_update_L * shape,
+            "relative": of_update_L / floor_L,
+            "stable_rank": square_L / jnp.square(floor_L),
+        }
+        for quantity, x_L in measured.items():
+            x_L = by_layer(specs, x_L) if spec.layers else x_L
+            metrics[f"spectral/{quantity}/{path}"] = x_L
 
     map_named(measure, specs)
     return metrics, new_vectors

@@ -189,6 +189,7 @@ CHANGES = {
     },
     "record26": {
         "model.n_layers": 4,
+        "model.attention_skip": "2",
         "model.dtype": "bfloat16",
         "model.d_ff": 0,
         "model.window": 24,
