@@ -1,4 +1,4 @@
-"""Checks that activations keep their size as the model grows:
+"""Checks that activations and updates keep their size as the model grows:
 
     python -m lmscale_jax.coord_check --workdir=runs/coords [--control=sp]
 
@@ -22,7 +22,7 @@ STEPS = flags.DEFINE_integer(
 )
 SEEDS = flags.DEFINE_integer("seeds", 3, "initialisations of each size", lower_bound=1)
 CONTROL = flags.DEFINE_enum(
-    "control", "none", ["none", "sp", "logits_sqrt", "no_lr_scaling"],
+    "control", "none", ["none", "sp", "logits_sqrt", "no_lr_scaling", "no_eps_scaling"],
     "a deliberate mistake, which the check must detect",
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from lmscale_jax.config.resolve import resolve
 from lmscale_jax.configs import coord_check as family
 from lmscale_jax.errors import InputError
 from lmscale_jax.model import build
-from lmscale_jax.sweeps import coord_check
+from lmscale_jax.sweeps import coord_check, slopes
 
 
 def make(name="llama", **changes):
@@ -58,16 +58,16 @@ def test_slopes_of_known_powers():
     widths = [64, 128, 256, 512]
     noise = np.exp(np.random.default_rng(0).normal(0, 0.05, (4, 2, 3)))
     power = np.array(widths, float)[:, None, None] ** np.array([0.0, 0.5])[:, None]
-    exact = coord_check.coordinate_slopes(widths, 3 * power * np.ones((4, 2, 3)))
+    exact = slopes.coordinate_slopes(widths, 3 * power * np.ones((4, 2, 3)))
     assert [e["slope"] for e in exact] == pytest.approx([0, 0.5], abs=1e-12)
     assert [e["se"] for e in exact] == pytest.approx([0, 0], abs=1e-12)
     for entry, wanted in zip(
-        coord_check.coordinate_slopes(widths, power * noise), (0, 0.5), strict=True
+        slopes.coordinate_slopes(widths, power * noise), (0, 0.5), strict=True
     ):
         assert entry["se"] > 0 and abs(entry["slope"] - wanted) < 4 * entry["se"]
     broken = np.ones((4, 2, 3))
     broken[2, 1, 0], broken[1, 0, 0] = np.nan, 0.0
-    assert coord_check.coordinate_slopes(widths, broken) == [{"slope": None, "se": None}] * 2
+    assert slopes.coordinate_slopes(widths, broken) == [{"slope": None, "se": None}] * 2
 
 
 def steps_of(*values):
@@ -81,32 +81,32 @@ def test_bounds_are_those_of_the_protocol():
         "blocks/1/scores": steps_of(0.0, 0.14, 0.14),
         "change/embed": steps_of(None, 0.9, 0.9, 0.9, 0.15),
     }
-    assert coord_check.slope_failures(good) == []
+    assert slopes.slope_failures(good) == []
     bad = {
         "blocks/0/mlp": steps_of(0.0, 0.11),
         "logits": steps_of(-0.3, 0.0, 0.0, 0.0, None),
         "change/logits": steps_of(None, 0.0, 0.0, 0.0, -0.5),
     }
-    failed = [(f["tensor"], f["step"]) for f in coord_check.slope_failures(bad)]
+    failed = [(f["tensor"], f["step"]) for f in slopes.slope_failures(bad)]
     assert failed == [
         ("logits", 5), ("change/logits", 5), ("logits", 1), ("blocks/0/mlp", 2),
     ]  # fmt: skip
     assert ("logits", 1) not in [
-        (f["tensor"], f["step"]) for f in coord_check.slope_failures(bad, sweep="depth")
+        (f["tensor"], f["step"]) for f in slopes.slope_failures(bad, sweep="depth")
     ]
 
 
 def verdict_of_a_simulated_check(rng, wrong: float) -> str:
     """Of 38 tensors, all at their bound of 0.10 but one. Two are as noisy as attention is."""
-    slopes, widths = {}, np.array([64.0, 128, 256])
+    table, widths = {}, np.array([64.0, 128, 256])
     for number in range(38):
         slope, noise = wrong if number == 5 else 0.0999, 0.12 if number < 2 else 0.03
         # Half of the noise lasts for all steps.
         scatter = (rng.normal(0, noise, (3, 10, 3)) + rng.normal(0, noise, (3, 1, 3))) / 2**0.5
         values = np.exp2(np.log2(widths)[:, None, None] * slope + scatter)
-        entries = coord_check.coordinate_slopes(widths, values)
-        slopes[f"blocks/{number}/mlp"] = {str(t): entry for t, entry in enumerate(entries, 1)}
-    return coord_check.coordinate_verdict(coord_check.slope_failures(slopes))
+        entries = slopes.coordinate_slopes(widths, values)
+        table[f"blocks/{number}/mlp"] = {str(t): entry for t, entry in enumerate(entries, 1)}
+    return slopes.coordinate_verdict(slopes.slope_failures(table))
 
 
 def test_a_verdict_keeps_its_level_and_finds_what_is_wrong():
@@ -117,20 +117,18 @@ def test_a_verdict_keeps_its_level_and_finds_what_is_wrong():
     assert right.count("undetermined") >= 130
     wrong = [verdict_of_a_simulated_check(rng, 0.75) for _ in range(50)]
     assert wrong.count("failed") >= 45
-    assert coord_check.coordinate_verdict([]) == "passed"
+    assert slopes.coordinate_verdict([]) == "passed"
 
 
 def test_scores_may_fall_until_heads_align():
     """Where heads grow: as head_dim^-1/2 at first; a rise, as of the wrong scale, is a failure."""
     falling = {"blocks/0/scores": steps_of(-0.5, -0.34, -0.2)}
-    assert coord_check.slope_failures(falling, sweep="head_dim") == []
-    assert len(coord_check.slope_failures(falling)) == 2
-    flat = coord_check.slope_failures({"blocks/0/scores": steps_of(0.0, 0.0)}, sweep="head_dim")
+    assert slopes.slope_failures(falling, sweep="head_dim") == []
+    assert len(slopes.slope_failures(falling)) == 2
+    flat = slopes.slope_failures({"blocks/0/scores": steps_of(0.0, 0.0)}, sweep="head_dim")
     assert [f["step"] for f in flat] == [1]
     for wrong in (0.2, -0.4):
-        failed = coord_check.slope_failures(
-            {"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim"
-        )
+        failed = slopes.slope_failures({"blocks/0/scores": steps_of(-0.5, wrong)}, sweep="head_dim")
         assert [f["step"] for f in failed] == [2]
 
 
@@ -146,11 +144,11 @@ def test_depths_are_compared_at_the_ends():
 
 
 def test_predictions_look_at_the_steepest_step():
-    slopes = {
+    table = {
         "blocks/0/attention": steps_of(0, 0.9, 0.1), "change/blocks/0/mlp": steps_of(0, 9),
         "blocks/0/mlp": steps_of(9, 0.3, 0.2), "logits": steps_of(0, None, 0.1),
     }  # fmt: skip
-    predicted = coord_check.compare_with_prediction(slopes, "sp")
+    predicted = slopes.compare_with_prediction(table, "sp")
     assert {kind: entry["shown"] for kind, entry in predicted.items()} == {
         "attention": True, "mlp": False, "logits": True,
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """Coordinate checks of both families and their controls: docs/mup/coordinates.py OUT [NAME ...]
 
-Writes OUT/NAME/coord_check.* and OUT/coordinates.json with the slopes at steps 1, 2 and the last.
+Writes OUT/NAME/coord_check.* and OUT/coordinates.json with the slopes at steps 1, 2, 5 and last.
 """
 
 import json
@@ -37,11 +37,22 @@ def heads():
     return config
 
 
+def large_epsilon():
+    """Updates whose size depends on epsilon. Clipping would change gradients by the norm of all."""
+    config = family.get_config("llama")
+    config.model.attn_gate, config.model.value_embeddings = "headwise", 1
+    config.parametrization.base_width = NARROW[0]
+    config.optim.eps, config.optim.clip = 1e-5, 0.0
+    return config
+
+
 CHECKS = {
     "llama none": (family.get_config, "width", WIDTHS["llama"], "none"),
     "gpt2 none": (lambda: family.get_config("gpt2"), "width", WIDTHS["gpt2"], "none"),
     **{f"llama {c}": (family.get_config, "width", NARROW, c) for c in CONTROLS},
     **{f"gpt2 {c}": (lambda: family.get_config("gpt2"), "width", NARROW, c) for c in CONTROLS},
+    "epsilon none": (large_epsilon, "width", NARROW, "none"),
+    "epsilon no_eps_scaling": (large_epsilon, "width", NARROW, "no_eps_scaling"),
     "llama head_dim": (heads, "head_dim", [32, 64, 128, 256], "none"),
     "llama depth 1": (lambda: completep(1.0), "depth", [2, 4, 8, 16], "none"),
     "llama depth 0.5": (lambda: completep(0.5), "depth", [2, 4, 8, 16], "none"),
@@ -62,11 +73,12 @@ def main(out: Path, names: list[str]) -> None:
         draw_coord_check(result, workdir / "coord_check.png")
         last = str(result["config"]["train"]["steps"])
         results[name] = {
-            "passed": result["passed"],
+            "verdict": result["verdict"],
             "failures": len(result["failures"]),
+            "certain": sum(failure["certain"] for failure in result["failures"]),
             "predicted": result.get("predicted"),
             "slopes": {
-                tensor: {step: steps[step] for step in ("1", "2", last)}
+                tensor: {step: steps[step] for step in ("1", "2", "5", last)}
                 for tensor, steps in result["slopes"].items()
             },
         }

@@ -65,9 +65,9 @@ PARAMETRIZATION = {
     "control": Key(
         "none",
         "a deliberate mistake that the coordinate check must detect: logits_sqrt divides the "
-        "logits by the square root of the width ratio; no_lr_scaling does not scale learning "
-        "rates",
-        choices=("none", "logits_sqrt", "no_lr_scaling"),
+        "logits by the square root of the width ratio; no_lr_scaling and no_eps_scaling do not "
+        "scale learning rates and Adam's epsilon",
+        choices=("none", "logits_sqrt", "no_lr_scaling", "no_eps_scaling"),
         when=_SIZED,
     ),
     "init_std": Key(0.02, "standard deviation of initial matrices (GPT-2)", above=0.0),

@@ -66,14 +66,16 @@ class Control(NamedTuple):
 
     Attributes:
       logits: 1 / (width ratio) -> factor of the logits.
-      lr_factor: a parameter's learning-rate factor -> the factor that is used.
-      slopes: {end of a tensor's name: slope that it exceeds in the coordinate check, from step 2
-        on}; {} without a mistake.
+      lr_factor, eps_factor: a parameter's factor of the learning rate, of epsilon -> the factor
+        that is used.
+      slopes: {end of a tensor's name: slope beyond which it is in the coordinate check, on that
+        side of 0, from step 2 on}; {} without a mistake.
     """
 
-    logits: Callable
-    lr_factor: Callable
     slopes: dict[str, float]
+    logits: Callable = lambda inverse_m: inverse_m
+    lr_factor: Callable = lambda factor: factor
+    eps_factor: Callable = lambda factor: factor
 
 
 def _unscaled(config) -> Scales:
@@ -119,14 +121,15 @@ SCHEMES = Modes(
 )
 
 # In theory the logits of logits_sqrt have a slope of +1/2, and each matrix with too high a learning
-# rate one of about +1.
+# rate one of about +1. Where epsilon is above the gradients, updates have their slope of -1.
 CONTROLS = Modes(
     "parametrization.control",
     {
-        "none": Control(lambda inverse_m: inverse_m, lambda factor: factor, {}),
-        "logits_sqrt": Control(math.sqrt, lambda factor: factor, {"logits": 0.35}),
-        "no_lr_scaling": Control(
-            lambda inverse_m: inverse_m, lambda factor: 1.0, {"attention": 0.4, "mlp": 1.0}
+        "none": Control({}),
+        "logits_sqrt": Control({"logits": 0.35}, logits=math.sqrt),
+        "no_lr_scaling": Control({"attention": 0.4, "mlp": 1.0}, lr_factor=lambda factor: 1.0),
+        "no_eps_scaling": Control(
+            {"query/weight": -0.4, "key/weight": -0.4}, eps_factor=lambda factor: 1.0
         ),
     },
 )

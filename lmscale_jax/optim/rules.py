@@ -72,7 +72,7 @@ def _update_rule(rule: ParamRule, config) -> UpdateRule:
         spec,
         lr_factor=lr * _lr_factor_of_role(optim, spec),
         lr_factor_of_size=lr,
-        eps_factor=optimizer.eps_factor(rule.ratios),
+        eps_factor=CONTROLS[base.control].eps_factor(optimizer.eps_factor(rule.ratios)),
         decay=float(spec.role in DECAYING[optim.decay_on]),
         optimizer=name,
         update_scale=optimizer.update_scale(optim, spec),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lmscale_jax.reports.plots import fill_band, graded_colours, new_figure, save_figure
-from lmscale_jax.sweeps.coord_check import CHANGE
+from lmscale_jax.sweeps.slopes import CHANGE
 
 KINDS = (
     "embed", "query", "key", "value", "scores", "attention",
