@@ -156,8 +156,10 @@ stage._executor = SimpleNamespace(
 stage.train(0.05)
 """
 BUSY_COMMAND = """
-import time
+import signal, time
 from lmscale_jax import cli
+# Of a test in the background the shell ignores it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def main():
     print("ready", flush=True)
     time.sleep(600)
