@@ -191,7 +191,5 @@ def test_what_is_around_goes_with_no_factors_of_blocks(monkeypatch, changes):
     entry = OPTIMIZERS["adamw"]._replace(around=lambda inner, config: inner)
     monkeypatch.setitem(OPTIMIZERS, "adamw", entry)
     config, model = configured("adamw", **changes)
-    with pytest.raises(
-        InputError, match=r"treats blocks apart, but updates of optim\.name='adamw'"
-    ):
+    with pytest.raises(InputError, match=r"treats blocks apart, but .* of optim\.name='adamw'"):
         optim.build_optimizer(config, model.param_rules)
