@@ -11,7 +11,7 @@ from lmscale_jax.config.resolve import resolve, validate
 from lmscale_jax.configs import base, speedrun_gate, speedrun_record26, speedrun_simple
 from lmscale_jax.errors import InputError
 from lmscale_jax.evals import suites
-from lmscale_jax.model import attention, build, flops, memory, param, skip_connections
+from lmscale_jax.model import attention, build, flops, param, skip_connections
 from lmscale_jax.model.sharding import ShardingContext
 from lmscale_jax.optim.rules import update_rules
 
@@ -270,32 +270,6 @@ def test_the_reach_of_a_block_is_a_number():
     assert reach(1, step=1, **ends, window_growth="10 steps") == 4
 
 
-def test_blocks_without_attention():
-    """The others keep their initial values; FLOPs and memory are those of what is there."""
-    config, model, _ = make(n_layers=4, attention_skip="2")
-    full = make(n_layers=4)
-    params = model.init(jax.random.key(0))
-    rows, other = param.named(params), param.named(full[1].init(jax.random.key(0)))
-    assert rows.keys() == other.keys()
-    for path, wanted in other.items():
-        kept = [0, 1, 3] if path.startswith("blocks/attention") else slice(None)
-        np.testing.assert_array_equal(rows[path], np.asarray(wanted)[kept])
-    mine, theirs = (
-        flops.forward_flops(c, m.specs) for c, m in ((config, model), (full[0], full[1]))
-    )
-    assert mine["attention"] == 0.75 * theirs["attention"]
-    assert theirs["dense"] - mine["dense"] == 2 * 4 * config.model.d_model**2
-    taps = model.taps(params, tokens(2), lambda _, x: jnp.abs(x).mean())["blocks"]
-    assert len(taps["mlp"]) == 4 and len(taps["attention"]) == len(taps["scores"]) == 3
-    assert param.row_layers(model.specs["blocks"], 3) == (0, 1, 3)
-    stored = [
-        memory.mean_block_bytes(c, m.specs, {}, "plain").total
-        for c, m in ((config, model), (full[0], full[1]))
-    ]
-    none = memory.block_bytes(config, model.specs, {}, "plain", attending=0.0).total
-    assert stored[0] == pytest.approx((3 * stored[1] + none) / 4)
-
-
 def test_rows_of_the_table():
     config = base.get_config()
     for name, value in (ALL | {"d_model": 128, "n_heads": 16, "head_dim": 8}).items():
@@ -361,8 +335,6 @@ def test_what_makes_no_sense_is_refused():
         ({"value_embeddings": 2}, "value_embeddings=2 needs twice as many blocks.*; use 1"),
         ({"softcap_form": "algebraic"}, "is unused with model.logit_softcap=0"),
         ({"ids": 60}, "model.ids=60 is above model.vocab_size"),
-        ({"attention_skip": "4"}, "attention_skip='4' does not list different blocks.*; use ''"),
-        ({"n_layers": 1, "attention_skip": "0"}, "no block with attention; use ''"),
         ({"window": 5}, "is unused with model.window_layers"),
         ({"positions": "rope", "rope_channels": "half", "head_dim": 4}, "at least 8; use 8"),
     ):
@@ -372,14 +344,7 @@ def test_what_makes_no_sense_is_refused():
     config.model.skips, config.mur.mode = "unet", "diagnose"
     with pytest.raises(InputError, match=r"model\.skips='unet' does not support mur\.mode"):
         validate(config)
-    config.model.skips, config.model.attention_skip = "none", "1"
-    with pytest.raises(InputError, match=r"model\.attention_skip='1' does not support mur\.mode"):
-        validate(config)
-    config.mur.mode, config.freeze.mode = "off", "random"
-    with pytest.raises(InputError, match=r"attention_skip='1' does not support freeze\.mode"):
-        validate(config)
-    config.model.attention_skip, config.freeze.mode, config.mur.mode = "", "none", "diagnose"
-    config.model.x0_mix = "learned"
+    config.model.skips, config.model.x0_mix = "none", "learned"
     validate(config)
     config.mur.mode = "loss"
     with pytest.raises(InputError, match=r"model\.x0_mix='learned' does not support mur\.mode"):
@@ -392,10 +357,6 @@ def test_suites_that_cannot_measure_a_wiring_are_refused():
         ({"skips": "unet"}, "redundancy", "skips='unet' does not support --suites=redundancy"),
         ({"skips": "unet"}, "mur", "skips='unet' does not support --suites=mur"),
         ({"window_layers": "ends"}, "attention", "window_layers='ends'"),
-        *(
-            ({"attention_skip": "1"}, name, f"attention_skip='1' does not support --suites={name}")
-            for name in ("redundancy", "mur", "attention")
-        ),
         ({"mask": "document"}, "attention", "mask='document'"),
     ):
         with pytest.raises(InputError, match=message):
