@@ -80,16 +80,19 @@ def test_bounds_are_those_of_the_protocol():
         "logits": steps_of(-0.5, -0.4, -0.3, -0.2, 0.15, -0.15),
         "blocks/1/scores": steps_of(0.0, 0.14, 0.14),
         "change/embed": steps_of(None, 0.9, 0.9, 0.9, 0.15),
+        "update/blocks/mlp/up/weight": steps_of(0.15, -0.15, 0.0, 0.0, 0.0, 0.9),
     }
     assert slopes.slope_failures(good) == []
     bad = {
         "blocks/0/mlp": steps_of(0.0, 0.11),
         "logits": steps_of(-0.3, 0.0, 0.0, 0.0, None),
         "change/logits": steps_of(None, 0.0, 0.0, 0.0, -0.5),
+        "update/readout/weight": steps_of(-0.2),
     }
     failed = [(f["tensor"], f["step"]) for f in slopes.slope_failures(bad)]
     assert failed == [
-        ("logits", 5), ("change/logits", 5), ("logits", 1), ("blocks/0/mlp", 2),
+        ("logits", 5), ("change/logits", 5), ("logits", 1), ("update/readout/weight", 1),
+        ("blocks/0/mlp", 2),
     ]  # fmt: skip
     assert ("logits", 1) not in [
         (f["tensor"], f["step"]) for f in slopes.slope_failures(bad, sweep="depth")
@@ -154,6 +157,14 @@ def test_predictions_look_at_the_steepest_step():
     }  # fmt: skip
 
 
+def test_a_prediction_may_be_a_fall():
+    slopes_of = {"update/blocks/attention/key/weight": steps_of(-0.1, -0.3, -0.5),
+                 "update/blocks/attention/query/weight": steps_of(-0.9, 0.9, -0.3)}  # fmt: skip
+    predicted = slopes.compare_with_prediction(slopes_of, "no_eps_scaling")
+    shown = {kind: (entry["slope"], entry["shown"]) for kind, entry in predicted.items()}
+    assert shown == {"key/weight": (-0.5, True), "query/weight": (-0.3, False)}
+
+
 def test_a_sweep_resizes_what_it_names():
     config = family.get_config()
     config.model.n_kv_heads = 4
@@ -216,6 +227,10 @@ def test_a_small_check_writes_what_it_measured(tmp_path, settings):
     assert set(result["slopes"]["logits"]) == {"1", "2"} and "blocks/0/scores" in result["slopes"]
     first = result["slopes"]["logits"]["1"]
     assert first["se"] > 0 and f"{first['slope']:+.2f}" in out
+    # Adam's first update is the learning rate, divided here by its factor.
+    np.testing.assert_allclose(
+        np.array(result["values"]["update/readout/weight"])[:, 0], 3e-3, 0.01
+    )
     assert (tmp_path / "coord_check.png").stat().st_size > 10_000
     status, _, err = run("coord_check", *arguments, "--control=sp")
     assert status == 2 and "another control" in err and err.count("\n") == 1

@@ -60,6 +60,11 @@ CHECKS = {
 }
 
 
+def text(entry: dict) -> str | None:
+    """Returns a slope and its standard error, "-0.500 ± 0.002"; None where a size was 0."""
+    return None if entry["slope"] is None else f"{entry['slope']:+.3f} ± {entry['se']:.3f}"
+
+
 def main(out: Path, names: list[str]) -> None:
     path = out / "coordinates.json"
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -78,7 +83,7 @@ def main(out: Path, names: list[str]) -> None:
             "certain": sum(failure["certain"] for failure in result["failures"]),
             "predicted": result.get("predicted"),
             "slopes": {
-                tensor: {step: steps[step] for step in ("1", "2", "5", last)}
+                tensor: {step: text(steps[step]) for step in ("1", "2", "5", last)}
                 for tensor, steps in result["slopes"].items()
             },
         }
