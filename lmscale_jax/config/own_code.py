@@ -300,8 +300,8 @@ def _trusted_source(digest: str, value: str) -> SourceFiles:
 
 def save_sources(values: Iterable[str], directory: Path) -> None:
     """Copies the files of adopted values to source/DIGEST/ in a directory, where missing."""
-    for value in values:
-        source = _SOURCES[_ADOPTED.fullmatch(value)["digest"]]
+    for part in (part for value in values for part in split_code(value)):
+        source = _SOURCES[_ADOPTED.fullmatch(part)["digest"]]
         for name, content in source.contents.items():
             path = directory / SOURCE / source.digest / name
             if not path.exists():
