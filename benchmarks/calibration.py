@@ -98,7 +98,7 @@ def nominal_text(row: Row, statement: str) -> str:
     if statement == "exponent shift claimed" and "E -" in row.truth:
         return "at most .05"
     if statement.startswith("power"):
-        return "at least .95"
+        return "at least .95" if row.noise == "0.2 %" else ""
     if row.kind == "beyond a break":
         return "none"
     if statement in ("no difference said", "exponent shift claimed", "changes with scale"):
