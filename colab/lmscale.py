@@ -175,7 +175,7 @@ if SMALL:
             "executor.name": "here",
         },
     }
-    WIDTHS, CONTROL_WIDTHS, TOKENS = (64, 256, 1024), (64, 256, 1024), 2000
+    WIDTHS, CONTROL_WIDTHS, TOKENS = (64, 128, 256), (64, 128, 256), 2000
 
 # %% [markdown]
 # ## 1. Train a small model
