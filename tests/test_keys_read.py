@@ -89,6 +89,7 @@ SOURCES = [
 ELSEWHERE = {
     "mesh.start_timeout": "of several processes: tests/test_processes.py",
     "mesh.peer_timeout": "of several processes: tests/test_processes.py",
+    "data.document_mark": "of bare shards, which are not here: tests/test_data_doors.py",
     "log.wandb_project": "of a package that is not installed: train/metrics.py:Wandb",
 }
 
