@@ -173,6 +173,7 @@ if SMALL:
             "tokens.amounts": (1.0,),
             "seeds": 1,
             "executor.name": "here",
+            "guards.mode": "never",
         },
     }
     WIDTHS, CONTROL_WIDTHS, TOKENS = (64, 128, 256), (64, 128, 256), 2000

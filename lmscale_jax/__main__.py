@@ -20,6 +20,7 @@ __doc__ = __doc__.format(kinds=", ".join(KINDS))
 # Verb -> module of the command.
 VERBS = {
     "train": "main",
+    "check": "check",
     "ladder": "ladder",
     "fit": "fit",
     "report": "report",

@@ -33,7 +33,7 @@ def get_config():
     c.arms = {{"gelu": {{}}, "relu2": {{"model": {{"mlp": "relu2"}}}}}}
     c.rungs.by, c.rungs.sizes, c.rungs.held_out = "width", (8.0, 16.0), 32.0
     c.tokens.rule, c.tokens.amounts = "budgets", (2560.0,)
-    c.tokens.held_out, c.seeds = 5120.0, 1
+    c.tokens.held_out, c.seeds, c.guards.mode = 5120.0, 1, "never"
     return c
 """
 

@@ -20,7 +20,8 @@ RUN = {
     "checkpoint.every": 0, "log.tensorboard": False, "eval.sample": 4,
 }  # fmt: skip
 CELLS = ["--config.rungs.sizes=(6e3,12e3,24e3)", "--config.rungs.held_out=48e3", "--config.seeds=1",
-         "--config.tokens.amounts=(1.0,)", "--config.run.eval.tokens=2000"]  # fmt: skip
+         "--config.tokens.amounts=(1.0,)", "--config.run.eval.tokens=2000",
+         "--config.guards.mode=never"]  # fmt: skip
 # What makes a command small, by how it begins; the others run as they stand.
 SMALLER = {
     "lmscale_jax.main --config=configs/quickstart.py": flags(RUN),
@@ -28,6 +29,9 @@ SMALLER = {
         RUN | {"data.vocab_size": 4096, "train.accum": 1}
     ),
     "lmscale_jax.ladder": CELLS,
+    "lmscale_jax.check": [f"--config.guards.{name}=skip" for name in
+                          ("gradients", "stack", "accumulation", "devices", "counts", "repeat",
+                           "difference", "cost")],
     "lmscale_jax.coord_check": ["--widths=64,256,1024", "--steps=2", "--seeds=1",
                                 "--config.model.n_layers=1"],
     "lmscale_jax.lr_transfer": [
@@ -42,7 +46,7 @@ ELSEWHERE = {"benchmarks": "tests/test_benchmarks.py"}
 
 def test_the_readme_has_its_commands():
     assert len(COMMANDS) >= 15
-    for module in ("main", "evaluate", "ladder", "coord_check", "fit", "report", "prepare",
+    for module in ("main", "check", "evaluate", "ladder", "coord_check", "fit", "report", "prepare",
                    "generate", "convert", "lr_transfer"):  # fmt: skip
         assert any(f"lmscale_jax.{module}" in command for command in COMMANDS), module
     for begins in [*SMALLER, *ELSEWHERE]:

@@ -15,7 +15,7 @@ LINKS = {"configs", "examples"}
 # level that are no commands stand in the same order.
 ROOMS = (
     "errors", "files", "config", "cli", "data", "model", "optim", "mur", "evals", "train",
-    "scaling", "sweeps", "ladders", "reports",
+    "scaling", "sweeps", "guards", "ladders", "reports",
 )  # fmt: skip
 # Assigned names that do not say what they hold.
 EMPTY_NAMES = {"found", "one", "made", "said", "own", "given", "known"}

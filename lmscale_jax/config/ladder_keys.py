@@ -20,6 +20,51 @@ FREE = {
 
 _SOLVED = {"rungs.by": ("non_embedding", "total", "flops")}
 
+# What a fault that a guard sees does; "skip" does not look.
+_ACTIONS = ("refuse", "warn", "skip")
+
+
+def _guard(default: str, doc: str) -> Key:
+    return Key(default, doc, choices=_ACTIONS)
+
+
+# Checks of every arm at a small size, before the first run (`guards/`).
+GUARDS = {
+    "mode": Key(
+        "auto",
+        "when the guards run, before the first run: auto: where a ladder has several arms or code "
+        "of its own",
+        choices=("auto", "always", "never"),
+    ),
+    "causality": _guard(
+        "refuse", "no logit depends on a later token, on another row or, by its mask, document"
+    ),
+    "gradients": _guard(
+        "refuse", "a gradient reaches every parameter, and is finite in float32 and bfloat16"
+    ),
+    "stack": _guard("warn", "unrolled blocks and a scan with rematerialization agree"),
+    "accumulation": _guard("refuse", "one batch and two micro-batches agree"),
+    "devices": _guard(
+        "refuse", "one device agrees with two along data, fsdp, tensor and sequence (simulated)"
+    ),
+    "counts": _guard(
+        "refuse", "declared FLOPs are those of the gradient's products within 5%, as the baseline's"
+    ),
+    "difference": _guard(
+        "refuse", "an arm trains otherwise than the baseline, and equals it where its code is OFF"
+    ),
+    "repeat": _guard("refuse", "a second run and a continued one have the same bits"),
+    "coordinates": _guard(
+        "warn", "under mup and completep, activations keep their size over the width"
+    ),
+    "cost": _guard("warn", "time and memory of a step follow its FLOPs within 30%"),
+    "held_out": _guard(
+        "refuse",
+        "no arm's held-out loss is a nat below those of all other arms of its rung; this one looks "
+        "while the ladder trains",
+    ),
+}
+
 LADDER = {
     "question": Key("", "the question of the ladder in one sentence; title of the report"),
     "baseline": Key("", "the arm that the others are compared with"),
@@ -116,6 +161,7 @@ LADDER = {
             when={"executor.name": ("slurm",)},
         ),
     },
+    "guards": GUARDS,
     "max_hours": Key(0.0, "refuse a ladder that is estimated to take longer; 0: no limit", low=0.0),
 }
 

@@ -237,6 +237,11 @@ def _import(source: SourceFiles, name: str, globals=None, locals=None, fromlist=
     return module if fromlist else _module(source, top)
 
 
+def forget_modules() -> None:
+    """Lets the next `load` execute the code anew, as another process would."""
+    _MODULES.clear()
+
+
 def fault_of_code(error: BaseException) -> str | None:
     """Explains in one line an error that was raised in a user's code; None for any other."""
     folders = {str(source.folder / f) for source in _SOURCES.values() for f in source.contents}

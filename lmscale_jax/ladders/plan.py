@@ -30,7 +30,9 @@ GROWING_KEYS = (
     "seeds", "rungs.sizes", "tokens.amounts", "tokens.held_out", "question", "max_hours", "switch",
     "dtype",
 )  # fmt: skip
-GROWING_GROUPS = ("tune", "arms", "per_rung", "executor", "pack", "fit")
+# Files that a directory may have before its plan.
+BEFORE_PLAN = (".lock", "guards.json")
+GROWING_GROUPS = ("tune", "arms", "per_rung", "executor", "pack", "fit", "guards")
 
 
 class LadderPlan(NamedTuple):
@@ -50,7 +52,7 @@ class LadderPlan(NamedTuple):
     def id(self) -> str:
         """Returns 12 hex digits that identify the cells and the settings of their comparison."""
         # The type of products that `dtype` chose is in `run`.
-        machine = ("executor", "pack", "max_hours", "dtype")
+        machine = ("executor", "pack", "max_hours", "dtype", "guards")
         identity = {k: v for k, v in self.ladder.items() if k not in machine}
         identity["run"] = {
             name: dict(group) if isinstance(group, dict) else group
@@ -182,7 +184,7 @@ def check_plan(plan: LadderPlan, workdir: Path) -> LadderPlan | None:
         raise InputError(f"--workdir={workdir} is a file; use a directory")
     previous = read_plan(workdir)
     if previous is None:
-        if workdir.exists() and any(p.name != ".lock" for p in workdir.iterdir()):
+        if workdir.exists() and any(p.name not in BEFORE_PLAN for p in workdir.iterdir()):
             raise InputError(
                 f"--workdir={workdir} holds files but no plan.json; use an empty or new directory"
             )

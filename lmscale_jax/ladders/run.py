@@ -4,7 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lmscale_jax.errors import InputError, RunFailed
-from lmscale_jax.ladders import executors, forecasts, plan, preview, results, scheduler, verdict
+from lmscale_jax.ladders import (
+    arm_checks,
+    executors,
+    forecasts,
+    plan,
+    preview,
+    results,
+    scheduler,
+    verdict,
+)
 from lmscale_jax.ladders.grid import HELD_OUT, Cell
 from lmscale_jax.ladders.plan import LadderPlan
 from lmscale_jax.train import run_dir
@@ -54,6 +63,7 @@ def run_ladder(
         if previous and forecasts.held_out_begun(previous, workdir):
             _check_held_out_cells(ladder_plan, previous)
         results.check_code(ladder_plan, selected, workdir, code_change)
+        arm_checks.check_before(ladder_plan, selected, workdir, say)
         plan.write_plan(ladder_plan, previous, workdir)
         executor = make_executor(ladder_plan.ladder["executor"], workdir)
         anchors = [cell for cell in selected if cell.role != HELD_OUT]

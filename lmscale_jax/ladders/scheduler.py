@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 from lmscale_jax.config.key import Modes
 from lmscale_jax.config.resolve import resolve
+from lmscale_jax.errors import RunFailed
 from lmscale_jax.files import write_json
-from lmscale_jax.ladders import machine, results
+from lmscale_jax.guards import table
+from lmscale_jax.ladders import arm_checks, machine, results
 from lmscale_jax.ladders.grid import TRUNK, Cell
 from lmscale_jax.ladders.plan import LadderPlan, cell_dir
 from lmscale_jax.train.run_dir import is_locked
@@ -245,10 +247,10 @@ class _Stage:
     """Cells that do not depend on each other, and the jobs that train them."""
 
     def __init__(self, plan: LadderPlan, cells: list[Cell], workdir: Path, executor, say):
-        self._workdir, self._executor, self._say = workdir, executor, say
+        self._plan, self._workdir, self._executor, self._say = plan, workdir, executor, say
         self._cells = {cell.id: cell for cell in cells}
         self._waiting = pack_jobs(plan, cells, executor.slots)
-        self._n_running = 0
+        self._n_running, self._warned = 0, set()
         self._progress = CellTable(plan, cells, workdir, say)
 
     def train(self, every: float) -> None:
@@ -259,10 +261,12 @@ class _Stage:
             for s in STOPPING
         }
         try:
+            self._check_losses()
             while (self._waiting or self._n_running) and not signals:
                 self._submit()
                 for ended in self._executor.poll():
                     self._handle(ended)
+                    self._check_losses()
                 self._progress.show()
                 if self._waiting or self._n_running:
                     time.sleep(every)
@@ -307,6 +311,17 @@ class _Stage:
             self._waiting += [[name] for name in failed]
             return
         self._say(f"{self._cells[failed[0]].label}: failed: {ended.message}")
+
+    def _check_losses(self) -> None:
+        """Raises RunFailed, after the runs have saved, where an arm is too good to be true."""
+        action = table.action_of(arm_checks.guard_settings(self._plan), "held_out")
+        fault = arm_checks.held_out_fault(self._plan, self._workdir) if action.runs else None
+        if fault and action.stops:
+            self._executor.stop()
+            raise RunFailed(fault)
+        if fault and fault not in self._warned:
+            self._warned.add(fault)
+            self._say(fault)
 
     def _status(self, name: str) -> str:
         return results.cell_status(self._workdir, self._cells[name])

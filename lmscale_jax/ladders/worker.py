@@ -5,9 +5,6 @@ The executors start it as a separate process:
 python -m lmscale_jax.ladders.worker --workdir=runs/ladder --ids=ID,ID
 """
 
-import ctypes
-import platform
-import signal
 from pathlib import Path
 
 from lmscale_jax.config import own_code
@@ -15,8 +12,7 @@ from lmscale_jax.errors import InputError
 from lmscale_jax.ladders import forecasts
 from lmscale_jax.ladders.grid import HELD_OUT, Cell
 from lmscale_jax.ladders.plan import LadderPlan, cell_dir, check_products, read_plan
-
-_PR_SET_PDEATHSIG = 1
+from lmscale_jax.train.watchdog import leave_with_parent
 
 
 def train_cells(plan: LadderPlan, cells: list[Cell], workdir: Path) -> None:
@@ -45,12 +41,6 @@ def train_cells(plan: LadderPlan, cells: list[Cell], workdir: Path) -> None:
     from lmscale_jax.ladders import pack
 
     pack.run_pack(runs, notes=notes | {"packed": len(runs)})
-
-
-def leave_with_parent() -> None:
-    """Asks Linux for SIGTERM when the parent dies, so that no orphaned run continues unnoticed."""
-    if platform.system() == "Linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def train_job(workdir: Path, ids: list[str]) -> None:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from lmscale_jax.files import read_json
-from lmscale_jax.ladders import results
+from lmscale_jax.guards.record import NAME as GUARDS_FILE
+from lmscale_jax.guards.record import read_judgements
+from lmscale_jax.ladders import arm_checks, results
 from lmscale_jax.ladders.grid import short_count
 from lmscale_jax.ladders.plan import LadderPlan, describe_dtype
 from lmscale_jax.ladders.step_time import seconds_sentence
@@ -52,6 +54,7 @@ def write_ladder_report(
     page.figures([figures.plot_training_curves(arms, tuned, workdir, folder / "curves.png")])
     _add_laws(page, arms, fits, reasons, folder)
     _add_settings(page, plan, verdict)
+    _add_guards(page, plan, workdir)
     _add_reproduction(page, plan, workdir, rows, command)
     return page.write(folder)
 
@@ -208,6 +211,27 @@ def _add_settings(page: Page, plan: LadderPlan, verdict: dict) -> None:
     page.say(
         f"The switch is {switch}. Everything else is the same for all arms of a size: "
         f"{describe_dtype(plan)}."
+    )
+
+
+def _add_guards(page: Page, plan: LadderPlan, workdir: Path) -> None:
+    page.head("Checks of the arms before the first run")
+    settings, arms = arm_checks.guard_settings(plan), list(plan.ladder["arms"])
+    judged = read_judgements(workdir / GUARDS_FILE, settings, arms)
+    if not judged:
+        page.say("The guards did not run (config.guards.mode, or a ladder of before).")
+        return
+    page.table(
+        ["check", "arm", "result", "measured", "seconds"],
+        [[j.guard, j.arm, j.status, j.text, f"{j.seconds:.1f}"] for j in judged],
+        kind="wide",
+    )
+    for each in judged:
+        if each.status == "warned":
+            page.say(f"Guard {each.guard}, arm {each.arm}: {each.text}", "warn")
+    fault = arm_checks.held_out_fault(plan, workdir)
+    page.say(
+        fault or "No arm's held-out loss is a nat below those of all others.", "warn" * bool(fault)
     )
 
 

@@ -1,7 +1,9 @@
 """Signal handling (`SignalHandler`), and a watchdog for steps that hang."""
 
+import ctypes
 import faulthandler
 import os
+import platform
 import signal
 import sys
 import threading
@@ -12,6 +14,7 @@ import jax
 
 from lmscale_jax.train import distributed
 
+_PR_SET_PDEATHSIG = 1
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -107,3 +110,9 @@ class Watchdog:
                 flush=True,
             )
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+
+
+def leave_with_parent() -> None:
+    """Asks Linux for SIGTERM when the parent dies, so that no orphaned run continues unnoticed."""
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
