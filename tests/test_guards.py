@@ -25,8 +25,6 @@ from lmscale_jax.guards.variants import check_accumulation, check_stack
 from lmscale_jax.model import layers, stack
 from lmscale_jax.train import setup as setups
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 ROWS, LENGTH = 2, shrink.LENGTH
 SETTINGS = {name: key.default for name, key in LADDER["guards"].items()}
 

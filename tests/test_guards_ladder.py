@@ -18,8 +18,6 @@ from lmscale_jax.guards.arm import Finding, SmallArm
 from lmscale_jax.guards.table import ACTIONS, GUARDS, run_guard
 from lmscale_jax.ladders import plan
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 SETTINGS = {name: key.default for name, key in LADDER["guards"].items()}
 
 

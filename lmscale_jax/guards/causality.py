@@ -6,6 +6,7 @@ is one iteration of a loop of one program, so equal inputs give equal bits. The 
 at random, so that no zero hides a branch.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmscale_jax.guards import shrink
-from lmscale_jax.guards.arm import Finding, SmallArm
+from lmscale_jax.guards.arm import QUICKLY, Finding, SmallArm
 from lmscale_jax.model.skip_connections import MASKS
 
 # The activations of a block in their order, and what they come from.
@@ -34,7 +35,11 @@ def check_causality(arm: SmallArm, baseline: SmallArm | None) -> Finding:
     """Replaces each token of the first row in turn and compares all logits to the bit."""
     model, tokens_VxBxT = arm.setup.model, replaced_tokens(arm.setup.config)
     params = arm.params(arm.drawn)
-    run = jax.jit(lambda p, t: jax.lax.map(lambda tokens: model.logits(p, tokens), t))
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def run(params, tokens_VxBxT):
+        return jax.lax.map(lambda tokens: model.logits(params, tokens), tokens_VxBxT)
+
     logits = np.asarray(run(params, tokens_VxBxT))
     if not np.isfinite(logits).all():
         return Finding(
