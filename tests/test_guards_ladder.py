@@ -18,6 +18,7 @@ from lmscale_jax.guards.arm import Finding, SmallArm
 from lmscale_jax.guards.table import ACTIONS, GUARDS, run_guard
 from lmscale_jax.ladders import plan
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 SETTINGS = {name: key.default for name, key in LADDER["guards"].items()}
 
 
@@ -76,24 +77,8 @@ def test_findings_are_remembered_for_a_config_and_the_code(monkeypatch, tmp_path
     assert json.loads((tmp_path / "guards.json").read_text())["code"] == "another"
 
 
-LEAKY = """
-import jax.numpy as jnp
-from lmscale_jax.api import Dense, nnx
-
-class Leaky(nnx.Module):
-    def __init__(self, model, settings):
-        self.up = Dense({"embed": model.d_model}, {"mlp": model.d_ff}, model.bias)
-        self.down = Dense({"mlp": model.d_ff}, {"embed": model.d_model}, model.bias, residual=True)
-
-    def __call__(self, x_NxD, context):
-        x_BxTxD = context.unflatten(x_NxD)
-        later_BxTxD = jnp.pad(x_BxTxD[:, 1:], ((0, 0), (0, 1), (0, 0)))
-        up_NxF = self.up(context.sharding.flatten(later_BxTxD), context)
-        return self.down(jnp.tanh(up_NxF), context)
-"""
 LADDER_OF_CODE = """
 from lmscale_jax.configs import laddering, quickstart
-HERE = laddering.here(__file__)
 
 def get_config():
     run = quickstart.get_config()
@@ -101,7 +86,7 @@ def get_config():
     run.data.cache, run.data.vocab_size = {cache!r}, 4096
     c = laddering.get_config(run)
     c.question, c.baseline, c.switch = "Which?", "gelu", ("model.mlp",)
-    c.arms = {{"gelu": {{}}, "leaky": {{"model": {{"mlp": HERE + "leaky.py:Leaky"}}}}}}
+    c.arms = {{"gelu": {{}}, "leaky": {{"model": {{"mlp": "{example}"}}}}}}
     c.rungs.by, c.rungs.sizes = "width", (32.0, 64.0)
     for name in ("gradients", "stack", "accumulation", "devices", "counts", "difference",
                  "repeat", "cost"):
@@ -112,8 +97,8 @@ def get_config():
 
 def test_a_ladder_with_code_that_sees_the_future_is_refused(corpus, tmp_path):
     """Before anything is trained, in one line; and again from the record."""
-    (tmp_path / "leaky.py").write_text(LEAKY)
-    text = LADDER_OF_CODE.format(corpus=str(corpus), cache=str(tmp_path / "cache"))
+    example = f"{EXAMPLES}/leaky_shift.py:LeakyShift"
+    text = LADDER_OF_CODE.format(corpus=str(corpus), cache=str(tmp_path / "cache"), example=example)
     (tmp_path / "ladder.py").write_text(text)
     arguments = ["ladder", f"--config={tmp_path / 'ladder.py'}", f"--workdir={tmp_path / 'w'}"]
     for _ in range(2):
@@ -121,7 +106,7 @@ def test_a_ladder_with_code_that_sees_the_future_is_refused(corpus, tmp_path):
         assert (status, err) == (
             2,
             "error: arm leaky: the logits at position 0 depend on the token at position 1 (block "
-            "0, through mlp, leaky.py:Leaky): the model sees the future; let position t read "
+            "0, through mlp, leaky_shift.py:LeakyShift): the model sees the future; let position t read "
             "positions up to t alone; or --config.guards.causality=warn\n",
         )
     assert "checking" not in out
@@ -180,10 +165,9 @@ def test_devices_are_not_checked_without_devices():
 
 @pytest.mark.slow
 def test_the_example_passes_and_its_off_is_relu2(tmp_path):
-    poly = Path(__file__).parents[1] / "examples/poly.py:PolyMLP"
     config = base.get_config()
     config.model.norm, config.model.positions = "rmsnorm", "rope"
-    config.model.mlp = str(poly)
+    config.model.mlp = f"{EXAMPLES}/poly.py:PolyMLP"
     config = adopted(config)
     assert config.own.poly.share == "learned"
     arm = SmallArm("poly", shrink.shrink(config, 1, shrink.VOCAB))

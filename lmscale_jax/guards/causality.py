@@ -120,7 +120,7 @@ def _explain(arm: SmallArm, leak: Leak, through: tuple[int, str] | None) -> str:
     if leak.position >= leak.source:
         return (
             f"{where} depend on the token at position {leak.source} of an earlier document "
-            f"({place}); with model.mask='document' use context.first_key_BxT"
+            f"({place}); mask it by context.visible() or context.first_key_BxT"
         )
     return (
         f"{where} depend on the token at position {leak.source} ({place}): the model sees the "

@@ -50,8 +50,12 @@ def _check_off(arm: SmallArm, baseline: SmallArm) -> Finding:
     """Compares the arm, its code switched off, with the baseline and then with other choices."""
     ours, theirs = (each.trajectory.losses[-1] for each in (arm, baseline))
     note = f"loss {ours:.4f}, the baseline's {theirs:.4f}"
-    for path, value in code_values(arm.exact).items():
-        code = own_code.load(value)
+    codes = [
+        (path, own_code.load(part))
+        for path, value in code_values(arm.exact).items()
+        for part in own_code.split_code(value)
+    ]
+    for path, code in codes:
         if getattr(code.entry, "OFF", None) is None:
             continue
         values = {f"own.{code.group}.{name}": setting for name, setting in code.entry.OFF.items()}

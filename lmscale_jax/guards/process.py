@@ -18,7 +18,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lmscale_jax.config import own_code
-from lmscale_jax.config.own_keys import code_values
+from lmscale_jax.config.own_keys import code_parts
 from lmscale_jax.errors import RunFailed
 from lmscale_jax.files import plain_values, write_json
 
@@ -59,7 +59,7 @@ def check_in_process(
         write_json(request, {"arms": [arm._asdict() for arm in arms], "baseline": baseline})
         for arm in arms:
             for config in filter(None, (arm.trained, arm.anchor)):
-                own_code.save_sources(code_values(ConfigDict(config)).values(), Path(folder))
+                own_code.save_sources(code_parts(ConfigDict(config)), Path(folder))
         command = [
             sys.executable, "-m", "lmscale_jax.guards.process", f"--request={request}",
             f"--response={response}", f"--trust_code={','.join(own_code.trusted_digests())}",

@@ -22,9 +22,9 @@ from lmscale_jax.files import read_json, write_json
 from lmscale_jax.guards import shrink
 from lmscale_jax.guards.process import ArmRequest, check_in_process
 from lmscale_jax.guards.table import GUARDS, action_of
+from lmscale_jax.train.run_dir import package_hash
 
 NAME = "guards.json"
-PACKAGE = Path(__file__).parents[1]
 
 
 class Judgement(NamedTuple):
@@ -46,11 +46,10 @@ class Judgement(NamedTuple):
 
 @functools.cache
 def code_hash() -> str:
-    """Hashes the package's own source; 12 hex digits."""
-    total = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if "configs" not in path.relative_to(PACKAGE).parts:
-            total.update(f"\0{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
+    """Hashes the package's source that trains, and the guards; 12 hex digits."""
+    total = hashlib.sha256(package_hash().encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(path.read_bytes())
     return total.hexdigest()[:12]
 
 

@@ -37,8 +37,8 @@ class Way(NamedTuple):
 
 
 _LAYOUT = (
-    "flat tokens of one device are consecutive: use context.unflatten(x) and "
-    "context.sharding.flatten(y), not reshape, to move between [N, D] and [B, T, D]"
+    "flat tokens of one device are consecutive: use context.unflatten(x) and context.flatten(y), "
+    "not reshape, to move between [N, D] and [B, T, D]"
 )
 _SUMS = "sums and products over split channels go through Dense, or context.sharding.bind"
 MESHES = (
@@ -51,8 +51,8 @@ ACCUM = Way(
     "train.accum=2",
     {"train.accum": 2},
     1,
-    "a loss is a sum over tokens, divided by the labels of the whole batch once; divide a term by "
-    "them, and add a term of the parameters once",
+    "a loss is a sum over tokens, divided once by those of the whole batch; a term says PER = "
+    "'token' or 'batch', and divides by no train.accum",
 )
 _TRACED = "the number of a block may be traced: no Python `if`, list or dict by it"
 SCANS = (

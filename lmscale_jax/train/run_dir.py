@@ -151,7 +151,7 @@ def provenance() -> dict:
 
 
 # Folders of the package whose code changes no number of a run.
-_READERS = {"configs", "examples", "reports", "scaling"}
+_READERS = {"configs", "examples", "guards", "reports", "scaling"}
 
 
 @functools.cache
