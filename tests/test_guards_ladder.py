@@ -106,8 +106,8 @@ def test_a_ladder_with_code_that_sees_the_future_is_refused(corpus, tmp_path):
         assert (status, err) == (
             2,
             "error: arm leaky: the logits at position 0 depend on the token at position 1 (block "
-            "0, through mlp, leaky_shift.py:LeakyShift): the model sees the future; let position t read "
-            "positions up to t alone; or --config.guards.causality=warn\n",
+            "0, through mlp, leaky_shift.py:LeakyShift): the model sees the future; let position "
+            "t read positions up to t alone; or --config.guards.causality=warn\n",
         )
     assert "checking" not in out
     assert sorted(p.name for p in (tmp_path / "w").iterdir()) == [".lock", "guards.json"]
