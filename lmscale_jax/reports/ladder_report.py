@@ -218,21 +218,16 @@ def _add_guards(page: Page, plan: LadderPlan, workdir: Path) -> None:
     page.head("Checks of the arms before the first run")
     settings, arms = arm_checks.guard_settings(plan), list(plan.ladder["arms"])
     judged = read_judgements(workdir / GUARDS_FILE, settings, arms)
-    if not judged:
+    if judged:
+        rows = [[j.guard, j.arm, j.status, j.text, f"{j.seconds:.1f}"] for j in judged]
+        page.table(["check", "arm", "result", "measured", "seconds"], rows, kind="wide")
+    else:
         page.say("The guards did not run (config.guards.mode, or a ladder of before).")
-        return
-    page.table(
-        ["check", "arm", "result", "measured", "seconds"],
-        [[j.guard, j.arm, j.status, j.text, f"{j.seconds:.1f}"] for j in judged],
-        kind="wide",
-    )
     for each in judged:
         if each.status == "warned":
             page.say(f"Guard {each.guard}, arm {each.arm}: {each.text}", "warn")
-    fault = arm_checks.held_out_fault(plan, workdir)
-    page.say(
-        fault or "No arm's held-out loss is a nat below those of all others.", "warn" * bool(fault)
-    )
+    if fault := arm_checks.held_out_fault(plan, workdir):
+        page.say(fault, "warn")
 
 
 def _add_reproduction(
