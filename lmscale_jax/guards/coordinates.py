@@ -9,6 +9,7 @@ from lmscale_jax.model.mesh import one_device_mesh
 from lmscale_jax.model.parametrization import scheme_of
 from lmscale_jax.model.sizes import at_size
 from lmscale_jax.sweeps import coord_check
+from lmscale_jax.sweeps import slopes as slopes_of
 from lmscale_jax.train.setup import build_setup
 
 WIDTHS, SEEDS, STEPS = (64, 128, 256), 2, 6
@@ -25,7 +26,7 @@ def check_widths(arm: SmallArm, baseline: SmallArm | None) -> Finding:
     if not scheme_of(arm.exact).has_base:
         return Finding(skipped="parametrization.name='sp' does not follow the width")
     slopes = _slopes(arm)
-    failures = [f for f in coord_check.slope_failures(slopes) if f["certain"]]
+    failures = [f for f in slopes_of.slope_failures(slopes) if f["certain"]]
     compared = baseline is not None and baseline is not arm and scheme_of(baseline.exact).has_base
     theirs = _slopes(baseline) if compared else {}
     for failure in failures:
@@ -56,5 +57,5 @@ def _slopes(arm: SmallArm) -> dict:
                 tensors.setdefault(name, []).append(values)
         tensors.pop("loss")
         stacked = {name: np.stack(values) for name, values in tensors.items()}
-        arm.memory["slopes"] = coord_check.slope_table(WIDTHS, stacked)
+        arm.memory["slopes"] = slopes_of.slope_table(WIDTHS, stacked)
     return arm.memory["slopes"]
