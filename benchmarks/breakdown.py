@@ -67,9 +67,8 @@ def parts(shape: dict, dtype: str, folder: Path) -> tuple[list, dict]:
 
     def both(params, batch):
         n_targets = step.count_targets(batch)
-        loss, (grads, _), _ = step.make_gradient(config, of.setup.model, of.setup.mesh, n_targets)(
-            params, (), *batch, None
-        )
+        gradient = step.make_gradient(config, of.setup.model, of.setup.mesh, n_targets)
+        (_, (loss, _)), (grads, _) = gradient(params, (), *batch, None)
         return loss, grads
 
     batches, done = _reader(folder, shape), 0

@@ -72,7 +72,8 @@ def main() -> None:
         # As python -m does it, so that flags, errors and pages are the same.
         runpy.run_module(f"lmscale_jax.{VERBS[verb]}", run_name="__main__", alter_sys=True)
         return
-    cli.call_or_exit(lambda: _say(verb, arguments))
+    with cli.exit_on_error():
+        _say(verb, arguments)
 
 
 def _say(verb: str, arguments: list[str]) -> None:

@@ -33,17 +33,19 @@ def run_command(main: Callable[[], None]) -> None:
         # So that a line reaches a file or a pipe when it is printed, not an hour later. Not every
         # terminal has all characters.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-        if "trust_code" in flags.FLAGS:
-            call_or_exit(lambda: own_code.trust(flags.FLAGS.trust_code))
-        call_or_exit(main)
+        with exit_on_error():
+            if "trust_code" in flags.FLAGS:
+                own_code.trust(flags.FLAGS.trust_code)
+            main()
 
     app.run(body, flags_parser=_parse)
 
 
-def call_or_exit(function: Callable[[], None]) -> None:
-    """Calls a function; an error of which `line_of` has a line ends the process with it."""
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Ends the process with the line that `line_of` has of an error, if any."""
     try:
-        function()
+        yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)

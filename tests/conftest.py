@@ -31,7 +31,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 def pytest_configure(config):
     """Lets all processes of this session share their compiled programs, however short they took,
-    and compile quickly.
+    compile quickly, and look for nothing on the hub of Hugging Face.
 
     JAX_COMPILATION_CACHE_DIR, if set, keeps them from session to session as well. Workers of xdist
     and commands that tests start inherit what is set here; JAX reads it when it is imported.
@@ -44,6 +44,8 @@ def pytest_configure(config):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.0"
     for name, value in QUICK_COMPILER.items():
         os.environ.setdefault(name, value)
+    # Each look would wait for half a minute where there is no network.
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,7 @@ NUMBERS = {
 ELSEWHERE = {
     "model.vocab_size": "the tokenizer's here",
     "optim.max_bad_steps": "ends a run; tests/test_train.py",
+    "parametrization.rule": "takes a user's code alone; tests/test_examples.py",
     "train.steps": "40 here, and traced",
     "train.tokens": "another name for train.steps",
     "train.batch_size": "4 here",

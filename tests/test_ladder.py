@@ -69,7 +69,7 @@ def test_the_dry_run_says_what_it_costs(config, tmp_path):
     status, out, err = run("ladder", f"--config={config}", "--dry_run")
     assert status == 0, err
     assert "relu2" in out and "held_out" in out and "one H100" in out and "epochs" in out
-    assert "one smaller size" in out and "0.9 % (assumed)" in out
+    assert "one smaller size" in out and "seeds scatter by 0.9 %" in out and "(assumed)" in out
     assert not (tmp_path / "w").exists()
     status, _, err = run("ladder", f"--config={config}", "--config.max_hours=1e-9",
                          f"--workdir={tmp_path / 'w'}")  # fmt: skip

@@ -85,7 +85,7 @@ def ours(config, model, params, batch, key=None, measure=()):
     # The keys of draws are functions of step and micro-batch.
     request = mur.request_stats(mur.init_means(), jnp.int32(3), measure)
     gradient = step.make_gradient(config, model, grid, n_targets, request)
-    _, (grads, buffer_grads), _ = jax.jit(gradient)(params, request.stat_buffers, *batch, key)
+    _, (grads, buffer_grads) = jax.jit(gradient)(params, request.stat_buffers, *batch, key)
     return grads, request.read_stats(buffer_grads)
 
 
@@ -275,7 +275,7 @@ for more in ({}, {"model.stack": "scan", "mur.granularity": "branch"}):
     mur = objective.make_objective(config)
     request = mur.request_stats(mur.init_means(), jnp.int32(3), ("mur",))
     gradient = step.make_gradient(config, model, grid, step.count_targets(batch), request)
-    _, (grads, _), _ = jax.jit(gradient)(params, request.stat_buffers, *batch, None)
+    _, (grads, _) = jax.jit(gradient)(params, request.stat_buffers, *batch, None)
     print(len(jax.devices()), t.relative(jax.device_get(grads), jax.device_get(expected)))
 """
 

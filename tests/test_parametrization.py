@@ -163,7 +163,6 @@ def test_an_optimizer_is_one_entry(monkeypatch):
     entry = OPTIMIZERS["adamw"]._replace(
         direction=lambda config, rows, mesh, platform: optax.identity(),
         counts_steps=False,
-        moments=0,
     )
     monkeypatch.setitem(OPTIMIZERS, "plain", entry)
     choices = (*OPTIM["name"].choices, "plain")

@@ -175,7 +175,7 @@ def _block_body(segment: Segment, at_layer, context: ForwardContext, remat: str)
         # The index is no argument: where it is a number it stays one, for the block's window.
         def run_block(h_NxD, params):
             block, block_context = at_layer(context.replace(taps={}), (params, index))
-            h_NxD = _both_branches(block, block_context, h_NxD)
+            h_NxD = block.feed(block.attend(h_NxD, block_context), block_context)
             return h_NxD, (block_context.taps, h_NxD if segment.hands_out else None)
 
         return REMAT[remat].wrap(run_block)(h_NxD, params)

@@ -111,7 +111,8 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
         request = objective and objective.request_stats(state.utility, state.step, measure)
         n_targets, stat_buffers = count_targets(batch), request.stat_buffers if request else ()
         gradient = make_gradient(config, model, mesh, n_targets, request, state.step)
-        loss, (grads, buffer_grads), terms = gradient(state.params, stat_buffers, *batch, key)
+        (_, (loss, terms)), both = gradient(state.params, stat_buffers, *batch, key)
+        grads, buffer_grads = both
         stats = request.read_stats(buffer_grads) if request else {}
         norm = optax.tree.norm(grads)
         utility, options = state.utility, {"step": state.step}
@@ -124,9 +125,8 @@ def make_train_step(config, model: Model, optimizer: Callable, mesh: Mesh) -> Ca
             measure, model, batch, grads, state, updates
         )
         params = optim.apply_updates(state.params, updates)
-        taken = state._replace(
-            params=params, opt_state=opt_state, memory=start_vectors, utility=utility
-        )
+        taken = state._replace(params=params, opt_state=opt_state, memory=start_vectors)
+        taken = taken._replace(utility=utility)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         # All of the state, so that nothing of a step that is skipped reaches the next one.
         new_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), taken, state)
@@ -159,10 +159,10 @@ def make_gradient(
 ) -> Callable:
     """Returns a function of (params, stat_buffers, tokens_BxT, targets_BxT, key).
 
-    It returns (loss, (gradient, buffer_grads), {name of a term: value}). The loss is the sum over
-    tokens, divided by `n_targets`, which counts the whole batch. The gradient is of the loss plus
-    the terms. A scan adds up the micro-batches, so their number does not change the result: a term
-    weighs by its tokens, or else by its share of the batch. `request` is a
+    It returns ((sum, (loss, {name of a term: value})), (gradient, buffer_grads)). The loss is the
+    sum over tokens, divided by `n_targets`, which counts the whole batch. The gradient is of the
+    sum of the loss and the terms. A scan adds up the micro-batches, so their number does not change
+    the result: a term weighs by its tokens, or else by its share of the batch. `request` is a
     `mur.objective.StatRequest` or None; its statistics are the "gradient" of its stat_buffers, ()
     without one. In its loss mode the gradient includes the hinges, and the loss does not.
     """
@@ -190,9 +190,7 @@ def make_gradient(
         loss = nll_BxT.sum() / n_targets
         return sum(values.values(), loss), (loss, values)
 
-    def gradient(*arguments):
-        (_, (loss, values)), grads = jax.value_and_grad(mean_loss, (0, 1), has_aux=True)(*arguments)
-        return loss, grads, values
+    gradient = jax.value_and_grad(mean_loss, (0, 1), has_aux=True)
 
     def split_batch(x):
         micro = x.reshape(accum, x.shape[0] // accum, *x.shape[1:])
@@ -205,7 +203,8 @@ def make_gradient(
             part = gradient(params, stat_buffers, *parts, micro_key, index)
             return jax.tree.map(jnp.add, total, part), None
 
-        zero = jnp.zeros(()), (params, stat_buffers), {term.name: jnp.zeros(()) for term in terms}
+        scalars = {term.name: jnp.zeros(()) for term in terms}
+        zero = (jnp.zeros(()), (jnp.zeros(()), scalars)), (params, stat_buffers)
         zero = jax.tree.map(jnp.zeros_like, zero)
         parts = jax.tree.map(split_batch, (tokens_BxT, targets_BxT))
         return jax.lax.scan(add, zero, (jnp.arange(accum), parts))[0]
