@@ -49,11 +49,12 @@ MODELS = {
         8,
         # The windows of the end, the widest.
         {"model.window_growth": "0"},
-        {"model.value_embeddings": 1},
+        {"model.value_embeddings": 1, "model.attention_skip": ""},
         apart=True,
         remark="The peer of record26 has its width, depth, tokens, documents and windows, in "
-        "FlexAttention; not its embeddings of values, skips, norm of queries and keys, softcap "
-        "and Muon (it takes AdamW). MFU counts the visible keys of ours for both.",
+        "FlexAttention, and attention in block 7; not its embeddings of values, skips, norm of "
+        "queries and keys, softcap and Muon (it takes AdamW). MFU counts the visible keys of ours "
+        "for both.",
     ),
 }
 CHANGES = {

@@ -73,13 +73,15 @@ def test_three_budgets_from_one_stable_run(make, tmp_path):
         workdir = tmp_path / str(budget)
         changes = cooldown(stable, budget)
         finished = loop.train(make(**changes), workdir, **silent)
-        # To the bit what the same cooldown from that checkpoint gives, and a run of its own.
+        # To the bit what the same cooldown from that checkpoint gives.
         same(finished.params, from_checkpoint(make(**changes), stable, budget * 4 // 5))
         alone = {k: v for k, v in changes.items() if "parent" not in k}
         unbranched = loop.train(make(**alone), tmp_path / f"{budget} alone", **silent)
-        same(finished.params, unbranched.params)
+        # What a run of its own gives, in another program, which a quick compiler rounds otherwise.
+        for x, y in zip(*map(jax.tree.leaves, (finished.params, unbranched.params)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
         run, whole = record(workdir), record(tmp_path / f"{budget} alone")
-        assert run["final"] == whole["final"]
+        assert run["final"] == pytest.approx(whole["final"], rel=1e-6)
         assert (run["tokens"], run["flops_total"]) == (whole["tokens"], whole["flops_total"])
         assert run["tokens_own"] == budget // 5 * 64
         assert run["tokens_own"] + run["tokens_shared"] == run["tokens"]

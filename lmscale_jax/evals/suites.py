@@ -36,17 +36,18 @@ class TrainedModel(NamedTuple):
     validate: Callable[[dict], dict]
 
 
-def check_suite(names: list[str], model) -> None:
-    """Raises InputError where a name is no suite's, or one cannot measure such a model.
-
-    `model` is the config group.
-    """
+def check_suite_names(names: list[str]) -> None:
+    """Raises InputError where a name is no suite's, or there is none."""
     wrong = [name for name in names if name not in SUITES]
     if wrong or not names:
         raise InputError(
             f"--suites={','.join(names)}: {wrong or 'nothing'} is not a suite; "
             f"use --suites={','.join(SUITES)}"
         )
+
+
+def check_suite(names: list[str], model) -> None:
+    """Raises InputError where a suite cannot measure a model with this config group."""
     for name in {"redundancy", "mur"}.intersection(names):
         conflicts.check_chain(model, f"--suites={name}", conflicts.READ_ONLY)
     if "attention" in names:

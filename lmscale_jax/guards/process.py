@@ -64,19 +64,22 @@ def check_in_process(
             sys.executable, "-m", "lmscale_jax.guards.process", f"--request={request}",
             f"--response={response}", f"--trust_code={','.join(own_code.trusted_digests())}",
         ]  # fmt: skip
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )  # fmt: skip
+        # A file, as a pipe that nobody reads would stop the process when it is full.
+        errors = Path(folder, "errors.txt")
+        with open(errors, "w", encoding="utf-8") as errors_file:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors_file,
+                text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            )  # fmt: skip
         try:
             for line in process.stdout:
                 say(line.rstrip("\n"))
-            errors = process.stderr.read()
             process.wait()
         finally:
             process.kill()
         if process.returncode or not response.exists():
-            last = (errors.strip().splitlines() or ["no message"])[-1]
+            text = errors.read_text(encoding="utf-8", errors="replace").strip()
+            last = (text.splitlines() or ["no message"])[-1]
             raise RunFailed(
                 f"the guards ended with status {process.returncode}: {last}; "
                 f"--config.guards.mode=never trains without them"

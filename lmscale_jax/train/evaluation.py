@@ -32,6 +32,7 @@ def evaluate_run(
       InputError: there is no such run or checkpoint, or a suite cannot measure such a model; then
         nothing is written.
     """
+    suites.check_suite_names(names)
     loaded = load_run(workdir, step)
     record, run = loaded.record, loaded.run
     suites.check_suite(names, run.config.model)
