@@ -3,6 +3,7 @@
 import copy
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,13 @@ def plain_compiler():
             if os.environ.get(name) == value:
                 patch.delenv(name)
         yield
+
+
+@pytest.fixture(scope="module")
+def plain_process(plain_compiler):
+    """Executes functions in a process that compiles as a user's does."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield process
 
 
 # Files whose tests call what a new Python, JAX, Flax, Optax, Orbax or Grain may change. The other

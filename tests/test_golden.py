@@ -7,8 +7,6 @@ the numbers were taken (`taken_on` in the files: processor, versions, compiler),
 
 import json
 import math
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -67,13 +65,9 @@ def check_near(measured, expected, relative: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def apart(plain_compiler):
+def apart(plain_process):
     """Calls functions of `measure` in a process that compiles as a user's does."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn) as process:
-        yield lambda function, *args: json.loads(
-            json.dumps(process.submit(function, *args).result())
-        )
+    return lambda function: json.loads(json.dumps(plain_process.submit(function).result()))
 
 
 @pytest.fixture(scope="module")
