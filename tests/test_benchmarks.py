@@ -243,6 +243,15 @@ def test_every_change_is_a_config_of_every_shape(label):
 
 
 @pytest.mark.slow
+def test_every_change_can_be_measured(tmp_path):
+    status, _, err = benchmark("overheads", tmp_path, *TINY, "--batch=2")
+    assert status == 0, err
+    rows = json.loads((tmp_path / "overheads_quickstart.json").read_text())["rows"]
+    assert rows.keys() == overheads.CHANGES.keys()
+    assert not [row for row in rows.values() if row.get("error", "").startswith("failed")]
+
+
+@pytest.mark.slow
 def test_a_config_by_name_is_timed(tmp_path):
     small = {"model.d_model": 32, "model.n_heads": 2, "model.n_layers": 2, "model.d_ff": 64,
              "data.seq_len": 16, "data.vocab_size": 300, "train.batch_size": 2,

@@ -39,9 +39,8 @@ SMALLER = {
         "--config.parametrization.base_width=16", "--config.model.n_layers=1",
     ],
     "launch/local_multiprocess.sh": flags(RUN),
+    "benchmarks": ["--only=fits", "--others=99", "--results=runs/benchmarks"],
 }  # fmt: skip
-# What other tests run.
-ELSEWHERE = {"benchmarks": "tests/test_benchmarks.py"}
 
 
 def test_the_readme_has_its_commands():
@@ -49,20 +48,18 @@ def test_the_readme_has_its_commands():
     for module in ("main", "check", "evaluate", "ladder", "coord_check", "fit", "report", "prepare",
                    "generate", "convert", "lr_transfer"):  # fmt: skip
         assert any(f"lmscale_jax.{module}" in command for command in COMMANDS), module
-    for begins in [*SMALLER, *ELSEWHERE]:
+    for begins in SMALLER:
         assert any(" ".join(c).removeprefix("python -m ").startswith(begins) for c in COMMANDS)
 
 
 @pytest.mark.slow
 def test_every_command_of_the_readme(tmp_path):
     """From a directory that holds what a checkout does."""
-    for name in ("lmscale_jax", "configs", "launch"):
+    for name in ("lmscale_jax", "configs", "launch", "benchmarks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable}
     for command in COMMANDS:
         text = " ".join(command).removeprefix("python -m ")
-        if text in ELSEWHERE:
-            continue
         more = next((m for begins, m in SMALLER.items() if text.startswith(begins)), [])
         if command[0] == "python":
             command = [sys.executable, *command[1:]]
